@@ -1,0 +1,241 @@
+"""The command line: LightningCLI with our links, our callbacks and one-line errors."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
+
+from lit_sft import checkpointing, exporting, parsing, preview, runs, strategies
+from lit_sft.callbacks import Answers, FirstExample, HFExport, PredictionWriter, Throughput
+from lit_sft.checkpointing import AtomicCheckpointIO, Checkpointer, CheckpointOptions
+from lit_sft.datamodule import SFTDataModule
+from lit_sft.module import SFTModule
+from lit_sft.types import UserError
+
+log = logging.getLogger("lit_sft")
+
+RUN_COMMANDS = ("fit", "validate", "test", "predict")
+WITHOUT_TRAINER = ("preview", "export")
+SHARED_KEYS = (
+    "seed_everything",
+    "trainer",
+    "model",
+    "data",
+    "checkpoint",
+    "early_stopping",
+    "resume",
+    "predict_output",
+)
+
+
+@dataclass
+class EarlyStoppingOptions:
+    """Stops when a scalar no longer improves."""
+
+    monitor: str = "val/loss"
+    """Scalar that is watched."""
+    patience: int = 3
+    """Validations without improvement before the run stops."""
+    mode: Literal["min", "max"] = "min"
+    """Whether smaller or larger is better."""
+
+
+@dataclass
+class ResumeOptions:
+    """What a resumed run insists on."""
+
+    allow_other_data: bool = False
+    """Go on although data, template or tokenizer are not those of the checkpoint."""
+
+
+class SFTTrainer(L.Trainer):
+    """Lightning's Trainer with the commands it does not have; LightningCLI makes a subcommand of every method listed
+    there.
+    """
+
+    def preview(
+        self, model: SFTModule, datamodule: SFTDataModule, num_rows: int = 3, output: Literal["rich", "json"] = "rich"
+    ) -> None:
+        """Show rows of the training set as the model will see them.
+
+        Args:
+            model: Not needed.
+            datamodule: Its training rows are shown.
+            num_rows: Rows to show.
+            output: For people (rich) or programs (json).
+        """
+        preview.preview(datamodule.data, num_rows, output)
+
+    def export(
+        self,
+        model: SFTModule,
+        datamodule: SFTDataModule,
+        ckpt_path: str = "last",
+        output_dir: str = "hf",
+        merge_lora: bool = False,
+    ) -> None:
+        """Turn a checkpoint into a Hugging Face directory.
+
+        Args:
+            model: The module that the checkpoint belongs to.
+            datamodule: Its tokenizer and template are exported along.
+            ckpt_path: Checkpoint, or `last`.
+            output_dir: Directory to write.
+            merge_lora: Merge the adapter into the base instead of writing an adapter directory.
+        """
+        exporting.export_checkpoint(self, model, datamodule, ckpt_path, Path(output_dir), merge_lora)
+        log.info("exported: %s", output_dir)
+
+
+class SFTCLI(LightningCLI):
+    """`python -m lit_sft {fit,validate,test,predict,preview,export}`."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's four, and ours."""
+        ours = {name: {"model", "datamodule"} for name in WITHOUT_TRAINER}
+        return {**LightningCLI.subcommands(), **ours}
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        super()._add_subcommands(parser, **kwargs)
+        parsing.OneLineParser.commands = self._subcommand_parsers
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Groups beside trainer, model and data; links, so that nothing is written twice."""
+        parser.add_class_arguments(CheckpointOptions, "checkpoint")
+        parser.add_argument(
+            "--early_stopping", type=EarlyStoppingOptions | None, default=None, help="Stop early; null: never"
+        )
+        parser.add_class_arguments(ResumeOptions, "resume")
+        parser.add_argument(
+            "--predict_output", type=str | None, default=None, help="File of `predict`; null: in the run's folder"
+        )
+        for key in ("model_name_or_path", "revision", "trust_remote_code"):
+            parser.link_arguments(f"model.{key}", f"data.{key}")
+        for target in ("model.seed", "data.seed"):
+            parser.link_arguments("seed_everything", target, compute_fn=int)
+        parser.link_arguments("resume.allow_other_data", "data.allow_other_data")
+
+    def _parse_ckpt_path(self) -> None:
+        """Does nothing: Lightning would let hyper-parameters in the checkpoint overwrite what the user typed."""
+
+    def before_instantiate_classes(self) -> None:
+        """Checks what Lightning would take without a word; finds the checkpoint that is meant."""
+        config = self.config[self.subcommand]
+        if config.trainer.use_distributed_sampler:
+            raise UserError("trainer.use_distributed_sampler must be false: it would shuffle over our own order")
+        root = Path(config.trainer.default_root_dir or ".")
+        self.ckpt_path = parsing.find_checkpoint(config.get("ckpt_path"), root / runs.LOGS, self.subcommand)
+        if "ckpt_path" in config:
+            config.ckpt_path = self.ckpt_path
+        if "weights_only" in config:
+            config.weights_only = True  # never run pickled code
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """The trainer with our callbacks and loggers; a plain CPU one for commands that do not train."""
+        config = self.config_init[self.subcommand]
+        if self.subcommand in WITHOUT_TRAINER:
+            return SFTTrainer(
+                accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False
+            )
+        root = Path(config.trainer.default_root_dir or ".")
+        first_step = (
+            checkpointing.step_of(Path(self.ckpt_path)) if self.ckpt_path and self.subcommand == "fit" else None
+        )
+        callbacks = [
+            runs.RunFolder(self.ckpt_path, first_step, self._save_config),
+            Checkpointer(config.checkpoint),
+            Throughput(),
+            FirstExample(),
+            Answers(),
+            HFExport(),
+            PredictionWriter(config.predict_output),
+        ]
+        if config.early_stopping is not None:
+            stop = config.early_stopping
+            callbacks.append(EarlyStopping(stop.monitor, patience=stop.patience, mode=stop.mode))
+        trainer_config = dict(config.trainer)
+        trainer_config["plugins"] = [*_as_list(trainer_config.get("plugins")), AtomicCheckpointIO()]
+        if trainer_config.get("logger") in (None, True):
+            trainer_config["logger"] = runs.loggers(root)
+        return self._instantiate_trainer({**trainer_config, "default_root_dir": str(root), **kwargs}, callbacks)
+
+    def _save_config(self, path: Path) -> None:
+        """The run's configuration, readable by every command."""
+        config = self.config[self.subcommand].clone()
+        for key in [key for key in vars(config) if key not in SHARED_KEYS]:
+            config.pop(key)
+        self._parser(self.subcommand).save(config, str(path), skip_none=False, overwrite=True, skip_validation=True)
+
+    def before_fit(self) -> None:
+        """Data work, before a process group exists."""
+        self.datamodule.prepare("fit")
+        if self.ckpt_path is not None:
+            log.info("resumed %s at step %s", self.ckpt_path, checkpointing.step_of(Path(self.ckpt_path)))
+
+    def before_validate(self) -> None:
+        """Data work, before a process group exists."""
+        self.datamodule.prepare("validate")
+
+    def before_test(self) -> None:
+        """Data work, before a process group exists."""
+        self.datamodule.prepare("test")
+
+
+def _as_list(value: Any) -> list[Any]:
+    return [] if value is None else value if isinstance(value, list) else [value]
+
+
+def _quiet() -> None:
+    """Our own log lines on the terminal, plain; not Lightning's advice that does not apply here."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO if rank_zero_only.rank == 0 else logging.ERROR)
+    log.propagate = False
+    for pattern in (
+        ".*does not have many workers.*",
+        ".*not resumable.*",
+        ".*is smaller than the logging interval.*",
+        ".*`sync_dist=True`.*",
+    ):
+        warnings.filterwarnings("ignore", pattern)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Runs the command line; what the user can mend ends in one line and exit code 1."""
+    _quiet()
+    strategies.register()
+    try:
+        # Ranks that Lightning starts run this same command line again, so what was expanded stays expanded.
+        sys.argv[1:] = parsing.expand_arguments(sys.argv[1:] if args is None else args)
+        SFTCLI(
+            SFTModule,
+            SFTDataModule,
+            trainer_class=SFTTrainer,
+            trainer_defaults={
+                "precision": "bf16-mixed",
+                "max_epochs": 1,
+                "gradient_clip_val": 1.0,
+                "num_sanity_val_steps": 0,
+                "use_distributed_sampler": False,
+                "log_every_n_steps": 10,
+            },
+            save_config_callback=None,
+            seed_everything_default=42,
+            parser_class=parsing.OneLineParser,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,1 @@
+"""Rows to batches: one stage per file, plain Python, torch and datasets."""

@@ -1,0 +1,117 @@
+"""The global order: which pack is in which optimizer step, whatever the number of ranks, workers and micro-batches.
+
+The permutation depends on (seed, epoch) only. Optimizer step s of an epoch takes its packs [s * G, (s + 1) * G); the
+ranks share
+that slice micro-batch by micro-batch. With G = 8, 2 ranks and micro-batches of 2:
+
+    slice         p0 p1 | p2 p3 | p4 p5 | p6 p7
+    micro-batch     0   |   0   |   1   |   1
+    rank            0   |   1   |   0   |   1
+
+So a position is (epoch, optimizer steps done in it), and holds for any number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from lit_sft.types import UserError
+
+
+@lru_cache(maxsize=2)
+def permutation(num_packs: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+    """The order of all packs in an epoch, [P]."""
+    return np.random.default_rng([seed, epoch]).permutation(num_packs)
+
+
+@dataclass(frozen=True, slots=True)
+class StepOrder:
+    """How P packs fall into optimizer steps, micro-batches and ranks."""
+
+    num_packs: int
+    global_batch_size: int
+    """Packs per optimizer step over all ranks."""
+    micro_batch_size: int
+    """Packs per forward pass on one rank."""
+    world_size: int
+    seed: int
+    shuffle: bool = True
+
+    def __post_init__(self) -> None:
+        per_pass = self.micro_batch_size * self.world_size
+        if self.micro_batch_size < 1 or self.global_batch_size < 1:
+            raise UserError(
+                f"data.micro_batch_size ({self.micro_batch_size}) and data.global_batch_size ({self.global_batch_size}) "
+                "must be at least 1"
+            )
+        if self.global_batch_size % per_pass:
+            raise UserError(
+                f"data.global_batch_size {self.global_batch_size} is not divisible by data.micro_batch_size "
+                f"{self.micro_batch_size} x {self.world_size} devices = {per_pass}: set data.global_batch_size to a multiple "
+                f"of {per_pass}, or lower data.micro_batch_size"
+            )
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches per rank in a full optimizer step."""
+        return self.global_batch_size // (self.micro_batch_size * self.world_size)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps, the last of which may be partial."""
+        return -(-self.num_packs // self.global_batch_size)
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Forward passes of each rank; the same on all."""
+        full, rest = divmod(self.num_packs, self.global_batch_size)
+        return full * self.accumulation + -(-rest // (self.micro_batch_size * self.world_size))
+
+    def packs(self, epoch: int, batch: int, rank: int) -> list[int]:
+        """Packs of one forward pass. Empty where the last step has none left for this rank: it must still take part.
+
+        Args:
+            epoch: Counts from 0.
+            batch: Forward pass of this rank within the epoch, from 0.
+            rank: Rank, from 0.
+        """
+        step, micro = divmod(batch, self.accumulation)
+        start = step * self.global_batch_size + (micro * self.world_size + rank) * self.micro_batch_size
+        end = min(start + self.micro_batch_size, (step + 1) * self.global_batch_size, self.num_packs)
+        if not self.shuffle:
+            return list(range(start, end))
+        return permutation(self.num_packs, self.seed, epoch)[start:end].tolist()
+
+    def batches_in_steps(self, steps: int) -> int:
+        """Forward passes of a rank in the first `steps` optimizer steps of an epoch."""
+        return min(steps * self.accumulation, self.batches_per_epoch)
+
+
+class PositionSampler:
+    """A sampler of (epoch, forward pass) that starts where a run was stopped, without replaying what came before.
+
+    Lightning calls `set_epoch` before each epoch. `len` is the whole epoch, as Lightning's progress counters expect it.
+    """
+
+    def __init__(self, order: StepOrder) -> None:
+        self.order = order
+        self.epoch = 0
+        self.start = (0, 0)
+        """(epoch, optimizer steps done in it) to go on from."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the permutation of the coming epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.order.batches_per_epoch
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        epoch, steps = self.start
+        first = self.order.batches_in_steps(steps) if epoch == self.epoch else 0
+        return ((self.epoch, batch) for batch in range(first, len(self)))

@@ -1,0 +1,168 @@
+"""`Rows`: which rows of which files, in which order. Choosing, splitting and repeating them only changes an index."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from lit_sft.types import UserError
+
+Index = npt.NDArray[np.int64]
+
+
+class Part(Protocol):
+    """The rows of one file, of one split of a data set, or of a built-in task."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the content."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int, /) -> dict[str, Any]: ...
+
+    def where(self, i: int) -> str:
+        """The place of row `i` in words."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """N rows, read one at a time. Forked workers may share it, and it can be pickled."""
+
+    name: str
+    """What the user called it."""
+    parts: tuple[Part, ...]
+    sources: tuple[tuple[str, int], ...]
+    """(name, number of parts) of each member of a mixture, in the order of the parts; one where there is none."""
+    origins: Index
+    """[N] int64: each row's place among the rows of all parts. Copies of a row (weight > 1) have the same."""
+
+    def __len__(self) -> int:
+        """Number of rows N."""
+        return len(self.origins)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        """Row `i`.
+
+        Raises:
+            UserError: It cannot be read; the message does not say where, see `where`.
+        """
+        part, place = self._find(i)
+        return part[place]
+
+    def where(self, i: int) -> str:
+        """The place of row `i`, for messages: `train.jsonl line 12` (from 1) or `alpaca.json row 3` (from 0)."""
+        part, place = self._find(i)
+        return part.where(place)
+
+    def head(self, count: int) -> list[dict[str, Any]]:
+        """Those of the first `count` rows that can be read (what is wrong with the others shows when they are used)."""
+        rows = []
+        for i in range(min(count, len(self))):
+            try:
+                rows.append(self[i])
+            except UserError:
+                continue
+        return rows
+
+    def columns(self) -> list[str]:
+        """Columns of the first 100 rows."""
+        return list({column: None for row in self.head(100) for column in row})
+
+    def source_ids(self) -> Index:
+        """[N] int64: which of `sources` each row comes from."""
+        part_ids = np.searchsorted(self._ends, self.origins, side="right")
+        return np.searchsorted(np.cumsum([parts for _, parts in self.sources]), part_ids, side="right")
+
+    def counts(self) -> list[tuple[str, int]]:
+        """(name, rows) of each source, for the log; copies count."""
+        counted = np.bincount(self.source_ids(), minlength=len(self.sources))
+        return [(name, int(rows)) for (name, _), rows in zip(self.sources, counted, strict=True)]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the content of all parts and of the choice and order of rows."""
+        parts = repr([(part.fingerprint, len(part)) for part in self.parts])
+        return hashlib.sha256(parts.encode() + self.origins.tobytes()).hexdigest()
+
+    @cached_property
+    def _ends(self) -> Index:
+        return np.cumsum([len(part) for part in self.parts], dtype=np.int64)
+
+    def _find(self, i: int) -> tuple[Part, int]:
+        origin = int(self.origins[i])
+        part = int(np.searchsorted(self._ends, origin, side="right"))
+        return self.parts[part], origin - int(self._ends[part]) + len(self.parts[part])
+
+
+def join(name: str, parts: Sequence[Part]) -> Rows:
+    """All rows of the parts, one part behind the other."""
+    return Rows(name, tuple(parts), ((name, len(parts)),), np.arange(sum(map(len, parts)), dtype=np.int64))
+
+
+def mix(name: str, members: Iterable[tuple[Rows, float]], seed: int) -> Rows:
+    """A mixture: each member's rows `weight` times, 2.0 twice and 0.5 half of them (which half depends on the seed).
+
+    The members stay one behind the other, their rows in order; mixing them is up to the order of training.
+    """
+    parts: list[Part] = []
+    sources: list[tuple[str, int]] = []
+    origins: list[Index] = []
+    for number, (rows, weight) in enumerate(members):
+        whole, share = divmod(weight, 1.0)
+        order = np.random.default_rng((seed, number)).permutation(len(rows))
+        some = np.sort(order[: round(share * len(rows))])
+        offset = sum(map(len, parts))
+        origins += [rows.origins + offset] * int(whole) + [rows.origins[some] + offset]
+        parts += rows.parts
+        sources += rows.sources
+    return Rows(name, tuple(parts), tuple(sources), np.concatenate(origins))
+
+
+def subset(rows: Rows, indices: npt.ArrayLike) -> Rows:
+    """The rows at `indices` ([M] integers) in that order; `where` still tells their place in the file."""
+    return replace(rows, origins=rows.origins[np.asarray(indices, dtype=np.int64)])
+
+
+def limit(rows: Rows, count: int) -> Rows:
+    """The first `count` rows (`data.max_samples`); of a mixture these are rows of its first members.
+
+    Raises:
+        UserError: `count` is not positive.
+    """
+    if count < 1:
+        raise UserError(f"`data.max_samples` is {count}, expected at least 1 (or null for all rows)")
+    return subset(rows, np.arange(min(count, len(rows))))
+
+
+def split_rows(n: int, val_size: float, seed: int, origins: Index | None = None) -> tuple[Index, Index]:
+    """Choose validation rows by seed: (training indices, validation indices), both ascending.
+
+    Args:
+        n: Number of rows.
+        val_size: A share between 0 and 1, or a number of rows from 1 up.
+        seed: Decides which.
+        origins: `Rows.origins`: the copies of a row stay on one side, and validation takes only one of them.
+
+    Raises:
+        UserError: `val_size` is out of range or leaves nothing on one side.
+    """
+    distinct, first, copy_of = np.unique(
+        np.arange(n) if origins is None else origins, return_index=True, return_inverse=True
+    )
+    count = round(val_size * len(distinct)) if 0 < val_size < 1 else int(val_size)
+    if isinstance(val_size, bool) or val_size <= 0 or (val_size > 1 and count != val_size):
+        raise UserError(f"`data.val_size` is {val_size}, expected a share between 0 and 1 or a whole number of rows")
+    if not 0 < count < len(distinct):
+        raise UserError(
+            f"`data.val_size: {val_size}` takes {count} of {len(distinct)} rows and leaves nothing on one side"
+        )
+    chosen = np.zeros(len(distinct), dtype=bool)
+    chosen[np.random.default_rng(seed).permutation(len(distinct))[:count]] = True
+    return np.flatnonzero(~chosen[copy_of]), np.sort(first[chosen])

@@ -1,0 +1,288 @@
+"""SFTDataModule: composes the data stages, owns the order of the examples and the position in it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Literal
+
+import lightning as L
+from torch.utils.data import DataLoader, Dataset
+
+from lit_sft.data.cache import ExampleCache
+from lit_sft.data.collate import collate
+from lit_sft.data.packing import Packs, best_fit_decreasing, one_per_pack
+from lit_sft.data.sampling import PositionSampler, StepOrder
+from lit_sft.dataset import SFTData
+from lit_sft.prompts import Asked, prompt_batches
+from lit_sft.types import Batch, Prompts, UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+log = logging.getLogger(__name__)
+
+BUILTIN = "builtin:"
+QUESTIONS = [
+    "Give me an 1-sentence introduction of LLM.",
+    "Calculate 1+1-1",
+    "What's the difference between thread and process?",
+]
+
+
+class MicroBatches(Dataset[Batch]):
+    """Forward passes of one rank, by (epoch, number); holds no state, so workers need none."""
+
+    def __init__(self, cache: ExampleCache, packs: Packs, order: StepOrder, rank: int) -> None:
+        self.cache, self.packs, self.order, self.rank = cache, packs, order, rank
+
+    def __getitem__(self, position: tuple[int, int]) -> Batch:
+        epoch, batch = position
+        packs = self.order.packs(epoch, batch, self.rank)
+        return collate([self.cache[int(index)] for pack in packs for index in self.packs[pack]])
+
+
+class SFTDataModule(L.LightningDataModule):
+    """Conversations in, batches out.
+
+    Args:
+        train: `builtin:NAME`, hub id, file, glob, directory, or a list of {path, name, split, weight}.
+        validation: Likewise; exclusive with `val_size`.
+        val_size: Share (0.1) or rows (200) split off `train`, chosen by seed.
+        test: Likewise, for `test`.
+        predict: Likewise, for `predict`; or a list of questions. null: `questions`.
+        questions: Answered before training, at each validation and after it.
+        format: `auto` decides from the columns.
+        chat_template: null: the tokenizer's own; a .jinja file; inline jinja; or `raw` (prompt and completion as they
+            are).
+        chat_template_kwargs: Passed to the template, in training and for prompts.
+        system_prompt: Put before conversations that have none.
+        column_mapping: {column: our name}, e.g. {question: prompt, answer: completion}.
+        prompt_template: Raw text with {fields}, filled from the row.
+        on_bad_row: What to do with a row that cannot be read.
+        unproved: What to do with a row whose mask cannot be proved.
+        train_on: Which tokens are targets.
+        max_length: Tokens of a row; with packing every row is filled up to it.
+        overlong: What to do with examples longer than `max_length`.
+        packing: Put several examples into a row, without attention across them.
+        micro_batch_size: Rows per forward pass and device.
+        global_batch_size: Rows per optimizer step over all devices; accumulation follows from it.
+        max_samples: Use only the first rows.
+        num_workers: Processes that build batches. `auto`: 0 on a CPU, else 2.
+        cache_dir: Folder of tokenized data. null: `lit_sft` in the user's cache folder.
+        model_name_or_path: Linked from the model: whose tokenizer is used.
+        revision: Linked from the model.
+        trust_remote_code: Linked from the model.
+        seed: Linked from seed_everything: order and split.
+        allow_other_data: Linked from resume: go on although data or template changed.
+    """
+
+    def __init__(
+        self,
+        train: str | list[dict[str, Any]] = "banghua/DL-SFT-Dataset",
+        validation: str | list[dict[str, Any]] | None = None,
+        val_size: int | float | None = None,
+        test: str | list[dict[str, Any]] | None = None,
+        predict: str | list[str] | list[dict[str, Any]] | None = None,
+        questions: list[str] = QUESTIONS,  # noqa: B006 - never mutated
+        format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = "auto",
+        chat_template: str | None = None,
+        chat_template_kwargs: dict[str, Any] = {},  # noqa: B006
+        system_prompt: str | None = None,
+        column_mapping: dict[str, str] | None = None,
+        prompt_template: str | None = None,
+        on_bad_row: Literal["error", "skip"] = "error",
+        unproved: Literal["error", "lenient"] = "error",
+        train_on: Literal["completions", "last_completion", "all"] = "completions",
+        max_length: int = 2048,
+        overlong: Literal["drop", "truncate", "error"] = "drop",
+        packing: bool = True,
+        micro_batch_size: int = 1,
+        global_batch_size: int = 8,
+        max_samples: int | None = None,
+        num_workers: int | Literal["auto"] = "auto",
+        cache_dir: str | None = None,
+        model_name_or_path: str = "Qwen/Qwen3-0.6B-Base",
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        seed: int = 42,
+        allow_other_data: bool = False,
+    ) -> None:
+        options = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        super().__init__()
+        self.options = SimpleNamespace(**options)
+        if validation is not None and val_size is not None:
+            raise UserError("data.validation and data.val_size exclude each other: set one of them to null")
+        if max_length < 2:
+            raise UserError(f"data.max_length is {max_length}, it must be at least 2")
+        self.data = SFTData(self.options)
+        self.orders: dict[str, StepOrder] = {}
+        self.packs: dict[str, Packs] = {}
+        self.sampler: PositionSampler | None = None
+        self.position = (0, 0)
+        """(epoch, optimizer steps done in it) to go on from."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The one tokenizer, of the model."""
+        return self.data.tokenizer
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Stop tokens of template and data."""
+        return self.data.stop_ids
+
+    def prepare(self, stage: str) -> None:
+        """Reads, renders and tokenizes what a stage needs (see `SFTData.prepare`)."""
+        self.data.prepare(stage)
+
+    # ------------------------------------------------------------------ batches
+
+    def setup(self, stage: str) -> None:
+        """Fixes the order of examples for this number of ranks, and with it Lightning's accumulation."""
+        self.prepare(stage)
+        assert self.trainer is not None
+        options, world_size = self.options, self.trainer.world_size
+        for name, cache in self.data.caches.items():
+            lengths = cache.lengths
+            self.packs[name] = (
+                best_fit_decreasing(lengths, options.max_length) if options.packing else one_per_pack(len(lengths))
+            )
+            per_step = options.global_batch_size if name == "train" else options.micro_batch_size * world_size
+            self.orders[name] = StepOrder(
+                len(self.packs[name]),
+                per_step,
+                options.micro_batch_size,
+                world_size,
+                options.seed,
+                shuffle=name == "train",
+            )
+        if stage == "fit":
+            self._setup_fit()
+
+    def _setup_fit(self) -> None:
+        trainer, order, packs = self.trainer, self.orders["train"], self.packs["train"]
+        assert trainer is not None
+        if trainer.accumulate_grad_batches not in (1, order.accumulation):
+            raise UserError(
+                f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}: leave it out, it follows from "
+                "data.global_batch_size / (data.micro_batch_size x devices)"
+            )
+        trainer.accumulate_grad_batches = order.accumulation
+        if self.total_steps < 1:
+            raise UserError(
+                "this run has no optimizer step: check trainer.max_epochs, trainer.max_steps and "
+                "trainer.limit_train_batches"
+            )
+        what = f"{len(packs):,} examples"
+        if self.options.packing:
+            fill = packs.num_tokens(self.data.caches["train"].lengths).mean() / self.options.max_length
+            what = f"{len(packs):,} packs of {self.options.max_length} tokens, filled to {fill:.1%}"
+        log.info(
+            f"train: {what}; {order.steps_per_epoch:,} optimizer steps per epoch of {order.global_batch_size} "
+            f"(micro-batch {order.micro_batch_size} x {order.world_size} devices x accumulation {order.accumulation}); "
+            f"{self.total_steps:,} steps in all"
+        )
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run. Not from `trainer.estimated_stepping_batches`, which breaks resuming
+        (#20550).
+        """
+        trainer, order = self.trainer, self.orders["train"]
+        assert trainer is not None
+        batches, limit = order.batches_per_epoch, trainer.limit_train_batches
+        if limit is not None:
+            batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        steps = -(-batches // order.accumulation)
+        by_epochs = None if trainer.max_epochs in (None, -1) else steps * trainer.max_epochs
+        if trainer.max_steps != -1:
+            return trainer.max_steps if by_epochs is None else min(by_epochs, trainer.max_steps)
+        return steps * 1000 if by_epochs is None else by_epochs
+
+    def train_dataloader(self) -> DataLoader:
+        """Micro-batches of this rank, from the stored position on."""
+        self.sampler = PositionSampler(self.orders["train"])
+        self.sampler.start, self.sampler.epoch = self.position, self.position[0]
+        return self._loader("train", self.sampler)
+
+    def val_dataloader(self) -> DataLoader | list[Any]:
+        """Every validation example once over all ranks."""
+        return self._in_order("validation") if "validation" in self.data.caches else []
+
+    def test_dataloader(self) -> DataLoader:
+        """Every test example once over all ranks."""
+        return self._in_order("test")
+
+    def _in_order(self, name: str) -> DataLoader:
+        return self._loader(name, [(0, batch) for batch in range(self.orders[name].batches_per_epoch)])
+
+    def _loader(self, name: str, sampler: Any) -> DataLoader:
+        assert self.trainer is not None
+        on_cpu = self.trainer.strategy.root_device.type == "cpu"
+        workers = self.options.num_workers
+        dataset = MicroBatches(self.data.caches[name], self.packs[name], self.orders[name], self.trainer.global_rank)
+        return DataLoader(
+            dataset,
+            sampler=sampler,
+            batch_size=None,
+            pin_memory=not on_cpu,
+            num_workers=(0 if on_cpu else 2) if workers == "auto" else workers,
+        )
+
+    # ------------------------------------------------------------------ prompts
+
+    def question_prompts(self) -> list[Prompts]:
+        """`questions`, the same on every rank."""
+        return prompt_batches([(self.data.question(text), None) for text in self.options.questions], self.data.renderer)
+
+    def evaluation_prompts(self, stage: str, num_samples: int) -> list[Prompts]:
+        """The first rows of the validation (test) set without their last answer; this rank's share, as many batches
+        on each.
+        """
+        rows = self.data.rows["validation" if stage == "val" else "test"]
+        return self._prompts(self.data.asked(rows, num_samples))
+
+    def predict_dataloader(self) -> DataLoader:
+        """Prompts of this rank; fillers (index -1) keep the number of batches equal on all ranks."""
+        asked = self.data.asked_by_predict()
+        self.num_predictions = len(asked)
+        return DataLoader(self._prompts(asked), batch_size=None)  # type: ignore[arg-type]
+
+    def _prompts(self, asked: Sequence[Asked]) -> list[Prompts]:
+        assert self.trainer is not None
+        return prompt_batches(asked, self.data.renderer, self.trainer.global_rank, self.trainer.world_size)
+
+    # ------------------------------------------------------------------ position
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the run stands between two optimizer steps, whatever the number of ranks."""
+        assert self.trainer is not None
+        if "train" not in self.orders:
+            return {}
+        order, done = self.orders["train"], self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        epoch, (steps, rest) = self.trainer.current_epoch, divmod(done, order.accumulation)
+        at_end = done >= order.batches_per_epoch
+        assert rest == 0 or at_end, "checkpoints are saved between optimizer steps only"
+        return {
+            "position": [epoch + 1, 0] if at_end else [epoch, steps],
+            "accumulation": order.accumulation,
+            "data": self.data.caches["train"].path.name,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a position.
+
+        Raises:
+            UserError: The data, the template or the tokenizer is not that of the checkpoint.
+        """
+        if "train" not in self.orders:
+            return
+        if state["data"] != self.data.caches["train"].path.name and not self.options.allow_other_data:
+            raise UserError(
+                "the checkpoint was made with other data, template, tokenizer or options that change the examples: "
+                "restore them, or set resume.allow_other_data to true"
+            )
+        self.position = (state["position"][0], state["position"][1])

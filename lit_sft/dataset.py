@@ -1,0 +1,155 @@
+"""SFTData: from the data settings to rows, tokenizer, template and tokenized examples. Plain Python, no Lightning."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from lit_sft import demo
+from lit_sft.build import model_directory
+from lit_sft.data import formats, sources
+from lit_sft.data.cache import ExampleCache
+from lit_sft.data.render import Renderer
+from lit_sft.data.templates import resolve_chat_template
+from lit_sft.data.turns import ChatTemplate
+from lit_sft.model import load
+from lit_sft.prepare import Preparation
+from lit_sft.prompts import Asked
+from lit_sft.types import Conversation, Message, UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from lit_sft.data.sources import Rows
+
+log = logging.getLogger(__name__)
+
+
+class SFTData:
+    """The data of a run.
+
+    Args:
+        options: The arguments of `SFTDataModule`, by name.
+
+    Attributes:
+        rows: Opened data sets by name (`train`, `validation`, `test`).
+        caches: Tokenized data sets by name.
+    """
+
+    def __init__(self, options: SimpleNamespace) -> None:
+        self.options = options
+        self.rows: dict[str, Rows] = {}
+        self.caches: dict[str, ExampleCache] = {}
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The one tokenizer, of the model."""
+        path = model_directory(self.options.model_name_or_path, self.options.revision)
+        return load.load_tokenizer(path, trust_remote_code=self.options.trust_remote_code)
+
+    @cached_property
+    def renderer(self) -> Renderer:
+        """The tokenizer together with the template."""
+        options = self.options
+        text = resolve_chat_template(self.tokenizer, options.chat_template)
+        template = ChatTemplate(self.tokenizer, text, options.chat_template_kwargs, options.unproved)
+        return Renderer(self.tokenizer, template, options.train_on)
+
+    @cached_property
+    def stop_ids(self) -> list[int]:
+        """Stop tokens of the template (from a probe) and of every data set that was prepared."""
+        probe = Conversation((Message("user", "Hello"), Message("assistant", "Hi")))
+        rendered = self.renderer.render([probe], [0])[0]
+        template = set() if isinstance(rendered, UserError) else {i for example in rendered for i in example.stop_ids}
+        return sorted(template.union(*(cache.meta["stop_ids"] for cache in self.caches.values())))
+
+    def prepare(self, stage: str) -> None:
+        """Reads, renders and tokenizes what a stage needs; from the cache where nothing changed.
+
+        The command line calls it before any process group exists, so that no rank times out while one works.
+
+        Args:
+            stage: `fit`, `validate`, `test` or `predict`.
+
+        Raises:
+            UserError: A source, a row or a setting is wrong.
+        """
+        needed = {"fit": ["train", "validation"], "validate": ["validation"], "test": ["test"], "predict": []}[stage]
+        # a validation set that is split off needs the training rows
+        self._open_rows(["train", *needed] if "validation" in needed and self.options.val_size is not None else needed)
+        for name in needed:
+            if name in self.rows and name not in self.caches:
+                rows = self.rows[name]
+                self.caches[name] = self.preparation(rows).cached(rows, self._cache_dir(), name)
+                self.__dict__.pop("stop_ids", None)  # the property is computed anew
+        if stage in ("validate", "test") and needed[0] not in self.caches:
+            either = " or data.val_size" if stage == "validate" else ""
+            raise UserError(f"data.{needed[0]}{either} is not set: `{stage}` has nothing to evaluate")
+
+    def _open_rows(self, names: Sequence[str]) -> None:
+        options = self.options
+        for name in names:
+            spec = getattr(options, name)
+            if spec is None or name in self.rows:
+                continue
+            rows = sources.open_rows(spec, split=name, key=f"data.{name}", **self._source_options())
+            self.rows[name] = rows if options.max_samples is None else sources.limit(rows, options.max_samples)
+            if name == "train" and options.val_size is not None:
+                rows = self.rows["train"]
+                train, validation = sources.split_rows(len(rows), options.val_size, options.seed, rows.origins)
+                self.rows |= {"train": sources.subset(rows, train), "validation": sources.subset(rows, validation)}
+
+    def open(self, name: str) -> Rows:
+        """The rows of one data set.
+
+        Raises:
+            UserError: It is not set.
+        """
+        self._open_rows([name])
+        if name not in self.rows:
+            raise UserError(f"data.{name} is not set")
+        return self.rows[name]
+
+    def preparation(self, rows: Rows) -> Preparation:
+        """How the rows of a data set become examples, its format decided."""
+        options = self.options
+        format = options.format
+        if format == "auto":
+            first = rows.head(20)
+            format, reason = formats.detect_format(first, options.column_mapping, options.prompt_template)
+            log.info("%s: format %s (%s)", rows.name, format, reason)
+        keys = ("column_mapping", "prompt_template", "system_prompt", "on_bad_row", "max_length", "overlong")
+        return Preparation(self.renderer, format, **{key: getattr(options, key) for key in keys})
+
+    def _source_options(self) -> dict[str, Any]:
+        return {"builtin": demo.rows, "seed": self.options.seed, "cache_dir": self._cache_dir() / "sources"}
+
+    def _cache_dir(self) -> Path:
+        if self.options.cache_dir is not None:
+            return Path(self.options.cache_dir).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "lit_sft"
+
+    def question(self, text: str) -> Conversation:
+        """A question as the model is asked it."""
+        system = self.options.system_prompt
+        return Conversation((*([Message("system", system)] if system else []), Message("user", text)))
+
+    def asked_by_predict(self) -> list[Asked]:
+        """What `predict` answers: `data.predict`, or else `data.questions`."""
+        spec = self.options.questions if self.options.predict is None else self.options.predict
+        if isinstance(spec, list) and all(isinstance(text, str) for text in spec):
+            return [(self.question(text), None) for text in spec]
+        rows = sources.open_rows(spec, split="test", key="data.predict", **self._source_options())
+        return self.asked(rows, self.options.max_samples)
+
+    def asked(self, rows: Rows, count: int | None) -> list[Asked]:
+        """The first `count` rows (None: all) without their last answer, and that answer."""
+        preparation = self.preparation(rows)
+        count = len(rows) if count is None else min(count, len(rows))
+        conversations = (preparation.conversation(rows, index, need_answer=False) for index in range(count))
+        return [formats.conversation_to_prompt(conversation) for conversation in conversations]

@@ -1,0 +1,299 @@
+"""Which weights are trained: LoRA and its relatives through peft, or a part of the model chosen by name."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_sft.types import UserError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+_INIT = re.compile(r"gaussian|orthogonal|olora|pissa|pissa_niter_\d+")
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters (arXiv:2106.09685), with the names that peft gives to the same things."""
+
+    r: int = 8
+    """Rank of the update: an adapted [out, in] matrix gets r * (out + in) trained numbers."""
+    lora_alpha: int = 8
+    """The update is scaled by lora_alpha / r (with `use_rslora` by lora_alpha / sqrt(r))."""
+    lora_dropout: float = 0.0
+    """Share of the inputs of an adapter that is dropped in training, in [0, 1)."""
+    target_modules: str | list[str] = "all-linear"
+    """`all-linear`: every linear layer but the head; or names such as [q_proj, v_proj]; or one regular expression."""
+    exclude_modules: str | list[str] | None = None
+    """Names, or one regular expression, of modules that are left out although `target_modules` names them."""
+    modules_to_save: list[str] | None = None
+    """Modules that are trained whole and saved with the adapter, such as [embed_tokens, lm_head]."""
+    layers_to_transform: list[int] | None = None
+    """Numbers of the decoder layers to adapt, from 0; all where null. Needs `target_modules` as a list."""
+    use_rslora: bool = False
+    """Rank-stabilized scaling (arXiv:2312.03732)."""
+    use_dora: bool = False
+    """Direction and magnitude are trained apart (arXiv:2402.09353): better at low rank, slower."""
+    init_lora_weights: bool | str = True
+    """true: random A, zero B. Or gaussian, orthogonal, olora, pissa (arXiv:2404.02948), pissa_niter_N (faster SVD)."""
+
+    def __post_init__(self) -> None:
+        if self.r <= 0:
+            raise UserError(f"model.lora.r is {self.r}; set a rank of at least 1, or model.lora to null for no adapter")
+        if self.lora_alpha <= 0:
+            raise UserError(f"model.lora.lora_alpha is {self.lora_alpha}; set a positive number, often r or 2 * r")
+        if not 0 <= self.lora_dropout < 1:
+            raise UserError(f"model.lora.lora_dropout is {self.lora_dropout}; set a share from 0 to below 1")
+        if not self.target_modules:
+            raise UserError("model.lora.target_modules is empty; set all-linear or a list of module names")
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+            raise UserError("model.lora.layers_to_transform needs model.lora.target_modules as a list of module names")
+        if isinstance(self.init_lora_weights, str) and not _INIT.fullmatch(self.init_lora_weights):
+            raise UserError(
+                f"model.lora.init_lora_weights is {self.init_lora_weights!r}; set true, false, gaussian, orthogonal, "
+                "olora, pissa or pissa_niter_N"
+            )
+
+
+def apply_lora(model: PreTrainedModel, config: LoraConfig, *, seed: int = 0) -> PeftModel:
+    """Freezes the model and puts trainable fp32 adapters into it.
+
+    The random numbers depend on `seed` alone, and the caller's random state stays as it was. Activation checkpointing
+    must be the non-reentrant one: its gradients reach adapters over a frozen embedding without further preparation.
+
+    Raises:
+        UserError: If a name in the config fits no module of the model.
+    """
+    from peft import LoraConfig as PeftLoraConfig
+    from peft import get_peft_model
+
+    _check_names(model, config)
+    tied = model.config.get_text_config().tie_word_embeddings
+    if tied and _embeddings_among(model, config.target_modules):
+        # One weight, adapted as two: merging would add both updates to it.
+        raise UserError(
+            "model.lora.target_modules names the embedding or the head, which share one weight in this model; "
+            "put them into model.lora.modules_to_save instead"
+        )
+    tying = tied and _embeddings_among(model, config.modules_to_save or [])
+    try:
+        peft_config = PeftLoraConfig(task_type="CAUSAL_LM", ensure_weight_tying=tying, **asdict(config))
+        with _own_random_state(model, seed), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="fan_in_fan_out")  # peft corrects it by itself
+            warnings.filterwarnings("ignore", category=FutureWarning)  # between peft and transformers
+            adapted = get_peft_model(model, peft_config)
+    except ValueError as error:
+        raise UserError(f"model.lora: {_first_line(error)}") from error
+    _train_in_fp32(adapted)
+    return adapted
+
+
+def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The trained tensors only, by parameter name: what a checkpoint needs where the rest is the unchanged base."""
+    return {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
+
+
+@torch.no_grad()
+def load_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Puts back what `adapter_state_dict` returned.
+
+    Raises:
+        UserError: If names or shapes differ from what is trained in `model`.
+    """
+    own = adapter_state_dict(model)
+    if strangers := sorted(own.keys() ^ state.keys()):
+        raise UserError(
+            f"the checkpoint holds {len(state)} trained tensors and the model {len(own)}; {strangers[0]} is in one of "
+            "them only: set model.lora and model.trainable as they were in training"
+        )
+    for name, value in state.items():
+        if own[name].shape != value.shape:
+            raise UserError(
+                f"{name} is {list(value.shape)} in the checkpoint and {list(own[name].shape)} in the model: set "
+                "model.lora.r and model.model_name_or_path as they were in training"
+            )
+        own[name].copy_(value)
+
+
+def is_adapter_dir(path: str) -> bool:
+    """Whether the directory holds an adapter in peft's format."""
+    return (Path(path) / "adapter_config.json").is_file()
+
+
+def load_adapter(model: PreTrainedModel, path: str, *, trainable: bool = False) -> PeftModel:
+    """Loads an adapter directory over its base model.
+
+    Raises:
+        UserError: If the adapter does not fit the model.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import SafetensorError, safe_open
+
+    weights = Path(path) / "adapter_model.safetensors"
+    if not is_adapter_dir(path) or not weights.is_file():
+        raise UserError(f"{path} is no adapter directory (adapter_config.json and adapter_model.safetensors)")
+    try:
+        with safe_open(weights, framework="pt") as file:
+            saved = set(file.keys())
+        adapted = PeftModel.from_pretrained(model, path, is_trainable=trainable)
+    except (RuntimeError, ValueError, SafetensorError) as error:
+        raise UserError(
+            f"the adapter {path} does not fit the base {model.name_or_path}: {_first_line(error)}"
+        ) from error
+    # peft only warns where the model has a place that the file does not fill.
+    expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    if saved != expected:
+        raise UserError(
+            f"the adapter {path} belongs to another base than {model.name_or_path}: its tensors have other names"
+        )
+    if trainable:
+        _train_in_fp32(adapted)
+    return adapted
+
+
+@torch.no_grad()
+def merge(model: PeftModel, probe_ids: Tensor | None = None) -> PreTrainedModel:
+    """Adds the adapters to the weights and returns the plain model; `model` is used up.
+
+    The sums are made in fp32, one layer at a time, and rounded once to the type of the base.
+
+    Args:
+        model: An adapted model that is not quantized.
+        probe_ids: [B, T] token ids without padding; where given, the logits before and after must agree up to rounding.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    before = None if probe_ids is None else _logits(model, probe_ids)
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            weight: Any = module.get_base_layer().weight
+            dtype = weight.dtype
+            weight.data = weight.data.float()
+            module.merge(safe_merge=True)
+            weight.data = weight.data.to(dtype)
+        elif isinstance(module, ModulesToSaveWrapper):
+            dtype = module.original_module.weight.dtype
+            module.modules_to_save.to(dtype)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="All adapters are already merged")
+        merged: PreTrainedModel = model.merge_and_unload()
+    if before is not None and probe_ids is not None:
+        error = merge_error(before, _logits(merged, probe_ids))
+        limit = 1e-4 if dtype == torch.float32 else 0.1
+        if not error <= limit:
+            raise UserError(f"merging changes the logits by {error:.2g} of their size; rounding explains {limit:g}")
+    return merged
+
+
+def merge_error(before: Tensor, after: Tensor) -> float:
+    """The largest difference of two [B, T, V] logits, as a share of the largest logit."""
+    before, after = before.float(), after.float()
+    return float((after - before).abs().max() / before.abs().max())
+
+
+def set_trainable(model: nn.Module, patterns: Iterable[str]) -> None:
+    """Trains the parameters whose name one of the regular expressions finds, and freezes all others.
+
+    Raises:
+        UserError: If an expression finds nothing or does not compile.
+    """
+    # A tied weight has several names, and each of them may be asked for.
+    named = list(model.named_parameters(remove_duplicate=False))
+    for _, parameter in named:
+        parameter.requires_grad_(False)
+    for pattern in patterns:
+        found = [parameter for name, parameter in named if _compiled(pattern, "model.trainable").search(name)]
+        if not found:
+            examples = ", ".join(name for name, _ in named[:: max(1, len(named) // 4)])
+            raise UserError(f"model.trainable: {pattern!r} matches no parameter; there are names such as {examples}")
+        for parameter in found:
+            parameter.requires_grad_(True)
+
+
+def _check_names(model: PreTrainedModel, config: LoraConfig) -> None:
+    """Refuses names that fit nothing: for peft it is enough if one target of a list is found."""
+    from transformers.pytorch_utils import Conv1D
+
+    names = [name for name, _ in model.named_modules()]
+    linear = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)})
+    for key in ("target_modules", "exclude_modules", "modules_to_save"):
+        wanted = getattr(config, key)
+        if wanted is None or wanted == "all-linear":
+            continue
+        if isinstance(wanted, str):
+            unknown = [] if any(_compiled(wanted, f"model.lora.{key}").fullmatch(name) for name in names) else [wanted]
+        else:
+            unknown = [w for w in wanted if not any(f".{name}".endswith(f".{w}") for name in names)]
+        if unknown:
+            raise UserError(f"model.lora.{key}: no module is named {unknown[0]}; linear modules: {', '.join(linear)}")
+    layers = model.config.get_text_config().num_hidden_layers
+    for number in config.layers_to_transform or []:
+        if not 0 <= number < layers:
+            raise UserError(f"model.lora.layers_to_transform: there is no layer {number}, only 0 to {layers - 1}")
+
+
+def _embeddings_among(model: Any, wanted: str | list[str]) -> bool:
+    """Whether input or output embedding are among the named modules (`all-linear` leaves both out)."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    names = [name for name, module in model.named_modules() if any(module is end for end in ends)]
+    if isinstance(wanted, str):
+        return wanted != "all-linear" and any(re.fullmatch(wanted, name) for name in names)
+    return any(f".{name}".endswith(f".{w}") for name in names for w in wanted)
+
+
+def _train_in_fp32(model: PeftModel) -> None:
+    """Lifts what is trained to fp32, where small updates are not lost; peft does so for its own matrices only."""
+    from peft.utils import ModulesToSaveWrapper
+
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    for wrapper in model.modules():
+        if isinstance(wrapper, ModulesToSaveWrapper) and wrapper.original_module.weight.dtype != torch.float32:
+            for module in wrapper.modules_to_save.values():
+                _cast_around(module, wrapper.original_module.weight.dtype)
+
+
+def _cast_around(module: nn.Module, dtype: torch.dtype) -> None:
+    """Lets an fp32 module work between modules of another type, also without autocast."""
+
+    def to_module(module: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(x.to(module.weight.dtype) if x.is_floating_point() else x for x in inputs)
+
+    module.register_forward_pre_hook(to_module)
+    module.register_forward_hook(lambda module, inputs, output: output.to(dtype))
+
+
+@contextmanager
+def _own_random_state(model: nn.Module, seed: int) -> Iterator[None]:
+    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
+    with torch.random.fork_rng(devices=list(devices)):
+        torch.manual_seed(seed)
+        yield
+
+
+def _compiled(pattern: str, key: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"{key}: {pattern!r} is no regular expression: {error}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
+
+
+def _logits(model: nn.Module, input_ids: Tensor) -> Tensor:
+    logits: Tensor = model.eval()(input_ids=input_ids, use_cache=False).logits
+    return logits

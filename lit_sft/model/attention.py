@@ -1,0 +1,201 @@
+"""Packed attention: examples that lie end to end in a row see only themselves, at the cost of the sum of their squares.
+
+Letters: B rows, H heads, T tokens, K head dimension, S examples.
+
+    lengths 3 2        a b c d e
+                     a x . . . .
+                     b x x . . .        one causal square per example; nothing outside the squares is computed
+                     c x x x . .
+                     d . . . x .
+                     e . . . x x
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
+
+PACKED = "lit_sft_packed"
+"""Name under which `packed_attention` is known to transformers."""
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    segment_lengths: tuple[int, ...] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention in transformers' interface; without `segment_lengths` (generation, say) it is the library's own SDPA.
+
+    Args:
+        module: The attention layer.
+        query: [1, H, T, K].
+        key: [1, H_kv, T, K].
+        value: [1, H_kv, T, K].
+        attention_mask: Given only outside of training; then `segment_lengths` must be None.
+        dropout: Probability.
+        scaling: Factor on the scores; None is 1 / sqrt(K).
+        sliding_window: Tokens that a position sees, itself included.
+        segment_lengths: S lengths of the examples in the row, sum T.
+        **kwargs: What other implementations need.
+
+    Returns:
+        [1, T, H, K] and None in place of the weights.
+    """
+    if segment_lengths is None or attention_mask is not None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            sliding_window=sliding_window,
+            **kwargs,
+        )
+    if query.is_cuda and query.dtype != torch.float32 and not dropout:
+        return _varlen(query, key, value, segment_lengths, scaling, sliding_window), None
+    outs = []
+    start = 0
+    for length in segment_lengths:
+        part = slice(start, start + length)
+        start += length
+        mask = _window_mask(length, sliding_window, query.device)
+        outs.append(
+            F.scaled_dot_product_attention(
+                query[:, :, part],
+                key[:, :, part],
+                value[:, :, part],
+                attn_mask=mask,
+                dropout_p=dropout,
+                is_causal=mask is None,
+                scale=scaling,
+                enable_gqa=query.shape[1] != key.shape[1],
+            ).transpose(1, 2)
+        )
+    return torch.cat(outs, dim=1), None
+
+
+def _window_mask(length: int, sliding_window: int | None, device: torch.device) -> Tensor | None:
+    """[length, length] True where attention is allowed; None where plain causal attention is the same."""
+    if sliding_window is None or length <= sliding_window:
+        return None
+    position = torch.arange(length, device=device)
+    distance = position[:, None] - position[None, :]
+    return (distance >= 0) & (distance < sliding_window)
+
+
+def _varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: tuple[int, ...],
+    scaling: float | None,
+    sliding_window: int | None,
+) -> Tensor:
+    """Torch's own variable-length flash attention (CUDA, 16 bit): [1, H, T, K] -> [1, T, H, K]."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    bounds = (
+        torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32).to(query.device, non_blocking=True)
+    )
+    window = (-1 if sliding_window is None else sliding_window - 1, 0)
+    out = varlen_attn(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        bounds,
+        bounds,
+        max(lengths),
+        max(lengths),
+        scale=scaling,
+        window_size=window,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    assert isinstance(out, Tensor)
+    return out[None]
+
+
+def _packed_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+    """No mask for packed rows (the lengths say it all); for padded prompts what SDPA would get."""
+    if attention_mask is None:
+        return None
+    from transformers.masking_utils import sdpa_mask
+
+    return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+
+
+def register() -> None:
+    """Makes `PACKED` a name that `attn_implementation` accepts."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(PACKED, packed_attention)
+    AttentionMaskInterface.register(PACKED, _packed_mask)
+
+
+def choose(config: Any, requested: str) -> str:
+    """The implementation for a model: what was asked for, or with `auto` packed attention where the scores allow it.
+
+    Args:
+        config: The model's config.
+        requested: `model.attn_implementation`.
+
+    Returns:
+        A name for `attn_implementation`. Soft-capped scores are only exact in `eager`, with transformers' own mask for
+        packs.
+    """
+    if requested != "auto":
+        return requested
+    text_config = config.get_text_config()
+    if getattr(text_config, "attn_logit_softcapping", None) or text_config.model_type == "gpt_oss":  # capped, or sinks
+        log.warning(
+            "%s needs scores that SDPA cannot compute: attention falls back to `eager`.", text_config.model_type
+        )
+        return "eager"
+    register()
+    return PACKED
+
+
+@torch.no_grad()
+def packs_are_exact(lm: PreTrainedModel) -> bool:
+    """Whether a row of two examples gives each the hidden states it has alone (state-space layers, say, do not)."""
+    device = lm.get_input_embeddings().weight.device
+    vocab_size = lm.config.get_text_config().vocab_size
+    lengths = (5, 7)
+    input_ids = torch.arange(3, 3 + sum(lengths), device=device)[None] % vocab_size
+    position_ids = torch.cat([torch.arange(n, device=device) for n in lengths])[None]
+    was_training = lm.training
+    lm.eval()
+    try:
+        packed = lm.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False, segment_lengths=lengths)
+    except TypeError:  # an architecture that hands no keyword arguments down to its layers
+        lm.train(was_training)
+        return False
+    alone = lm.base_model(
+        input_ids=input_ids[:, lengths[0] :],
+        position_ids=position_ids[:, lengths[0] :],
+        use_cache=False,
+        segment_lengths=lengths[1:],
+    )
+    lm.train(was_training)
+    ours, expected = packed.last_hidden_state[:, lengths[0] :].float(), alone.last_hidden_state.float()
+    tolerance = 1e-4 if alone.last_hidden_state.dtype == torch.float32 else 5e-2
+    return torch.allclose(ours, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))

@@ -1,0 +1,194 @@
+"""Prompts -> completions, many at a time, greedy by default.
+
+Letters: B prompts, T tokens of the longest prompt, R answers per prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lit_sft.types import UserError
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass
+class GenerationOptions:
+    """How answers are written. Greedy means greedy: nothing is taken from the model's own generation config."""
+
+    max_new_tokens: int = 100
+    """An answer ends here at the latest."""
+    do_sample: bool = False
+    """false: the most likely token each time. true: tokens are drawn, as the options below say."""
+    temperature: float = 1.0
+    """Logits are divided by it before a token is drawn."""
+    top_p: float = 1.0
+    """Only the most likely tokens that together have this probability are drawn from."""
+    top_k: int | None = None
+    """Only so many of the most likely tokens are drawn from; null for all."""
+    num_return_sequences: int = 1
+    """Answers per prompt."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UserError(f"model.generation.max_new_tokens is {self.max_new_tokens}; set it to at least 1")
+        if self.temperature <= 0:
+            raise UserError(
+                f"model.generation.temperature is {self.temperature}; set a positive number, or do_sample to false for "
+                "the most likely answer"
+            )
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"model.generation.top_p is {self.top_p}; set a share above 0 and up to 1")
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"model.generation.top_k is {self.top_k}; set it to at least 1, or to null for all tokens")
+        if self.num_return_sequences < 1:
+            raise UserError(f"model.generation.num_return_sequences is {self.num_return_sequences}; set at least 1")
+        sampling = [name for name in _SAMPLING if getattr(self, name) != getattr(type(self), name)]
+        if sampling and not self.do_sample:
+            raise UserError(f"model.generation.{sampling[0]} has no effect on greedy answers; set do_sample to true")
+
+
+_SAMPLING = ("temperature", "top_p", "top_k", "num_return_sequences")
+
+
+def left_pad(prompt_ids: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Makes prompts one rectangle that ends where the answers begin.
+
+    Args:
+        prompt_ids: B lists of token ids, none of them empty.
+        pad_id: Id of the filling; what it is does not matter, as nothing looks at it.
+
+    Returns:
+        input_ids [B, T] and attention_mask [B, T], both int64; the mask is 0 on the padding.
+    """
+    assert prompt_ids and all(prompt_ids)
+    width = max(map(len, prompt_ids))
+    input_ids = torch.tensor([[pad_id] * (width - len(ids)) + list(ids) for ids in prompt_ids])
+    attention_mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids])
+    return input_ids, attention_mask
+
+
+@torch.no_grad()
+def generate(
+    lm: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    *,
+    options: GenerationOptions,
+    stop_ids: Sequence[int],
+    pad_id: int,
+    synced: bool = False,
+    entry: Callable[..., Tensor] | None = None,
+) -> list[list[int]]:
+    """Completes a batch of prompts; in fp32 each text is what the prompt alone would give.
+
+    The model may be in the middle of training: modes and settings are put back as they were.
+
+    Args:
+        lm: Causal LM on the device of the inputs; adapters have to be inside it, not around it.
+        input_ids: [B, T] int64, padded on the left.
+        attention_mask: [B, T] int64, 0 on the padding.
+        options: Length and sampling.
+        stop_ids: An answer ends with the first of these ids.
+        pad_id: Id that fills answers which end early.
+        synced: Set where all ranks share the weights (sharding): a rank that is done keeps calling the model until the
+            last one is.
+        entry: Called in place of `lm.generate`, with the same arguments: where the weights are sharded, the method of
+            the wrapper that gathers them.
+
+    Returns:
+        B * R lists of new ids, the R answers of a prompt together, each up to and including its stop id.
+
+    Raises:
+        UserError: If a prompt leaves no room for the answer in the model's context.
+    """
+    _check_room(lm, int(attention_mask.sum(1).max()), options.max_new_tokens)
+    run: Callable[..., Tensor] = entry if entry is not None else lm.generate  # type: ignore[assignment]
+    with _ready_to_generate(lm):
+        output = run(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            generation_config=_generation_config(options, stop_ids, pad_id),
+            synced_gpus=synced,
+        )
+    stops = set(stop_ids)
+    return [_up_to_stop(ids, stops) for ids in output[:, input_ids.shape[1] :].tolist()]
+
+
+def decode_completion(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stop_ids: Sequence[int]) -> str:
+    """The text of an answer, without its stop token and without special tokens."""
+    ended = bool(ids) and ids[-1] in set(stop_ids)
+    text = tokenizer.decode(
+        list(ids[:-1] if ended else ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    assert isinstance(text, str)
+    return text
+
+
+def _check_room(lm: PreTrainedModel, prompt_length: int, max_new_tokens: int) -> None:
+    context = getattr(lm.config.get_text_config(), "max_position_embeddings", None)  # recurrent models have no limit
+    if context is not None and prompt_length + max_new_tokens > context:
+        raise UserError(
+            f"a prompt of {prompt_length} tokens and model.generation.max_new_tokens {max_new_tokens} exceed the "
+            f"model's context of {context} tokens: shorten the prompt or set a smaller max_new_tokens"
+        )
+
+
+def _generation_config(options: GenerationOptions, stop_ids: Sequence[int], pad_id: int) -> GenerationConfig:
+    sampling: dict[str, Any] = {}
+    if options.do_sample:
+        sampling = dict(
+            temperature=options.temperature,
+            top_p=options.top_p,
+            top_k=options.top_k or 0,
+            num_return_sequences=options.num_return_sequences,
+        )
+    return _new_generation_config(
+        max_new_tokens=options.max_new_tokens,
+        do_sample=options.do_sample,
+        eos_token_id=list(stop_ids) or None,
+        pad_token_id=pad_id,
+        use_cache=True,
+        **sampling,
+    )
+
+
+@contextmanager
+def _ready_to_generate(lm: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode, no inherited generation settings, no autocast; everything is put back afterwards.
+
+    Evaluation mode also switches gradient checkpointing off, which would forbid the cache of keys and values. Autocast
+    would cast every weight again for every token; without it the weights are used in the type they are stored in, which
+    for fp32 weights is exact.
+    """
+    # `generate` fills what a config leaves open from this one: repetition penalties, say, or a length.
+    own_generation_config = lm.generation_config
+    training = [module for module in lm.modules() if module.training]
+    lm.generation_config = _new_generation_config()
+    lm.train(False)
+    try:
+        with torch.autocast(lm.device.type, enabled=False):
+            yield
+    finally:
+        lm.generation_config = own_generation_config
+        for module in training:
+            module.training = True
+
+
+def _new_generation_config(**settings: Any) -> GenerationConfig:
+    from transformers import GenerationConfig
+
+    make: Callable[..., GenerationConfig] = GenerationConfig
+    return make(**settings)
+
+
+def _up_to_stop(ids: list[int], stops: set[int]) -> list[int]:
+    end = next((i + 1 for i, token_id in enumerate(ids) if token_id in stops), len(ids))
+    return ids[:end]

@@ -1,0 +1,299 @@
+"""Directory or hub id -> model and tokenizer, through plain transformers."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from lit_sft.types import UserError
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+HUB_TIMEOUT_SECONDS = 3.0
+"""How long the hub may take to say whether it has a model, before the local cache is asked instead."""
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+# No pickles, which can run code when loaded, and no sub-folders, which hold other formats of the same weights.
+_DOWNLOAD = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
+_DO_NOT_DOWNLOAD = ["*/*", "consolidated*.safetensors"]
+
+
+def resolve(
+    name_or_path: str,
+    *,
+    revision: str | None = None,
+    key: str = "model.model_name_or_path",
+    allow_adapter: bool = False,
+) -> str:
+    """Turns what the user named into the path of a local directory, before anything slow starts.
+
+    Without a hub the libraries retry for most of a minute in every call; here the hub is asked once, then the cache.
+
+    Args:
+        name_or_path: A directory or a hub id.
+        revision: Branch, tag or commit of a hub id.
+        key: The configuration key that holds `name_or_path`, for messages.
+        allow_adapter: Whether a directory that holds only an adapter will do.
+
+    Raises:
+        UserError: If there is no such model, or if it could not be had.
+    """
+    if not name_or_path:
+        raise UserError(f"{key} is empty: set it to a model directory or a hub id")
+    local = Path(name_or_path).expanduser()
+    if local.exists():
+        _check_model_directory(local, key, allow_adapter)
+        return str(local)
+    if not _HUB_ID.fullmatch(name_or_path) or name_or_path.startswith("."):
+        raise UserError(f"{key}: there is no directory {name_or_path}; set it to an existing directory or to a hub id")
+    directory = Path(_fetch(name_or_path, revision, key))
+    _check_model_directory(directory, key, allow_adapter)
+    return str(directory)
+
+
+def load_config(path: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """Reads the model's configuration.
+
+    Raises:
+        UserError: If transformers cannot make sense of it.
+    """
+    from transformers import AutoConfig
+
+    options: dict[str, Any] = dict(trust_remote_code=trust_remote_code, local_files_only=True, **_gguf_arguments(path))
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(path, **options)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: the model's config cannot be read: {_reason(error)}") from error
+    return config
+
+
+def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer; where it has no pad token, eos serves (masks go by position, so this harms nothing).
+
+    Raises:
+        UserError: If there is no tokenizer, or if it has neither a pad nor an eos token.
+    """
+    from transformers import AutoTokenizer
+
+    gguf = {} if (Path(path) / "tokenizer.json").is_file() else _gguf_arguments(path)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            path, trust_remote_code=trust_remote_code, local_files_only=True, **gguf
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: the tokenizer cannot be loaded: {_reason(error)}") from error
+    if gguf:  # transformers 5.17 takes a GGUF's bos for its eos
+        eos_id = load_config(path).eos_token_id
+        tokenizer.eos_token = None if eos_id is None else tokenizer.convert_ids_to_tokens(eos_id)
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise UserError(f"{path}: the tokenizer has neither a pad nor an eos token; set one in its config")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(
+    path: str,
+    *,
+    init: Literal["pretrained", "random"],
+    dtype: torch.dtype,
+    attn_implementation: str,
+    trust_remote_code: bool = False,
+    seed: int,
+) -> PreTrainedModel:
+    """Loads the causal LM, or builds it with random weights from its config.
+
+    Random weights depend on `seed` only (drawn on the CPU, so that every device gets the same), and the caller's random
+    state stays as it was. The model comes in training mode.
+
+    Args:
+        path: What `resolve` returned.
+        init: `pretrained` reads safetensors or one GGUF file (dequantized), `random` needs the config only.
+        dtype: The type the weights are stored in.
+        attn_implementation: As transformers names it: `sdpa`, `eager`, `flash_attention_2` or a registered function.
+        trust_remote_code: Whether Python files beside the weights may be run.
+        seed: Seed of the random weights.
+
+    Raises:
+        UserError: If this is no causal LM, or if its weights cannot be read.
+    """
+    config = load_config(path, trust_remote_code=trust_remote_code)
+    _check_causal(config, path)
+    arguments = dict(dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code)
+    try:
+        model = _random_model(config, arguments, seed) if init == "random" else _pretrained_model(path, arguments)
+    except (ImportError, ValueError) as error:
+        if isinstance(error, UserError) or ("attn_implementation" not in str(error) and "Flash" not in str(error)):
+            raise
+        raise UserError(f"model.attn_implementation {attn_implementation!r}: {_reason(error)}") from error
+    model.train()
+    return model
+
+
+def stop_token_ids(
+    tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None, extra: Iterable[int] = ()
+) -> list[int]:
+    """Every id that ends an answer: eos of tokenizer and generation config, and `extra` (ends of turn); sorted."""
+    stops = {int(token_id) for token_id in extra}
+    if tokenizer.eos_token_id is not None:
+        stops.add(int(tokenizer.eos_token_id))
+    eos = None if generation_config is None else generation_config.eos_token_id
+    if eos is not None:
+        stops.update([eos] if isinstance(eos, int) else map(int, eos))
+    return sorted(stops)
+
+
+def _fetch(repo_id: str, revision: str | None, key: str) -> str:
+    """The local snapshot of a hub id: fetched if the hub answers, from the cache if it does not."""
+    from huggingface_hub import errors, snapshot_download
+
+    unreachable = _ask_hub(repo_id, revision, key)
+    try:
+        return snapshot_download(
+            repo_id,
+            revision=revision,
+            allow_patterns=_DOWNLOAD,
+            ignore_patterns=_DO_NOT_DOWNLOAD,
+            local_files_only=unreachable is not None,
+        )
+    except errors.GatedRepoError as error:
+        raise UserError(
+            f"{key}: access to {repo_id} is gated; accept its conditions on the hub and log in with `hf auth login`"
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        raise UserError(
+            f"{key}: {repo_id} is neither a local directory nor complete in the local cache, and the hub cannot be "
+            f"reached ({unreachable or _reason(error)}); set {key} to a local model directory"
+        ) from error
+    except Exception as error:  # the HTTP library differs between versions, and so do its errors
+        raise UserError(f"{key}: the download of {repo_id} failed ({_reason(error)}); try again") from error
+
+
+def _ask_hub(repo_id: str, revision: str | None, key: str) -> str | None:
+    """Asks the hub once. None: it has the model; a text: why it could not be asked; no such model raises."""
+    from huggingface_hub import HfApi, errors
+
+    answer: list[Exception | None] = []
+
+    def ask() -> None:
+        try:
+            HfApi().model_info(repo_id, revision=revision, timeout=HUB_TIMEOUT_SECONDS)
+            answer.append(None)
+        except Exception as error:
+            answer.append(error)
+
+    # The timeout of an HTTP library covers neither name resolution nor the second address of a host: hence the thread.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(HUB_TIMEOUT_SECONDS + 0.5)
+    error = answer[0] if answer else TimeoutError(f"no answer within {HUB_TIMEOUT_SECONDS:g} s")
+    if error is None:
+        return None
+    if isinstance(error, errors.RevisionNotFoundError):
+        raise UserError(f"{key}: {repo_id} has no revision {revision!r}; change model.revision") from error
+    if isinstance(error, errors.RepositoryNotFoundError):
+        raise UserError(
+            f"{key}: there is no directory {repo_id}, and the hub has no such model or shows it only to its members; "
+            "mend the name, or log in with `hf auth login`"
+        ) from error
+    if isinstance(error, errors.HFValidationError):
+        raise UserError(f"{key}: {repo_id!r} is neither a directory nor a valid hub id") from error
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set"
+    if isinstance(error, errors.HfHubHTTPError):
+        return f"it answered {error.response.status_code}"
+    return _reason(error)
+
+
+def _check_model_directory(path: Path, key: str, allow_adapter: bool) -> None:
+    if not path.is_dir():
+        raise UserError(f"{key}: {path} is a file; set it to the directory that holds the model")
+    if (path / "config.json").is_file() or _gguf_arguments(str(path)):
+        return
+    if not (path / "adapter_config.json").is_file():
+        raise UserError(f"{key}: {path} is no model directory (no config.json)")
+    if not allow_adapter:
+        raise UserError(f"{key}: {path} holds an adapter, not a model; set it to the adapter's base model")
+
+
+def _gguf_arguments(path: str) -> dict[str, str]:
+    """`gguf_file` for transformers where the directory holds one GGUF file and no safetensors."""
+    files = sorted(Path(path).glob("*.gguf"))
+    if not files or any(Path(path).glob("*.safetensors")):
+        return {}
+    if len(files) > 1:
+        raise UserError(f"{path} holds {len(files)} .gguf files; leave one of them in a directory of its own")
+    return {"gguf_file": files[0].name}
+
+
+def _check_causal(config: PretrainedConfig, path: str) -> None:
+    """Refuses other models; transformers itself would load an encoder or a classifier as a causal LM."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    remedy = "which is no causal language model; set model.model_name_or_path to another model"
+    own_code = getattr(config, "auto_map", None) or {}
+    causal_class = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, "")
+    if not causal_class and "AutoModelForCausalLM" not in own_code:
+        raise UserError(f"{path} is a {config.model_type} model, {remedy}")
+    names = config.architectures or ["causallm"]
+    marks = (causal_class.lower() or "model", "causallm", "lmhead")
+    if not any(mark in name.lower() for name in names for mark in marks):
+        raise UserError(f"{path} holds a {names[0]}, {remedy}")
+
+
+def _random_model(config: PretrainedConfig, arguments: dict[str, Any], seed: int) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    factory: Any = AutoModelForCausalLM
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(seed)
+        model: PreTrainedModel = factory.from_config(config, **arguments)
+    return model
+
+
+def _pretrained_model(path: str, arguments: dict[str, Any]) -> PreTrainedModel:
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    gguf: dict[str, Any] = dict(_gguf_arguments(path))
+    if not gguf and not any(Path(path).glob("*.safetensors")):
+        pickles = sorted(file.name for pattern in ("*.bin", "*.pth", "*.pt") for file in Path(path).glob(pattern))
+        found = f"only {pickles[0]}, which is not loaded because it can run code" if pickles else "no weights"
+        raise UserError(f"{path} has {found}; provide safetensors, or set model.init to random")
+    if gguf:
+        gguf["quantization_config"] = GgufConfig(dequantize=True)
+    factory: Any = AutoModelForCausalLM
+    try:
+        model, info = factory.from_pretrained(
+            path, use_safetensors=True, output_loading_info=True, local_files_only=True, **arguments, **gguf
+        )
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{path}: the weights do not fit the config or are damaged: {_reason(error)}") from error
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(f"{path} lacks {len(missing)} weights of a causal language model, such as {missing[0]}")
+    loaded: PreTrainedModel = _plain_model(model, arguments) if gguf else model
+    return loaded
+
+
+def _plain_model(dequantized: PreTrainedModel, arguments: dict[str, Any]) -> PreTrainedModel:
+    """The same weights in a model that does not count as quantized, which could be neither trained nor saved."""
+    config = dequantized.config
+    if "quantization_config" in config.to_dict():
+        del config.quantization_config
+    plain = _random_model(config, arguments, seed=0)
+    plain.load_state_dict(dequantized.state_dict(), assign=True)
+    plain.tie_weights()
+    plain.generation_config = dequantized.generation_config
+    return plain
+
+
+def _reason(error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return "it needs Python code of its own; read that code and set model.trust_remote_code to true"
+    return f"{type(error).__name__}: {error}".splitlines()[0]

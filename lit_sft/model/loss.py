@@ -1,0 +1,275 @@
+"""A causal LM and its loss in one plain module: backbone, then head and cross-entropy on the target positions only.
+
+Letters: B rows, T tokens, N targets, C targets of a chunk, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_sft.types import IGNORE_INDEX, LossOutput, UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
+
+CHUNK_ELEMENTS = 2**24
+"""Logits held at once (C x V). 64 MiB in fp32; larger chunks were not faster on a CPU."""
+
+
+@dataclass
+class LossOptions:
+    """What is minimized for every target token."""
+
+    type: Literal["nll", "dft"] = "nll"
+    """`nll`: negative log likelihood. `dft`: the same times the (detached) probability of the target
+    (arXiv:2508.05629).
+    """
+    label_smoothing: float = 0.0
+    """Share of the target's probability spread over the vocabulary, in [0, 1)."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.label_smoothing < 1.0:
+            raise UserError(f"model.loss.label_smoothing is {self.label_smoothing}, it must be in [0, 1)")
+        if self.type == "dft" and self.label_smoothing:
+            raise UserError("model.loss.label_smoothing has no meaning with type dft: set it to 0, or type to nll")
+
+
+@dataclass(frozen=True)
+class Head:
+    """How logits come from hidden states: `softcap(scale * (hidden @ weight.T + bias))`."""
+
+    weight: Tensor
+    """[V, D]."""
+    bias: Tensor | None
+    """[V]."""
+    scale: float
+    softcap: float | None
+
+    def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """[C, D] and the weight in compute type [V, D] -> fp32 [C, V]."""
+        bias = None if self.bias is None else self.bias.to(hidden.dtype)
+        logits = F.linear(hidden, weight, bias).float()
+        if self.scale != 1.0:
+            logits *= self.scale
+        return logits if self.softcap is None else torch.tanh_(logits.div_(self.softcap)).mul_(self.softcap)
+
+    def backward_through_logits_(self, grad: Tensor, logits: Tensor) -> Tensor:
+        """Gradient by the fp32 logits -> gradient by `hidden @ weight.T`, both [C, V], in place."""
+        if self.softcap is not None:
+            grad *= 1 - (logits / self.softcap).square()
+        return grad if self.scale == 1.0 else grad.mul_(self.scale)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Sum of token losses; the gradients are made in the forward pass, chunk by chunk, so that no logits are kept.
+
+    Three matrix products per chunk, where recomputing the logits in the backward pass would take four. The method is
+    that of
+    Liger's fused linear cross-entropy (arXiv:2410.10989), in plain torch.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,  # [N, D] in compute type
+        weight: Tensor,  # [V, D]
+        bias: Tensor | None,  # [V]
+        targets: Tensor,  # [N]
+        head: Head,
+        options: LossOptions,
+        count_correct: bool,
+    ) -> tuple[Tensor, Tensor]:
+        compute_weight = weight.to(hidden.dtype)
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needs_bias else None
+        loss_sum = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        num_correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
+        chunk = max(1, CHUNK_ELEMENTS // weight.shape[0])
+        for start in range(0, len(targets), chunk):
+            part = slice(start, start + chunk)
+            logits = head.logits(hidden[part], compute_weight)
+            if count_correct:
+                num_correct += (logits.argmax(-1) == targets[part]).sum()
+            losses, grad = _losses_and_gradient(logits, targets[part], options, any(ctx.needs_input_grad[:3]))
+            loss_sum += losses.sum()
+            if grad is None:
+                continue
+            grad = head.backward_through_logits_(grad, logits)
+            if grad_bias is not None:
+                grad_bias += grad.sum(0)
+            grad = grad.to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad, compute_weight, out=grad_hidden[part])
+            if grad_weight is not None:
+                if hidden.dtype == torch.float32:
+                    grad_weight.addmm_(grad.T, hidden[part])
+                else:
+                    grad_weight += grad.T @ hidden[part]  # a sum of chunks in fp32
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.mark_non_differentiable(num_correct)
+        return loss_sum, num_correct
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        return (*(g if g is None else g * grad_loss.to(g.dtype) for g in ctx.saved_tensors), None, None, None, None)
+
+
+def _losses_and_gradient(
+    logits: Tensor, targets: Tensor, options: LossOptions, needs_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """fp32 logits [C, V] and targets [C] -> losses [C] and their gradient by the logits [C, V]."""
+    index = targets[:, None]
+    log_norm = torch.logsumexp(logits, dim=-1, keepdim=True)
+    nll = (log_norm - logits.gather(1, index)).squeeze(1)
+    smoothing = options.label_smoothing
+    losses = nll * torch.exp(-nll) if options.type == "dft" else nll
+    if smoothing:
+        losses = (1 - smoothing) * nll + smoothing * (log_norm.squeeze(1) - logits.mean(-1))
+    if not needs_grad:
+        return losses, None
+    grad = torch.exp(logits - log_norm)
+    grad.scatter_add_(1, index, torch.full_like(index, -(1 - smoothing), dtype=grad.dtype))
+    if smoothing:
+        grad -= smoothing / logits.shape[1]
+    if options.type == "dft":
+        grad *= torch.exp(-nll)[:, None]
+    return losses, grad
+
+
+class CausalLMLoss(nn.Module):
+    """A Hugging Face causal LM together with its loss, so that sharding gathers the head where it is used.
+
+    Logits exist for target positions only, a chunk at a time. Where the head is not a plain linear layer (an adapted
+    head, say)
+    or `check_head` finds that the model computes its logits differently, the model's own logits are used instead.
+
+    Args:
+        lm: Causal LM, adapters already injected.
+        options: What is minimized.
+    """
+
+    def __init__(self, lm: PreTrainedModel, options: LossOptions | None = None) -> None:
+        super().__init__()
+        self.lm = lm
+        self.options = options or LossOptions()
+        self.separate_rows = False
+        """Set where the model would mix examples of a pack: each becomes a padded row of its own."""
+        self.own_logits = type(lm.get_output_embeddings()) is not nn.Linear
+        if self.own_logits:
+            log.warning("The head of %s is not a plain linear layer: its own full logits are used.", type(lm).__name__)
+
+    @property
+    def head(self) -> Head:
+        """The output head as the model's config describes it."""
+        linear, config = self.lm.get_output_embeddings(), self.lm.config.get_text_config()
+        scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
+        scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite
+        return Head(linear.weight, linear.bias, scale, getattr(config, "final_logit_softcapping", None))  # Gemma
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        position_ids: Tensor,
+        lengths: tuple[int, ...] | None = None,
+        count_correct: bool = False,
+    ) -> LossOutput:
+        """Sums the losses of all targets; labels are already shifted.
+
+        Args:
+            input_ids: [B, T].
+            labels: [B, T], the id that each position must predict, or IGNORE_INDEX.
+            position_ids: [B, T], restarting with every example.
+            lengths: Lengths of the examples that lie end to end in the one row; None where rows are not packed.
+            count_correct: Also count the targets that are the arg max.
+        """
+        if lengths is not None and self.separate_rows:
+            input_ids, labels, position_ids = _rows_of_one(input_ids, labels, lengths)
+            lengths = None
+        inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
+        if lengths is not None:
+            inputs["segment_lengths"] = lengths  # reaches `attention.packed_attention` through the layers' kwargs
+        keep = labels != IGNORE_INDEX  # [B, T]
+        targets = labels[keep]  # [N]
+        if self.own_logits:
+            loss_sum, num_correct = self._from_logits(self.lm(**inputs).logits[keep], targets)
+        else:
+            hidden = self.lm.base_model(**inputs).last_hidden_state[keep]  # [N, D]
+            if torch.is_autocast_enabled(hidden.device.type):
+                hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+            head = self.head
+            loss_sum, num_correct = _ChunkedCrossEntropy.apply(
+                hidden.to(_compute_dtype(hidden, head.weight)),
+                head.weight,
+                head.bias,
+                targets,
+                head,
+                self.options,
+                count_correct,
+            )
+        return LossOutput(loss_sum, keep.sum(), num_correct)
+
+    def generate(self, **arguments: Any) -> Tensor:
+        """`lm.generate`, as a method of the module that sharding gathers the weights for."""
+        return self.lm.generate(**arguments)  # type: ignore[operator]
+
+    def _from_logits(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, V], [N] -> sum of losses, number of correct."""
+        logits = logits.float()
+        losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=self.options.label_smoothing)
+        if self.options.type == "dft":
+            losses = losses * torch.exp(-losses.detach())
+        return losses.sum(), (logits.argmax(-1) == targets).sum()
+
+    @torch.no_grad()
+    def check_head(self) -> None:
+        """Compares both paths to the logits on a few tokens; where they differ, the model's own are used, with a
+        warning.
+        """
+        if self.own_logits:
+            return
+        device = self.lm.get_output_embeddings().weight.device
+        input_ids = torch.arange(8, device=device)[None] % self.lm.config.get_text_config().vocab_size
+        was_training = self.training
+        self.eval()
+        own = self.lm(input_ids=input_ids, use_cache=False).logits[0].float()
+        hidden = self.lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[0]
+        head = self.head
+        ours = head.logits(hidden.to(head.weight.dtype), head.weight)
+        self.train(was_training)
+        tolerance = 1e-4 if head.weight.dtype == torch.float32 else 2e-2
+        self.own_logits = not torch.allclose(own, ours, rtol=tolerance, atol=tolerance * float(own.abs().max()))
+        if self.own_logits:
+            log.warning(
+                "%s does not compute its logits as scale * hidden @ head: its own full logits are used (more memory).",
+                type(self.lm).__name__,
+            )
+
+
+def _rows_of_one(input_ids: Tensor, labels: Tensor, lengths: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """[1, T] with S examples -> input_ids, labels, position_ids [S, T of the longest], padded on the right.
+
+    What is padded has no target, and a causal model reads nothing to the right, so no mask is needed.
+    """
+    pad = torch.nn.utils.rnn.pad_sequence
+    rows = pad(list(input_ids[0].split(lengths)), batch_first=True)
+    row_labels = pad(list(labels[0].split(lengths)), batch_first=True, padding_value=IGNORE_INDEX)
+    return rows, row_labels, torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
+
+
+def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """Under autocast the type it chose; else the type of the weight (a norm kept in fp32 must not lift the head to
+    fp32).
+    """
+    return hidden.dtype if torch.is_autocast_enabled(hidden.device.type) else weight.dtype

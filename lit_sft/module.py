@@ -1,0 +1,288 @@
+"""SFTModule: the model, the exact loss average, the metrics. `__init__` stores settings, `configure_model` loads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from torchmetrics import MeanMetric
+
+from lit_sft import optim
+from lit_sft.build import base_name, build_model
+from lit_sft.metrics import EvaluationOptions, Perplexity, exact_match
+from lit_sft.model import load, parallel
+from lit_sft.model.adapters import LoraConfig
+from lit_sft.model.export import export_hf
+from lit_sft.model.generate import GenerationOptions, decode_completion, generate
+from lit_sft.model.loss import CausalLMLoss, LossOptions
+from lit_sft.types import Batch, LossOutput, Prompts, UserError
+
+if TYPE_CHECKING:
+    pass
+
+
+class SFTModule(L.LightningModule):
+    """A causal language model that learns to complete conversations.
+
+    Args:
+        model_name_or_path: Hub id, directory, or `builtin:NAME`.
+        revision: Branch, tag or commit of the hub repository.
+        trust_remote_code: Run model code that the repository brings.
+        init: `pretrained` weights, or `random` ones from the config.
+        dtype: Type of the stored weights. `auto`: fp32 where they are trained, bf16 for the frozen base under LoRA.
+        trainable: Regular expressions on parameter names for partial fine-tuning; the rest is frozen.
+        attn_implementation: `auto` takes packed attention where the architecture allows; else a name of transformers'.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
+        compile: Compile every decoder layer with torch.compile.
+        loss: What is minimized.
+        lora: Train low-rank adapters instead of the weights.
+        optimizer: Class and arguments of the optimizer.
+        lr_schedule: Learning rate over optimizer steps.
+        generation: How prompts are answered.
+        evaluation: Answers compared with references at each validation; null to leave it out.
+        seed: Seed of random weights and adapters.
+    """
+
+    def __init__(
+        self,
+        model_name_or_path: str = "Qwen/Qwen3-0.6B-Base",
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        init: Literal["pretrained", "random"] = "pretrained",
+        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        trainable: list[str] | None = None,
+        attn_implementation: str = "auto",
+        gradient_checkpointing: bool = False,
+        compile: bool = False,
+        loss: LossOptions = LossOptions(),  # noqa: B008 - jsonargparse reads the default from here; never mutated
+        lora: LoraConfig | None = None,
+        optimizer: Callable[[Iterable], Optimizer] = lambda params: AdamW(params, lr=8.0e-5, weight_decay=0.0),
+        lr_schedule: optim.ScheduleOptions = optim.ScheduleOptions(),  # noqa: B008
+        generation: GenerationOptions = GenerationOptions(),  # noqa: B008
+        evaluation: EvaluationOptions | None = EvaluationOptions(),  # noqa: B008
+        seed: int = 42,
+    ) -> None:
+        options = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        super().__init__()
+        self.options = SimpleNamespace(**options)
+        self.generation, self.evaluation = generation, evaluation
+        if lora is not None and trainable is not None:
+            raise UserError("model.lora and model.trainable exclude each other: set one of them to null")
+        self.strict_loading = lora is None  # an adapter checkpoint does not carry the frozen base
+        self.model: CausalLMLoss | None = None
+        self.__dict__["adapter"] = None  # past `nn.Module`: it is no submodule, its layers live in `model`
+        self.saved_stop_ids: list[int] = []
+        self.loss_scale = 1.0
+        self.window: Tensor = torch.zeros(3, dtype=torch.float64)
+        """Since the last optimizer step on this rank, then over all ranks: loss sum, targets, tokens."""
+        self.num_validations = 0
+        self.metrics = nn.ModuleDict(
+            {
+                name: kind()
+                for name, kind in [("loss", MeanMetric), ("perplexity", Perplexity), ("token_accuracy", MeanMetric)]
+            }
+        )
+
+    # ------------------------------------------------------------------ the model
+
+    def configure_model(self) -> None:
+        """Builds the model (see `build_model`); sharding comes after it, by the strategy (`shard`)."""
+        if self.model is not None:
+            return
+        model, adapter = build_model(self.options, self.trainer.precision)
+        if isinstance(self.trainer.strategy, FSDPStrategy):
+            parallel.wrap_layers_with_fsdp(self.trainer.strategy.kwargs, model.lm)
+        self.loss_scale = 1.0 / 1024 if self.trainer.precision.startswith("16") else 1.0
+        self.model = model
+        self.__dict__["adapter"] = adapter
+
+    def shard(self, mesh: Any, cpu_offload: bool) -> None:
+        """Shards the model over a data-parallel mesh; called by our FSDP2 strategy after `configure_model`."""
+        assert self.model is not None
+        dtype = torch.bfloat16 if "bf16" in self.trainer.precision else torch.float32
+        parallel.apply_fsdp2(self.model, self.model.lm, mesh, dtype, cpu_offload)
+
+    # ------------------------------------------------------------------ training
+
+    def forward(self, batch: Batch, count_correct: bool = False) -> LossOutput:
+        """Sums over the targets of a batch."""
+        assert self.model is not None
+        inputs = {key: value for key, value in batch.items() if key != "rows"}
+        return self.model(**inputs, count_correct=count_correct)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The *sum* of token losses; `on_before_optimizer_step` turns the gradient into that of the mean, once."""
+        output = self(batch)
+        sums = (output.loss_sum.detach(), output.num_targets, sum(batch["lengths"]) if batch["rows"][0] >= 0 else 0)
+        self.window = self.window.to(self.device) + torch.stack(
+            [torch.as_tensor(s, device=self.device).double() for s in sums]
+        )
+        return output.loss_sum * self.loss_scale
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Gradient of the sum -> gradient of the mean over all targets of the global batch.
+
+        Undoes Lightning's division by `accumulate_grad_batches` (also in the last, partial window: Lightning #20350)
+        and the
+        mean over ranks of DDP and FSDP, and divides once by the number of targets. Runs before clipping. Exact for any
+        split.
+        """
+        self.window = self.trainer.strategy.reduce(self.window, reduce_op="sum")
+        num_targets = self.window[1].clamp(min=1)  # without a target all gradients are 0
+        scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / (num_targets * self.loss_scale)
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        torch._foreach_mul_(gradients, scale.to(torch.float32))
+        self.log("train/loss", (self.window[0] / num_targets).float(), prog_bar=True)
+
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clips by the norm over all ranks and logs that norm, under every strategy."""
+        if gradient_clip_algorithm == "value":
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        limit = float("inf") if gradient_clip_val is None or gradient_clip_algorithm == "value" else gradient_clip_val
+        if isinstance(self.trainer.strategy, FSDPStrategy):  # its flat shards need the root module's own method
+            norm = self.trainer.strategy.model.clip_grad_norm_(limit)
+        else:
+            parameters = [p for p in self.parameters() if p.grad is not None]
+            norm = nn.utils.get_total_norm([p.grad for p in parameters])
+            norm = norm.full_tensor() if isinstance(norm, torch.distributed.tensor.DTensor) else norm
+            if limit < float("inf"):
+                nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        self.log("train/grad_norm", norm)
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Forgets the window once the callbacks have read it."""
+        if self.trainer.fit_loop._should_accumulate():
+            return
+        self.window = torch.zeros_like(self.window)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """The optimizer over two parameter groups, and the schedule by optimizer step."""
+        groups = optim.parameter_groups(self.named_parameters())
+        optimizer = self.options.optimizer(groups)
+        factor = optim.lr_factor(self.options.lr_schedule, self.trainer.datamodule.total_steps)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # ------------------------------------------------------------------ evaluation
+
+    def _evaluation_step(self, batch: Batch) -> None:
+        output = self(batch, count_correct=True)
+        num_targets = output.num_targets.clamp(min=1)
+        for name, total in (
+            ("loss", output.loss_sum),
+            ("perplexity", output.loss_sum),
+            ("token_accuracy", output.num_correct),
+        ):
+            self.metrics[name].update(total.float() / num_targets, weight=output.num_targets.float())
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Adds a batch to the token-weighted averages."""
+        self._evaluation_step(batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Adds a batch to the token-weighted averages."""
+        self._evaluation_step(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the averages and, every n-th time, the generation metrics."""
+        self.num_validations += 1
+        due = self.evaluation is not None and (self.num_validations - 1) % self.evaluation.every_n_validations == 0
+        self._log_evaluation("val", generation=due)
+
+    def on_test_epoch_end(self) -> None:
+        """Logs the averages and the generation metrics."""
+        self._log_evaluation("test", generation=self.evaluation is not None)
+
+    def _log_evaluation(self, stage: str, generation: bool) -> None:
+        for name, metric in self.metrics.items():
+            self.log(f"{stage}/{name}", metric.compute(), prog_bar=name == "loss", sync_dist=True)
+            metric.reset()
+        if not generation:
+            return
+        assert self.evaluation is not None
+        score = MeanMetric().to(self.device)
+        for prompts in self.trainer.datamodule.evaluation_prompts(stage, self.evaluation.num_samples):
+            for index, answer, reference in zip(
+                prompts["index"], self.answer(prompts), prompts["references"], strict=True
+            ):
+                hit = reference is not None and exact_match(answer, reference, self.evaluation.answer_regex)
+                score.update(float(hit), weight=float(index >= 0 and reference is not None))
+        self.log(f"{stage}/exact_match", score.compute(), prog_bar=True, sync_dist=True)
+
+    # ------------------------------------------------------------------ generation
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Ids that end an answer: of the tokenizer, the generation config, the template and the training set."""
+        assert self.model is not None
+        datamodule = self.trainer.datamodule
+        extra = {*self.saved_stop_ids, *datamodule.stop_ids}
+        return load.stop_token_ids(datamodule.tokenizer, self.model.lm.generation_config, extra)
+
+    def answer(self, prompts: Prompts) -> list[str]:
+        """The text of each completion. Under sharding every rank must make the same number of calls."""
+        assert self.model is not None
+        tokenizer, stop_ids = self.trainer.datamodule.tokenizer, self.stop_ids
+        completions = generate(
+            self.model.lm,
+            prompts["input_ids"].to(self.device),
+            prompts["attention_mask"].to(self.device),
+            options=self.generation,
+            stop_ids=stop_ids,
+            pad_id=tokenizer.pad_token_id,
+            synced=isinstance(self.trainer.strategy, (FSDPStrategy, ModelParallelStrategy)),
+            entry=self.model.generate,
+        )
+        return [decode_completion(tokenizer, ids, stop_ids) for ids in completions]
+
+    def predict_step(self, batch: Prompts, batch_idx: int) -> list[dict[str, Any]]:
+        """One record per prompt: index, prompt, prediction, and the reference where the data has one."""
+        records = []
+        rows = zip(batch["index"], batch["texts"], self.answer(batch), batch["references"], strict=True)
+        for index, text, prediction, reference in rows:
+            record = {"index": index, "prompt": text, "prediction": prediction}
+            records.append(record if reference is None else {**record, "reference": reference})
+        return [record for record in records if record["index"] >= 0]
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Drops the frozen base of an adapter; remembers how answers end."""
+        if self.options.lora is not None:
+            trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+            checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        checkpoint["stop_ids"] = self.stop_ids
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes back how answers end."""
+        self.saved_stop_ids = checkpoint["stop_ids"]
+
+    # ------------------------------------------------------------------ export
+
+    def export(self, output_dir: Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
+        """Writes a Hugging Face directory: weights or adapter, tokenizer, chat template, stop tokens.
+
+        Args:
+            output_dir: Where to.
+            state_dict: Whole weights of `model` by name, where they are sharded.
+        """
+        assert self.model is not None
+        datamodule, options = self.trainer.datamodule, self.options
+        export_hf(
+            self.adapter or self.model.lm,
+            datamodule.tokenizer,
+            output_dir,
+            stop_ids=self.stop_ids,
+            chat_template=datamodule.data.renderer.template.text,
+            base_name_or_path=None if options.init == "random" else base_name(options.model_name_or_path),
+            state_dict=None if state_dict is None else {k.removeprefix("lm."): v for k, v in state_dict.items()},
+        )

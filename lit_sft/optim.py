@@ -1,0 +1,63 @@
+"""Learning-rate schedules and parameter groups."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from lit_sft.types import UserError
+
+
+@dataclass
+class ScheduleOptions:
+    """Warm-up, then decay, by optimizer step."""
+
+    type: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the decay after the warm-up."""
+    warmup_ratio: float = 0.03
+    """Share of all optimizer steps over which the rate rises from 0, in [0, 1)."""
+    warmup_steps: int | None = None
+    """Optimizer steps of warm-up; wins over `warmup_ratio`."""
+    min_lr_ratio: float = 0.0
+    """What is left of the rate at the end, as a share of `lr`, in [0, 1]."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.warmup_ratio < 1.0:
+            raise UserError(f"model.lr_schedule.warmup_ratio is {self.warmup_ratio}, it must be in [0, 1)")
+        if self.warmup_steps is not None and self.warmup_steps < 0:
+            raise UserError(f"model.lr_schedule.warmup_steps is {self.warmup_steps}, it must not be negative")
+        if not 0.0 <= self.min_lr_ratio <= 1.0:
+            raise UserError(f"model.lr_schedule.min_lr_ratio is {self.min_lr_ratio}, it must be in [0, 1]")
+
+
+def lr_factor(options: ScheduleOptions, total_steps: int) -> Callable[[int], float]:
+    """The factor on `lr` for the optimizer step that comes after `step` steps are done.
+
+    The first step of a warm-up of n has 1 / n of the rate, step n the whole of it.
+    """
+    warmup = options.warmup_steps if options.warmup_steps is not None else math.ceil(options.warmup_ratio * total_steps)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        if options.type == "constant":
+            return 1.0
+        progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+        decay = 1.0 - progress if options.type == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+        return options.min_lr_ratio + (1.0 - options.min_lr_ratio) * decay
+
+    return factor
+
+
+def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
+    """Trained parameters in two groups; those with one dimension (norms, biases) take no weight decay."""
+    decay, no_decay = [], []
+    for _, parameter in parameters:
+        if parameter.requires_grad:
+            (decay if parameter.ndim > 1 else no_decay).append(parameter)
+    groups = [{"params": decay}, {"params": no_decay, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]

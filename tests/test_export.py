@@ -1,0 +1,324 @@
+"""model/export.py: what is written is what was trained, and plain transformers and peft load it."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import save_tiny, tiny_gpt2, tiny_llama, tiny_qwen3, tiny_tokenizer
+
+from lit_sft.model import attention
+from lit_sft.model.adapters import LoraConfig, apply_lora, load_adapter, merge
+from lit_sft.model.export import export_hf, verify_export
+from lit_sft.model.load import load_model, load_tokenizer, stop_token_ids
+from lit_sft.types import UserError
+
+PROBES = [[5, 6, 7, 8], [100, 90, 80]]
+IDS = torch.arange(5, 29).reshape(2, 12)
+
+
+def export(model, path, **options):
+    tokenizer = options.pop("tokenizer", None) or tiny_tokenizer()
+    export_hf(model, tokenizer, path, **{"stop_ids": [0, 2], **options})
+
+
+def plain(path):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+def shake(model, seed=0):
+    """Moves every trained weight, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def stored_names(directory: Path, name: str = "model.safetensors") -> set[str]:
+    from safetensors import safe_open
+
+    with safe_open(directory / name, framework="pt") as file:
+        return set(file.keys())
+
+
+def read(directory: Path, name: str) -> dict:
+    return json.loads((directory / name).read_text())
+
+
+# ------------------------------------------------------------------------------------------------------ whole models
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("build", [tiny_llama, tiny_qwen3, tiny_gpt2])
+def test_plain_transformers_loads_equal_logits(tmp_path, build, dtype):
+    model = build().to(dtype).train()
+    model.config.use_cache = False
+    export(model, tmp_path / "hf")
+    assert model.training and model.config.use_cache is False
+    reloaded = plain(tmp_path / "hf")
+    assert reloaded.dtype == dtype
+    assert all(torch.equal(value, reloaded.state_dict()[name]) for name, value in model.state_dict().items())
+    if dtype == torch.float32:  # `.to` above has also rounded the rotary buffers of the original
+        assert torch.equal(logits(reloaded), logits(model))
+    config = read(tmp_path / "hf", "config.json")
+    assert config["use_cache"] is True and config["dtype"] == str(dtype).removeprefix("torch.")
+    verify_export(tmp_path / "hf", model, tiny_tokenizer(), PROBES)
+
+
+@pytest.mark.parametrize("gathered", [False, True])
+def test_tied_weights_stay_tied_and_are_stored_once(tmp_path, gathered):
+    model = tiny_qwen3()
+    # Gathering from shards makes a copy of each name, also of two names of one weight.
+    state = {name: value.clone() for name, value in model.state_dict().items()} if gathered else None
+    export(model, tmp_path / "hf", state_dict=state)
+    assert "lm_head.weight" not in stored_names(tmp_path / "hf")
+    reloaded = plain(tmp_path / "hf")
+    assert reloaded.lm_head.weight is reloaded.model.embed_tokens.weight
+    assert torch.equal(logits(reloaded), logits(model))
+
+
+def test_untied_heads_are_stored(tmp_path):
+    export(tiny_llama(), tmp_path / "hf")
+    assert "lm_head.weight" in stored_names(tmp_path / "hf")
+
+
+def test_the_given_state_is_what_is_written(tmp_path):
+    model, trained = tiny_llama(seed=0), tiny_llama(seed=1)
+    export(model, tmp_path / "hf", state_dict=trained.state_dict())
+    assert torch.equal(logits(plain(tmp_path / "hf")), logits(trained))
+
+
+def test_weights_can_be_written_in_another_type(tmp_path):
+    model = tiny_llama()
+    export(model, tmp_path / "hf", dtype=torch.bfloat16)
+    assert plain(tmp_path / "hf").dtype == torch.bfloat16
+    assert model.dtype == torch.float32
+    verify_export(tmp_path / "hf", model, tiny_tokenizer(), PROBES)
+
+
+def test_our_own_attention_leaves_no_trace(tmp_path):
+    source = save_tiny(tmp_path / "base", tiny_llama())
+    attention.register()
+    model = load_model(source, init="pretrained", dtype=torch.float32, attn_implementation=attention.PACKED, seed=0)
+    export(model, tmp_path / "hf")
+    assert attention.PACKED not in (tmp_path / "hf" / "config.json").read_text()
+    verify_export(tmp_path / "hf", model, tiny_tokenizer(), PROBES)
+
+
+def test_everybody_may_read_what_the_umask_allows(tmp_path):
+    export(tiny_llama(), tmp_path / "hf")
+    modes = {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "hf").iterdir()}
+    assert len(modes) == 1
+
+
+# ------------------------------------------------------------------------------------- tokenizer, template, stopping
+
+
+def test_the_template_of_the_training_is_exported(tmp_path):
+    tokenizer = tiny_tokenizer(chat_template=None)
+    template = "{% for message in messages %}{{ message['content'] }}<|im_end|>{% endfor %}"
+    export(tiny_llama(), tmp_path / "hf", tokenizer=tokenizer, chat_template=template)
+    assert (tmp_path / "hf" / "chat_template.jinja").read_text() == template
+    messages = [{"role": "user", "content": "Hello"}]
+    reloaded = load_tokenizer(str(tmp_path / "hf"))
+    assert reloaded.apply_chat_template(messages, tokenize=False) == "Hello<|im_end|>"
+    assert tokenizer.chat_template is None, "the caller's tokenizer was changed"
+
+
+def test_without_a_template_the_tokenizer_keeps_its_own(tmp_path):
+    export(tiny_llama(), tmp_path / "hf")
+    assert load_tokenizer(str(tmp_path / "hf")).chat_template == tiny_tokenizer().chat_template
+
+
+def says(model, token_id):
+    """Makes the model answer with one token, whatever it is asked."""
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[token_id] = 50 * model.model.norm.weight
+        model.model.embed_tokens.weight.abs_()
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+    return model
+
+
+def test_plain_transformers_stops_at_the_end_of_turn_of_the_template(tmp_path):
+    """The base's eos is <|endoftext|>, the template's end of turn is <|im_end|>, as in Qwen3-Base."""
+    model, tokenizer = says(tiny_llama(), 2), tiny_tokenizer()
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id == 0
+    prompt = torch.tensor([[5, 6, 7]])
+    assert model.generate(prompt, max_new_tokens=5, do_sample=False).shape[1] == 3 + 5
+    stop_ids = stop_token_ids(tokenizer, model.generation_config, [tokenizer.convert_tokens_to_ids("<|im_end|>")])
+    export(model, tmp_path / "hf", stop_ids=stop_ids)
+    assert plain(tmp_path / "hf").generate(prompt, max_new_tokens=5)[0].tolist() == [5, 6, 7, 2]
+    saved = read(tmp_path / "hf", "generation_config.json")
+    assert saved["eos_token_id"] == [0, 2] and saved["pad_token_id"] == 0
+    assert model.generation_config.eos_token_id == 0, "the caller's model was changed"
+
+
+def test_a_greedy_generation_config_with_sampling_options_is_mended(tmp_path):
+    model = tiny_llama()
+    model.generation_config.update(temperature=0.6, top_p=0.9, repetition_penalty=1.1)
+    export(model, tmp_path / "hf", stop_ids=[2])
+    saved = read(tmp_path / "hf", "generation_config.json")
+    assert "temperature" not in saved and "top_p" not in saved
+    assert saved["repetition_penalty"] == 1.1 and saved["eos_token_id"] == 2
+
+
+def test_a_sampling_generation_config_is_kept(tmp_path):
+    model = tiny_llama()
+    model.generation_config.update(do_sample=True, temperature=0.6)
+    export(model, tmp_path / "hf")
+    assert read(tmp_path / "hf", "generation_config.json")["temperature"] == 0.6
+
+
+# ------------------------------------------------------------------------------------------------- replacing, errors
+
+
+def test_an_earlier_export_is_replaced_whole(tmp_path):
+    export(tiny_llama(seed=0), tmp_path / "hf")
+    (tmp_path / "hf" / "stale.txt").write_text("from the first run")
+    export(tiny_llama(seed=1), tmp_path / "hf")
+    assert torch.equal(logits(plain(tmp_path / "hf")), logits(tiny_llama(seed=1)))
+    assert not (tmp_path / "hf" / "stale.txt").exists()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["hf"]
+
+
+def test_an_export_that_fails_leaves_the_earlier_one(tmp_path, monkeypatch):
+    export(tiny_llama(), tmp_path / "hf")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "hf").iterdir()}
+    tokenizer = tiny_tokenizer()
+
+    def fail(self, directory):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(type(tokenizer), "save_pretrained", fail)
+    with pytest.raises(OSError, match="No space left"):
+        export(tiny_llama(seed=1), tmp_path / "hf", tokenizer=tokenizer)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "hf").iterdir()} == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["hf"]
+
+
+def test_other_peoples_files_and_the_base_are_not_replaced(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="is no model directory, so it is not replaced"):
+        export(tiny_llama(), tmp_path)
+    with pytest.raises(UserError, match="is no model directory, so it is not replaced"):
+        export(tiny_llama(), tmp_path / "thesis.tex")
+    source = save_tiny(tmp_path / "hf" / "base")
+    model = load_model(source, init="pretrained", dtype=torch.float32, attn_implementation="sdpa", seed=0)
+    for target in ("hf", "hf/base"):
+        with pytest.raises(UserError, match="which holds the base model: set another output_dir"):
+            export(model, tmp_path / target)
+    assert (tmp_path / "thesis.tex").exists() and (tmp_path / "hf" / "base" / "config.json").exists()
+
+
+def test_verification_notices_a_difference(tmp_path):
+    export(tiny_llama(seed=0), tmp_path / "hf")
+    with pytest.raises(RuntimeError, match="the logits of the export .* are off"):
+        verify_export(tmp_path / "hf", tiny_llama(seed=1), tiny_tokenizer(), PROBES)
+    with pytest.raises(RuntimeError, match="the tokenizer of the export"):
+        verify_export(tmp_path / "hf", tiny_llama(seed=0), tiny_tokenizer(bos_token="<s>"), PROBES)
+    config = read(tmp_path / "hf", "generation_config.json")
+    (tmp_path / "hf" / "generation_config.json").write_text(json.dumps(config | {"suppress_tokens": list(range(200))}))
+    with pytest.raises(RuntimeError, match="the answers of the export"):
+        verify_export(tmp_path / "hf", tiny_llama(seed=0), tiny_tokenizer(), PROBES)
+
+
+def test_verification_disturbs_neither_the_model_nor_the_random_state(tmp_path):
+    model = shake(apply_lora(tiny_llama(), LoraConfig()))
+    export(model, tmp_path / "hf")
+    model.train()
+    torch.manual_seed(0)
+    expected = torch.rand(2)
+    torch.manual_seed(0)
+    verify_export(tmp_path / "hf", model, tiny_tokenizer(), PROBES)
+    assert torch.equal(torch.rand(2), expected)
+    assert all(module.training for module in model.modules())
+
+
+# ---------------------------------------------------------------------------------------------------------- adapters
+
+
+def reload_adapter(path):
+    """As a user of peft would."""
+    from peft import AutoPeftModelForCausalLM
+
+    return AutoPeftModelForCausalLM.from_pretrained(path)
+
+
+def test_an_adapter_over_an_existing_base(tmp_path):
+    source = save_tiny(tmp_path / "base", tiny_llama())
+    base = load_model(source, init="pretrained", dtype=torch.float32, attn_implementation="sdpa", seed=0)
+    model = shake(apply_lora(base, LoraConfig(r=2)))
+    export(model, tmp_path / "hf", base_name_or_path=source)
+    assert read(tmp_path / "hf", "adapter_config.json")["base_model_name_or_path"] == source
+    assert all("lora_" in name for name in stored_names(tmp_path / "hf", "adapter_model.safetensors"))
+    assert not (tmp_path / "hf" / "base").exists() and not (tmp_path / "hf" / "model.safetensors").exists()
+    assert read(tmp_path / "hf", "generation_config.json")["eos_token_id"] == [0, 2]
+    assert load_tokenizer(str(tmp_path / "hf")).chat_template
+    assert torch.equal(logits(reload_adapter(tmp_path / "hf")), logits(model))
+    verify_export(tmp_path / "hf", model, tiny_tokenizer(), PROBES)
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_qwen3])
+@pytest.mark.parametrize(
+    "variant",
+    [dict(), dict(use_dora=True), dict(modules_to_save=["lm_head"]), dict(init_lora_weights="pissa")],
+    ids=str,
+)
+def test_a_base_made_here_is_saved_with_the_adapter(tmp_path, build, variant):
+    model = shake(apply_lora(build(), LoraConfig(**variant)))
+    export(model, tmp_path / "hf")
+    assert read(tmp_path / "hf", "adapter_config.json")["base_model_name_or_path"] == str(tmp_path / "hf" / "base")
+    if "init_lora_weights" not in variant:  # which takes its start values out of the base
+        assert torch.equal(logits(plain(tmp_path / "hf" / "base")), logits(build()))
+    assert torch.allclose(logits(reload_adapter(tmp_path / "hf")), logits(model), rtol=0, atol=1e-5)
+    verify_export(tmp_path / "hf", model, tiny_tokenizer(), PROBES)
+    assert load_tokenizer(str(tmp_path / "hf" / "base")).chat_template
+
+
+def test_start_values_that_change_the_base_bring_it_along(tmp_path):
+    """Otherwise the adapter would lie over the unchanged base, or the change would have to be computed anew."""
+    source = save_tiny(tmp_path / "base", tiny_llama())
+    base = load_model(source, init="pretrained", dtype=torch.float32, attn_implementation="sdpa", seed=0)
+    model = shake(apply_lora(base, LoraConfig(init_lora_weights="pissa_niter_4")))
+    export(model, tmp_path / "hf", base_name_or_path=source)
+    assert torch.allclose(logits(reload_adapter(tmp_path / "hf")), logits(model), rtol=0, atol=1e-5)
+
+
+def test_gathered_tensors_of_an_adapter(tmp_path):
+    model = shake(apply_lora(tiny_qwen3(), LoraConfig(modules_to_save=["embed_tokens"])))
+    state = {name: value.clone() for name, value in model.get_base_model().state_dict().items()}
+    export(apply_lora(tiny_qwen3(), LoraConfig(modules_to_save=["embed_tokens"])), tmp_path / "hf", state_dict=state)
+    assert torch.equal(logits(reload_adapter(tmp_path / "hf")), logits(model))
+    assert torch.equal(logits(plain(tmp_path / "hf" / "base")), logits(tiny_qwen3()))
+
+
+def test_fp32_adapters_over_a_bf16_base(tmp_path):
+    model = shake(apply_lora(tiny_llama().to(torch.bfloat16), LoraConfig()))
+    export(model, tmp_path / "hf")
+    assert plain(tmp_path / "hf" / "base").dtype == torch.bfloat16
+    verify_export(tmp_path / "hf", model, tiny_tokenizer(), PROBES)
+
+
+def test_an_exported_adapter_merges_to_the_model_it_was(tmp_path):
+    model = shake(apply_lora(tiny_qwen3(), LoraConfig()))
+    expected = logits(model)
+    export(model, tmp_path / "hf")
+    merged = merge(load_adapter(plain(tmp_path / "hf" / "base"), str(tmp_path / "hf")), probe_ids=IDS)
+    export(merged, tmp_path / "merged")
+    assert torch.allclose(logits(plain(tmp_path / "merged")), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    assert "lm_head.weight" not in stored_names(tmp_path / "merged")

@@ -1,0 +1,213 @@
+"""Every format, in the spellings that are out there, becomes the same conversation."""
+
+import json
+
+import pytest
+
+from lit_sft.data.formats import conversation_to_prompt, detect_format, find_placeholders, to_conversation
+from lit_sft.types import Conversation, Message
+
+HI = (Message("user", "hi"), Message("assistant", "hello"))
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": None}}}
+PARTS = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
+TOOL = {"name": "add", "parameters": {"type": "object"}}
+
+
+def turn(role, content, **more):
+    return {"role": role, "content": content, **more}
+
+
+def assistant(**more):
+    """The assistant's message of a row whose last turn has the keys `more`."""
+    row = {"messages": [turn("user", "hi"), {"role": "assistant", **more}]}
+    return to_conversation(row, format="messages").messages[1]
+
+
+@pytest.mark.parametrize(
+    ("format", "row"),
+    [
+        ("messages", {"messages": [turn("user", "hi"), turn("assistant", "hello")]}),
+        ("messages", {"messages": json.dumps([turn("user", "hi"), turn("assistant", "hello")])}),
+        ("messages", {"messages": [turn("user", "hi", name=None), turn("assistant", "hello", weight=None)]}),
+        ("messages", {"messages": [turn("user", PARTS), turn("assistant", "hello")]}),
+        ("sharegpt", {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]}),
+        ("sharegpt", {"conversations": [{"from": "user", "value": "hi"}, {"from": "bot", "value": "hello"}]}),
+        ("sharegpt", {"conversations": [turn("human", "hi"), turn("chatgpt", "hello")], "tools": "[]", "system": ""}),
+        ("alpaca", {"instruction": "hi", "input": "", "output": "hello"}),
+        ("alpaca", {"instruction": "hi", "input": None, "output": "hello", "history": [], "system": None}),
+        ("prompt_completion", {"prompt": "hi", "completion": "hello"}),
+        ("prompt_completion", {"prompt": [turn("user", "hi")], "completion": [turn("assistant", "hello")]}),
+        ("prompt_completion", {"prompt": [turn("user", "hi")], "completion": "hello"}),
+    ],
+)  # fmt: skip
+def test_the_same_conversation(format, row):
+    assert detect_format([row], None, None)[0] == format
+    assert to_conversation(row, format=format) == Conversation(HI)
+
+
+def test_plain_text():
+    row = {"text": "once upon a time"}
+    assert detect_format([row], None, None)[0] == "text"
+    assert to_conversation(row, format="text", system_prompt="x") == Conversation((), text="once upon a time")
+
+
+@pytest.mark.parametrize("calls", [
+    [{"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1, "b": null}'}}],
+    [{"id": "c1", "type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": None}}}],
+    [{"id": "c1", "name": "add", "arguments": {"a": 1, "b": None}, "function": None}],
+    json.dumps([{"id": "c1", "name": "add", "arguments": {"a": 1, "b": None}}]),
+])  # fmt: skip
+def test_tool_calls(calls):
+    message = assistant(content=None, tool_calls=calls)
+    assert message == Message("assistant", "", tool_calls=({"id": "c1", **CALL},))
+
+
+def test_a_call_without_arguments_and_no_calls():
+    assert assistant(tool_calls=[{"name": "now"}]).tool_calls[0]["function"] == {"name": "now", "arguments": {}}
+    assert assistant(content="x", tool_calls=[]).tool_calls is None
+
+
+@pytest.mark.parametrize(
+    "tools", [[TOOL], json.dumps([TOOL]), [{"type": "function", "function": TOOL}], json.dumps(TOOL)]
+)
+def test_tools_get_the_envelope(tools):
+    row = {"messages": [turn("user", "hi"), turn("assistant", "hello")], "tools": tools}
+    assert to_conversation(row, format="messages").tools == ({"type": "function", "function": TOOL},)
+
+
+def test_tool_answers_keep_their_ids():
+    row = {
+        "messages": [
+            turn("user", "1+1"),
+            turn("assistant", None, tool_calls=[CALL]),
+            turn("tool", "", name="add", tool_call_id="c1"),
+            turn("assistant", "2"),
+        ]
+    }
+    assert to_conversation(row, format="messages").messages[2] == Message("tool", "", name="add", tool_call_id="c1")
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning(key):
+    assert assistant(content="2", **{key: "1 and 1"}) == Message("assistant", "2", reasoning_content="1 and 1")
+
+
+def test_think_marks_stay_in_the_content():
+    assert assistant(content="<think>x</think>2") == Message("assistant", "<think>x</think>2")
+
+
+@pytest.mark.parametrize(
+    ("flags", "train"),
+    [({"weight": 0}, False), ({"weight": 1.0}, True), ({"train": False}, False), ({"train": 1}, True), ({}, None)],
+)
+def test_flags_of_a_turn(flags, train):
+    assert assistant(content="x", **flags).train is train
+
+
+def test_sharegpt_with_tools():
+    call = {"name": "add", "arguments": {"a": 1, "b": None}}
+    row = {
+        "system": "be brief",
+        "tools": json.dumps([TOOL]),
+        "conversations": [
+            {"from": "human", "value": "1+1"},
+            {"from": "function_call", "value": json.dumps(call)},
+            {"from": "observation", "value": '{"sum": 2}'},
+            {"from": "gpt", "value": "2", "weight": 1},
+            {"from": "human", "value": "1+1 twice"},
+            {"from": "function_call", "value": json.dumps([call, call])},
+            {"from": "function_response", "value": "2"},
+            {"from": "model", "value": "4"},
+        ],
+    }
+    conversation = to_conversation(row, format="sharegpt")
+    roles = "system user assistant tool assistant user assistant tool assistant"
+    assert " ".join(message.role for message in conversation.messages) == roles
+    assert conversation.messages[0].content == "be brief"
+    assert conversation.messages[2] == Message("assistant", "", tool_calls=(CALL,))
+    assert conversation.messages[4].train is True
+    assert conversation.messages[6].tool_calls == (CALL, CALL)
+    assert conversation.tools == ({"type": "function", "function": TOOL},)
+
+
+def test_alpaca_with_everything():
+    row = {
+        "instruction": "translate",
+        "input": "Hund",
+        "output": "dog",
+        "history": [["hi", "hello"]],
+        "system": "be brief",
+    }
+    assert to_conversation(row, format="alpaca", system_prompt="not this").messages == (
+        Message("system", "be brief"),
+        *HI,
+        Message("user", "translate\nHund"),
+        Message("assistant", "dog"),
+    )
+
+
+def test_only_the_completion_is_trained():
+    prompt = [turn("user", "a"), turn("assistant", "b"), turn("assistant", "c", weight=1), turn("user", "d")]
+    messages = to_conversation({"prompt": prompt, "completion": "e"}, format="prompt_completion").messages
+    assert [message.train for message in messages] == [None, False, True, None, None]
+
+
+def test_column_mapping():
+    row = {"question": "hi", "answer": "hello", "id": 3}
+    mapping = {"question": "prompt", "answer": "completion"}
+    assert detect_format([row], mapping, None)[0] == "prompt_completion"
+    assert to_conversation(row, format="prompt_completion", column_mapping=mapping) == Conversation(HI)
+
+
+def test_columns_that_are_swapped():
+    row, mapping = {"prompt": "hello", "completion": "hi"}, {"prompt": "completion", "completion": "prompt"}
+    assert to_conversation(row, format="prompt_completion", column_mapping=mapping) == Conversation(HI)
+
+
+@pytest.mark.parametrize("answer", ["completion", "output", "answer", "response"])
+def test_prompt_template(answer):
+    row = {"instruction": "算", "n": 3, answer: "三", "note": "{n}"}
+    template = "指令：{instruction}{{}}\n输入：{n}\n回答："
+    format, reason = detect_format([row], None, template)
+    assert "prompt_template" in reason
+    conversation = to_conversation(row, format=format, prompt_template=template)
+    assert conversation.messages == (Message("user", "指令：算{}\n输入：3\n回答："), Message("assistant", "三"))
+
+
+def test_the_template_never_takes_a_question_for_the_answer():
+    row = {"output": "bad", "answer": "good"}
+    conversation = to_conversation(row, format="alpaca", prompt_template="mend: {output}")
+    assert conversation.messages[1].content == "good"
+
+
+def test_detection_reads_past_empty_columns():
+    rows = [{"messages": None, "prompt": "a", "extra": None}, {"messages": None, "prompt": "b", "extra": "c"}]
+    assert detect_format(rows, {"extra": "note"}, None)[0] == "prompt_completion"
+    assert detect_format(rows[:1], {"extra": "note"}, None)[0] == "prompt_completion"
+    assert detect_format([{"prompt": "x", "messages": []}], None, None)[0] == "messages"
+
+
+def test_system_prompt_goes_first_where_there_is_none():
+    row = {"messages": [turn("user", "hi"), turn("assistant", "hello")]}
+    assert to_conversation(row, format="messages", system_prompt="S").messages == (Message("system", "S"), *HI)
+    row["messages"].insert(0, turn("developer", "D"))
+    assert to_conversation(row, format="messages", system_prompt="S").messages == (Message("developer", "D"), *HI)
+
+
+def test_placeholders_are_found_and_left():
+    row = {"prompt": "who? {name}", "completion": "I am {{name}} by {{ author }}"}
+    conversation = to_conversation(row, format="prompt_completion")
+    assert conversation.messages[1].content == "I am {{name}} by {{ author }}"
+    assert find_placeholders(conversation) == {"{{name}}", "{{author}}"}
+    assert find_placeholders(Conversation((), text="{{x}} {y}")) == {"{{x}}"}
+
+
+def test_prompts_for_predict():
+    asked = Conversation(HI[:1])
+    assert conversation_to_prompt(Conversation(HI)) == (asked, "hello")
+    assert conversation_to_prompt(asked) == (asked, None)
+    for row in ({"prompt": "hi"}, {"prompt": "hi", "completion": ""}, {"prompt": "hi", "completion": None}):
+        assert to_conversation(row, format="prompt_completion", need_answer=False) == asked
+    row = {"instruction": "hi", "output": ""}
+    assert to_conversation(row, format="alpaca", need_answer=False) == asked
+    assert to_conversation({"q": "hi"}, format="alpaca", prompt_template="{q}", need_answer=False) == asked

@@ -1,0 +1,38 @@
+import pytest
+from torch import nn
+
+from lit_sft.optim import ScheduleOptions, lr_factor, parameter_groups
+from lit_sft.types import UserError
+
+
+def factors(total=10, **options):
+    factor = lr_factor(ScheduleOptions(**options), total)
+    return [round(factor(step), 4) for step in range(total)]
+
+
+def test_linear_with_warmup_and_floor():
+    assert factors(total=6, type="linear", warmup_steps=2, min_lr_ratio=0.2) == [0.5, 1.0, 1.0, 0.8, 0.6, 0.4]
+
+
+def test_cosine_is_half_way_in_the_middle():
+    values = factors(total=8, warmup_ratio=0.0)
+    assert values[0] == 1.0 and values[4] == 0.5 and values == sorted(values, reverse=True)
+
+
+def test_warmup_steps_win_over_ratio():
+    assert factors(type="constant", warmup_ratio=0.5)[:5] == [0.2, 0.4, 0.6, 0.8, 1.0]
+    assert factors(type="constant", warmup_ratio=0.5, warmup_steps=1) == [1.0] * 10
+
+
+@pytest.mark.parametrize("options", [{"warmup_ratio": 1.0}, {"warmup_steps": -1}, {"min_lr_ratio": 2.0}])
+def test_bad_values_name_their_key(options):
+    with pytest.raises(UserError, match=f"model.lr_schedule.{next(iter(options))}"):
+        ScheduleOptions(**options)
+
+
+def test_no_weight_decay_for_norms_and_frozen_parameters_left_out():
+    model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2), nn.Linear(2, 2))
+    model[2].requires_grad_(False)
+    decay, no_decay = parameter_groups(model.named_parameters())
+    assert [p.ndim for p in decay["params"]] == [2] and "weight_decay" not in decay
+    assert [p.ndim for p in no_decay["params"]] == [1, 1, 1] and no_decay["weight_decay"] == 0.0

@@ -1,0 +1,300 @@
+"""Any source becomes the same rows: read one at a time, told by content, shared by processes."""
+
+import gzip
+import json
+import multiprocessing
+import os
+import pickle
+import time
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from lit_sft.data.sources import Rows, files, hub, limit, open_rows, split_rows, subset
+from lit_sft.types import UserError
+
+ROWS = [{"prompt": f"é {i}", "completion": "x\ny" * i} for i in range(5)]
+LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
+
+
+def read(rows: Rows):
+    return [rows[i] for i in range(len(rows))]
+
+
+def write(path, text=LINES):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def write_as(path, suffix):
+    """ROWS in a file of that kind."""
+    table = pa.Table.from_pylist(ROWS)
+    if suffix in (".jsonl", ".ndjson"):
+        write(path)
+    elif suffix == ".json":
+        write(path, json.dumps(ROWS))
+    elif suffix == ".parquet":
+        pyarrow.parquet.write_table(table, path, row_group_size=2)
+    elif suffix == ".arrow":
+        with pa.ipc.new_stream(path, table.schema) as writer:
+            writer.write_table(table, 2)
+    else:
+        table.to_pandas().to_csv(path, sep="\t" if suffix == ".tsv" else ",", index=False)
+
+
+def compress(path, ending):
+    raw = path.read_bytes()
+    packed = path.with_name(path.name + ending)
+    packed.write_bytes(gzip.compress(raw) if ending == ".gz" else pa.compress(raw, "zstd", asbytes=True))
+    return packed
+
+
+@pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow"])
+def test_every_kind_of_file(suffix, ending, tmp_path):
+    path = tmp_path / f"a{suffix}"
+    write_as(path, suffix)
+    if ending:
+        path = compress(path, ending)
+    for _ in range(2):  # the second time from the cache
+        rows = open_rows(str(path), cache_dir=tmp_path / "cache")
+        assert read(rows) == ROWS
+    assert rows.columns() == ["prompt", "completion"]
+    assert rows.where(2) == f"{path} " + ("line 3" if suffix in (".jsonl", ".ndjson") else "row 2")
+    assert read(pickle.loads(pickle.dumps(rows))) == ROWS
+
+
+def test_arrow_files_that_are_no_streams(tmp_path):
+    table = pa.Table.from_pylist(ROWS)
+    with pa.ipc.new_file(tmp_path / "a.arrow", table.schema) as writer:
+        writer.write_table(table)
+    assert read(open_rows(str(tmp_path / "a.arrow"))) == ROWS
+
+
+@pytest.mark.parametrize("block", [1, 7, 64, 1 << 20])
+@pytest.mark.parametrize("text", [LINES, LINES.rstrip(), "\ufeff" + LINES, LINES.replace("\n", "\r\n"), " " + LINES])
+def test_lines_wherever_blocks_end(block, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_BLOCK", block)
+    rows = open_rows(write(tmp_path / "a.jsonl", text))
+    assert read(rows) == ROWS
+    assert rows.where(4).endswith("line 5")
+
+
+def test_blank_lines_are_skipped_but_counted(tmp_path):
+    rows = open_rows(write(tmp_path / "a.jsonl", '\n{"a": 1}\n  \n\r\n{"a": 2}\n{"a": 3}\n\t'))
+    assert read(rows) == [{"a": 1}, {"a": 2}, {"a": 3}]
+    assert [rows.where(i).split()[-1] for i in range(3)] == ["2", "5", "6"]
+
+
+def test_lines_are_not_held(tmp_path):
+    row = json.dumps({"text": "word " * 2000})
+    path = write(tmp_path / "a.jsonl", f"{row}\n" * 200)
+    assert len(pickle.dumps(open_rows(path))) < os.path.getsize(path) / 100
+
+
+def test_a_row_of_ten_megabytes(tmp_path):
+    row = {"text": "x" * 10_000_000}
+    for path in (write(tmp_path / "a.jsonl", json.dumps(row)), write(tmp_path / "a.csv", f"text\n{row['text']}\n")):
+        assert open_rows(path, cache_dir=tmp_path)[0] == row
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (json.dumps({"version": 1, "data": ROWS}), ROWS),
+        (json.dumps(ROWS, indent=2), ROWS),
+        (json.dumps(ROWS[1]), [ROWS[1]]),
+        (json.dumps(ROWS[1], indent=2), [ROWS[1]]),
+        ('{"messages": [{"role": "user"}]}', [{"messages": [{"role": "user"}]}]),
+        (LINES, ROWS),
+    ],
+    ids=["object around", "indented", "one row", "one row indented", "one conversation", "lines by another name"],
+)
+def test_shapes_of_json(text, expected, tmp_path):
+    assert read(open_rows(write(tmp_path / "a.json", text))) == expected
+
+
+def test_csv_fields_are_text(tmp_path):
+    path = write(tmp_path / "a.csv", '\ufeffq,a\nNA,007\n"a ""b"",\nc",\n\n1e3,None\n')
+    rows = read(open_rows(path, cache_dir=tmp_path))
+    assert rows == [{"q": "NA", "a": "007"}, {"q": 'a "b",\nc', "a": ""}, {"q": "1e3", "a": "None"}]
+
+
+def test_structs_lose_the_nulls_of_other_rows(tmp_path):
+    rows = [{"m": [{"role": "a", "arguments": {"x": 1}}]}, {"m": [{"role": "b", "name": "n"}]}, {"m": None}]
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    assert read(open_rows(str(tmp_path / "a.parquet"), cache_dir=tmp_path)) == rows
+
+
+def test_the_fingerprint_is_the_content(tmp_path):
+    one, two = write(tmp_path / "a.jsonl"), write(tmp_path / "b.jsonl")
+    rows = open_rows(one)
+    assert rows.fingerprint == open_rows(two).fingerprint == open_rows(one).fingerprint
+    assert len({rows.fingerprint, limit(rows, 4).fingerprint, subset(rows, [1, 0, 2, 3, 4]).fingerprint}) == 3
+    date = os.stat(one)
+    write(tmp_path / "a.jsonl", LINES.replace("é 3", "è 3"))
+    os.utime(one, ns=(date.st_atime_ns, date.st_mtime_ns))
+    changed = open_rows(one)
+    assert changed.fingerprint != rows.fingerprint
+    assert changed[3]["prompt"] == "è 3"
+
+
+def test_a_changed_file_is_converted_anew(tmp_path):
+    path = write(tmp_path / "a.csv", "q\nold\n")
+    assert open_rows(path, cache_dir=tmp_path)[0] == {"q": "old"}
+    write(tmp_path / "a.csv", "q\nnew\n")
+    assert open_rows(path, cache_dir=tmp_path)[0] == {"q": "new"}
+
+
+def read_ten_times(rows: Rows):
+    return [read(rows) for _ in range(10)]
+
+
+def test_forked_workers_share_the_open_file(tmp_path):
+    rows = open_rows(write(tmp_path / "a.jsonl", "".join(f'{{"a": {i}}}\n' for i in range(1000))))
+    assert rows[0] == {"a": 0}  # the file is open before the fork
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        assert pool.map(read_ten_times, [rows, rows]) == [[[{"a": i} for i in range(1000)]] * 10] * 2
+
+
+def test_globs_and_directories(tmp_path):
+    for name in ("b", "a", "sub/c"):
+        write(tmp_path / f"{name}.jsonl", json.dumps({"a": name}))
+    write(tmp_path / "readme.md", "# no data")
+    write(tmp_path / "dataset_info.json", "{}")
+    rows = open_rows(str(tmp_path / "*.jsonl"))
+    assert [row["a"] for row in read(rows)] == ["a", "b"]
+    rows = open_rows(str(tmp_path))
+    assert [row["a"] for row in read(rows)] == ["a", "b", "sub/c"]
+    assert rows.where(2) == f"{tmp_path}/sub/c.jsonl line 1"
+    assert rows.counts() == [(str(tmp_path), 3)]
+
+
+def test_directories_with_splits(tmp_path):
+    for name in ("data/train-00000-of-00001", "data/test-00000-of-00001", "dev/x", "gsm8k_train"):
+        write(tmp_path / f"{name}.jsonl", json.dumps({"a": name}))
+    train, validation = (read(open_rows(str(tmp_path), split=split)) for split in ("train", "validation"))
+    assert train == [{"a": "data/train-00000-of-00001"}, {"a": "gsm8k_train"}]
+    assert validation == [{"a": "dev/x"}]
+
+
+def test_saved_data_sets(tmp_path):
+    saved = datasets.Dataset.from_list(ROWS)
+    saved.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": saved, "test": saved.select([3, 1])}).save_to_disk(tmp_path / "two")
+    assert read(open_rows(str(tmp_path / "one"))) == ROWS
+    train, test = (open_rows(str(tmp_path / "two"), split=split) for split in ("train", "test"))
+    assert (read(train), read(test)) == (ROWS, [ROWS[3], ROWS[1]])
+    assert train.fingerprint != test.fingerprint
+    with pytest.raises(UserError, match="no split validation but train, test; set `data.validation`"):
+        open_rows(str(tmp_path / "two"), split="validation", key="data.validation")
+    assert read(open_rows([{"path": str(tmp_path / "two"), "split": "test"}])) == [ROWS[3], ROWS[1]]
+
+
+def test_builtin_tasks():
+    rows = open_rows("builtin:sums", split="test", builtin=lambda name, split: [{"name": name, "split": split}])
+    assert read(rows) == [{"name": "sums", "split": "test"}]
+    assert rows.where(0) == "builtin:sums row 0"
+
+
+def mixture(tmp_path, seed=0, weights=(2.5, 0.4, 1)):
+    paths = [write(tmp_path / f"{name}.jsonl", "".join(f'{{"{name}": {i}}}\n' for i in range(10))) for name in "abc"]
+    spec = [{"path": paths[0], "weight": weights[0]}, {"path": paths[1], "weight": weights[1], "split": None}, paths[2]]
+    return open_rows(spec, seed=seed)
+
+
+def test_weights_multiply_rows(tmp_path):
+    rows = mixture(tmp_path)
+    assert [(name[-7:], count) for name, count in rows.counts()] == [("a.jsonl", 25), ("b.jsonl", 4), ("c.jsonl", 10)]
+    first = [row["a"] for row in read(rows)[:25]]
+    assert first[:20] == [*range(10), *range(10)]
+    assert len(set(first[20:])) == 5
+    assert rows.where(29).endswith("c.jsonl line 1")
+    assert rows.source_ids().tolist() == [0] * 25 + [1] * 4 + [2] * 10
+    assert [count for _, count in subset(rows, [38, 0, 1]).counts()] == [2, 0, 1]
+
+
+def test_a_mixture_depends_on_its_seed_only(tmp_path):
+    rows = mixture(tmp_path, seed=1)
+    assert read(rows) == read(mixture(tmp_path, seed=1))
+    assert rows.fingerprint == mixture(tmp_path, seed=1).fingerprint
+    assert rows.fingerprint != mixture(tmp_path, seed=2).fingerprint
+    assert rows.fingerprint != mixture(tmp_path, seed=1, weights=(2.5, 0.5, 1)).fingerprint
+
+
+@pytest.mark.parametrize(("size", "count"), [(0.2, 20), (7, 7), (7.0, 7), (1, 1), (0.014, 1)])
+def test_split(size, count):
+    train, validation = split_rows(100, size, seed=3)
+    assert len(validation) == count
+    assert sorted([*train, *validation]) == list(range(100))
+    assert np.array_equal(validation, split_rows(100, size, seed=3)[1])
+    assert not np.array_equal(validation, split_rows(100, size, seed=4)[1])
+
+
+def test_copies_of_a_row_stay_on_one_side(tmp_path):
+    rows = mixture(tmp_path)
+    train, validation = (subset(rows, chosen) for chosen in split_rows(len(rows), 0.5, 0, rows.origins))
+    assert not {str(row) for row in read(train)} & {str(row) for row in read(validation)}
+    assert len({str(row) for row in read(validation)}) == len(validation) == 12
+    assert len({str(row) for row in read(train)}) == 12 < len(train)
+
+
+def test_limit(tmp_path):
+    rows = open_rows(write(tmp_path / "a.jsonl"))
+    assert read(limit(rows, 2)) == ROWS[:2]
+    assert read(limit(rows, 99)) == ROWS
+    assert limit(subset(rows, [4, 3, 2]), 2).where(1).endswith("line 4")
+
+
+def cache_hub_data(root, monkeypatch):
+    """What `datasets` leaves in its cache after it loaded `me/tiny` from the hub."""
+    folder = root / "me___tiny" / "default" / "0.0.0" / "abc"
+    folder.mkdir(parents=True)
+    write_as(folder / "tiny-train.arrow", ".arrow")
+    split = {"name": "train", "num_examples": len(ROWS), "dataset_name": "tiny"}
+    info = {"config_name": "default", "dataset_name": "tiny", "version": "0.0.0", "splits": {"train": split}}
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", root)
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_hub_ids_come_from_the_cache_when_the_hub_is_away(offline, tmp_path, monkeypatch, caplog):
+    cache_hub_data(tmp_path, monkeypatch)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", refuse)
+    assert read(open_rows("me/tiny")) == ROWS
+    assert ("HF_HUB_OFFLINE is set" if offline else "Name or service not known") in caplog.text
+    first, second = (open_rows("me/tiny", split=f"train[{part}]") for part in (":2", "2:4"))
+    assert read(first) + read(second) == ROWS[:4]
+    assert first.fingerprint != second.fingerprint
+    with pytest.raises(UserError, match="'me/tiny'.*split.*data.test"):
+        open_rows("me/tiny", split="test", key="data.test")
+
+
+def refuse(*_, **__):
+    raise OSError("Name or service not known")
+
+
+def test_hub_ids_fail_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setattr(hub, "HUB_SECONDS", 0.1)
+    for answer, words in ((refuse, "Name or service not known"), (lambda *_, **__: time.sleep(5), "no answer within")):
+        monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", answer)
+        start = time.monotonic()
+        with pytest.raises(UserError) as caught:
+            open_rows("no-such/data-set", key="data.train")
+        assert time.monotonic() - start < 2
+        assert "\n" not in str(caught.value)
+        for word in ("cannot get data set 'no-such/data-set'", words, "give a local file or directory in `data.train`"):
+            assert word in str(caught.value)
+
+
+def test_a_path_wins_over_a_hub_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "me" / "tiny")
+    with pytest.raises(UserError, match="name ends in none of"):
+        open_rows("me/tiny")
