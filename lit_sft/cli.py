@@ -177,18 +177,28 @@ class SFTCLI(LightningCLI):
         self._parser(self.subcommand).save(config, str(path), skip_none=False, overwrite=True, skip_validation=True)
 
     def before_fit(self) -> None:
-        """Data work, before a process group exists."""
-        self.datamodule.prepare("fit")
+        """Data work, before a process group exists; then the run's folder."""
+        self._prepare("fit")
         if self.ckpt_path is not None:
             log.info("resumed %s at step %s", self.ckpt_path, checkpointing.step_of(Path(self.ckpt_path)))
 
     def before_validate(self) -> None:
-        """Data work, before a process group exists."""
-        self.datamodule.prepare("validate")
+        """As `before_fit`."""
+        self._prepare("validate")
 
     def before_test(self) -> None:
-        """Data work, before a process group exists."""
-        self.datamodule.prepare("test")
+        """As `before_fit`."""
+        self._prepare("test")
+
+    def before_predict(self) -> None:
+        """As `before_fit`."""
+        self._prepare("predict")
+
+    def _prepare(self, stage: str) -> None:
+        self.datamodule.prepare(stage)
+        for callback in self.trainer.callbacks:
+            if isinstance(callback, runs.RunFolder):
+                callback.claim(self.trainer)
 
 
 def _as_list(value: Any) -> list[Any]:

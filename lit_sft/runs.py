@@ -6,14 +6,18 @@ import csv
 import logging
 import os
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import lightning as L
+from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from typing_extensions import override
+
+from lit_sft.prepare import global_rank
 
 log = logging.getLogger(__name__)
 
@@ -38,12 +42,15 @@ class AppendingCSVLogger(CSVLogger):
 
     @property
     @override
+    @rank_zero_experiment
     def experiment(self) -> ExperimentWriter:
         if self._experiment is None:
             path = Path(self.log_dir) / ExperimentWriter.NAME_METRICS_FILE
             rows = _read_rows(path, self.first_step)
             path.unlink(missing_ok=True)
-            writer = super().experiment
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".*exists and is not empty.*")
+                writer = super().experiment
             writer.metrics = rows + writer.metrics
             writer.save()
         return super().experiment
@@ -78,23 +85,31 @@ class RunFolder(Callback):
         self.ckpt_path, self.first_step, self.save_config = ckpt_path, first_step, save_config
         self.folder: Path | None = None
 
+    def claim(self, trainer: L.Trainer) -> None:
+        """Chooses the folder on rank 0; before `trainer.fit`, which opens the loggers before any callback is asked."""
+        if global_rank() == 0:
+            self._use(self._choose(Path(trainer.default_root_dir)), trainer)
+
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if self.folder is not None:
-            return
-        folder = str(self._choose(Path(trainer.default_root_dir))) if trainer.is_global_zero else ""
-        self.folder = Path(trainer.strategy.broadcast(folder))
+        folder = Path(trainer.strategy.broadcast(str(self.folder)))
+        if trainer.is_global_zero:
+            if stage == "fit":
+                self.save_config(folder / CONFIG)
+            log.info("run folder: %s", os.path.relpath(folder))
+        else:
+            self._use(folder, trainer)
+
+    def _use(self, folder: Path, trainer: L.Trainer) -> None:
+        self.folder = folder
         for logger in trainer.loggers:
             if isinstance(logger, (TensorBoardLogger, AppendingCSVLogger)):
-                logger._version = int(self.folder.name.removeprefix("version_"))
-                logger._root_dir, logger._name = str(self.folder.parent.parent), self.folder.parent.name
-                if isinstance(logger, TensorBoardLogger) and self.first_step is not None:
-                    logger._kwargs["purge_step"] = self.first_step
-                elif isinstance(logger, AppendingCSVLogger):
+                logger._version = int(folder.name.removeprefix("version_"))
+                logger._root_dir, logger._name = str(folder.parent.parent), folder.parent.name
+                if isinstance(logger, AppendingCSVLogger):
                     logger.first_step = self.first_step
-        if trainer.is_global_zero and stage == "fit":
-            self.save_config(self.folder / CONFIG)
-        log.info("run folder: %s", os.path.relpath(self.folder))
+                elif self.first_step is not None:
+                    logger._kwargs["purge_step"] = self.first_step
 
     def _choose(self, root: Path) -> Path:
         if self.ckpt_path is not None and (folder := run_folder(self.ckpt_path)) is not None:

@@ -19,6 +19,7 @@ _CORPUS = (
     "User: What is 1+1?\n\nAssistant: It is 2.\n\n\n\nThe answer: The answer: Answer: Question: Answer: Hello Hello",
     "[INST] [/INST] <<SYS>> <</SYS>> <think>\n\n</think>\n\n <think>\nhm hm\n</think>\n\n get_weather get_weather city",
     "你好 你好，世界。问题：回答：北京 北京",
+    "user\nHi\nHi\nHi\nassistant\nHello\nHello\nHello\nassistant\nYes\nYes\nYes\nuser\nassistant\n",
 )
 
 
@@ -73,7 +74,8 @@ def metaspace_tokenizer(family: Family, *, adds_bos: bool = False, scheme: str =
         decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0),
     ])  # fmt: skip
     trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=["<unk>", *byte_tokens], show_progress=False)
-    backend.train_from_iterator(_CORPUS, trainer)
+    words = [" " + word for text in _CORPUS for word in text.split()]  # no merge goes over a space or a newline
+    backend.train_from_iterator(words, trainer)
     return _wrap(backend, family, adds_bos)
 
 

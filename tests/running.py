@@ -59,7 +59,10 @@ def arguments(model: str, train: str, root: Path, **overrides: Any) -> list[str]
         "data.questions": [],
         **{key.replace("__", "."): value for key, value in overrides.items()},
     }
-    return [f"--{key}={'null' if value is None else json.dumps(value) if isinstance(value, (bool, list, dict)) else value}" for key, value in settings.items()]
+    return [
+        f"--{key}={'null' if value is None else json.dumps(value) if isinstance(value, (bool, list, dict)) else value}"
+        for key, value in settings.items()
+    ]
 
 
 def run(command: str, args: list[str], subprocesses: bool = False, timeout: float = 240) -> str:
@@ -70,7 +73,12 @@ def run(command: str, args: list[str], subprocesses: bool = False, timeout: floa
         main([command, *args])
         return ""
     done = subprocess.run(
-        [sys.executable, "-m", "lit_sft", command, *args], cwd=REPOSITORY, capture_output=True, text=True, timeout=timeout, env=environment()
+        [sys.executable, "-m", "lit_sft", command, *args],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=environment(),
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return done.stdout + done.stderr
@@ -78,7 +86,11 @@ def run(command: str, args: list[str], subprocesses: bool = False, timeout: floa
 
 def environment(**more: str) -> dict[str, str]:
     """The environment without what would make ranks or a cluster of this process, and without a hub."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "MASTER_"))}
+    kept = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(("SLURM_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "MASTER_"))
+    }
     return {**kept, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **more}
 
 

@@ -47,7 +47,12 @@ def train(place, name, **overrides):
     """(losses, gradient norms, weights) of a run."""
     folder, model, rows = place
     root = folder / name.replace(" ", "_")
-    options = {"data__packing": False, "data__global_batch_size": 16, "model__lr_schedule__type": "constant", "model__lr_schedule__warmup_ratio": 0.0}
+    options = {
+        "data__packing": False,
+        "data__global_batch_size": 16,
+        "model__lr_schedule__type": "constant",
+        "model__lr_schedule__warmup_ratio": 0.0,
+    }
     args = arguments(model, rows, root, **{**options, **overrides})
     run("fit", args, subprocesses=overrides.get("trainer__devices", 1) > 1)
     return scalars(root, "train/loss"), scalars(root, "train/grad_norm"), final_weights(root)
@@ -56,7 +61,9 @@ def train(place, name, **overrides):
 def assert_same(result, expected, tolerance=1e-5):
     for name, ours, theirs in zip(("loss", "grad_norm"), result[:2], expected[:2], strict=True):
         assert len(ours) == len(theirs), name
-        torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=tolerance, atol=0, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(
+            torch.tensor(ours), torch.tensor(theirs), rtol=tolerance, atol=0, msg=lambda m: f"{name}: {m}"
+        )
     assert result[2].keys() == expected[2].keys()
     for key, weight in expected[2].items():
         difference = (result[2][key] - weight).norm() / weight.norm()
@@ -70,13 +77,25 @@ def test_the_same_run(place, reference, name, optimizer_name, optimizer):
         pytest.skip("covered by the SGD run")
     expected = reference(optimizer_name, optimizer)
     assert len(expected[0]) == STEPS
-    assert_same(train(place, f"{name} {optimizer_name}", **{"data__micro_batch_size": 4, **RUNS[name], **optimizer}), expected)
+    assert_same(
+        train(place, f"{name} {optimizer_name}", **{"data__micro_batch_size": 4, **RUNS[name], **optimizer}), expected
+    )
 
 
 def test_packs_equal_the_same_rows_unpacked(place):
     """All rows in one step, three epochs: packed into rows of 128 tokens, or each alone."""
-    packed = train(place, "packed", data__packing=True, data__global_batch_size=64, data__micro_batch_size=2, trainer__max_epochs=STEPS, **SGD)
-    alone = train(place, "alone", data__global_batch_size=64, data__micro_batch_size=1, trainer__max_epochs=STEPS, **SGD)
+    packed = train(
+        place,
+        "packed",
+        data__packing=True,
+        data__global_batch_size=64,
+        data__micro_batch_size=2,
+        trainer__max_epochs=STEPS,
+        **SGD,
+    )
+    alone = train(
+        place, "alone", data__global_batch_size=64, data__micro_batch_size=1, trainer__max_epochs=STEPS, **SGD
+    )
     assert len(packed[0]) == STEPS
     assert_same(packed, alone)
 
@@ -87,7 +106,9 @@ def test_the_test_can_fail(place, reference, monkeypatch):
 
     def mean_of_means(self, batch, batch_idx):
         output = self(batch)
-        self.window = self.window + torch.stack([output.loss_sum.detach().double(), output.num_targets.double(), torch.tensor(1.0)])
+        self.window = self.window + torch.stack(
+            [output.loss_sum.detach().double(), output.num_targets.double(), torch.tensor(1.0)]
+        )
         return output.loss_sum / output.num_targets.clamp(min=1)
 
     monkeypatch.setattr(SFTModule, "training_step", mean_of_means)

@@ -314,7 +314,7 @@ STOP_OUTSIDE = HEADER_INSIDE.replace(
 )
 ANSWER_ONLY = HEADER_INSIDE.replace(
     "{% generation %}{{ '<|im_start|>assistant\n' + message.content + '<|im_end|>\n' }}{% endgeneration %}",
-    "{{ '<|im_start|>assistant\nSure: ' }}{% generation %}{{ message.content + '<|im_end|>' }}{% endgeneration %}",
+    "{{ '<|im_start|>assistant\nSure:\n' }}{% generation %}{{ message.content + '<|im_end|>' }}{% endgeneration %}",
 )
 NO_STOP = STOP_OUTSIDE.replace("{% endgeneration %}{{ '<|im_end|>\n' }}", "{% endgeneration %}{{ ' <|im_end|>\n' }}")
 NO_MARK = HEADER_INSIDE.replace("== 'assistant'", "== 'nobody'")

@@ -246,10 +246,10 @@ class Renderer:
         if self.template.unproved == "lenient" and "lenient" not in turn.notes:
             lenient = self._draft(turn.text, (replace(turn, notes=(*turn.notes, "lenient")),))
             return self._examples(lenient, self._tokenize([lenient]), row, part)[0]
+        what = f"the prompt's end {turn.prompt[-20:]!r} and the answer {answer[:20]!r}" if leads else "what is marked"
         raise UserError(
-            f"turn {turn.number} (assistant): the tokenizer does not keep the end of the prompt {turn.prompt[-20:]!r} "
-            f"apart from the answer {answer[:20]!r}; end the prompt with a newline or a special token "
-            "(data.chat_template, data.prompt_template), or set data.unproved to lenient"
+            f"turn {turn.number} (assistant): the tokenizer does not keep {what} apart; put a newline or a special "
+            "token there (data.chat_template, data.prompt_template), or set data.unproved to lenient"
         )
 
     def _tail(self, turn: RenderedTurn) -> tuple[int, str]:

@@ -73,25 +73,35 @@ def packed_attention(
         )
     if query.is_cuda and query.dtype != torch.float32 and not dropout:
         return _varlen(query, key, value, segment_lengths, scaling, sliding_window), None
+    return _per_segment(query, key, value, segment_lengths, dropout, scaling, sliding_window), None
+
+
+def _per_segment(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: tuple[int, ...],
+    dropout: float,
+    scaling: float | None,
+    sliding_window: int | None,
+) -> Tensor:
+    """One call of SDPA per example: [1, H, T, K] -> [1, T, H, K]."""
+    parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
     outs = []
-    start = 0
-    for length in segment_lengths:
-        part = slice(start, start + length)
-        start += length
-        mask = _window_mask(length, sliding_window, query.device)
-        outs.append(
-            F.scaled_dot_product_attention(
-                query[:, :, part],
-                key[:, :, part],
-                value[:, :, part],
-                attn_mask=mask,
-                dropout_p=dropout,
-                is_causal=mask is None,
-                scale=scaling,
-                enable_gqa=query.shape[1] != key.shape[1],
-            ).transpose(1, 2)
+    for q, k, v in parts:
+        mask = _window_mask(q.shape[2], sliding_window, q.device)
+        out = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=dropout,
+            is_causal=mask is None,
+            scale=scaling,
+            enable_gqa=q.shape[1] != k.shape[1],
         )
-    return torch.cat(outs, dim=1), None
+        outs.append(out.transpose(1, 2))
+    return torch.cat(outs, dim=1)
 
 
 def _window_mask(length: int, sliding_window: int | None, device: torch.device) -> Tensor | None:

@@ -267,6 +267,7 @@ def _pretrained_model(path: str, arguments: dict[str, Any]) -> PreTrainedModel:
         found = f"only {pickles[0]}, which is not loaded because it can run code" if pickles else "no weights"
         raise UserError(f"{path} has {found}; provide safetensors, or set model.init to random")
     if gguf:
+        # Said aloud: otherwise the model may stay quantized, and could be neither trained nor saved.
         gguf["quantization_config"] = GgufConfig(dequantize=True)
     factory: Any = AutoModelForCausalLM
     try:
@@ -277,20 +278,8 @@ def _pretrained_model(path: str, arguments: dict[str, Any]) -> PreTrainedModel:
         raise UserError(f"{path}: the weights do not fit the config or are damaged: {_reason(error)}") from error
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{path} lacks {len(missing)} weights of a causal language model, such as {missing[0]}")
-    loaded: PreTrainedModel = _plain_model(model, arguments) if gguf else model
+    loaded: PreTrainedModel = model
     return loaded
-
-
-def _plain_model(dequantized: PreTrainedModel, arguments: dict[str, Any]) -> PreTrainedModel:
-    """The same weights in a model that does not count as quantized, which could be neither trained nor saved."""
-    config = dequantized.config
-    if "quantization_config" in config.to_dict():
-        del config.quantization_config
-    plain = _random_model(config, arguments, seed=0)
-    plain.load_state_dict(dequantized.state_dict(), assign=True)
-    plain.tie_weights()
-    plain.generation_config = dequantized.generation_config
-    return plain
 
 
 def _reason(error: Exception) -> str:
