@@ -87,6 +87,11 @@ def build_model(options: SimpleNamespace, precision: str) -> tuple[CausalLMLoss,
         adapter = adapters.apply_lora(lm, options.lora, seed=options.seed)
     elif options.trainable is not None:
         adapters.set_trainable(lm, options.trainable)
+    total, trained = (sum(p.numel() for p in lm.parameters() if p.requires_grad or n) for n in (True, False))
+    log.info(
+        f"model: {type(lm).__name__}, {total / 1e6:,.1f} M parameters in {str(lm.dtype).removeprefix('torch.')}, "
+        f"{trained / total:.1%} trained, attention {lm.config._attn_implementation}"
+    )
     model = CausalLMLoss(lm, options.loss)
     model.check_head()
     model.separate_rows = not attention.packs_are_exact(lm)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import warnings
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import lightning as L
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_sft import checkpointing, exporting, parsing, preview, runs, strategies
 from lit_sft.callbacks import Answers, FirstExample, HFExport, PredictionWriter, Throughput
@@ -167,7 +169,10 @@ class SFTCLI(LightningCLI):
         trainer_config["plugins"] = [*_as_list(trainer_config.get("plugins")), AtomicCheckpointIO()]
         if trainer_config.get("logger") in (None, True):
             trainer_config["logger"] = runs.loggers(root)
-        return self._instantiate_trainer({**trainer_config, "default_root_dir": str(root), **kwargs}, callbacks)
+        try:
+            return self._instantiate_trainer({**trainer_config, "default_root_dir": str(root), **kwargs}, callbacks)
+        except (ValueError, MisconfigurationException) as error:
+            raise UserError(f"trainer: {error}") from error
 
     def _save_config(self, path: Path) -> None:
         """The run's configuration, readable by every command."""
@@ -205,20 +210,34 @@ def _as_list(value: Any) -> list[Any]:
     return [] if value is None else value if isinstance(value, list) else [value]
 
 
+NOT_HERE = (
+    "does not have many workers",  # batches are slices of a mapped file
+    "not resumable",  # the position is ours
+    "is smaller than the logging interval",
+    "`sync_dist=True`",
+    "across ranks is zero",  # no validation set
+    "treespec, LeafSpec",  # Lightning with torch 2.13
+    "deprecated",  # of jsonargparse, by Lightning
+)
+"""Advice of libraries that does not apply."""
+
+
 def _quiet() -> None:
-    """Our own log lines on the terminal, plain; not Lightning's advice that does not apply here."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    log.addHandler(handler)
+    """Our own log lines on the terminal, plain; of the libraries what is a warning and applies here."""
+    if not log.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
     log.setLevel(logging.INFO if rank_zero_only.rank == 0 else logging.ERROR)
     log.propagate = False
-    for pattern in (
-        ".*does not have many workers.*",
-        ".*not resumable.*",
-        ".*is smaller than the logging interval.*",
-        ".*`sync_dist=True`.*",
-    ):
-        warnings.filterwarnings("ignore", pattern)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    for text in NOT_HERE:
+        warnings.filterwarnings("ignore", f".*{re.escape(text)}.*")
+    if not sys.stderr.isatty():
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
 
 
 def main(args: list[str] | None = None) -> None:
@@ -239,6 +258,8 @@ def main(args: list[str] | None = None) -> None:
                 "num_sanity_val_steps": 0,
                 "use_distributed_sampler": False,
                 "log_every_n_steps": 10,
+                "enable_model_summary": False,
+                "enable_autolog_hparams": False,
             },
             save_config_callback=None,
             seed_everything_default=42,

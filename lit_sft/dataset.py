@@ -45,6 +45,7 @@ class SFTData:
         self.options = options
         self.rows: dict[str, Rows] = {}
         self.caches: dict[str, ExampleCache] = {}
+        self._told: set[str] = set()
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -122,7 +123,9 @@ class SFTData:
         if format == "auto":
             first = rows.head(20)
             format, reason = formats.detect_format(first, options.column_mapping, options.prompt_template)
-            log.info("%s: format %s (%s)", rows.name, format, reason)
+            if rows.name not in self._told:
+                self._told.add(rows.name)
+                log.info("%s: %s", rows.name, reason)
         keys = ("column_mapping", "prompt_template", "system_prompt", "on_bad_row", "max_length", "overlong")
         return Preparation(self.renderer, format, **{key: getattr(options, key) for key in keys})
 
@@ -142,6 +145,8 @@ class SFTData:
     def asked_by_predict(self) -> list[Asked]:
         """What `predict` answers: `data.predict`, or else `data.questions`."""
         spec = self.options.questions if self.options.predict is None else self.options.predict
+        if not spec:
+            raise UserError("there is nothing to predict: set data.predict to a file or to a list of questions")
         if isinstance(spec, list) and all(isinstance(text, str) for text in spec):
             return [(self.question(text), None) for text in spec]
         rows = sources.open_rows(spec, split="test", key="data.predict", **self._source_options())

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import lightning as L
+import torch
 
 from lit_sft.checkpointing import read_checkpoint
-from lit_sft.datamodule import SFTDataModule
+from lit_sft.datamodule import QUESTIONS, SFTDataModule
 from lit_sft.model import adapters
 from lit_sft.model.export import verify_export
 from lit_sft.module import SFTModule
@@ -17,7 +18,7 @@ from lit_sft.types import UserError
 def export_checkpoint(
     trainer: L.Trainer, module: SFTModule, datamodule: SFTDataModule, ckpt_path: str, output_dir: Path, merge_lora: bool
 ) -> None:
-    """Loads, merges if asked to, writes, and compares logits and greedy answers to `data.questions`.
+    """Loads, merges if asked to, writes, and compares logits and greedy answers to the default questions.
 
     Raises:
         UserError: The checkpoint is not one of this model.
@@ -33,15 +34,12 @@ def export_checkpoint(
     missing, unexpected = module.load_state_dict(checkpoint["state_dict"], strict=False)
     if strangers := unexpected or (missing if module.adapter is None else []):
         raise UserError(f"--ckpt_path {ckpt_path} does not fit the model: {strangers[0]} is in one of them only")
+    data = datamodule.data
+    probes = [data.renderer.prompt(data.question(text)) for text in QUESTIONS]
     if merge_lora:
         if module.adapter is None:
             raise UserError("--merge_lora true, but the checkpoint has no adapter: leave it out")
-        module.model.lm, module.adapter = adapters.merge(module.adapter), None
+        module.model.lm, module.adapter = adapters.merge(module.adapter, torch.tensor(probes[:1])), None
     module.model.lm.set_attn_implementation("sdpa")  # as plain transformers will run it
     module.export(output_dir)
-    probes = [
-        ids[mask.bool()].tolist()
-        for prompts in datamodule.question_prompts()
-        for ids, mask in zip(prompts["input_ids"], prompts["attention_mask"], strict=True)
-    ]
     verify_export(output_dir, module.adapter or module.model.lm, datamodule.tokenizer, probes)

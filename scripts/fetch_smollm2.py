@@ -31,17 +31,13 @@ def fetch(folder: Path) -> Path:
 def convert(gguf: Path, output: Path) -> None:
     """GGUF -> config, safetensors in bf16 and tokenizer."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    arguments = {"gguf_file": gguf.name}
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **arguments)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.bfloat16, **arguments)
-    # It is dequantized now; save_pretrained refuses what still calls itself quantized.
-    del model.config.quantization_config
-    model.hf_quantizer = None
-    model.is_quantized = False
+    from lit_sft.model.load import load_model, load_tokenizer
+
+    folder = str(gguf.parent)
+    model = load_model(folder, init="pretrained", dtype=torch.bfloat16, attn_implementation="sdpa", seed=0)
     model.save_pretrained(output)
-    tokenizer.save_pretrained(output)
+    load_tokenizer(folder).save_pretrained(output)
 
 
 def main() -> None:

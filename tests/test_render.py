@@ -112,9 +112,7 @@ def test_a_boundary_that_cannot_be_kept_is_refused_or_lenient():
         [normalizers.Replace(" Hello", " Hi"), normalizers.Replace("Hello", "Yes")]
     )
     messages = (user("Answer: "), assistant("Hello"))
-    with pytest.raises(
-        UserError, match=r"turn 2 .*does not keep the end of the prompt 'Answer: ' and the answer 'Hello"
-    ):
+    with pytest.raises(UserError, match=r"turn 2 .*does not keep the prompt's end 'Answer: ' and the answer 'Hello"):
         render_one(renderer_of(tokenizer, "raw"), *messages)
     [example] = render_one(renderer_of(tokenizer, "raw", unproved="lenient"), *messages)
     assert trained_texts(tokenizer, example) == [" Hi</s>"]

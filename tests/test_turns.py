@@ -6,6 +6,7 @@ import random
 
 import pytest
 from chat_templates import (
+    CHATML,
     FAMILIES,
     assistant,
     call,
@@ -239,9 +240,32 @@ def test_each_turn_has_its_own_switch():
     ]
 
 
+def test_a_switch_that_has_the_reasoning_written_is_used():
+    written = (
+        "{{ '<think>' + message.reasoning_content + '</think>' if enable_thinking and message.reasoning_content }}"
+    )
+    template = CHATML.replace("+ message.content", "}}" + written + "{{ message.content")
+    tokenizer = tokenizer_of("chatml")
+    [example] = render_one(renderer_of(tokenizer, template), *THOUGHTS[:2])
+    assert trained_texts(tokenizer, example) == ["<think>hm hm</think>Hello<|im_end|>"]
+    assert example.notes == ("switch:enable_thinking=true",)
+    [example] = render_one(renderer_of(tokenizer, template), *ONE)
+    assert example.notes == ()
+
+
+def test_history_that_is_rewritten_in_place_is_noticed():
+    """As long as before, so that every position still fits."""
+    template = CHATML.replace("message.content", "(message.content if loop.last else message.content | upper)")
+    tokenizer = tokenizer_of("chatml")
+    examples = render_one(renderer_of(tokenizer, template), user("x"), assistant("y"), user("x"), assistant("y"))
+    assert [trained_texts(tokenizer, example) for example in examples] == [["y<|im_end|>"], ["y<|im_end|>"]]
+    assert tokenizer.decode(examples[1].input_ids).count("Y") == 1
+
+
 @pytest.mark.parametrize(
     ("family", "messages", "said"),
     [
+        ("deepseek-r1", TOOLS, r"turn 2 \(assistant\) calls 'get_weather', which the chat template does not write"),
         (
             "deepseek-r1",
             ONE,
@@ -249,7 +273,7 @@ def test_each_turn_has_its_own_switch():
         ),
         ("deepseek-r1", THOUGHTS[:2], r"turn 2 .*a server feeds '<think>\\n', but the row is written 'Hello"),
         ("qwen3-thinking", (system("S"), *ONE), r"turn 3 \(assistant\) has no reasoning"),
-        ("glm-4", ONE, r"turn 2 \(assistant\) open: no special token after '.*Hello'.*data\.chat_template"),
+        ("glm-4", ONE, r"turn 2 \(assistant\) open: '.*Hello' does not end with a special token.*data\.chat_template"),
         ("gemma", (system("S"), *ONE), r"System role not supported; remove the system turn.*data\.system_prompt"),
         ("gemma", (user("a"), *ONE), r"roles must alternate.*; merge neighbouring turns"),
         ("mistral", (user("a"), *ONE), r"roles must alternate"),
@@ -317,6 +341,7 @@ ANSWER_ONLY = HEADER_INSIDE.replace(
     "{{ '<|im_start|>assistant\nSure:\n' }}{% generation %}{{ message.content + '<|im_end|>' }}{% endgeneration %}",
 )
 NO_STOP = STOP_OUTSIDE.replace("{% endgeneration %}{{ '<|im_end|>\n' }}", "{% endgeneration %}{{ ' <|im_end|>\n' }}")
+MARK_IN_A_TOKEN = ANSWER_ONLY.replace("Sure:\n", "Sure: ")
 NO_MARK = HEADER_INSIDE.replace("== 'assistant'", "== 'nobody'")
 
 
@@ -335,6 +360,11 @@ def test_generation_marks_without_the_stop_token_are_refused(template):
         render_one(renderer_of(tokenizer_of("marked"), template), *TWO)
 
 
+def test_a_generation_mark_within_a_token_is_refused():
+    with pytest.raises(UserError, match=r"turn 2 .* does not keep what is marked apart"):
+        render_one(renderer_of(tokenizer_of("marked"), MARK_IN_A_TOKEN), *TWO)
+
+
 @pytest.mark.parametrize(
     ("template", "said"),
     [
@@ -342,7 +372,7 @@ def test_generation_marks_without_the_stop_token_are_refused(template):
         ("{{ messages[7].content }}", "does not take the row: .*no element 7"),
         ("{{ raise_exception('not\nthis') }}", "does not take the row: not this; mend the row"),
         ("{{ ''.__class__.__mro__ }}", "does not take the row: .*unsafe"),
-        ("{{ messages[0].content }}", "open: no special token after 'Hi'"),
+        ("{{ messages[0].content }}", "open: 'Hi' does not end with a special token"),
     ],
 )
 def test_a_template_that_fails_is_one_line(template, said):

@@ -155,11 +155,10 @@ class Renderer:
         wanted = answers if self.train_on == "completions" else answers[-1:]
         trained = [i for i in answers if messages[i].train or (messages[i].train is None and i in wanted)]
         turns = tuple(self.template.prove(conversation, i) for i in trained)
-        switches = {turn.switch for turn in turns}
-        if len(switches) > 1:
-            return self._per_turn(turns)
-        is_rendered = turns and turns[-1].number == len(messages)
-        whole = turns[-1].whole if is_rendered else self.template.write(conversation, *switches)[0]
+        if turns and turns[-1].number == len(messages):
+            whole = turns[-1].whole
+        else:
+            whole, _ = self.template.write(conversation, turns[-1].switch if turns else ())
         if all(whole.startswith(turn.text) for turn in turns):
             return [self._draft(whole, turns)]
         return self._per_turn(turns)

@@ -46,14 +46,14 @@ class StepOrder:
         per_pass = self.micro_batch_size * self.world_size
         if self.micro_batch_size < 1 or self.global_batch_size < 1:
             raise UserError(
-                f"data.micro_batch_size ({self.micro_batch_size}) and data.global_batch_size ({self.global_batch_size}) "
-                "must be at least 1"
+                f"data.micro_batch_size is {self.micro_batch_size} and data.global_batch_size {self.global_batch_size}; "
+                "both must be at least 1"
             )
         if self.global_batch_size % per_pass:
             raise UserError(
                 f"data.global_batch_size {self.global_batch_size} is not divisible by data.micro_batch_size "
-                f"{self.micro_batch_size} x {self.world_size} devices = {per_pass}: set data.global_batch_size to a multiple "
-                f"of {per_pass}, or lower data.micro_batch_size"
+                f"{self.micro_batch_size} x {self.world_size} devices = {per_pass}: set data.global_batch_size to a "
+                f"multiple of {per_pass}, or lower data.micro_batch_size"
             )
 
     @property

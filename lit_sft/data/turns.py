@@ -151,8 +151,9 @@ class ChatTemplate:
         closing = self._closing.search(text, max(start, len(text) - 300))
         if closing is None:
             raise UserError(
-                f"the chat template leaves turn {index + 1} (assistant) open: no special token after {text[-20:]!r}, "
-                "so the model would not learn to stop; set data.chat_template to a template that ends turns with one"
+                f"the chat template leaves turn {index + 1} (assistant) open: {text[-20:]!r} does not end with a "
+                "special token of the tokenizer, so the model would not learn to stop; set data.chat_template to a "
+                "template that ends turns with one, or add its mark to the tokenizer (model.add_tokens)"
             )
         found = list(self._special.finditer(text, closing.start()))
         stop = found[0] if len(found) == 1 else self._last_of_turn(text, found, conversation, index, switch)
@@ -189,7 +190,7 @@ class ChatTemplate:
         whole, marks = self.write(replace(conversation, messages=messages[:number]), switch)
         fits = whole.startswith(prompt)
         start = len(prompt) if fits else len(os.path.commonprefix([prompt, whole]))
-        stop_at, stop = self.find_stop(whole, conversation, index, switch, start)
+        stop_at, stop = self.find_stop(whole, conversation, index, switch, start if fits else 0)
         answer, end = whole[start:stop_at], stop_at + len(stop)
         for token in {stop, self.tokenizer.eos_token or stop}:
             if token in answer:

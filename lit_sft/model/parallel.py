@@ -24,8 +24,8 @@ def decoder_layers(lm: PreTrainedModel) -> list[nn.Module]:
     layers = [module for module in lm.modules() if type(module).__name__ in names]
     if not layers:
         raise UserError(
-            f"{type(lm).__name__} does not say which of its modules are decoder layers: set trainer.strategy to ddp and "
-            "model.compile to false"
+            f"{type(lm).__name__} does not say which of its modules are decoder layers: set trainer.strategy to "
+            "ddp and model.compile to false"
         )
     return layers
 
