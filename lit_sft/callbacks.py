@@ -78,18 +78,21 @@ class FirstExample(Callback):
 
 
 class Answers(Callback):
-    """Answers `data.questions` before the first step, at each validation and at the end."""
+    """Answers `data.questions` before the first step, at each validation and at the end; scores the model before it."""
 
     def __init__(self) -> None:
         self.columns: dict[str, list[str]] = {}
+        self.scores: dict[str, float] = {}
+        """Generation metrics before training."""
         self.asked_at: int | None = None
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"before": self.columns.get("before", [])}
+        return {"before": self.columns.get("before", []), "scores": self.scores}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.scores = state_dict["scores"]
         if state_dict["before"]:
             self.columns["before"] = state_dict["before"]
 
@@ -97,6 +100,11 @@ class Answers(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.global_step == 0:
             self._ask(trainer, pl_module, "before")
+            if pl_module.evaluation is not None and "validation" in trainer.datamodule.data.rows:  # type: ignore[attr-defined]
+                scores = pl_module.generation_scores("val")  # type: ignore[operator]
+                self.scores = {f"val/{name}": float(score) for name, score in scores.items()}
+                for logger in trainer.loggers:
+                    logger.log_metrics(self.scores, step=0)
 
     @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -109,6 +117,9 @@ class Answers(Callback):
             self._ask(trainer, pl_module, "after")
         if trainer.is_global_zero and self.columns.get("after"):
             console().print(answers_table(_questions(trainer), self.columns))
+        for name, before in self.scores.items():
+            if name in trainer.callback_metrics:
+                log.info("%s: %.1f %% before, %.1f %% after", name, 100 * before, 100 * trainer.callback_metrics[name])
 
     def _ask(self, trainer: L.Trainer, pl_module: L.LightningModule, column: str) -> None:
         questions = _questions(trainer)

@@ -16,7 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lit_sft import checkpointing, exporting, parsing, preview, runs, strategies
+from lit_sft import checkpointing, doctor, exporting, parsing, preview, runs, strategies
 from lit_sft.callbacks import Answers, FirstExample, HFExport, PredictionWriter, Throughput
 from lit_sft.checkpointing import AtomicCheckpointIO, Checkpointer, CheckpointOptions
 from lit_sft.datamodule import SFTDataModule
@@ -27,6 +27,7 @@ log = logging.getLogger("lit_sft")
 
 RUN_COMMANDS = ("fit", "validate", "test", "predict")
 WITHOUT_TRAINER = ("preview", "export")
+OURS = (*WITHOUT_TRAINER, "doctor")
 SHARED_KEYS = (
     "seed_everything",
     "trainer",
@@ -77,6 +78,23 @@ class SFTTrainer(L.Trainer):
         """
         preview.preview(datamodule.data, num_rows, output)
 
+    def doctor(
+        self,
+        model: SFTModule,
+        datamodule: SFTDataModule,
+        output: Literal["rich", "json"] = "rich",
+        histogram: str | None = None,
+    ) -> None:
+        """Check data, steps, memory and disk before a run, with one real step; exit code 1 on an error.
+
+        Args:
+            model: Its settings are used.
+            datamodule: Its rows are examined.
+            output: For people (rich) or programs (json).
+            histogram: PNG file to write the length histogram to.
+        """
+        sys.exit(doctor.doctor(self, model, datamodule, output, histogram))
+
     def export(
         self,
         model: SFTModule,
@@ -104,7 +122,7 @@ class SFTCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Lightning's four, and ours."""
-        ours = {name: {"model", "datamodule"} for name in WITHOUT_TRAINER}
+        ours = {name: {"model", "datamodule"} for name in OURS}
         return {**LightningCLI.subcommands(), **ours}
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
@@ -150,6 +168,10 @@ class SFTCLI(LightningCLI):
                 accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False
             )
         root = Path(config.trainer.default_root_dir or ".")
+        if self.subcommand == "doctor":
+            one_step = {"devices": 1, "num_nodes": 1, "strategy": "auto", "max_steps": 1, "limit_val_batches": 0}
+            quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+            return self._instantiate_trainer({**config.trainer, **one_step, **quiet, "default_root_dir": str(root)}, [])
         first_step = (
             checkpointing.step_of(Path(self.ckpt_path)) if self.ckpt_path and self.subcommand == "fit" else None
         )

@@ -140,16 +140,22 @@ class SFTDataModule(L.LightningDataModule):
 
     # ------------------------------------------------------------------ batches
 
+    def pack(self, name: str) -> Packs:
+        """Which examples of a data set share a row."""
+        lengths = self.data.caches[name].lengths
+        return (
+            best_fit_decreasing(lengths, self.options.max_length)
+            if self.options.packing
+            else one_per_pack(len(lengths))
+        )
+
     def setup(self, stage: str) -> None:
         """Fixes the order of examples for this number of ranks, and with it Lightning's accumulation."""
         self.prepare(stage)
         assert self.trainer is not None
         options, world_size = self.options, self.trainer.world_size
-        for name, cache in self.data.caches.items():
-            lengths = cache.lengths
-            self.packs[name] = (
-                best_fit_decreasing(lengths, options.max_length) if options.packing else one_per_pack(len(lengths))
-            )
+        for name in self.data.caches:
+            self.packs[name] = self.pack(name)
             per_step = options.global_batch_size if name == "train" else options.micro_batch_size * world_size
             self.orders[name] = StepOrder(
                 len(self.packs[name]),

@@ -18,7 +18,7 @@ from lit_sft.data.render import Renderer
 from lit_sft.data.templates import resolve_chat_template
 from lit_sft.data.turns import ChatTemplate
 from lit_sft.model import load
-from lit_sft.prepare import Preparation
+from lit_sft.prepare import Preparation, num_duplicates, num_overlapping
 from lit_sft.prompts import Asked
 from lit_sft.types import Conversation, Message, UserError
 
@@ -87,10 +87,18 @@ class SFTData:
             if name in self.rows and name not in self.caches:
                 rows = self.rows[name]
                 self.caches[name] = self.preparation(rows).cached(rows, self._cache_dir(), name)
+                self._report_copies(name)
                 self.__dict__.pop("stop_ids", None)  # the property is computed anew
         if stage in ("validate", "test") and needed[0] not in self.caches:
             either = " or data.val_size" if stage == "validate" else ""
             raise UserError(f"data.{needed[0]}{either} is not set: `{stage}` has nothing to evaluate")
+
+    def _report_copies(self, name: str) -> None:
+        if copies := num_duplicates(self.caches[name], self.rows[name]):
+            log.info("%s: %s examples are exact copies of another", name, f"{copies:,}")
+        if name == "validation" and "train" in self.caches:
+            if overlap := num_overlapping(self.caches["train"], self.caches[name]):
+                log.warning("validation: %s examples are in the training set too", f"{overlap:,}")
 
     def _open_rows(self, names: Sequence[str]) -> None:
         options = self.options
@@ -153,8 +161,9 @@ class SFTData:
         return self.asked(rows, self.options.max_samples)
 
     def asked(self, rows: Rows, count: int | None) -> list[Asked]:
-        """The first `count` rows (None: all) without their last answer, and that answer."""
+        """The first `count` rows (None: all), and the last answer of each."""
         preparation = self.preparation(rows)
         count = len(rows) if count is None else min(count, len(rows))
         conversations = (preparation.conversation(rows, index, need_answer=False) for index in range(count))
-        return [formats.conversation_to_prompt(conversation) for conversation in conversations]
+        # whole conversations: the prompt is the one that the answer is trained behind, with the same template switch
+        return [(conversation, formats.conversation_to_prompt(conversation)[1]) for conversation in conversations]

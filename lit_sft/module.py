@@ -206,17 +206,27 @@ class SFTModule(L.LightningModule):
         for name, metric in self.metrics.items():
             self.log(f"{stage}/{name}", metric.compute(), prog_bar=name == "loss", sync_dist=True)
             metric.reset()
-        if not generation:
-            return
+        if generation:
+            for name, score in self.generation_scores(stage).items():
+                self.log(f"{stage}/{name}", score, prog_bar=True, sync_dist=True)
+
+    def generation_scores(self, stage: str) -> dict[str, Tensor]:
+        """Answers the first rows of the validation (test) set and compares; over all ranks, all of which must call it.
+
+        Args:
+            stage: `val` or `test`.
+
+        Returns:
+            Score [] by name of the metric.
+        """
         assert self.evaluation is not None
         score = MeanMetric().to(self.device)
         for prompts in self.trainer.datamodule.evaluation_prompts(stage, self.evaluation.num_samples):
-            for index, answer, reference in zip(
-                prompts["index"], self.answer(prompts), prompts["references"], strict=True
-            ):
+            answers = zip(prompts["index"], self.answer(prompts), prompts["references"], strict=True)
+            for index, answer, reference in answers:
                 hit = reference is not None and exact_match(answer, reference, self.evaluation.answer_regex)
                 score.update(float(hit), weight=float(index >= 0 and reference is not None))
-        self.log(f"{stage}/exact_match", score.compute(), prog_bar=True, sync_dist=True)
+        return {"exact_match": score.compute()}
 
     # ------------------------------------------------------------------ generation
 

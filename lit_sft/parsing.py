@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import re
 import sys
+import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from pydoc import locate
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_only
+from typing_extensions import override
 
 from lit_sft import checkpointing, runs
 from lit_sft.types import UserError
@@ -24,9 +28,31 @@ UNKNOWN_KEY = re.compile(
     r"|unrecognized arguments: --?([\w.]+)"
 )
 """How jsonargparse says that it does not know a key."""
-WRONG_VALUE = re.compile(r"Parser key [\"']([\w.]+)[\"']: ?(.*?)(?:Got value|Given value): (.*)$")
-EXPECTED = re.compile(r"Expected an? (typing\.Literal\[[^]]*\]|<class '[^']*'>|[\w.\[\], ]+)")
+WRONG_VALUE = re.compile(r"Parser key [\"']([\w.]+)[\"']: ?(.*)$")
+WRONG_CLASS = re.compile(r"expects a function or a callable class: (.*?)\.? Got value")
+GIVEN = re.compile(r".*(?:Got value|Given value|dot import path string): (.*)$")
+TYPE = re.compile(r"<class '(?:\w+\.)*(\w+)'>|typing\.Literal\[([^]]*)\]")
+WORDS = {
+    "NoneType": "null",
+    "int": "a whole number",
+    "float": "a number",
+    "str": "text",
+    "bool": "true or false",
+    "list": "a list",
+    "dict": "keys with values",
+}
+"""Types as people call them."""
 EVALUATING = ("validate", "test", "predict", "export")
+
+
+class Written(NamedTuple):
+    """A key that the user wrote."""
+
+    key: str
+    """Dotted."""
+    value: Any
+    origin: str
+    """A file, or `command line`."""
 
 
 class OneLineParser(LightningArgumentParser):
@@ -35,12 +61,45 @@ class OneLineParser(LightningArgumentParser):
     commands: ClassVar[Mapping[str, LightningArgumentParser]] = {}
     """The parsers of all commands; an error may come from one that only knows a part of the keys."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)  # an abbreviation may be the misspelling of another key
+
+    @override
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        """As jsonargparse does it, and refuses what that takes without a word: a null, a value in place of keys."""
+        config = super().parse_args(*args, **kwargs)
+        if (command := config.get("subcommand")) is not None:
+            values = {item.key: item for item in written(sys.argv[1:])}
+            for action in self.commands[command]._actions:
+                if action.dest in values and (problem := _problem(action, values[action.dest], config[command])):
+                    self.error(f"{action.dest} ({values[action.dest].origin}): {problem}")
+        return config
+
+    @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Ends the program with exit code 2."""
         args = sys.argv[1:]
-        known = set(known_keys(self.commands.get(args[0] if args else "", self)))
+        known = set(known_keys(self.commands.get(args[0] if args else "", self), written(args)))
         rank_zero_only(print)(f"error: {one_line(message, args, known)}", file=sys.stderr)
         sys.exit(2)
+
+
+def _problem(action: Any, item: Written, config: Any) -> str | None:
+    """What is wrong with a written value that jsonargparse has let pass."""
+    kind = getattr(action, "_typehint", None)
+    if "-->" in action.option_strings[0]:
+        source = action.option_strings[0].split(" -->")[0]
+        return None if item.value == config.get(item.key) else f"follows from {source}: leave it out"
+    if kind is None and not isinstance(item.value, Mapping | str):  # a group; a text is a file of it
+        return f"got {_shown(item.value)}, expected keys with values"
+    if kind is not None and item.value is None and type(None) not in typing.get_args(kind):
+        kinds = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else [kind]
+        return f"got null, expected {_expected(' '.join(map(str, kinds)))}"
+    return None
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else str(value)
 
 
 def one_line(message: str, args: list[str], known: set[str]) -> str:
@@ -53,66 +112,119 @@ def one_line(message: str, args: list[str], known: set[str]) -> str:
     """
     text = " ".join(message.split())
     if match := UNKNOWN_KEY.search(text):
-        key, origin = _origin(match[1] or match[2], args, known)
+        key, origin = _place(match[1] or match[2], args, known)
         return f"unknown key {key} ({origin})" + _suggestion(key, known)
     if match := WRONG_VALUE.search(text):
-        expected = (
-            " or ".join(dict.fromkeys(_type_name(name) for name in EXPECTED.findall(match[2]))) or match[2].strip()
-        )
-        key, origin = _origin(match[1], args, known, exact=True)
-        return f"{key} ({origin}): got {match[3].strip()}, expected {expected}"
-    if "parsing config" in text:
-        return f"{', '.join(_config_files(args))}: {text}"
-    return text
+        given = GIVEN.search(match[2])
+        key, origin = _place(match[1], args, set(), given[1] if given else None)
+        if reason := WRONG_CLASS.search(match[2]):
+            return f"{key} ({origin}): {reason[1]}"
+        if given is None:
+            return f"{key} ({origin}): {match[2].split(' - ')[0]}"
+        return f"{key} ({origin}): got {given[1]}, expected {_expected(match[2])}"
+    if text.startswith(("Problems parsing config", "Unexpected config")):
+        files = _config_files(args)
+        broken = [file for file in files if not isinstance(_read_yaml(file), Mapping)] or files
+        return f"--config {' or '.join(broken)}: {text.strip(' :')}; expected keys with values, as --print_config shows"
+    return f"{text}; keys begin with --" if text.startswith("unrecognized arguments") else text
+
+
+def _expected(text: str) -> str:
+    """The types that a message names, in words."""
+    listed = re.search(r"Subtypes: \[(.*)\] Errors", text)
+    text = re.sub(r"\b(list|dict)\[.*?\]+", r"<class '\1'>", listed[1] if listed else text)
+    names: list[str] = []
+    for name, choices in TYPE.findall(text):
+        if choices:
+            names += choices.replace("'", "").split(", ")
+        elif name in WORDS or "lit_sft" in text:  # options of ours are written as keys
+            names.append(WORDS.get(name, WORDS["dict"]))
+    return _either(list(dict.fromkeys(names))) or "a class, e.g. torch.optim.AdamW"
+
+
+def _either(names: list[str]) -> str:
+    return " or ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
 
 def _suggestion(key: str, known: set[str]) -> str:
+    """The nearest right key: among those beside it, below them, anywhere by its last part, or by the whole of it."""
     parent, _, name = key.rpartition(".")
-    siblings = {k: k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == parent}
-    close = difflib.get_close_matches(name, siblings.values(), n=1, cutoff=0.5)
-    best = next((k for k, n in siblings.items() if close and n == close[0]), None)
-    if best is None:
-        best = next(iter(difflib.get_close_matches(key, known, n=1, cutoff=0.6)), None)
-    return f": did you mean {best}?" if best else ": `--print_config` shows all keys"
+    inside = f"{parent}." if parent else ""
+    beside = {k for k in known if k.rpartition(".")[0] == parent}
+    below = {k for k in known if k.startswith(inside)}
+    for keys, cutoff in ((beside, 0.5), (below, 0.6), (known, 0.8)):
+        names = difflib.get_close_matches(name, {k.rpartition(".")[2] for k in keys}, n=1, cutoff=cutoff)
+        same = [k for k in keys if k.rpartition(".")[2] in names]
+        if best := difflib.get_close_matches(key, same, n=1, cutoff=0):
+            return f": did you mean {best[0]}?"
+    best = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+    return f": did you mean {best[0]}?" if best else ": `--print_config` shows all keys"
 
 
-def _type_name(name: str) -> str:
-    name = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", name).replace("typing.Literal", "").strip()
-    return {"NoneType": "null", "int": "a whole number", "float": "a number", "str": "text"}.get(name, name)
+def _place(key: str, args: list[str], known: set[str], given: str | None = None) -> tuple[str, str]:
+    """The whole dotted key that the parser named by its end, and where it was written.
+
+    Args:
+        key: As the parser names it.
+        args: The command line.
+        known: Keys that cannot be meant.
+        given: The value that the parser complains about.
+    """
+    places = [item for item in written(args) if item.key == key or item.key.endswith(f".{key}")]
+    places = [item for item in places if item.key == key or item.key not in known]
+    exact = [item for item in places if _shown(item.value) == given]
+    last = (exact or places or [Written(key, None, "command line")])[-1]
+    return last.key, last.origin
 
 
-def _origin(key: str, args: list[str], known: set[str], exact: bool = False) -> tuple[str, str]:
-    """The whole dotted key that the parser named by its end, and where it was written."""
-    typed = [arg[2:].split("=")[0] for arg in args if arg.startswith("--")]
-    written = [(full, "command line") for full in typed]
-    for file in _config_files(args):
-        written += [(full, file) for full in _flatten(_read_yaml(file))]
-    for full, origin in reversed(written):
-        if full == key or (full.endswith(f".{key}") and (exact or full not in known)):
-            return full, origin
-    return key, "command line"
-
-
-def known_keys(parser: LightningArgumentParser) -> Iterator[str]:
-    """All keys of a parser, those within optional groups (`model.lora.r`) too."""
+def known_keys(parser: LightningArgumentParser, given: Iterable[Written] = ()) -> Iterator[str]:
+    """All keys of a parser, those within optional groups (`model.lora.r`) and of the chosen classes too."""
+    classes = {item.key.removesuffix(".class_path"): item.value for item in given if isinstance(item.value, str)}
     for action in parser._actions:
+        if f"--{action.dest}" not in action.option_strings or action.dest.endswith(".help"):
+            continue
         yield action.dest
         for kind in typing.get_args(getattr(action, "_typehint", None)):
             if dataclasses.is_dataclass(kind):
                 yield from (f"{action.dest}.{field.name}" for field in dataclasses.fields(kind))
+        if isinstance(action.default, Mapping) and "class_path" in action.default:
+            yield from (f"{action.dest}.class_path", f"{action.dest}.init_args")
+            path = str(classes.get(action.dest, action.default["class_path"]))
+            if isinstance(chosen := locate(path) or locate(f"torch.optim.{path}"), type):
+                yield from (f"{action.dest}.init_args.{name}" for name in inspect.signature(chosen).parameters)
 
 
-def _flatten(tree: Any, prefix: str = "") -> Iterator[str]:
+def written(args: list[str]) -> list[Written]:
+    """All keys that the user wrote, in files and on the command line; the later one wins."""
+    items: list[Written] = []
+    for arg, following in zip(args, [*args[1:], ""], strict=True):
+        flag, equals, value = arg.partition("=")
+        if arg in ("--config", "-c"):
+            items += _flatten(_read_yaml(following), following)
+        elif flag.startswith("--"):
+            tree = {flag[2:]: _parse_yaml(value if equals else following)}
+            items += _flatten(tree, "command line")
+    return items
+
+
+def _flatten(tree: Any, origin: str, prefix: str = "") -> Iterator[Written]:
     if isinstance(tree, Mapping):
         for key, value in tree.items():
-            yield f"{prefix}{key}"
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield Written(f"{prefix}{key}", value, origin)
+            yield from _flatten(value, origin, f"{prefix}{key}.")
+
+
+def _parse_yaml(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):  # ValueError: a text that looks like a date
+        return text
 
 
 def _read_yaml(path: str) -> Any:
     try:
         return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+    except (OSError, yaml.YAMLError, ValueError):
         return None
 
 
@@ -177,7 +289,5 @@ def expand_arguments(args: list[str]) -> list[str]:
 
 def _logs(args: list[str]) -> Path:
     """`lightning_logs` of the run that is meant, before anything is parsed."""
-    key = "--trainer.default_root_dir"
-    root = next((value for flag, value in zip(args, args[1:], strict=False) if flag == key), None)
-    root = root or next((arg.removeprefix(f"{key}=") for arg in args if arg.startswith(f"{key}=")), ".")
-    return Path(root) / runs.LOGS
+    roots = [item.value for item in written(args) if item.key == "trainer.default_root_dir" and item.value is not None]
+    return Path(roots[-1] if roots else ".") / runs.LOGS

@@ -7,9 +7,11 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
 
 from lit_sft.data.cache import ExampleCache, cache_key, write_cache
 from lit_sft.data.formats import find_placeholders, to_conversation
@@ -19,7 +21,7 @@ from lit_sft.types import Conversation, Example, UserError
 
 log = logging.getLogger(__name__)
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 """Raise it when formats, rendering or the cache's layout change what a cache holds."""
 CHUNK_ROWS = 1000
 """Rows rendered and tokenized together: enough to keep the tokenizer's threads busy."""
@@ -83,6 +85,9 @@ NOTES = {
     "switch:enable_thinking": "rendered with a switch of the template; serve them with the same chat_template_kwargs",
     "switch:thinking": "rendered with a switch of the template; serve them with the same chat_template_kwargs",
     "lenient": "trained from the longest common prefix, because their mask could not be proved",
+    "left_out:reasoning_content": "whose reasoning the template does not write, so it is not trained",
+    "left_out:content": "whose content the template does not write beside a tool call, so it is not trained",
+    "left_out:tools": "whose tools the template does not write",
     "split_boundary": "tokenized in two parts, prompt and answer, as at inference",
 }
 
@@ -243,12 +248,23 @@ class Preparation:
 
         def examples() -> Iterator[Example]:
             yield from self.examples(rows, counts)
-            meta.update(asdict(counts))
+            meta.update(vars(counts))  # not `asdict`, which breaks a Counter
 
         started = time.monotonic()
         cache = write_cache(path, examples(), meta)
         log.info("tokenized %s rows in %.1f s", f"{counts.rows_read:,}", time.monotonic() - started)
         return cache
+
+
+def num_duplicates(cache: ExampleCache, rows: Rows) -> int:
+    """Examples that are exact copies of an earlier one; rows that a mixture repeats on purpose do not count."""
+    _, first = np.unique(rows.origins[cache.rows] * (int(cache.parts.max()) + 1) + cache.parts, return_index=True)
+    return len(first) - len(np.unique(cache.hashes[first]))
+
+
+def num_overlapping(train: ExampleCache, validation: ExampleCache) -> int:
+    """Validation examples that are in the training set too."""
+    return int(np.isin(validation.hashes, train.hashes).sum())
 
 
 def _open(path: Path) -> ExampleCache | None:

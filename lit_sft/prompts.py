@@ -1,4 +1,4 @@
-"""Conversations without their last answer to batches of prompts, the same number of batches on every rank."""
+"""Conversations to batches of prompts, the same number of batches on every rank."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PROMPTS_PER_BATCH = 16
 """Prompts answered together; sorted by length first, so that little is padding."""
 
 Asked = tuple[Conversation, str | None]
-"""What is asked, and the answer the data has for it."""
+"""What is asked (a last assistant turn is left out of the prompt), and the answer the data has for it."""
 
 
 def prompt_batches(asked: Sequence[Asked], renderer: Renderer, rank: int = 0, world_size: int = 1) -> list[Prompts]:

@@ -255,7 +255,10 @@ def test_a_switch_that_has_the_reasoning_written_is_used():
 
 def test_history_that_is_rewritten_in_place_is_noticed():
     """As long as before, so that every position still fits."""
-    template = CHATML.replace("message.content", "(message.content if loop.last else message.content | upper)")
+    template = CHATML.replace(
+        "message.content",
+        "(message.content | upper if message.role == 'assistant' and not loop.last else message.content)",
+    )
     tokenizer = tokenizer_of("chatml")
     examples = render_one(renderer_of(tokenizer, template), user("x"), assistant("y"), user("x"), assistant("y"))
     assert [trained_texts(tokenizer, example) for example in examples] == [["y<|im_end|>"], ["y<|im_end|>"]]

@@ -36,6 +36,7 @@ class ExampleCache:
         lengths: [N] tokens of each example.
         rows: [N] number of the row it came from.
         parts: [N] which of the row's examples it is.
+        hashes: [N] of the token ids, to find duplicates.
         meta: What the writer wanted to remember (counts for the log, stop tokens).
     """
 
@@ -46,6 +47,7 @@ class ExampleCache:
         self.lengths: npt.NDArray[np.int64] = np.diff(self._ends, prepend=0)
         self.rows: npt.NDArray[np.int64] = np.fromfile(path / "rows.i64", dtype=np.int64)
         self.parts: npt.NDArray[np.int32] = np.fromfile(path / "parts.i32", dtype=np.int32)
+        self.hashes: npt.NDArray[np.uint64] = np.fromfile(path / "hashes.u64", dtype=np.uint64)
         num_tokens = int(self._ends[-1]) if len(self._ends) else 0
         for name, width in (("input_ids.i32", 4), ("loss_mask.u8", 1)):
             if (path / name).stat().st_size != num_tokens * width:
@@ -75,6 +77,7 @@ def write_cache(path: Path, examples: Iterable[Example], meta: dict[str, Any]) -
         ends: list[int] = []
         rows: list[int] = []
         parts: list[int] = []
+        hashes: list[int] = []
         end = 0
         with (building / "input_ids.i32").open("wb") as ids_file, (building / "loss_mask.u8").open("wb") as mask_file:
             for example in examples:
@@ -82,11 +85,14 @@ def write_cache(path: Path, examples: Iterable[Example], meta: dict[str, Any]) -
                 ends.append(end)
                 rows.append(example.row)
                 parts.append(example.part)
-                ids_file.write(np.asarray(example.input_ids, dtype=np.int32).tobytes())
+                ids = np.asarray(example.input_ids, dtype=np.int32).tobytes()
+                hashes.append(int.from_bytes(hashlib.blake2b(ids, digest_size=8).digest(), "little"))
+                ids_file.write(ids)
                 mask_file.write(bytes(example.loss_mask))
         np.asarray(ends, dtype=np.int64).tofile(building / "ends.i64")
         np.asarray(rows, dtype=np.int64).tofile(building / "rows.i64")
         np.asarray(parts, dtype=np.int32).tofile(building / "parts.i32")
+        np.asarray(hashes, dtype=np.uint64).tofile(building / "hashes.u64")
         (building / META).write_text(json.dumps(meta, indent=1))
         publish(building, path)
     finally:

@@ -29,10 +29,13 @@ if TYPE_CHECKING:
 class _Template(Protocol):
     """Writes conversations as text and locates their turns in it: `turns.ChatTemplate`."""
 
-    text: str | None
-    """The template; None where prompt and completion are taken as they are."""
-    chat_template_kwargs: Any
-    unproved: Literal["error", "lenient"]
+    @property
+    def is_raw(self) -> bool: ...
+
+    @property
+    def unproved(self) -> str: ...
+
+    def fingerprint(self) -> dict[str, Any]: ...
 
     def prove(self, conversation: Conversation, index: int) -> RenderedTurn: ...
 
@@ -119,7 +122,7 @@ class Renderer:
             UserError: The template cannot write it.
         """
         text = self.template.prompt(conversation) if conversation.text is None else conversation.text
-        is_bare = conversation.text is not None or self.template.text is None
+        is_bare = conversation.text is not None or self.template.is_raw
         return [*(self._bos_ids if is_bare else ()), *self._encode([text])[text].ids]
 
     def fingerprint(self) -> dict[str, Any]:
@@ -132,10 +135,8 @@ class Renderer:
         return {
             "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
             "special_tokens": self.tokenizer.special_tokens_map,
-            "chat_template": self.template.text,
-            "chat_template_kwargs": dict(self.template.chat_template_kwargs),
-            "unproved": self.template.unproved,
             "train_on": self.train_on,
+            **self.template.fingerprint(),
         }
 
     def _drafts(self, conversation: Conversation) -> list[_Draft]:
@@ -146,7 +147,7 @@ class Renderer:
             return [_Draft(conversation.text.removesuffix(eos) + eos, (), label=1, stops=(eos,), bare=True)]
         messages = conversation.messages
         answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
-        if self.template.text is None:  # what comes before the last answer is its prompt, whoever said it
+        if self.template.is_raw:  # what comes before the last answer is its prompt, whoever said it
             answers = answers[-1:]
             messages = messages[: answers[-1] + 1 if answers else None]
             conversation = replace(conversation, messages=messages)
@@ -180,7 +181,7 @@ class Renderer:
     def _draft(self, text: str, turns: tuple[RenderedTurn, ...]) -> _Draft:
         notes = tuple(dict.fromkeys(note for turn in turns for note in turn.notes))
         stops = tuple(dict.fromkeys(turn.stop for turn in turns))
-        return _Draft(text, turns, 0, stops, notes, bare=self.template.text is None)
+        return _Draft(text, turns, 0, stops, notes, bare=self.template.is_raw)
 
     def _examples(self, draft: _Draft, tokens: dict[str, _Tokens], row: int, part: int) -> list[Example]:
         ids = tokens[draft.text].ids

@@ -46,8 +46,8 @@ class StepOrder:
         per_pass = self.micro_batch_size * self.world_size
         if self.micro_batch_size < 1 or self.global_batch_size < 1:
             raise UserError(
-                f"data.micro_batch_size is {self.micro_batch_size} and data.global_batch_size {self.global_batch_size}; "
-                "both must be at least 1"
+                f"data.micro_batch_size {self.micro_batch_size} and data.global_batch_size {self.global_batch_size}: "
+                "set both to at least 1"
             )
         if self.global_batch_size % per_pass:
             raise UserError(

@@ -159,6 +159,16 @@ class ChatTemplate:
         stop = found[0] if len(found) == 1 else self._last_of_turn(text, found, conversation, index, switch)
         return stop.start(), stop.group()
 
+    @property
+    def is_raw(self) -> bool:
+        """Whether prompt and completion are taken as they are."""
+        return self.text is None
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Everything besides the tokenizer that decides what is written and proved, as plain JSON values."""
+        kwargs = dict(self.chat_template_kwargs)
+        return {"chat_template": self.text, "chat_template_kwargs": kwargs, "unproved": self.unproved}
+
     @cached_property
     def _has_marks(self) -> bool:
         return self.text is not None and _GENERATION.search(self.text) is not None
@@ -193,7 +203,7 @@ class ChatTemplate:
         stop_at, stop = self.find_stop(whole, conversation, index, switch, start if fits else 0)
         answer, end = whole[start:stop_at], stop_at + len(stop)
         for token in {stop, self.tokenizer.eos_token or stop}:
-            if token in answer:
+            if token in (answer if fits else messages[index].content):
                 where = f"turn {number} (assistant) holds {token!r} before its end, where a server would stop"
                 raise UserError(f"{where}; remove it from the row")
         left_out = self._left_out(conversation, index, answer)

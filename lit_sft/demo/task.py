@@ -1,8 +1,8 @@
 """The built-in task: short questions whose answers can be checked, all made by code from a fixed seed.
 
-    Calculate 7-8+3       7-8=-1, -1+3=2    one-digit operands, any mix of + and -; the last integer is the result
-    Is 7 larger than 3?   Yes.              also greater, bigger, smaller, less, lower
-    Reverse the word nap  pan               words of three letters
+    Calculate 7-8+3       -1+3=2    one-digit operands, any mix of + and -; the last integer is the result
+    Is 7 larger than 3?   Yes.      also bigger, greater
+    Reverse the word nap  pan       words of three letters
 
 The training split also has the two questions of the SFT course that are no calculation. The third, `Calculate 1+1-1`, is
 kept for validation, like every held-out prompt: a right answer to it was worked out, not remembered.
@@ -32,14 +32,13 @@ HELD_OUT = "Calculate 1+1-1"
 """The course's calculation, always in the validation split."""
 
 _SEED = 20
-_LARGER, _SMALLER = ("larger", "greater", "bigger"), ("smaller", "less", "lower")
 
 
 def splits() -> dict[str, list[Row]]:
     """All rows by split, shuffled; the same in every call. No prompt is in two splits.
 
     Returns:
-        4,400 rows of `train`, 300 each of `validation` and `test`; five of six held-out rows are calculations.
+        4,190 rows of `train`, 300 each of `validation` and `test`; five of six held-out rows are calculations.
     """
     rng = random.Random(_SEED)
     train, validation, test = list(COURSE * COURSE_REPEATS), [], []
@@ -56,22 +55,19 @@ def splits() -> dict[str, list[Row]]:
 
 
 def _calculations() -> list[Row]:
-    """All 4,000, solved from left to right: a small model learns two table look-ups, not one of three operands."""
+    """All 4,000, solved from left to right, so that a small model has two tables of two operands to learn, not one of three."""
     rows = []
     for a, first, b, second, c in product(range(10), "+-", range(10), "+-", range(10)):
         partial = a + b if first == "+" else a - b
         result = partial + c if second == "+" else partial - c
-        rows.append((f"Calculate {a}{first}{b}{second}{c}", f"{a}{first}{b}={partial}, {partial}{second}{c}={result}"))
+        rows.append((f"Calculate {a}{first}{b}{second}{c}", f"{partial}{second}{c}={result}"))
     return rows
 
 
 def _comparisons() -> list[Row]:
-    """All 600."""
-    rows = []
-    for word, a, b in product(_LARGER + _SMALLER, range(10), range(10)):
-        is_so = a > b if word in _LARGER else a < b
-        rows.append((f"Is {a} {word} than {b}?", "Yes." if is_so else "No."))
-    return rows
+    """All 300."""
+    questions = product(("larger", "bigger", "greater"), range(10), range(10))
+    return [(f"Is {a} {word} than {b}?", "Yes." if a > b else "No.") for word, a, b in questions]
 
 
 def _reversals() -> list[Row]:

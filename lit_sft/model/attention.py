@@ -150,7 +150,9 @@ def _packed_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any
         return None
     from transformers.masking_utils import sdpa_mask
 
-    return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+    mask: Any = sdpa_mask
+    made: Tensor | None = mask(*args, attention_mask=attention_mask, **kwargs)
+    return made
 
 
 def register() -> None:
@@ -187,7 +189,7 @@ def choose(config: Any, requested: str) -> str:
 @torch.no_grad()
 def packs_are_exact(lm: PreTrainedModel) -> bool:
     """Whether a row of two examples gives each the hidden states it has alone (state-space layers, say, do not)."""
-    device = lm.get_input_embeddings().weight.device
+    device = lm.device
     vocab_size = lm.config.get_text_config().vocab_size
     lengths = (5, 7)
     input_ids = torch.arange(3, 3 + sum(lengths), device=device)[None] % vocab_size

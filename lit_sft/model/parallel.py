@@ -77,7 +77,10 @@ def full_state_dict(module: nn.Module) -> dict[str, Tensor]:
     """The whole state on the CPU of rank 0 (empty elsewhere), whatever the sharding. A collective call."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    return get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    state: dict[str, Any] = get_model_state_dict(
+        module, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
+    return state
 
 
 def wrap_layers_with_fsdp(strategy_options: dict[str, Any], lm: PreTrainedModel) -> None:

@@ -1,0 +1,236 @@
+"""`doctor`: a pre-flight. Everything about data, steps and memory that can be known in a minute, and one real step."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback
+from rich.table import Table
+from typing_extensions import override
+
+from lit_sft.build import model_directory, stored_dtype
+from lit_sft.data.packing import Packs
+from lit_sft.datamodule import SFTDataModule
+from lit_sft.display import console
+from lit_sft.model import load, memory
+from lit_sft.model.loss import CHUNK_ELEMENTS
+from lit_sft.module import SFTModule
+from lit_sft.prepare import Counts, num_duplicates, num_overlapping
+from lit_sft.types import UserError
+
+GIB = 2**30
+BARS = 12
+
+
+def doctor(
+    trainer: L.Trainer,
+    module: SFTModule,
+    datamodule: SFTDataModule,
+    output: Literal["rich", "json"],
+    histogram: str | None,
+) -> int:
+    """Looks at a configuration before it is run.
+
+    Args:
+        trainer: For one device and one step.
+        module: Its settings.
+        datamodule: Its `train` and validation set are examined.
+        output: `rich` for people; `json`: one object on stdout.
+        histogram: PNG file for the lengths, if one is wanted.
+
+    Returns:
+        The exit code: 1 if there is an error, else 0; warnings do not fail.
+    """
+    report: dict[str, Any] = {"warnings": [], "errors": []}
+    lengths = np.zeros(0, dtype=np.int64)
+    try:
+        datamodule.prepare("fit")
+        lengths = datamodule.data.caches["train"].lengths
+        report |= _examine_data(datamodule, report)
+        report["memory"] = _expect_memory(trainer, module, datamodule, report)
+        report["step"] = _try_step(trainer, module, datamodule)
+    except (UserError, torch.OutOfMemoryError) as error:
+        report["errors"].append(" ".join(str(error).split()))
+    if output == "json":
+        print(json.dumps(report))
+    else:
+        _show(report, lengths)
+    if histogram is not None and len(lengths):
+        draw_histogram(lengths, Path(histogram))
+    return 1 if report["errors"] else 0
+
+
+def _examine_data(datamodule: SFTDataModule, report: dict[str, Any]) -> dict[str, Any]:
+    data, options = datamodule.data, datamodule.options
+    cache, tokenizer = data.caches["train"], data.tokenizer
+    counts = Counts(**cache.meta)
+    warnings: list[str] = report["warnings"]
+    warnings += counts.lines("train")[1:]
+    if not counts.stop_ids and options.format != "text":
+        report["errors"].append("no stop token is trained: the model would not learn to end; check data.chat_template")
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+        warnings.append("pad and eos are one token: harmless here, masks go by position")
+    if tokenizer.bos_token_id is not None:
+        first = [cache[index][0][:2].tolist() for index in range(min(len(cache), 100))]
+        if any(ids == [tokenizer.bos_token_id] * 2 for ids in first):
+            report["errors"].append("examples begin with two BOS tokens: remove bos_token from data.chat_template")
+    duplicates = num_duplicates(cache, data.rows["train"])
+    overlap = num_overlapping(cache, data.caches["validation"]) if "validation" in data.caches else 0
+    if overlap:
+        warnings.append(f"{overlap} validation examples are in the training set too")
+    packs = datamodule.pack("train")
+    steps = -(-len(packs) // options.global_batch_size)
+    return {
+        "rows_read": counts.rows_read,
+        "rows_kept": counts.rows_kept,
+        "dropped": dict(counts.dropped),
+        "trained_token_share": counts.trained_tokens / max(1, counts.tokens),
+        "stop_tokens": tokenizer.convert_ids_to_tokens(counts.stop_ids),
+        "duplicates": duplicates,
+        "overlap": overlap,
+        "pack_fill": float(packs.num_tokens(cache.lengths).mean() / options.max_length) if options.packing else None,
+        "steps_per_epoch": steps,
+        "tokens_per_step": counts.tokens / steps,
+    }
+
+
+def _expect_memory(
+    trainer: L.Trainer, module: SFTModule, datamodule: SFTDataModule, report: dict[str, Any]
+) -> dict[str, int]:
+    options, precision = module.options, trainer.precision
+    config = load.load_config(
+        model_directory(options.model_name_or_path, options.revision), trust_remote_code=options.trust_remote_code
+    )
+    total = memory.num_parameters(config)
+    trained = total if options.lora is None else 0  # adapters are small beside the rest
+    stored = torch.finfo(stored_dtype(options.dtype, precision, options.lora is not None)).bits // 8
+    packs, lengths = datamodule.pack("train"), datamodule.data.caches["train"].lengths
+    parameter = [torch.nn.Parameter(torch.zeros(1))]
+    is_adam = "betas" in options.optimizer(parameter).defaults
+    expected = memory.estimate(
+        config,
+        num_parameters=total,
+        num_trained=trained,
+        tokens=int(packs.num_tokens(lengths).max()) * datamodule.options.micro_batch_size,
+        stored_bytes=stored,
+        compute_bytes=2 if precision.startswith(("bf16", "16")) else 4,
+        states_per_parameter=2 if is_adam else 0,
+        gradient_checkpointing=options.gradient_checkpointing,
+        chunk_elements=CHUNK_ELEMENTS,
+    )
+    device = trainer.strategy.root_device
+    available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
+    if expected.total > available:
+        report["errors"].append(
+            f"the step needs about {expected.total / GIB:.1f} GiB and {available / GIB:.1f} GiB are free: lower "
+            "data.micro_batch_size or data.max_length, or set model.gradient_checkpointing or model.lora"
+        )
+    checkpoint = (total * stored if options.lora is None else 0) + expected.optimizer
+    room = shutil.disk_usage(Path(trainer.default_root_dir)).free
+    if 3 * checkpoint > room:
+        report["errors"].append(
+            f"three checkpoints take {3 * checkpoint / GIB:.1f} GiB, the disk has {room / GIB:.1f} GiB: free some, or "
+            "set trainer.default_root_dir to another disk"
+        )
+    return {**asdict(expected), "total": expected.total, "available": available}
+
+
+def _free_memory() -> int:
+    """Host memory that can be had, in bytes (MemAvailable of Linux)."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("no MemAvailable in /proc/meminfo")
+
+
+def _try_step(trainer: L.Trainer, module: SFTModule, datamodule: SFTDataModule) -> dict[str, float]:
+    """One optimizer step on the fullest packs."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    started = time.monotonic()
+    trainer.callbacks.append(FullestFirst())  # type: ignore[attr-defined]
+    trainer.fit(module, datamodule)
+    device = trainer.strategy.root_device
+    on_gpu = device.type == "cuda"
+    peak = (
+        torch.cuda.max_memory_allocated(device)
+        if on_gpu
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    )
+    return {
+        "seconds_with_loading": time.monotonic() - started,
+        "peak_bytes": peak,
+        "loss": float(trainer.callback_metrics["train/loss"]),
+    }
+
+
+class FullestFirst(Callback):
+    """Leaves one optimizer step of one forward pass: the fullest packs, which need the most memory."""
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        datamodule: SFTDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        packs, size = datamodule.packs["train"], datamodule.options.micro_batch_size
+        tokens = packs.num_tokens(datamodule.data.caches["train"].lengths)
+        parts = [packs[int(index)] for index in np.argsort(-tokens, kind="stable")[:size]]
+        datamodule.packs["train"] = Packs(np.concatenate(parts), np.cumsum([0, *map(len, parts)]))
+        order = datamodule.orders["train"]
+        datamodule.orders["train"] = replace(order, num_packs=len(parts), global_batch_size=size, shuffle=False)
+        trainer.accumulate_grad_batches = 1
+
+
+def _show(report: dict[str, Any], lengths: np.ndarray) -> None:
+    screen = console()
+    table = Table(title="doctor", show_header=False)
+    for key, value in report.items():
+        if key == "memory":
+            value = ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in value.items())
+        elif isinstance(value, float):
+            value = f"{value:,.3f}"
+        if key not in ("warnings", "errors"):
+            table.add_row(key, str(value))
+    screen.print(table)
+    if len(lengths):
+        counts, edges = np.histogram(lengths, bins=BARS)
+        for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True):
+            print(f"{low:8.0f} to {high:6.0f} tokens {'█' * int(50 * count / counts.max())} {count:,}")
+    for name, style in (("warnings", "yellow"), ("errors", "bold red")):
+        for text in report[name]:
+            screen.print(f"{name[:-1]}: {text}", style=style, markup=False, highlight=False)
+    if not report["errors"]:
+        screen.print("ready to run", style="bold green")
+
+
+def draw_histogram(lengths: np.ndarray, path: Path, size: tuple[int, int] = (800, 400)) -> None:
+    """Writes a PNG of the example lengths.
+
+    Args:
+        lengths: [N] tokens.
+        path: File to write.
+        size: Width and height in pixels.
+    """
+    from PIL import Image, ImageDraw
+
+    counts, edges = np.histogram(lengths, bins=4 * BARS)
+    image = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(image)
+    left, top, bottom = 50, 30, size[1] - 40
+    width = (size[0] - 2 * left) / len(counts)
+    for index, count in enumerate(counts):
+        x = left + index * width
+        draw.rectangle([x, bottom - (bottom - top) * count / counts.max(), x + width - 1, bottom], fill="#3a7d44")
+    draw.line([left, bottom, size[0] - left, bottom], fill="black")
+    draw.text((left, 8), f"{len(lengths):,} examples, at most {counts.max():,} in a bar", fill="black")
+    for edge in np.linspace(edges[0], edges[-1], 6):
+        x = left + (edge - edges[0]) / max(1, edges[-1] - edges[0]) * (size[0] - 2 * left)
+        draw.text((x - 10, bottom + 8), f"{edge:.0f}", fill="black")
+    draw.text((size[0] - 90, bottom + 24), "tokens", fill="black")
+    image.save(path)

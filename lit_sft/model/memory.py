@@ -1,0 +1,82 @@
+"""How much memory a training step will take, from the architecture alone: no weights are loaded."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on one device."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(asdict(self).values())
+
+
+def estimate(
+    config: Any,
+    *,
+    num_parameters: int,
+    num_trained: int,
+    tokens: int,
+    stored_bytes: int,
+    compute_bytes: int,
+    states_per_parameter: int,
+    gradient_checkpointing: bool,
+    chunk_elements: int,
+) -> MemoryEstimate:
+    """Adds up what a step holds at its peak.
+
+    Activations: what autograd keeps of a Llama-like block per token, counted in its code: 12 times the hidden size
+        (two norms,
+    the inputs of four products, residuals), 5 times the key-value size, 4 times the intermediate size.
+
+    Args:
+        config: Of the model (its text part is used).
+        num_parameters: All of them.
+        num_trained: Those with a gradient.
+        tokens: In one forward pass.
+        stored_bytes: Per stored weight.
+        compute_bytes: Per number that is computed with (2 under bf16 autocast, which also copies the weights).
+        states_per_parameter: Of the optimizer: 2 for Adam, 0 for plain SGD.
+        chunk_elements: Logits that the loss holds at once.
+        gradient_checkpointing: Only block inputs are kept, and one block at a time is recomputed.
+    """
+    text = config.get_text_config()
+    hidden, layers = text.hidden_size, text.num_hidden_layers
+    heads = text.num_attention_heads
+    kv = getattr(text, "num_key_value_heads", None) or heads
+    head_dim = getattr(text, "head_dim", None) or hidden // heads
+    inner = getattr(text, "intermediate_size", None) or 4 * hidden
+    block = (12 * hidden + 5 * kv * head_dim + 4 * inner) * compute_bytes
+    kept = layers * hidden * compute_bytes + block if gradient_checkpointing else layers * block
+    copies = num_parameters * compute_bytes if compute_bytes < stored_bytes else 0
+    chunk = max(1, chunk_elements // text.vocab_size)
+    return MemoryEstimate(
+        weights=num_parameters * stored_bytes + copies,
+        gradients=num_trained * 4,
+        optimizer=num_trained * 4 * states_per_parameter,
+        activations=tokens * kept,
+        logits=3 * 4 * min(chunk, tokens) * text.vocab_size,
+    )
+
+
+def num_parameters(config: Any) -> int:
+    """Parameters of a causal LM, counted on the meta device; tied ones once."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
+    return sum(p.numel() for p in model.parameters())

@@ -1,0 +1,372 @@
+"""The command line: one line for what is wrong, which key and where; recipes by name; which setting wins."""
+
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from running import REPOSITORY, arguments, chat_rows, environment, run, scalars, version, write_rows
+from terminal import log_lines, refused
+from tiny import save_tiny, tiny_tokenizer
+from transformers import AutoTokenizer
+
+from lit_sft import parsing
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    return folder, save_tiny(folder / "model"), write_rows(folder / "train.jsonl", chat_rows(16))
+
+
+@pytest.fixture
+def args(place, tmp_path):
+    """Arguments of a run of one step; overrides as for `arguments`."""
+    _, model, rows = place
+
+    def get(**overrides):
+        small = {"data__packing": False, "trainer__max_steps": 1}
+        return arguments(model, rows, tmp_path / "runs", **{**small, **overrides})
+
+    return get
+
+
+def config(folder, text):
+    path = folder / "mine.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+# ---------------------------------------------------------------------------------------------------- unknown keys
+
+TYPED = {
+    "--data.max_lenght=3": "data.max_lenght (command line): did you mean data.max_length?",
+    "--trainer.max_epoch=3": "trainer.max_epoch (command line): did you mean trainer.max_epochs?",  # no abbreviations
+    "--modle.dtype=auto": "modle.dtype (command line): did you mean model.dtype?",
+    "--max_length=3": "max_length (command line): did you mean data.max_length?",
+    "--model.generation.max_tokens=3": "did you mean model.generation.max_new_tokens?",
+    "--model.lora.lora_alhpa=3": "model.lora.lora_alhpa (command line): did you mean model.lora.lora_alpha?",
+    '--model.lora={"r": 4, "rnk": 3}': "model.lora.rnk (command line): ",
+    "--model.optimizer.lrr=3": "model.optimizer.lrr (command line): did you mean model.optimizer.init_args.lr?",
+    "--early_stopping.patienc=3": "did you mean early_stopping.patience?",
+    "-data.max_length=3": "did you mean data.max_length?",
+    "--zzz=3": "zzz (command line): `--print_config` shows all keys",
+}
+
+
+@pytest.mark.parametrize(("typed", "expected"), TYPED.items(), ids=TYPED)
+def test_unknown_key_on_the_command_line(typed, expected, args, capsys):
+    line = refused(capsys, "fit", [*args(), typed], code=2)
+    assert line.startswith("unknown key ") and expected in line
+
+
+IN_FILES = {
+    "data: {max_lenght: 3}": ("data.max_lenght", "data.max_length"),
+    "modle: {dtype: auto}": ("modle.dtype", "model.dtype"),
+    "trainer: {max_epoch: 3}": ("trainer.max_epoch", "trainer.max_epochs"),
+    "model: {generation: {max_tokens: 3}}": ("model.generation.max_tokens", "model.generation.max_new_tokens"),
+    "model: {lora: {r: 4, lora_alhpa: 3}}": ("model.lora.lora_alhpa", "model.lora.lora_alpha"),
+    "model: {evaluation: {num_sample: 4}}": ("model.evaluation.num_sample", "model.evaluation.num_samples"),
+    "model: {optimizer: {class_path: torch.optim.SGD, init_args: {lr: 1, momentun: 1}}}": (
+        "model.optimizer.init_args.momentun",
+        "model.optimizer.init_args.momentum",
+    ),
+    "early_stopping: {moniter: val/loss}": ("early_stopping.moniter", "early_stopping.monitor"),
+    "fit: {data: {max_length: 3}}": ("fit.data.max_length", "data.max_length"),
+}
+
+
+@pytest.mark.parametrize(("text", "keys"), IN_FILES.items(), ids=IN_FILES)
+def test_unknown_key_in_a_file(text, keys, args, tmp_path, capsys):
+    file = config(tmp_path, text)
+    line = refused(capsys, "fit", ["--config", file, *args()], code=2)
+    assert line == f"unknown key {keys[0]} ({file}): did you mean {keys[1]}?"
+
+
+# ---------------------------------------------------------------------------------------------------- wrong values
+
+VALUES = {
+    "data: {max_length: many}": "data.max_length (FILE): got many, expected a whole number",
+    "data: {max_length: null}": "data.max_length (FILE): got null, expected a whole number",
+    "data: {packing: maybe}": "data.packing (FILE): got maybe, expected true or false",
+    "data: {overlong: cut}": "data.overlong (FILE): got cut, expected drop, truncate or error",
+    "data: {val_size: lots}": "data.val_size (FILE): got lots, expected a whole number, a number or null",
+    "data: {questions: hello}": "data.questions (FILE): got hello, expected a list",
+    "data: null": "data (FILE): got null, expected keys with values",
+    "trainer: 3": "trainer (FILE): got 3, expected keys with values",
+    "model: {generation: [3]}": "model.generation (FILE): got [3], expected keys with values",
+    "model: {lora: 3}": "model.lora (FILE): got 3, expected keys with values or null",
+    "model: {lora: {r: x}}": "model.lora.r (FILE): got x, expected a whole number",
+    "model: {optimizer: {class_path: torch.optim.AdamWW}}": "module 'torch.optim' has no attribute 'AdamWW'",
+    "data: {model_name_or_path: gpt2}": "data.model_name_or_path (FILE): follows from model.model_name_or_path",
+    "data: {seed: 3}": "data.seed (FILE): follows from int(seed_everything): leave it out",
+}
+
+
+@pytest.mark.parametrize(("text", "expected"), VALUES.items(), ids=VALUES)
+def test_wrong_value(text, expected, tmp_path, capsys):
+    file = config(tmp_path, text)
+    assert expected.replace("FILE", file) in refused(capsys, "fit", ["--config", file], code=2)
+
+
+def test_the_wrong_value_on_the_command_line_is_not_blamed_on_the_file(tmp_path, capsys):
+    file = config(tmp_path, "data: {max_length: 64}")
+    line = refused(capsys, "fit", ["--config", file, "--data.max_length=many"], code=2)
+    assert line == "data.max_length (command line): got many, expected a whole number"
+
+
+SETTINGS = {
+    "model__lr_schedule__warmup_ratio": (1.5, ["model.lr_schedule.warmup_ratio is 1.5", "[0, 1)"]),
+    "trainer__accumulate_grad_batches": (3, ["trainer.accumulate_grad_batches is 3", "data.global_batch_size"]),
+    "trainer__use_distributed_sampler": (True, ["trainer.use_distributed_sampler must be false"]),
+    "trainer__strategy": ("dpp", ["trainer", "dpp"]),
+    "data__micro_batch_size": (3, ["data.global_batch_size 8", "data.micro_batch_size 3 x 1 devices"]),
+    "trainer__max_steps": (0, ["no optimizer step", "trainer.max_steps"]),
+    "trainer__max_epochs": (0, ["no optimizer step", "trainer.max_epochs"]),
+    "trainer__limit_train_batches": (0, ["no optimizer step", "trainer.limit_train_batches"]),
+    "checkpoint__keep_last": (0, ["checkpoint.keep_last is 0", "positive"]),
+    "ckpt_path": ("gone.ckpt", ["--ckpt_path gone.ckpt", "no such checkpoint"]),
+}
+
+
+@pytest.mark.parametrize(("key", "value", "words"), [(k, *v) for k, v in SETTINGS.items()], ids=SETTINGS)
+def test_wrong_setting(key, value, words, args, tmp_path, capsys):
+    line = refused(capsys, "fit", args(**{key: value}))
+    assert all(word in line for word in words), line
+    assert not list(tmp_path.glob("**/*.ckpt"))
+
+
+def test_validation_and_val_size_exclude_each_other(args, place, capsys):
+    line = refused(capsys, "fit", args(data__validation=place[2], data__val_size=0.1))
+    assert "data.validation and data.val_size" in line
+
+
+# ---------------------------------------------------------------------------------------------------- files
+
+CONFIGS = {
+    "broken": ("data:\n  max_length: [1, 2\n  format: auto\n", "line 3"),
+    "tab": ("data:\n\tmax_length: 3\n", "line 2"),
+    "empty": ("", "expected keys with values"),
+    "list": ("- data\n", "expected keys with values"),
+}
+
+
+@pytest.mark.parametrize(("text", "expected"), CONFIGS.values(), ids=CONFIGS)
+def test_broken_config(text, expected, tmp_path, capsys):
+    file = config(tmp_path, text)
+    line = refused(capsys, "fit", ["--config", file], code=2)
+    assert line.startswith(f"--config {file}: ") and expected in line
+
+
+@pytest.mark.parametrize("typed", [["--config", "gone.yaml"], ["--config=gone.yaml"], ["-c", "gone.yaml"]])
+def test_missing_config(typed, capsys):
+    assert refused(capsys, "fit", typed).startswith("--config gone.yaml: there is no such file")
+
+
+def test_a_recipe_by_its_name_from_anywhere(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert parsing.packaged_config("qwen").endswith("qwen.yaml") and parsing.packaged_config("gone") is None
+    printed = print_config(capsys, ["--config", "qwen"])
+    assert printed["data"]["train"] == "banghua/DL-SFT-Dataset" and printed["data"]["packing"] is False
+
+
+def print_config(capsys, args):
+    with pytest.raises(SystemExit) as caught:
+        run("fit", [*args, "--print_config"])
+    assert caught.value.code == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def test_print_config_parses_back(args, tmp_path, capsys):
+    printed = print_config(
+        capsys, [*args(), '--model.lora={"r": 3}', "--early_stopping.patience=9", "--model.optimizer.lr=0.25"]
+    )
+    assert printed["model"]["lora"]["r"] == 3 and printed["early_stopping"]["patience"] == 9
+    assert printed["model"]["optimizer"]["init_args"]["lr"] == 0.25
+    assert print_config(capsys, ["--config", config(tmp_path, yaml.safe_dump(printed))]) == printed
+
+
+def test_later_settings_win(args, tmp_path, capsys):
+    """Defaults < first file < second file < command line."""
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("data: {max_length: 11, max_samples: 11, micro_batch_size: 11}")
+    second.write_text("data: {max_length: 22, max_samples: 22}")
+    printed = print_config(capsys, ["--config", str(first), "--config", str(second), "--data.max_length=33"])
+    data = printed["data"]
+    assert [data[k] for k in ("max_length", "max_samples", "micro_batch_size", "global_batch_size")] == [33, 22, 11, 8]
+
+
+# ---------------------------------------------------------------------------------------------------- the run's config
+
+
+@pytest.fixture(scope="module")
+def finished(place):
+    """The folder of a run with settings that are not the defaults."""
+    folder, model, rows = place
+    root = folder / "finished"
+    run(
+        "fit",
+        arguments(
+            model, rows, root, data__packing=False, trainer__max_steps=1, data__system_prompt="Say it.", data__test=rows
+        ),
+    )
+    return root
+
+
+def parsed(monkeypatch, command, args):
+    """The settings that a command ends up with, without running it."""
+    from lit_sft import cli
+
+    seen = {}
+
+    def keep(self):
+        seen.update(self.config[command].as_dict())
+        raise SystemExit(0)
+
+    monkeypatch.setattr(cli.SFTCLI, "before_instantiate_classes", keep)
+    with pytest.raises(SystemExit):
+        run(command, args)
+    return seen
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "predict", "export"])
+def test_commands_read_the_config_of_the_run(command, finished, tmp_path, monkeypatch):
+    """Defaults < the run's config.yaml < --config < command line."""
+    ckpt = version(finished) / "checkpoints" / "last.ckpt"
+    (tmp_path / "mine.yaml").write_text("data: {max_length: 64, micro_batch_size: 2}")
+    typed = ["--config", str(tmp_path / "mine.yaml"), "--data.micro_batch_size=4", f"--ckpt_path={ckpt}"]
+    got = parsed(monkeypatch, command, typed)
+    assert got["model"]["model_name_or_path"].endswith("model") and got["data"]["system_prompt"] == "Say it."
+    assert got["trainer"]["precision"] == "32-true"
+    assert (got["data"]["max_length"], got["data"]["micro_batch_size"], got["data"]["on_bad_row"]) == (64, 4, "error")
+
+
+@pytest.mark.parametrize("in_file", [False, True])
+def test_last_is_looked_up_in_the_right_place(in_file, finished, tmp_path, monkeypatch):
+    (tmp_path / "mine.yaml").write_text(f"trainer: {{default_root_dir: {finished}}}")
+    where = ["--config", str(tmp_path / "mine.yaml")] if in_file else [f"--trainer.default_root_dir={finished}"]
+    got = parsed(monkeypatch, "predict", [*where, "--ckpt_path", "last"])
+    assert got["ckpt_path"].startswith(str(version(finished))) and got["data"]["system_prompt"] == "Say it."
+
+
+def test_test_and_export_without_config(finished, tmp_path):
+    ckpt = f"--ckpt_path={version(finished) / 'checkpoints' / 'last.ckpt'}"
+    run("test", [ckpt])
+    assert len(scalars(finished, "test/loss")) == 1
+    run("export", [ckpt, f"--output_dir={tmp_path / 'out'}"])
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("command", ["test", "predict", "export"])
+def test_no_checkpoint(command, tmp_path, capsys):
+    line = refused(capsys, command, ["--ckpt_path=last", f"--trainer.default_root_dir={tmp_path}"])
+    assert line.startswith("--ckpt_path last: there is no intact checkpoint") and str(tmp_path) in line
+
+
+# ---------------------------------------------------------------------------------------------------- bad input
+
+USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
+GOOD = {"messages": [USER, ANSWER]}
+ROWS = {
+    "no answer": ({"messages": [USER]}, ["line 3", "without an answer"]),
+    "wrong type": ({"messages": "hi"}, ["line 3", "`messages`", "list", "string"]),
+    "wrong content": ({"messages": [{**USER, "content": 5}, ANSWER]}, ["line 3", "content` is an int", "a string"]),
+}
+
+
+@pytest.mark.parametrize(("row", "words"), ROWS.values(), ids=ROWS)
+def test_bad_row(row, words, args, tmp_path, capsys):
+    file = write_rows(tmp_path / "rows.jsonl", [GOOD, GOOD, row, GOOD])
+    line = refused(capsys, "fit", args(data__train=file))
+    assert file in line and all(word in line for word in words), line
+
+
+def test_skipped_rows_are_counted(args, tmp_path):
+    bad = [row for row, _ in ROWS.values()]
+    file = write_rows(tmp_path / "rows.jsonl", [GOOD, *bad, GOOD])
+    for _ in range(2):  # told again when the examples come from the cache
+        with log_lines() as lines:
+            run("fit", args(data__train=file, data__on_bad_row="skip"))
+        assert any("2 of 5 rows kept" in line for line in lines), lines
+        assert any(line.startswith("train: 3 rows dropped") for line in lines), lines
+
+
+def test_overlong_rows_are_counted(args, tmp_path):
+    long = {"messages": [USER, {**ANSWER, "content": "hello " * 99}]}
+    file = write_rows(tmp_path / "rows.jsonl", [GOOD, long, GOOD])
+    with log_lines() as lines:
+        run("fit", args(data__train=file))
+    assert "train: 1 rows dropped: longer than data.max_length 128" in lines
+
+
+def test_missing_file(args, capsys):
+    line = refused(capsys, "fit", args(data__train="gone.jsonl"))
+    assert "file not found: `gone.jsonl`" in line and "`data.train`" in line
+
+
+def test_empty_data_set(args, tmp_path, capsys):
+    line = refused(capsys, "fit", args(data__train=write_rows(tmp_path / "none.jsonl", [])))
+    assert "none.jsonl" in line and "empty" in line
+
+
+def test_max_length_smaller_than_every_row(args, capsys):
+    line = refused(capsys, "fit", args(data__max_length=4))
+    assert "data.train" in line and "data.max_length is 4" in line and "16 rows" in line
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_no_model(exists, args, tmp_path, capsys):
+    folder = tmp_path / "no_model"
+    if exists:
+        folder.mkdir()
+    line = refused(capsys, "fit", args(model__model_name_or_path=folder))
+    assert line.startswith("model.model_name_or_path: ") and str(folder) in line
+
+
+def test_a_tokenizer_without_template_falls_back(args, tmp_path):
+    model = save_tiny(tmp_path / "plain", tokenizer=tiny_tokenizer(chat_template=None))
+    run("fit", args(model__model_name_or_path=model))
+    exported = AutoTokenizer.from_pretrained(version(tmp_path / "runs") / "hf")
+    text = exported.apply_chat_template([USER, ANSWER], tokenize=False)
+    assert text.startswith("User:\nhi\n\nAssistant:\nhello<|endoftext|>")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("data.num_workers", -1, ["data.num_workers"]),
+        ("trainer.devices", "x", ["trainer", "devices"]),
+        ("early_stopping.monitor", "val/los", ["early_stopping.monitor", "val/los"]),
+    ],
+)
+def test_wrong_setting_that_a_library_finds(key, value, words, args, place, capsys):
+    line = refused(capsys, "fit", [*args(data__validation=place[2]), f"--{key}={value}"])
+    assert all(word in line for word in words), line
+
+
+@pytest.fixture
+def silent_hub():
+    """The address of a server that takes connections and never answers."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen(64)
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("model.model_name_or_path", "Qwen/Qwen3-0.6B-Base"), ("data.train", "banghua/DL-SFT-Dataset")]
+)
+def test_a_hub_that_does_not_answer(key, value, args, tmp_path, silent_hub):
+    """One sentence within seconds, which names the id and the key; a real process, so that its exit code counts."""
+    environ = environment(HF_ENDPOINT=silent_hub, HF_HOME=str(tmp_path / "hf"))
+    del environ["HF_HUB_OFFLINE"]
+    command = [sys.executable, "-m", "lit_sft", "fit", *args(), f"--{key}={value}"]
+    started = time.monotonic()
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, env=environ)
+    took = time.monotonic() - started
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ") and value in last and key in last
+    assert took < 40, f"{took:.0f} s, most of it imports; the hub is given 3 s"
