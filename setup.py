@@ -8,18 +8,27 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "lit_sft" / "__init__.py").read_text()).group(1)
 
+TEST = [
+    "pytest>=8",
+    "pytest-timeout>=2.3",
+    "ruff>=0.16,<0.18",  # its formatter decides how the code looks, and so whether a test passes
+    "mypy>=2.4,<2.5",
+    "gguf>=0.17",
+    "setuptools>=70.1",  # a test builds the wheel without an environment of its own
+]
+
 setup(
     name="lit-sft",
     version=VERSION,
     description="Supervised fine-tuning of Hugging Face causal language models with PyTorch Lightning",
-    long_description=(HERE / "README.md").read_text(),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=[*find_packages(include=["lit_sft", "lit_sft.*"]), "lit_sft.configs"],
     package_dir={"lit_sft.configs": "configs"},
     package_data={"lit_sft.demo": ["model/*"], "lit_sft.configs": ["*.yaml"]},
-    # Bounds are those that were tried. lightning 2.6.2 and 2.6.3 were withdrawn (supply-chain compromise, Lightning #21691).
+    # Bounds are those that were tried. lightning 2.6.2 and 2.6.3 were withdrawn (supply chain: Lightning #21691).
     install_requires=[
         "torch>=2.11,<2.14",
         "lightning>=2.6.4,<2.7",
@@ -31,11 +40,7 @@ setup(
         "jsonargparse[signatures]>=4.50,<5",
         "numpy>=2",
         "rich>=13",
-        "zstandard>=0.23",
     ],
-    extras_require={
-        "test": ["pytest>=8", "pytest-timeout", "ruff==0.16.*", "mypy", "types-PyYAML", "gguf"],
-        "dev": ["pytest>=8", "pytest-timeout", "ruff==0.16.*", "mypy", "types-PyYAML", "gguf", "pre-commit"],
-    },
+    extras_require={"test": TEST, "dev": [*TEST, "pre-commit>=4"]},
     entry_points={"console_scripts": ["lit-sft=lit_sft.cli:main"]},
 )

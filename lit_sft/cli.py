@@ -150,6 +150,7 @@ class SFTCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Checks what Lightning would take without a word; finds the checkpoint that is meant."""
+        assert self.subcommand is not None
         config = self.config[self.subcommand]
         if config.trainer.use_distributed_sampler:
             raise UserError("trainer.use_distributed_sampler must be false: it would shuffle over our own order")
@@ -223,7 +224,7 @@ class SFTCLI(LightningCLI):
 
     def _prepare(self, stage: str) -> None:
         self.datamodule.prepare(stage)
-        for callback in self.trainer.callbacks:
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, runs.RunFolder):
                 callback.claim(self.trainer)
 
@@ -250,7 +251,7 @@ def _quiet() -> None:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(message)s"))
         log.addHandler(handler)
-    log.setLevel(logging.INFO if rank_zero_only.rank == 0 else logging.ERROR)
+    log.setLevel(logging.INFO if rank_zero_only.rank == 0 else logging.ERROR)  # type: ignore[attr-defined]
     log.propagate = False
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)

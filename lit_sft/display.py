@@ -29,7 +29,7 @@ def coloured_tokens(tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int]
         1, len(input_ids) + 1
     ):  # runs of equal mask are decoded together: a character may take several tokens
         if end == len(input_ids) or loss_mask[end] != loss_mask[start]:
-            piece = tokenizer.decode(list(input_ids[start:end]), skip_special_tokens=False)
+            piece = str(tokenizer.decode(list(input_ids[start:end]), skip_special_tokens=False))
             text.append(piece, style=TRAINED if loss_mask[start] else READ)
             start = end
     return text

@@ -25,7 +25,8 @@ from lit_sft.model.loss import CausalLMLoss, LossOptions
 from lit_sft.types import Batch, LossOutput, Prompts, UserError
 
 if TYPE_CHECKING:
-    pass
+    from lightning.pytorch.utilities.types import OptimizerLRScheduler
+    from peft import PeftModel
 
 
 class SFTModule(L.LightningModule):
@@ -49,6 +50,8 @@ class SFTModule(L.LightningModule):
         evaluation: Answers compared with references at each validation; null to leave it out.
         seed: Seed of random weights and adapters.
     """
+
+    adapter: PeftModel | None
 
     def __init__(
         self,
@@ -83,12 +86,8 @@ class SFTModule(L.LightningModule):
         self.window: Tensor = torch.zeros(3, dtype=torch.float64)
         """Since the last optimizer step on this rank, then over all ranks: loss sum, targets, tokens."""
         self.num_validations = 0
-        self.metrics = nn.ModuleDict(
-            {
-                name: kind()
-                for name, kind in [("loss", MeanMetric), ("perplexity", Perplexity), ("token_accuracy", MeanMetric)]
-            }
-        )
+        kinds = {"loss": MeanMetric(), "perplexity": Perplexity(), "token_accuracy": MeanMetric()}
+        self.metrics: Any = nn.ModuleDict(kinds)
 
     # ------------------------------------------------------------------ the model
 
@@ -149,10 +148,10 @@ class SFTModule(L.LightningModule):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         limit = float("inf") if gradient_clip_val is None or gradient_clip_algorithm == "value" else gradient_clip_val
         if isinstance(self.trainer.strategy, FSDPStrategy):  # its flat shards need the root module's own method
-            norm = self.trainer.strategy.model.clip_grad_norm_(limit)
+            norm = self.trainer.strategy.model.clip_grad_norm_(limit)  # type: ignore[union-attr, operator]
         else:
             parameters = [p for p in self.parameters() if p.grad is not None]
-            norm = nn.utils.get_total_norm([p.grad for p in parameters])
+            norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
             norm = norm.full_tensor() if isinstance(norm, torch.distributed.tensor.DTensor) else norm
             if limit < float("inf"):
                 nn.utils.clip_grads_with_norm_(parameters, limit, norm)
@@ -164,11 +163,11 @@ class SFTModule(L.LightningModule):
             return
         self.window = torch.zeros_like(self.window)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over two parameter groups, and the schedule by optimizer step."""
         groups = optim.parameter_groups(self.named_parameters())
         optimizer = self.options.optimizer(groups)
-        factor = optim.lr_factor(self.options.lr_schedule, self.trainer.datamodule.total_steps)
+        factor = optim.lr_factor(self.options.lr_schedule, self.trainer.datamodule.total_steps)  # type: ignore[attr-defined]
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -221,7 +220,7 @@ class SFTModule(L.LightningModule):
         """
         assert self.evaluation is not None
         score = MeanMetric().to(self.device)
-        for prompts in self.trainer.datamodule.evaluation_prompts(stage, self.evaluation.num_samples):
+        for prompts in self.trainer.datamodule.evaluation_prompts(stage, self.evaluation.num_samples):  # type: ignore[attr-defined]
             answers = zip(prompts["index"], self.answer(prompts), prompts["references"], strict=True)
             for index, answer, reference in answers:
                 hit = reference is not None and exact_match(answer, reference, self.evaluation.answer_regex)
@@ -234,14 +233,14 @@ class SFTModule(L.LightningModule):
     def stop_ids(self) -> list[int]:
         """Ids that end an answer: of the tokenizer, the generation config, the template and the training set."""
         assert self.model is not None
-        datamodule = self.trainer.datamodule
+        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
         extra = {*self.saved_stop_ids, *datamodule.stop_ids}
         return load.stop_token_ids(datamodule.tokenizer, self.model.lm.generation_config, extra)
 
     def answer(self, prompts: Prompts) -> list[str]:
         """The text of each completion. Under sharding every rank must make the same number of calls."""
         assert self.model is not None
-        tokenizer, stop_ids = self.trainer.datamodule.tokenizer, self.stop_ids
+        tokenizer, stop_ids = self.trainer.datamodule.tokenizer, self.stop_ids  # type: ignore[attr-defined]
         completions = generate(
             self.model.lm,
             prompts["input_ids"].to(self.device),
@@ -259,7 +258,7 @@ class SFTModule(L.LightningModule):
         records = []
         rows = zip(batch["index"], batch["texts"], self.answer(batch), batch["references"], strict=True)
         for index, text, prediction, reference in rows:
-            record = {"index": index, "prompt": text, "prediction": prediction}
+            record: dict[str, Any] = {"index": index, "prompt": text, "prediction": prediction}
             records.append(record if reference is None else {**record, "reference": reference})
         return [record for record in records if record["index"] >= 0]
 
@@ -286,7 +285,7 @@ class SFTModule(L.LightningModule):
             state_dict: Whole weights of `model` by name, where they are sharded.
         """
         assert self.model is not None
-        datamodule, options = self.trainer.datamodule, self.options
+        datamodule, options = self.trainer.datamodule, self.options  # type: ignore[attr-defined]
         export_hf(
             self.adapter or self.model.lm,
             datamodule.tokenizer,

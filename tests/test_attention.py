@@ -38,8 +38,8 @@ def test_sliding_window_is_honoured():
     from transformers import MistralConfig, MistralForCausalLM
 
     config = MistralConfig(
-        vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        sliding_window=4,
+        vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=4,
     )  # fmt: skip
     torch.manual_seed(0)
     lm = MistralForCausalLM._from_config(config, attn_implementation="eager").eval()

@@ -1,7 +1,7 @@
 """One data set, one seed, many ways to split the work: the same losses, gradient norms and weights.
 
-Plain SGD without clipping shows a gradient that is wrong by a constant factor; AdamW with clipping would hide it, and is run too.
-fp32 on a CPU, relative difference at most 1e-5.
+Plain SGD without clipping shows a gradient that is wrong by a constant factor; AdamW with clipping would hide it, and
+is run too. fp32 on a CPU, relative difference at most 1e-5.
 """
 
 import pytest
@@ -62,7 +62,7 @@ def assert_same(result, expected, tolerance=1e-5):
     for name, ours, theirs in zip(("loss", "grad_norm"), result[:2], expected[:2], strict=True):
         assert len(ours) == len(theirs), name
         torch.testing.assert_close(
-            torch.tensor(ours), torch.tensor(theirs), rtol=tolerance, atol=0, msg=lambda m: f"{name}: {m}"
+            torch.tensor(ours), torch.tensor(theirs), rtol=tolerance, atol=0, msg=lambda m, name=name: f"{name}: {m}"
         )
     assert result[2].keys() == expected[2].keys()
     for key, weight in expected[2].items():

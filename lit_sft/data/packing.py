@@ -29,8 +29,8 @@ class Packs:
 
     def num_tokens(self, lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Tokens in each pack, [P]."""
-        ends = np.concatenate([[0], np.cumsum(lengths[self.examples], dtype=np.int64)])
-        return ends[self.bounds[1:]] - ends[self.bounds[:-1]]
+        ends: npt.NDArray[np.int64] = np.concatenate([[0], np.cumsum(lengths[self.examples], dtype=np.int64)])
+        return np.diff(ends[self.bounds])
 
 
 def one_per_pack(num_examples: int) -> Packs:

@@ -85,7 +85,7 @@ class StepOrder:
         end = min(start + self.micro_batch_size, (step + 1) * self.global_batch_size, self.num_packs)
         if not self.shuffle:
             return list(range(start, end))
-        return permutation(self.num_packs, self.seed, epoch)[start:end].tolist()
+        return [int(pack) for pack in permutation(self.num_packs, self.seed, epoch)[start:end]]
 
     def batches_in_steps(self, steps: int) -> int:
         """Forward passes of a rank in the first `steps` optimizer steps of an epoch."""

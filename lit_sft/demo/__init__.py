@@ -1,4 +1,4 @@
-"""The built-in model and the built-in task: a whole run without the internet. Named `builtin:NAME` in a configuration."""
+"""The built-in model and task: a whole run without the internet. Named `builtin:NAME` in a configuration."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ def model_dir(name: str) -> Path:
     """The directory of a built-in model: config, tokenizer and chat template, but no weights (`model.init: random`).
 
     Args:
-        name: What stands after `builtin:`; `demo` is a Qwen3 of 0.9 M parameters that reads bytes and a few whole words.
+        name: What stands after `builtin:`; `demo` is a Qwen3 of 0.9 M parameters that reads bytes and a few whole
+            words.
 
     Raises:
         UserError: If there is no such model.

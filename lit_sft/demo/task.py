@@ -4,8 +4,8 @@
     Is 7 larger than 3?   Yes.      also bigger, greater
     Reverse the word nap  pan       words of three letters
 
-The training split also has the two questions of the SFT course that are no calculation. The third, `Calculate 1+1-1`, is
-kept for validation, like every held-out prompt: a right answer to it was worked out, not remembered.
+The training split also has the two questions of the SFT course that are no calculation. The third, `Calculate 1+1-1`,
+is kept for validation, like every held-out prompt: a right answer to it was worked out, not remembered.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def splits() -> dict[str, list[Row]]:
 
 
 def _calculations() -> list[Row]:
-    """All 4,000, solved from left to right, so that a small model has two tables of two operands to learn, not one of three."""
+    """All 4,000, solved from left to right: a small model then has two tables of two operands to learn, not one of
+    three.
+    """
     rows = []
     for a, first, b, second, c in product(range(10), "+-", range(10), "+-", range(10)):
         partial = a + b if first == "+" else a - b

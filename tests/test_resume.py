@@ -1,0 +1,376 @@
+"""A run that is killed goes on as if nothing had happened: same steps, same losses and weights to the last bit, one folder.
+
+Runs are killed for real (SIGKILL, in a child process), at a named place of the training loop.
+"""
+
+import csv
+import multiprocessing
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+from running import arguments, chat_rows, final_weights, run, scalars, version, write_rows
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from terminal import log_lines, refused
+from tiny import save_tiny, tiny_gpt2
+
+from lit_sft import checkpointing
+
+TIMED = "train/tokens_per_second"
+TWO_EPOCHS = {
+    "data__packing": False,
+    "data__global_batch_size": 8,  # 33 rows: 4 full steps and one of a single row, twice
+    "data__val_size": 6,
+    "checkpoint__every_n_train_steps": 1,
+    "trainer__max_epochs": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("resume")
+    return folder, save_tiny(folder / "model"), write_rows(folder / "train.jsonl", chat_rows(39))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(place):
+    """The folder of a run that nobody stopped; one for each set of options."""
+    done = {}
+
+    def get(**overrides):
+        key = str(sorted(overrides.items()))
+        if key not in done:
+            done[key] = place[0] / f"whole_{len(done)}"
+            fit(place, done[key], **overrides)
+        return done[key]
+
+    return get
+
+
+def fit(place, root, *more, **overrides):
+    _, model, rows = place
+    run("fit", [*arguments(model, rows, root, **{**TWO_EPOCHS, **overrides}), *more])
+
+
+def resume(place, root, **overrides):
+    """Goes on from the newest checkpoint; returns the step that it says."""
+    with log_lines() as lines:
+        fit(place, root, "--ckpt_path=last", **overrides)
+    told = [line for line in lines if line.startswith("resumed ")]
+    assert len(told) == 1 and str(version(root) / "checkpoints") in told[0], lines
+    assert not version(root, 1).exists()
+    return int(told[0].rpartition(" at step ")[2])
+
+
+def kill(place, root, hook, step, nth=1, **overrides):
+    """Starts a run that is killed when it is about to call the callbacks' `hook` for the nth time at a step."""
+    context = multiprocessing.get_context("forkserver" if torch.cuda.is_available() else "fork")
+    process = context.Process(target=_run_until, args=(place, root, hook, step, nth, overrides))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL, f"it ended with {process.exitcode} before {hook} at step {step}"
+
+
+def _run_until(place, root, hook, step, nth, overrides):
+    from lightning.pytorch.trainer import call
+
+    call_hooks, seen = call._call_callback_hooks, []
+
+    def hooked(trainer, name, *args, **kwargs):
+        if name == hook and trainer.global_step == step:
+            seen.append(name)
+            if len(seen) == nth:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return call_hooks(trainer, name, *args, **kwargs)
+
+    call._call_callback_hooks = hooked
+    fit(place, root, **overrides)
+
+
+def rows(root):
+    """The lines of metrics.csv, without what depends on the clock."""
+    with (version(root) / "metrics.csv").open() as file:
+        return [{k: float(v) for k, v in row.items() if v and k != TIMED} for row in csv.DictReader(file)]
+
+
+def saved(root):
+    return {path.name: path for path in (version(root) / "checkpoints").iterdir()}
+
+
+def assert_same_run(root, expected):
+    assert rows(root) == rows(expected)
+    weights, others = final_weights(root), final_weights(expected)
+    assert weights.keys() == others.keys()
+    assert all(torch.equal(weights[name], others[name]) for name in others)
+
+
+# ---------------------------------------------------------------------------------------------------- bit for bit
+
+PLACES = {
+    "in the first window after a checkpoint": ("on_train_batch_start", 3, 1, 3),
+    "within a window": ("on_train_batch_start", 3, 5, 3),
+    "after the last step of the epoch": ("on_validation_start", 5, 1, 4),
+    "in the validation": ("on_validation_batch_end", 5, 3, 4),
+    "before the epoch ends": ("on_train_epoch_end", 5, 1, 4),
+    "between two epochs": ("on_train_epoch_start", 5, 1, 5),
+    "in the first window of an epoch": ("on_train_batch_start", 5, 3, 5),
+    "in the second epoch": ("on_train_batch_start", 7, 2, 7),
+    "after the last step": ("on_train_end", 10, 1, 10),
+}
+
+
+@pytest.mark.parametrize(("hook", "step", "nth", "from_step"), PLACES.values(), ids=PLACES)
+def test_killed(hook, step, nth, from_step, place, uninterrupted, tmp_path):
+    root = tmp_path / "runs"
+    kill(place, root, hook, step, nth)
+    assert resume(place, root) == from_step
+    assert_same_run(root, uninterrupted())
+
+
+def test_killed_twice(place, uninterrupted, tmp_path):
+    root = tmp_path / "runs"
+    kill(place, root, "on_train_batch_start", 2)
+    shutil.copytree(root, tmp_path / "copy", symlinks=True)
+    context = {"ckpt_path": "last"}
+    kill(place, root, "on_train_batch_start", 6, **context)
+    assert resume(place, root) == 6
+    assert_same_run(root, uninterrupted())
+
+
+WITHIN = {"trainer__val_check_interval": 16}  # after steps 2 and 4 of each epoch
+
+
+@pytest.mark.parametrize("hook", ["on_validation_start", "on_validation_end", "on_train_batch_start"])
+def test_killed_around_a_validation_within_the_epoch(hook, place, uninterrupted, tmp_path):
+    """The validation is neither left out nor done twice, and the best score so far is remembered."""
+    root = tmp_path / "runs"
+    kill(place, root, hook, 2, **WITHIN)
+    resume(place, root, **WITHIN)
+    assert_same_run(root, uninterrupted(**WITHIN))
+    assert os.readlink(saved(root)["best.ckpt"]) == os.readlink(saved(uninterrupted(**WITHIN))["best.ckpt"])
+
+
+@pytest.mark.parametrize("interval", [12, 0.4])
+def test_validation_within_a_window(interval, place, uninterrupted, tmp_path):
+    """A validation may come before the accumulation is done; its checkpoint lies before the window."""
+    options = {"trainer__val_check_interval": interval}
+    root = tmp_path / "runs"
+    kill(place, root, "on_train_batch_start", 3, **options)
+    resume(place, root, **options)
+    assert_same_run(root, uninterrupted(**options))
+
+
+@pytest.mark.parametrize(("step", "limit"), [(2, 16), (2, 12), (3, 12)])
+def test_limited_batches(step, limit, place, uninterrupted, tmp_path):
+    """An epoch that `limit_train_batches` ends early, also within a window, is followed by the next one."""
+    root, options = tmp_path / "runs", {"trainer__limit_train_batches": limit}
+    kill(place, root, "on_train_batch_start", step, **options)
+    assert resume(place, root, **options) == step
+    assert len(rows(uninterrupted(**options))) == 6  # two epochs of two steps and a validation
+    assert_same_run(root, uninterrupted(**options))
+
+
+@pytest.mark.parametrize("step", [4, 5, 6])
+def test_max_steps(step, place, uninterrupted, tmp_path):
+    root, options = tmp_path / "runs", {"trainer__max_steps": 7}
+    kill(place, root, "on_train_batch_start", step, 2, **options)
+    assert resume(place, root, **options) == step
+    assert len(scalars(uninterrupted(**options), "train/loss")) == 7
+    assert_same_run(root, uninterrupted(**options))
+
+
+def test_one_more_epoch(place, uninterrupted, tmp_path):
+    """A run that ended goes on when it is given more epochs."""
+    root, constant = tmp_path / "runs", {"model__lr_schedule__type": "constant"}
+    fit(place, root, **constant, trainer__max_epochs=1)
+    assert resume(place, root, **constant) == 5
+    assert_same_run(root, uninterrupted(**constant))
+
+
+@pytest.mark.parametrize("what", ["dropout", "lora dropout", "packing", "workers"])
+def test_kinds_of_runs(what, place, uninterrupted, tmp_path):
+    """Random numbers go on too."""
+    options = {
+        "dropout": {"model__model_name_or_path": place[0] / "gpt2"},
+        "lora dropout": {"model__lora": {"r": 4, "lora_dropout": 0.2}},
+        "packing": {"data__packing": True, "data__global_batch_size": 4},
+        "workers": {"data__num_workers": 2},
+    }[what]
+    if what == "dropout":
+        save_tiny(place[0] / "gpt2", tiny_gpt2(resid_pdrop=0.2, embd_pdrop=0.2, attn_pdrop=0.2))
+    root = tmp_path / "runs"
+    kill(place, root, "on_train_batch_start", 3, **options)
+    assert resume(place, root, **options) == 3
+    assert_same_run(root, uninterrupted(**options))
+
+
+SPLITS = {
+    "larger micro-batch": ({}, {"data__micro_batch_size": 4}),
+    "no accumulation": ({}, {"data__micro_batch_size": 8}),
+    "smaller micro-batch": ({"data__micro_batch_size": 8}, {"data__micro_batch_size": 1}),
+}
+
+
+@pytest.mark.parametrize("step", [3, 5])
+@pytest.mark.parametrize(("before", "after"), SPLITS.values(), ids=SPLITS)
+def test_another_split_of_the_work(step, before, after, place, uninterrupted, tmp_path):
+    root = tmp_path / "runs"
+    kill(place, root, "on_train_batch_start", step, **before)
+    assert resume(place, root, **after) == step
+    ours, theirs = rows(root), rows(uninterrupted())
+    assert [row.keys() for row in ours] == [row.keys() for row in theirs]
+    for row, other in zip(ours, theirs, strict=True):
+        assert row == pytest.approx(other, rel=1e-5)
+        assert row.get("train/num_tokens") == other.get("train/num_tokens")  # the same examples in every step
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+@pytest.mark.parametrize("step", [3, 5])
+def test_another_number_of_ranks(before, after, step, place, uninterrupted, tmp_path):
+    root = tmp_path / "runs"
+    _, model, train = place
+
+    def args(devices, **overrides):
+        return arguments(model, train, root, **{**TWO_EPOCHS, "trainer__devices": devices, **overrides})
+
+    run("fit", args(before, checkpoint__keep_last=9), subprocesses=True)
+    forget_after(root, step)
+    assert f"at step {step}" in run("fit", [*args(after), "--ckpt_path=last"], subprocesses=True)
+    assert not version(root, 1).exists()
+    for row, other in zip(rows(root), rows(uninterrupted()), strict=True):
+        assert row == pytest.approx(other, rel=1e-5)
+
+
+def forget_after(root, step):
+    for name, path in saved(root).items():
+        if name.startswith("step=") and checkpointing.step_of(path) > step:
+            path.unlink()
+
+
+# ---------------------------------------------------------------------------------------------------- one folder
+
+
+def test_one_folder_and_tensorboard_goes_on(place, tmp_path):
+    """Also where logs of later steps than the checkpoint's are there already."""
+    root = tmp_path / "runs"
+    fit(place, root, checkpoint__keep_last=9, data__questions=["hi"])
+    forget_after(root, 3)
+    changed = {"data__questions": ["hi"], "trainer__enable_progress_bar": False, "checkpoint__keep_last": 1}
+    assert resume(place, root, **changed) == 3
+    events = EventAccumulator(str(version(root)))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(10))
+    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(scalars(root, "train/loss"))
+    assert [event.step for event in events.Scalars("val/loss")] == [4, 9]
+    assert "keep_last: 1" in (version(root) / "config.yaml").read_text()
+    assert (version(root) / "hf" / "model.safetensors").is_file()
+
+
+def test_the_first_answers_are_remembered(place, tmp_path, capsys):
+    root, options = tmp_path / "runs", {"data__questions": ["hi"], "model__lr_schedule__type": "constant"}
+    fit(place, root, **options, trainer__max_epochs=1)
+    first = saved_answers(root)
+    capsys.readouterr()
+    resume(place, root, **options)
+    out = capsys.readouterr().out
+    assert saved_answers(root) == first and len(first) == 1
+    assert "before" in out and "after" in out and "First training example" not in out
+
+
+def saved_answers(root):
+    state = torch.load(saved(root)["last.ckpt"], weights_only=True)
+    return next(s["before"] for s in state["callbacks"].values() if "before" in s)
+
+
+def test_last_without_a_run_starts_one(place, tmp_path):
+    with log_lines() as lines:
+        fit(place, tmp_path / "runs", "--ckpt_path=last", trainer__max_steps=1)
+    assert not any(line.startswith("resumed") for line in lines)
+    assert len(scalars(tmp_path / "runs", "train/loss")) == 1
+
+
+# ---------------------------------------------------------------------------------------------------- the files
+
+
+def test_a_torn_checkpoint_is_passed_over(place, uninterrupted, tmp_path, capsys):
+    root = tmp_path / "runs"
+    kill(place, root, "on_train_batch_start", 4)
+    newest = saved(root)["step=000004.ckpt"]
+    newest.write_bytes(newest.read_bytes()[:-100])
+    (newest.parent / ".step=000005.ckpt.1.tmp").write_bytes(b"what a killed save leaves behind")
+    assert "is damaged" in refused(capsys, "fit", [*arguments(*place[1:], root, **TWO_EPOCHS), f"--ckpt_path={newest}"])
+    with log_lines() as lines:
+        fit(place, root, "--ckpt_path=last")
+    assert any(str(newest) in line and "passed over" in line for line in lines)
+    assert any(line.endswith("step=000003.ckpt at step 3") for line in lines)
+    assert_same_run(root, uninterrupted())
+
+
+OTHER = {
+    "rows": {"data__max_samples": 30},
+    "template": {"data__system_prompt": "Be brief."},
+    "length": {"data__max_length": 64},
+}
+
+
+@pytest.mark.parametrize("other", OTHER.values(), ids=OTHER)
+def test_other_data_is_refused(other, place, uninterrupted, tmp_path, capsys):
+    root = tmp_path / "runs"
+    shutil.copytree(uninterrupted(), root, symlinks=True)
+    args = [*arguments(*place[1:], root, **{**TWO_EPOCHS, "trainer__max_epochs": 3, **other}), "--ckpt_path=last"]
+    assert "resume.allow_other_data" in refused(capsys, "fit", args)
+    run("fit", [*args, "--resume.allow_other_data=true"])
+    assert len(rows(root)) > len(rows(uninterrupted()))
+
+
+def test_plain_torch_reads_a_checkpoint(uninterrupted):
+    checkpoint = torch.load(saved(uninterrupted())["last.ckpt"], weights_only=True)
+    assert checkpoint["global_step"] == 10
+    assert_plain(checkpoint)
+
+
+def assert_plain(value):
+    if isinstance(value, dict):
+        for key, item in value.items():
+            assert isinstance(key, (str, int))
+            assert_plain(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            assert_plain(item)
+    else:
+        assert value is None or isinstance(value, (torch.Tensor, bool, int, float, str)), type(value)
+
+
+def test_a_file_that_runs_code_is_refused(place, tmp_path, capsys):
+    path = tmp_path / "step=000001.ckpt"
+    torch.save({"state_dict": os.system}, path)
+    assert "cannot be read" in refused(
+        capsys, "fit", [*arguments(*place[1:], tmp_path / "runs"), f"--ckpt_path={path}"]
+    )
+
+
+@pytest.mark.parametrize(("mode", "kept"), [("min", "step=000010.ckpt"), ("max", "step=000005.ckpt")])
+def test_the_last_few_and_the_best_are_kept(mode, kept, place, tmp_path):
+    root = tmp_path / "runs"
+    fit(place, root, checkpoint__keep_last=2, checkpoint__mode=mode)
+    losses = scalars(root, "val/loss")
+    assert losses[1] < losses[0]
+    assert saved(root).keys() == {"last.ckpt", "best.ckpt", "step=000009.ckpt", "step=000010.ckpt", kept}
+    assert os.readlink(saved(root)["last.ckpt"]) == "step=000010.ckpt"
+    assert os.readlink(saved(root)["best.ckpt"]) == kept
+
+
+@pytest.mark.parametrize("every", [2, None])
+def test_when_checkpoints_are_saved(every, place, tmp_path):
+    """The end of an epoch is always saved."""
+    root = tmp_path / "runs"
+    fit(place, root, checkpoint__keep_last=9, checkpoint__every_n_train_steps=every, data__val_size=None)
+    steps = [2, 4, 5, 6, 8, 10] if every else [5, 10]
+    assert sorted(map(checkpointing.step_of, set(saved(root).values()) - links(root))) == steps
+
+
+def links(root):
+    return {path for path in saved(root).values() if path.is_symlink()}
