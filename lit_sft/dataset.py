@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from lit_sft.data.sources import Rows
 
 log = logging.getLogger(__name__)
+
+MAX_WORKERS = 16
+"""Processes that tokenize, at most: the one that writes what they make keeps no more of them busy."""
 
 
 class SFTData:
@@ -86,7 +90,7 @@ class SFTData:
         for name in needed:
             if name in self.rows and name not in self.caches:
                 rows = self.rows[name]
-                self.caches[name] = self.preparation(rows).cached(rows, self._cache_dir(), name)
+                self.caches[name] = self.preparation(rows).cached(rows, self._cache_dir(), name, self._num_workers())
                 self._report_copies(name)
                 self.__dict__.pop("stop_ids", None)  # the property is computed anew
         if stage in ("validate", "test") and needed[0] not in self.caches:
@@ -144,6 +148,15 @@ class SFTData:
         if self.options.cache_dir is not None:
             return Path(self.options.cache_dir).expanduser()
         return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "lit_sft"
+
+    def _num_workers(self) -> int:
+        """Processes that tokenize: `auto` is one for each core that this process may use."""
+        if self.options.num_workers != "auto":
+            if self.options.num_workers < 0:
+                raise UserError(f"data.num_workers is {self.options.num_workers}, expected auto or 0 and more")
+            return int(self.options.num_workers)
+        num_cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+        return min(num_cores, MAX_WORKERS)
 
     def question(self, text: str) -> Conversation:
         """A question as the model is asked it."""

@@ -5,26 +5,33 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
-from lit_sft.data.cache import ExampleCache, cache_key, write_cache
+from lit_sft.data.cache import ExampleCache, cache_key, open_cache, wait_for_cache, write_cache, write_failure
+from lit_sft.data.counts import Counts
 from lit_sft.data.formats import find_placeholders, to_conversation
 from lit_sft.data.render import Renderer
 from lit_sft.data.sources import Rows
+from lit_sft.data.workers import map_in_order
 from lit_sft.types import Conversation, Example, UserError
 
 log = logging.getLogger(__name__)
 
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 """Raise it when formats, rendering or the cache's layout change what a cache holds."""
-CHUNK_ROWS = 1000
-"""Rows rendered and tokenized together: enough to keep the tokenizer's threads busy."""
+CHUNK_ROWS = 500
+"""Rows rendered and tokenized together."""
+ROWS_PER_WORKER = 1000
+"""For fewer, a process costs more than it saves."""
+SHOWN_SKIPS = 10
+"""Skipped rows that are shown; more are only counted."""
 
 
 def global_rank() -> int:
@@ -35,61 +42,13 @@ def global_rank() -> int:
     return 0
 
 
-@dataclass
-class Counts:
-    """What became of the rows; stored with the cache, so that it can be told again."""
+class Chunk(NamedTuple):
+    """What became of some rows."""
 
-    rows_read: int = 0
-    rows_kept: int = 0
-    examples: int = 0
-    tokens: int = 0
-    trained_tokens: int = 0
-    lost_trained_tokens: int = 0
-    """Targets cut away by `overlong: truncate`, or dropped with their row."""
-    truncated: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
-    """Reason -> rows."""
-    notes: Counter[str] = field(default_factory=Counter)
-    """What had to be done to prove masks -> rows."""
-    placeholders: Counter[str] = field(default_factory=Counter)
-    """Unfilled `{{name}}` -> rows."""
-    stop_ids: list[int] = field(default_factory=list)
-    longest: int = 0
-    """Tokens of the longest example before any cut."""
-
-    def lines(self, name: str) -> list[str]:
-        """What is told in the terminal about a data set."""
-        share = self.trained_tokens / max(1, self.tokens)
-        text = [
-            f"{name}: {self.rows_kept:,} of {self.rows_read:,} rows kept as {self.examples:,} examples, "
-            f"{self.tokens:,} tokens, {share:.0%} of them trained, the longest {self.longest:,}"
-        ]
-        text += [f"{name}: {rows:,} rows dropped: {reason}" for reason, rows in self.dropped.items()]
-        if self.truncated:
-            text.append(
-                f"{name}: {self.truncated:,} examples truncated, {self.lost_trained_tokens:,} target tokens lost"
-            )
-        text += [
-            f"{name}: {rows:,} rows, {NOTES.get(note.split('=')[0], note)} ({note})"
-            for note, rows in self.notes.items()
-        ]
-        text += [
-            f"{name}: {rows:,} rows hold {key} as it stands: nothing fills it"
-            for key, rows in self.placeholders.items()
-        ]
-        return text
-
-
-NOTES = {
-    "per_turn": "one example per assistant turn, because the template rewrites earlier turns",
-    "switch:enable_thinking": "rendered with a switch of the template; serve them with the same chat_template_kwargs",
-    "switch:thinking": "rendered with a switch of the template; serve them with the same chat_template_kwargs",
-    "lenient": "trained from the longest common prefix, because their mask could not be proved",
-    "left_out:reasoning_content": "whose reasoning the template does not write, so it is not trained",
-    "left_out:content": "whose content the template does not write beside a tool call, so it is not trained",
-    "left_out:tools": "whose tools the template does not write",
-    "split_boundary": "tokenized in two parts, prompt and answer, as at inference",
-}
+    examples: list[Example]
+    counts: Counts
+    skipped: list[str]
+    """What was wrong with rows, each with its place."""
 
 
 @dataclass(frozen=True)
@@ -123,29 +82,55 @@ class Preparation:
         except UserError as error:
             raise UserError(f"{rows.where(index)}: {error}") from error
 
-    def examples(self, rows: Rows, counts: Counts) -> Iterator[Example]:
-        """All examples of all rows, in order; what was dropped and why goes into `counts`."""
-        stop_ids: set[int] = set()
-        for start in range(0, len(rows), CHUNK_ROWS):
-            for index, result in self._render_chunk(rows, range(start, min(start + CHUNK_ROWS, len(rows))), counts):
-                counts.rows_read += 1
-                if isinstance(result, UserError):
-                    if self.on_bad_row == "error":
-                        raise result
-                    counts.dropped["bad row (data.on_bad_row: skip)"] += 1
-                    log.warning("skipped: %s", result)
-                    continue
-                kept = [short for example in result for short in self._fit(example, rows.where(index), counts)]
-                counts.rows_kept += bool(kept)
-                for note in {note for example in kept for note in example.notes}:
-                    counts.notes[note] += 1
-                for example in kept:
-                    stop_ids.update(example.stop_ids)
-                    counts.examples += 1
-                    counts.tokens += len(example.input_ids)
-                    counts.trained_tokens += sum(example.loss_mask[1:])
-                    yield example
-        counts.stop_ids = sorted(stop_ids)
+    def examples(self, rows: Rows, counts: Counts, num_workers: int = 1) -> Iterator[Example]:
+        """All examples of all rows, in order.
+
+        Args:
+            rows: The data set.
+            counts: What was dropped and why is added to it, a chunk of rows ahead of the examples.
+            num_workers: Processes, where there are rows enough for them.
+
+        Raises:
+            UserError: A row is bad, the first in order.
+        """
+        chunks = (range(start, min(start + CHUNK_ROWS, len(rows))) for start in range(0, len(rows), CHUNK_ROWS))
+        num_workers = min(num_workers, len(rows) // ROWS_PER_WORKER)
+        num_skipped = 0
+        for chunk in map_in_order(partial(self._prepare_chunk, rows), chunks, num_workers):
+            counts.add(chunk.counts)
+            for message in chunk.skipped[: max(0, SHOWN_SKIPS - num_skipped)]:
+                log.warning("skipped: %s", message)
+            num_skipped += len(chunk.skipped)
+            yield from chunk.examples
+
+    def _prepare_chunk(self, rows: Rows, indices: range) -> Chunk:
+        chunk = Chunk([], Counts(rows_read=len(indices)), [])
+        for index, result in self._render_chunk(rows, indices, chunk.counts):
+            if not isinstance(result, UserError):
+                chunk.examples.extend(self._keep(result, rows.where(index), chunk.counts))
+            elif self.on_bad_row == "error":
+                raise result
+            else:
+                chunk.counts.dropped["bad row (data.on_bad_row: skip)"] += 1
+                chunk.skipped.append(str(result))
+        return chunk
+
+    def _keep(self, examples: list[Example], where: str, counts: Counts) -> list[Example]:
+        """Those of a row's examples that can be trained; all is counted."""
+        fitted = [self._fit(example, where, counts) for example in examples]
+        kept = [item for item in fitted if isinstance(item, Example)]
+        reasons = [item for item in fitted if isinstance(item, str)]
+        counts.rows_kept += bool(kept)
+        counts.notes.update({note for example in kept for note in example.notes})
+        if kept and reasons:
+            counts.notes["partly_dropped"] += 1
+        elif reasons:
+            counts.dropped[reasons[0]] += 1
+        counts.examples += len(kept)
+        counts.tokens += sum(len(example.input_ids) for example in kept)
+        counts.trained_tokens += sum(sum(example.loss_mask[1:]) for example in kept)
+        counts.stop_ids = sorted({*counts.stop_ids, *(i for example in kept for i in example.stop_ids)})
+        return kept
 
     def _render_chunk(
         self, rows: Rows, indices: range, counts: Counts
@@ -167,31 +152,30 @@ class Preparation:
                 result = UserError(f"{rows.where(index)}: {result}")
             yield index, result
 
-    def _fit(self, example: Example, where: str, counts: Counts) -> Iterator[Example]:
-        """The example if it fits into `max_length` and has a target; else what `overlong` says."""
+    def _fit(self, example: Example, where: str, counts: Counts) -> Example | str:
+        """The example if it has a target and fits, cut where `overlong` says so; else why it is dropped."""
         length, targets = len(example.input_ids), sum(example.loss_mask[1:])
         counts.longest = max(counts.longest, length)
         if targets == 0:
-            counts.dropped["no token of it is trained"] += 1
-        elif length <= self.max_length:
-            yield example
-        elif self.overlong == "error":
+            return "no token of it is trained"
+        if length <= self.max_length:
+            return example
+        if self.overlong == "error":
             raise UserError(
                 f"{where}: {length} tokens are more than data.max_length {self.max_length}; raise data.max_length, or "
                 "set data.overlong to drop or truncate"
             )
-        else:
-            kept_mask = example.loss_mask[: self.max_length]
-            kept_targets = sum(kept_mask[1:])
-            cut = self.overlong == "truncate" and kept_targets > 0
-            counts.lost_trained_tokens += targets - kept_targets if cut else targets
-            if not cut:
-                rest = " even after truncation, no target is left" if self.overlong == "truncate" else ""
-                counts.dropped[f"longer than data.max_length {self.max_length}{rest}"] += 1
-                return
-            counts.truncated += 1
-            ids = example.input_ids[: self.max_length]
-            yield Example(ids, kept_mask, example.row, example.part, example.stop_ids, example.notes)
+        ids, mask = example.input_ids[: self.max_length], example.loss_mask[: self.max_length]
+        if self.overlong == "drop" or not any(mask[1:]):
+            counts.lost_trained_tokens += targets
+            rest = " even after truncation, no target is left" if self.overlong == "truncate" else ""
+            return f"longer than data.max_length {self.max_length}{rest}"
+        counts.truncated += 1
+        counts.lost_trained_tokens += targets - sum(mask[1:])
+        trained = {token for token, label in zip(ids, mask, strict=True) if label}
+        return replace(
+            example, input_ids=ids, loss_mask=mask, stop_ids=tuple(i for i in example.stop_ids if i in trained)
+        )
 
     def key(self, rows: Rows) -> str:
         """A hash of all that decides the examples: data by content, tokenizer, template and options."""
@@ -209,13 +193,14 @@ class Preparation:
             }
         )
 
-    def cached(self, rows: Rows, cache_dir: Path, name: str) -> ExampleCache:
+    def cached(self, rows: Rows, cache_dir: Path, name: str, num_workers: int = 1) -> ExampleCache:
         """The examples of a data set, from the cache or made now: by global rank 0, while the others wait.
 
         Args:
             rows: The data set.
             cache_dir: Folder of all caches.
             name: How to call it in the log, `train` or `validation`.
+            num_workers: Processes that tokenize.
 
         Raises:
             UserError: A row is bad, or no row is left.
@@ -223,31 +208,33 @@ class Preparation:
         path = cache_dir / self.key(rows)
         failure = path.with_suffix(".error")
         if global_rank() != 0:
-            return _wait_for(path, failure)
+            return wait_for_cache(path, failure)
+        failure.unlink(missing_ok=True)
         try:
-            cache = _open(path) or self._write(path, rows)
+            cache = open_cache(path) or self._write(path, rows, num_workers)
             counts = Counts(**cache.meta)
             if not len(cache):
-                reasons = "; ".join(f"{n} rows {reason}" for reason, n in counts.dropped.items()) or "it is empty"
+                reasons = "; ".join(f"{n:,} rows {reason}" for reason, n in counts.dropped.items()) or "it is empty"
                 raise UserError(
                     f"data.{name} ({rows.name}): no row is left to train on: {reasons}; the longest example has "
                     f"{counts.longest} tokens, data.max_length is {self.max_length}"
                 )
         except BaseException as error:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            failure.write_text(str(error))
+            write_failure(failure, error)
             raise
-        failure.unlink(missing_ok=True)
         for line in counts.lines(name):
             log.info(line)
         return cache
 
-    def _write(self, path: Path, rows: Rows) -> ExampleCache:
+    def _write(self, path: Path, rows: Rows, num_workers: int) -> ExampleCache:
         counts = Counts()
         meta: dict[str, Any] = {}
 
         def examples() -> Iterator[Example]:
-            yield from self.examples(rows, counts)
+            with tqdm(desc="tokenizing", total=len(rows), unit=" rows", leave=False, disable=None) as bar:
+                for example in self.examples(rows, counts, num_workers):
+                    bar.update(counts.rows_read - bar.n)
+                    yield example
             meta.update(vars(counts))  # not `asdict`, which breaks a Counter
 
         started = time.monotonic()
@@ -265,34 +252,3 @@ def num_duplicates(cache: ExampleCache, rows: Rows) -> int:
 def num_overlapping(train: ExampleCache, validation: ExampleCache) -> int:
     """Validation examples that are in the training set too."""
     return int(np.isin(validation.hashes, train.hashes).sum())
-
-
-def _open(path: Path) -> ExampleCache | None:
-    """The cache if it is there and whole; a damaged one is set aside with a message."""
-    if not path.exists():
-        return None
-    try:
-        return ExampleCache(path)
-    except (OSError, ValueError, KeyError) as error:
-        damaged = path.with_name(f"{path.name}.damaged.{os.getpid()}")
-        path.rename(damaged)
-        log.warning("the cache %s is damaged (%s): moved to %s and made anew", path, error, damaged.name)
-        return None
-
-
-def _wait_for(path: Path, failure: Path) -> ExampleCache:
-    """What rank 0 makes; its error if it fails (only one that is younger than this process counts)."""
-    born = time.time() - 60
-    while True:
-        if (cache := _open_quietly(path)) is not None and len(cache):
-            return cache
-        if failure.exists() and failure.stat().st_mtime > born:
-            raise UserError(f"rank 0 could not prepare the data: {failure.read_text()}")
-        time.sleep(0.2)
-
-
-def _open_quietly(path: Path) -> ExampleCache | None:
-    try:
-        return ExampleCache(path)
-    except (OSError, ValueError, KeyError):
-        return None

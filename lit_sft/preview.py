@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from typing import Literal
 
 from rich.panel import Panel
@@ -14,6 +15,8 @@ from lit_sft.dataset import SFTData
 from lit_sft.display import coloured_tokens, console
 from lit_sft.prepare import Counts
 from lit_sft.types import Conversation, UserError
+
+log = logging.getLogger(__name__)
 
 
 def preview(data: SFTData, num_rows: int, output: Literal["rich", "json"]) -> None:
@@ -28,8 +31,10 @@ def preview(data: SFTData, num_rows: int, output: Literal["rich", "json"]) -> No
         raise UserError(f"--num_rows is {num_rows}, it must be at least 1")
     rows = limit(data.open("train"), num_rows)
     preparation = data.preparation(rows)
-    conversations = [preparation.conversation(rows, index) for index in range(len(rows))]
-    examples = list(preparation.examples(rows, Counts()))
+    counts = Counts()
+    examples = list(preparation.examples(rows, counts))
+    for line in counts.lines("preview"):  # what was dropped, and why
+        log.info(line)
     tokenizer = data.tokenizer
     if output == "json":
         for example in examples:
@@ -42,7 +47,8 @@ def preview(data: SFTData, num_rows: int, output: Literal["rich", "json"]) -> No
             )
         return
     screen = console()
-    screen.print(_conversations_table(conversations))
+    kept = dict.fromkeys(example.row for example in examples)
+    screen.print(_conversations_table([preparation.conversation(rows, row) for row in kept]))
     for example in examples:
         trained = sum(example.loss_mask)
         title = f"row {example.row}, part {example.part}: {len(example.input_ids)} tokens, {trained} trained (green)"

@@ -1,7 +1,7 @@
 """Writes the tokenizer of the built-in model: python scripts/make_demo_tokenizer.py. For when the task has changed.
 
-A token per byte, the special tokens, and a token for each word that is often in the training split, which makes rows a
-third shorter. Nothing else is merged: digits, signs and the letters of rare words stay single bytes.
+A token per byte, the special tokens, and a token for each word that is often in the training split, which halves
+the rows. Nothing else is merged: digits, signs and the letters of rare words stay single bytes.
 """
 
 from __future__ import annotations

@@ -356,7 +356,11 @@ def silent_hub():
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("model.model_name_or_path", "Qwen/Qwen3-0.6B-Base"), ("data.train", "banghua/DL-SFT-Dataset")]
+    ("key", "value"),
+    [
+        ("model.model_name_or_path", "Qwen/Qwen3-0.6B-Base"),
+        pytest.param("data.train", "banghua/DL-SFT-Dataset", marks=pytest.mark.slow),
+    ],
 )
 def test_a_hub_that_does_not_answer(key, value, args, tmp_path, silent_hub):
     """One sentence within seconds, which names the id and the key; a real process, so that its exit code counts."""

@@ -1,4 +1,4 @@
-"""A run that is killed goes on as if nothing had happened: same steps, same losses and weights to the last bit, one folder.
+"""A run that is killed goes on as if nothing had happened: the same losses and weights to the last bit, one folder.
 
 Runs are killed for real (SIGKILL, in a child process), at a named place of the training loop.
 """
@@ -132,9 +132,7 @@ def test_killed(hook, step, nth, from_step, place, uninterrupted, tmp_path):
 def test_killed_twice(place, uninterrupted, tmp_path):
     root = tmp_path / "runs"
     kill(place, root, "on_train_batch_start", 2)
-    shutil.copytree(root, tmp_path / "copy", symlinks=True)
-    context = {"ckpt_path": "last"}
-    kill(place, root, "on_train_batch_start", 6, **context)
+    kill(place, root, "on_train_batch_start", 6, ckpt_path="last")
     assert resume(place, root) == 6
     assert_same_run(root, uninterrupted())
 
@@ -152,14 +150,19 @@ def test_killed_around_a_validation_within_the_epoch(hook, place, uninterrupted,
     assert os.readlink(saved(root)["best.ckpt"]) == os.readlink(saved(uninterrupted(**WITHIN))["best.ckpt"])
 
 
-@pytest.mark.parametrize("interval", [12, 0.4])
-def test_validation_within_a_window(interval, place, uninterrupted, tmp_path):
-    """A validation may come before the accumulation is done; its checkpoint lies before the window."""
-    options = {"trainer__val_check_interval": interval}
+def test_validation_comes_between_two_steps(place, uninterrupted, tmp_path, capsys):
+    """Lightning counts forward passes: a share of the epoch is rounded, a wrong number is refused."""
+    assert rows(uninterrupted(trainer__val_check_interval=0.4)) == rows(uninterrupted(**WITHIN))
+    args = arguments(*place[1:], tmp_path / "runs", **TWO_EPOCHS, trainer__val_check_interval=12)
+    assert "trainer.val_check_interval 12" in refused(capsys, "fit", args)
+
+
+def test_validation_by_the_clock(place, tmp_path):
+    """It may come within an optimizer step; what is due is saved after the step."""
     root = tmp_path / "runs"
-    kill(place, root, "on_train_batch_start", 3, **options)
-    resume(place, root, **options)
-    assert_same_run(root, uninterrupted(**options))
+    fit(place, root, trainer__val_check_interval="00:00:00:00", trainer__check_val_every_n_epoch=None)
+    assert len(scalars(root, "val/loss")) > 2 and len(scalars(root, "train/loss")) == 10
+    assert os.readlink(saved(root)["last.ckpt"]) == "step=000010.ckpt"
 
 
 @pytest.mark.parametrize(("step", "limit"), [(2, 16), (2, 12), (3, 12)])
@@ -175,7 +178,7 @@ def test_limited_batches(step, limit, place, uninterrupted, tmp_path):
 @pytest.mark.parametrize("step", [4, 5, 6])
 def test_max_steps(step, place, uninterrupted, tmp_path):
     root, options = tmp_path / "runs", {"trainer__max_steps": 7}
-    kill(place, root, "on_train_batch_start", step, 2, **options)
+    kill(place, root, "on_train_batch_start", step, **options)
     assert resume(place, root, **options) == step
     assert len(scalars(uninterrupted(**options), "train/loss")) == 7
     assert_same_run(root, uninterrupted(**options))
@@ -189,7 +192,10 @@ def test_one_more_epoch(place, uninterrupted, tmp_path):
     assert_same_run(root, uninterrupted(**constant))
 
 
-@pytest.mark.parametrize("what", ["dropout", "lora dropout", "packing", "workers"])
+SLOW = [pytest.param(what, marks=pytest.mark.slow) for what in ("lora dropout", "packing", "workers")]
+
+
+@pytest.mark.parametrize("what", ["dropout", *SLOW])
 def test_kinds_of_runs(what, place, uninterrupted, tmp_path):
     """Random numbers go on too."""
     options = {
@@ -213,7 +219,7 @@ SPLITS = {
 }
 
 
-@pytest.mark.parametrize("step", [3, 5])
+@pytest.mark.parametrize("step", [3, pytest.param(5, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("before", "after"), SPLITS.values(), ids=SPLITS)
 def test_another_split_of_the_work(step, before, after, place, uninterrupted, tmp_path):
     root = tmp_path / "runs"

@@ -25,17 +25,17 @@ def test_the_code_is_clean(tool):
 
 
 @pytest.mark.parametrize(
-    ("tool", "line"),
+    ("tool", "line", "finding"),
     [
-        ("lint", "import os\n"),
-        ("format", "x=1\n"),
-        ("types", "def f(number: int) -> str:\n    return number\n"),
+        ("lint", "import os\n", "F401"),
+        ("format", "x=1\n", "would be reformatted"),
+        ("types", "def f(number: int) -> str:\n    return number\n", "Incompatible return value"),
     ],
 )
-def test_the_test_can_fail(tool, line, tmp_path):
-    path = tmp_path / "lit_sft" / "module.py"
-    path.parent.mkdir()
+def test_the_test_can_fail(tool, line, finding, tmp_path):
+    path = tmp_path / "module.py"
     path.write_text(line)
-    done = run(*TOOLS[tool], "--config-file" if tool == "types" else "--config", REPOSITORY / "pyproject.toml", path)
+    settings = REPOSITORY / "pyproject.toml"
+    done = run(*TOOLS[tool], "--config-file" if tool == "types" else "--config", settings, path)
     assert done.returncode != 0
-    assert "module.py" in done.stdout
+    assert finding in done.stdout

@@ -1,27 +1,40 @@
 """Tokenized examples on disk, memory-mapped: resident memory does not grow with the number of rows.
 
 A cache is a directory named by a hash of everything that decides its content. It is written beside its final place and
-renamed
-when it is complete, so a directory that exists is whole.
+renamed when it is complete, so a directory that exists is whole.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
+import sys
 import tempfile
+import time
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from lit_sft.types import Example
+from lit_sft.types import Example, UserError
+
+log = logging.getLogger(__name__)
 
 META = "meta.json"
+COLUMNS = {"ends.i64": 8, "rows.i64": 8, "parts.i32": 4, "hashes.u64": 8}
+"""Files with one number per example -> its bytes. `ends` are the ends of the examples in the files of `TOKENS`."""
+TOKENS = {"input_ids.i32": 4, "loss_mask.u8": 1}
+"""Files with one number per token, likewise."""
+FAILURE_SECONDS = 60
+"""How much earlier than another rank, which was still importing, rank 0 may have failed."""
+PATIENCE_SECONDS = 600
+"""Between two signs of life of a rank that waits."""
 
 
 def cache_key(parts: dict[str, Any]) -> str:
@@ -38,23 +51,28 @@ class ExampleCache:
         parts: [N] which of the row's examples it is.
         hashes: [N] of the token ids, to find duplicates.
         meta: What the writer wanted to remember (counts for the log, stop tokens).
+
+    Raises:
+        OSError: A file is missing, or not as long as the others say.
+        ValueError: `meta.json` is broken.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.meta: dict[str, Any] = json.loads((path / META).read_text())
-        self._ends: npt.NDArray[np.int64] = np.fromfile(path / "ends.i64", dtype=np.int64)
+        self._ends: npt.NDArray[np.int64] = _map(path / "ends.i64", np.int64)
         self.lengths: npt.NDArray[np.int64] = np.diff(self._ends, prepend=0)
-        self.rows: npt.NDArray[np.int64] = np.fromfile(path / "rows.i64", dtype=np.int64)
-        self.parts: npt.NDArray[np.int32] = np.fromfile(path / "parts.i32", dtype=np.int32)
-        self.hashes: npt.NDArray[np.uint64] = np.fromfile(path / "hashes.u64", dtype=np.uint64)
+        self.rows: npt.NDArray[np.int64] = _map(path / "rows.i64", np.int64)
+        self.parts: npt.NDArray[np.int32] = _map(path / "parts.i32", np.int32)
+        self.hashes: npt.NDArray[np.uint64] = _map(path / "hashes.u64", np.uint64)
+        self._input_ids: npt.NDArray[np.int32] = _map(path / "input_ids.i32", np.int32)
+        self._loss_mask: npt.NDArray[np.uint8] = _map(path / "loss_mask.u8", np.uint8)
         num_tokens = int(self._ends[-1]) if len(self._ends) else 0
-        for name, width in (("input_ids.i32", 4), ("loss_mask.u8", 1)):
-            if (path / name).stat().st_size != num_tokens * width:
-                raise OSError(f"{path / name} is not {num_tokens * width} bytes long")
-        # an empty file cannot be mapped
-        self._input_ids = np.memmap(path / "input_ids.i32", np.int32, "r") if num_tokens else np.empty(0, np.int32)
-        self._loss_mask = np.memmap(path / "loss_mask.u8", np.uint8, "r") if num_tokens else np.empty(0, np.uint8)
+        sizes = {name: len(self._ends) * width for name, width in COLUMNS.items()}
+        sizes |= {name: num_tokens * width for name, width in TOKENS.items()}
+        for name, size in sizes.items():
+            if (path / name).stat().st_size != size:
+                raise OSError(f"{path / name} is not {size} bytes long")
 
     def __reduce__(self) -> tuple[type[ExampleCache], tuple[Path]]:
         return ExampleCache, (self.path,)  # workers map the file themselves instead of getting a copy
@@ -69,30 +87,28 @@ class ExampleCache:
         return self._input_ids[span], self._loss_mask[span], int(self.rows[index])
 
 
+def _map(path: Path, dtype: type[np.generic]) -> npt.NDArray[Any]:
+    if path.stat().st_size == 0:  # an empty file cannot be mapped
+        return np.empty(0, dtype)
+    return np.memmap(path, dtype, "r")
+
+
 def write_cache(path: Path, examples: Iterable[Example], meta: dict[str, Any]) -> ExampleCache:
     """Writes examples as they come; `meta` is read after the last one, so the caller may fill it meanwhile."""
     path.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f"{path.name}.", suffix=".building", dir=path.parent))
     try:
-        ends: list[int] = []
-        rows: list[int] = []
-        parts: list[int] = []
-        hashes: list[int] = []
-        end = 0
-        with (building / "input_ids.i32").open("wb") as ids_file, (building / "loss_mask.u8").open("wb") as mask_file:
+        with ExitStack() as stack:
+            files = {name: stack.enter_context((building / name).open("wb")) for name in (*COLUMNS, *TOKENS)}
+            end = 0
             for example in examples:
                 end += len(example.input_ids)
-                ends.append(end)
-                rows.append(example.row)
-                parts.append(example.part)
                 ids = np.asarray(example.input_ids, dtype=np.int32).tobytes()
-                hashes.append(int.from_bytes(hashlib.blake2b(ids, digest_size=8).digest(), "little"))
-                ids_file.write(ids)
-                mask_file.write(bytes(example.loss_mask))
-        np.asarray(ends, dtype=np.int64).tofile(building / "ends.i64")
-        np.asarray(rows, dtype=np.int64).tofile(building / "rows.i64")
-        np.asarray(parts, dtype=np.int32).tofile(building / "parts.i32")
-        np.asarray(hashes, dtype=np.uint64).tofile(building / "hashes.u64")
+                for name, number in (("ends.i64", end), ("rows.i64", example.row), ("parts.i32", example.part)):
+                    files[name].write(number.to_bytes(COLUMNS[name], sys.byteorder))
+                files["hashes.u64"].write(hashlib.blake2b(ids, digest_size=8).digest())
+                files["input_ids.i32"].write(ids)
+                files["loss_mask.u8"].write(bytes(example.loss_mask))
         (building / META).write_text(json.dumps(meta, indent=1))
         publish(building, path)
     finally:
@@ -109,3 +125,52 @@ def publish(building: Path, path: Path) -> None:
     except OSError:
         if not (path / META).exists():
             raise
+
+
+def open_cache(path: Path) -> ExampleCache | None:
+    """The cache if it is there and whole; a damaged one is set aside with a message."""
+    if not path.exists():
+        return None
+    try:
+        return ExampleCache(path)
+    except (OSError, ValueError) as error:
+        damaged = path.with_name(f"{path.name}.damaged.{os.getpid()}")
+        path.rename(damaged)
+        log.warning("the cache %s is damaged (%s): moved to %s and made anew", path, error, damaged.name)
+        return None
+
+
+def write_failure(path: Path, error: BaseException) -> None:
+    """Tells those who wait for a cache why it will not come."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.{os.getpid()}")
+    aside.write_text(str(error) or type(error).__name__)
+    aside.replace(path)
+
+
+def wait_for_cache(path: Path, failure: Path) -> ExampleCache:
+    """What another process writes.
+
+    Args:
+        path: Where it will appear.
+        failure: The file that the other process writes its error to; one that was there long before does not count.
+
+    Raises:
+        UserError: The other process failed.
+    """
+    earliest, told = time.time() - FAILURE_SECONDS, time.monotonic()
+    while True:
+        try:
+            if len(cache := ExampleCache(path)):
+                return cache
+        except (OSError, ValueError):
+            pass  # not yet there, or damaged and about to be made anew
+        try:
+            if failure.stat().st_mtime > earliest:
+                raise UserError(f"rank 0 could not prepare the data: {failure.read_text()}")
+        except FileNotFoundError:
+            pass
+        if time.monotonic() > told + PATIENCE_SECONDS:
+            told = time.monotonic()
+            log.error("still waiting for rank 0 to write %s; is data.cache_dir on a disk that all nodes share?", path)
+        time.sleep(0.2)

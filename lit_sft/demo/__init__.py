@@ -16,8 +16,7 @@ def model_dir(name: str) -> Path:
     """The directory of a built-in model: config, tokenizer and chat template, but no weights (`model.init: random`).
 
     Args:
-        name: What stands after `builtin:`; `demo` is a Qwen3 of 0.9 M parameters that reads bytes and a few whole
-            words.
+        name: What stands after `builtin:`; `demo` is a Qwen3 of 0.9 M parameters over bytes and a few whole words.
 
     Raises:
         UserError: If there is no such model.
@@ -38,10 +37,10 @@ def rows(name: str, split: str) -> list[dict[str, Any]]:
         UserError: If there is no such task or split.
     """
     if name not in _TASKS:
-        raise UserError(f"there is no built-in data set {name!r}; set data.train to {_choices(_TASKS)}")
+        raise UserError(f"there is no built-in data set {name!r}; name it {_choices(_TASKS)}")
     splits = _TASKS[name]()
     if split not in splits:
-        raise UserError(f"builtin:{name} has no split {split!r}; it has {', '.join(splits)}")
+        raise UserError(f"builtin:{name} has no split {split!r}; set the split to {' or '.join(splits)}")
     return [_messages(prompt, answer) for prompt, answer in splits[split]]
 
 

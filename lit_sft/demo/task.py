@@ -27,7 +27,7 @@ COURSE: tuple[Row, ...] = (
     ),
 )
 COURSE_REPEATS = 20
-"""Times that each question of the course is in the training split, so that an epoch or two suffice to learn it."""
+"""Times that each question of the course is in the training split, so that it is learned as soon as the rest."""
 HELD_OUT = "Calculate 1+1-1"
 """The course's calculation, always in the validation split."""
 
@@ -55,9 +55,7 @@ def splits() -> dict[str, list[Row]]:
 
 
 def _calculations() -> list[Row]:
-    """All 4,000, solved from left to right: a small model then has two tables of two operands to learn, not one of
-    three.
-    """
+    """All 4,000. The answer does the first operation, so there are tables of two operands to learn, not of three."""
     rows = []
     for a, first, b, second, c in product(range(10), "+-", range(10), "+-", range(10)):
         partial = a + b if first == "+" else a - b

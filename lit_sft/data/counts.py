@@ -1,0 +1,76 @@
+"""What became of the rows of a data set, and how it is told."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Counts:
+    """What became of the rows; stored with the cache, so that it can be told again."""
+
+    rows_read: int = 0
+    rows_kept: int = 0
+    """Together with the dropped ones these are all rows read."""
+    examples: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    lost_trained_tokens: int = 0
+    """Targets of what is longer than `max_length`: cut away, or dropped."""
+    truncated: int = 0
+    """Examples."""
+    dropped: Counter[str] = field(default_factory=Counter)
+    """Reason -> rows."""
+    notes: Counter[str] = field(default_factory=Counter)
+    """What had to be done to prove masks, or to keep a part of a row -> rows."""
+    placeholders: Counter[str] = field(default_factory=Counter)
+    """Unfilled `{{name}}` -> rows."""
+    stop_ids: list[int] = field(default_factory=list)
+    """Stop tokens that are trained."""
+    longest: int = 0
+    """Tokens of the longest example before any cut."""
+
+    def add(self, other: Counts) -> None:
+        """Takes in the counts of further rows."""
+        for name, value in vars(other).items():
+            if name == "longest":
+                self.longest = max(self.longest, value)
+            elif name == "stop_ids":
+                self.stop_ids = sorted({*self.stop_ids, *value})
+            else:
+                setattr(self, name, getattr(self, name) + value)
+
+    def lines(self, name: str) -> list[str]:
+        """What is told in the terminal about a data set."""
+        share = self.trained_tokens / max(1, self.tokens)
+        text = [
+            f"{self.rows_kept:,} of {self.rows_read:,} rows kept as {self.examples:,} examples, "
+            f"{self.tokens:,} tokens, {share:.0%} of them trained, the longest {self.longest:,}"
+        ]
+        text += [f"{n:,} rows dropped: {reason}" for reason, n in self.dropped.items()]
+        if self.lost_trained_tokens:
+            cut = f"; {self.truncated:,} examples truncated" if self.truncated else ""
+            text.append(f"{self.lost_trained_tokens:,} target tokens lost to data.max_length{cut}")
+        text += [f"{n:,} rows: {_describe(note)}" for note, n in self.notes.items()]
+        text += [f"{n:,} rows with {key} as it stands: nothing fills it" for key, n in self.placeholders.items()]
+        return [f"{name}: {line}" for line in text]
+
+
+NOTES = {
+    "per_turn": "one example per assistant turn, because the template rewrites earlier turns",
+    "lenient": "trained from the longest common prefix, because the mask could not be proved",
+    "left_out:reasoning_content": "reasoning that the template does not write, so it is not trained",
+    "left_out:content": "content beside a tool call that the template does not write, so it is not trained",
+    "left_out:tools": "tools that the template does not write",
+    "split_boundary": "tokenized in two parts, prompt and answer, as at inference",
+    "partly_dropped": "some of the turns dropped: too long, or without a trained token",
+}
+
+
+def _describe(note: str) -> str:
+    if not note.startswith("switch:"):
+        return NOTES.get(note, note)
+    name, _, value = note.removeprefix("switch:").partition("=")
+    setting = f"{{{name}: {value}}}"
+    return f"rendered with the template's switch {setting}; serve the model with it (data.chat_template_kwargs)"

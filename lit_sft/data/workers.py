@@ -1,0 +1,94 @@
+"""One function over many items in worker processes; the results come in order, and an error at its item's turn."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import get_context, parent_process
+from threading import Thread
+from typing import Any, TypeVar
+
+from lit_sft.types import UserError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_function: Callable[[Any], Any]
+"""What this worker calls; set when it starts, so that it is not sent along with every item."""
+
+
+def map_in_order(function: Callable[[T], R], items: Iterable[T], num_workers: int) -> Iterator[R]:
+    """Calls `function` on every item; workers are at most two items each ahead of what was taken.
+
+    Args:
+        function: Inherited by the workers on Linux; pickled, once for each, elsewhere.
+        items: Small enough to be pickled.
+        num_workers: Up to 1: no processes, everything is done here.
+
+    Raises:
+        UserError: A worker died.
+    """
+    if num_workers <= 1:
+        yield from map(function, items)
+        return
+    # A fork takes milliseconds; elsewhere it is unsafe or missing, and workers import everything anew.
+    context = get_context("fork" if sys.platform == "linux" else "spawn")
+    results: deque[Future[R]] = deque()
+    with _single_threaded_tokenizers():
+        pool = ProcessPoolExecutor(num_workers, context, _start, (function,))
+        try:
+            for item in items:
+                results.append(pool.submit(_call, item))
+                if len(results) > 2 * num_workers:
+                    yield results.popleft().result()
+            while results:
+                yield results.popleft().result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a process that tokenizes rows was killed, probably because memory ran out: lower data.num_workers"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _single_threaded_tokenizers() -> Iterator[None]:
+    """For workers that start meanwhile: each has one core, and the threads of `tokenizers` do not survive a fork."""
+    before = os.environ.get(name := "TOKENIZERS_PARALLELISM")
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _start(function: Callable[[Any], Any]) -> None:
+    global _function
+    _function = function
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    Thread(target=_die_with_parent, daemon=True).start()
+    gc.freeze()  # what was inherited is not looked through again, nor are its memory pages copied
+    gc.disable()
+
+
+def _die_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _call(item: Any) -> Any:
+    result = _function(item)
+    gc.collect()
+    return result
