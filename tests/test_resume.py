@@ -6,6 +6,7 @@ Runs are killed for real (SIGKILL, in a child process), at a named place of the 
 import csv
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 
@@ -18,6 +19,7 @@ from tiny import save_tiny, tiny_gpt2
 
 from lit_sft import checkpointing
 
+START = "forkserver" if torch.cuda.is_available() else "fork"  # autograd's threads on a GPU do not survive a fork
 TIMED = "train/tokens_per_second"
 TWO_EPOCHS = {
     "data__packing": False,
@@ -66,8 +68,9 @@ def resume(place, root, **overrides):
 
 def kill(place, root, hook, step, nth=1, **overrides):
     """Starts a run that is killed when it is about to call the callbacks' `hook` for the nth time at a step."""
-    context = multiprocessing.get_context("forkserver" if torch.cuda.is_available() else "fork")
-    process = context.Process(target=_run_until, args=(place, root, hook, step, nth, overrides))
+    process = multiprocessing.get_context(START).Process(
+        target=_run_until, args=(place, root, hook, step, nth, overrides)
+    )
     process.start()
     process.join(120)
     assert process.exitcode == -signal.SIGKILL, f"it ended with {process.exitcode} before {hook} at step {step}"
@@ -313,6 +316,26 @@ def test_a_torn_checkpoint_is_passed_over(place, uninterrupted, tmp_path, capsys
     assert any(str(newest) in line and "passed over" in line for line in lines)
     assert any(line.endswith("step=000003.ckpt at step 3") for line in lines)
     assert_same_run(root, uninterrupted())
+
+
+def test_a_full_disk(place, tmp_path, capfd):
+    """One line; the earlier checkpoints stay whole, and no half file."""
+    root = tmp_path / "runs"
+    kill(place, root, "on_train_batch_start", 3, checkpoint__keep_last=9)
+    before = saved(root).keys()
+    process = multiprocessing.get_context(START).Process(target=_run_with_small_files, args=(place, root))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 1
+    last = capfd.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("error: the checkpoint ") and "could not be written" in last
+    assert saved(root).keys() == before
+    assert all(checkpointing.is_intact(path) for path in saved(root).values())
+
+
+def _run_with_small_files(place, root):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    fit(place, root, "--ckpt_path=last", checkpoint__keep_last=9)
 
 
 OTHER = {
