@@ -14,7 +14,16 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from lit_sft.data.cache import ExampleCache, cache_key, open_cache, wait_for_cache, write_cache, write_failure
+from lit_sft.data.cache import (
+    Block,
+    ExampleCache,
+    cache_key,
+    open_cache,
+    to_block,
+    wait_for_cache,
+    write_cache,
+    write_failure,
+)
 from lit_sft.data.counts import Counts
 from lit_sft.data.formats import find_placeholders, to_conversation
 from lit_sft.data.render import Renderer
@@ -45,7 +54,7 @@ def global_rank() -> int:
 class Chunk(NamedTuple):
     """What became of some rows."""
 
-    examples: list[Example]
+    block: Block
     counts: Counts
     skipped: list[str]
     """What was wrong with rows, each with its place."""
@@ -82,38 +91,32 @@ class Preparation:
         except UserError as error:
             raise UserError(f"{rows.where(index)}: {error}") from error
 
-    def examples(self, rows: Rows, counts: Counts, num_workers: int = 1) -> Iterator[Example]:
-        """All examples of all rows, in order.
-
-        Args:
-            rows: The data set.
-            counts: What was dropped and why is added to it, a chunk of rows ahead of the examples.
-            num_workers: Processes, where there are rows enough for them.
+    def examples(self, rows: Rows, counts: Counts) -> list[Example]:
+        """All examples of a few rows, in order; what was dropped and why is added to `counts`.
 
         Raises:
-            UserError: A row is bad, the first in order.
+            UserError: A row is bad.
         """
-        chunks = (range(start, min(start + CHUNK_ROWS, len(rows))) for start in range(0, len(rows), CHUNK_ROWS))
-        num_workers = min(num_workers, len(rows) // ROWS_PER_WORKER)
-        num_skipped = 0
-        for chunk in map_in_order(partial(self._prepare_chunk, rows), chunks, num_workers):
-            counts.add(chunk.counts)
-            for message in chunk.skipped[: max(0, SHOWN_SKIPS - num_skipped)]:
-                log.warning("skipped: %s", message)
-            num_skipped += len(chunk.skipped)
-            yield from chunk.examples
+        return self._examples(rows, range(len(rows)), counts, [])
 
-    def _prepare_chunk(self, rows: Rows, indices: range) -> Chunk:
-        chunk = Chunk([], Counts(rows_read=len(indices)), [])
-        for index, result in self._render_chunk(rows, indices, chunk.counts):
+    def _examples(self, rows: Rows, indices: range, counts: Counts, skipped: list[str]) -> list[Example]:
+        examples: list[Example] = []
+        for index, result in self._render(rows, indices, counts):
+            counts.rows_read += 1
             if not isinstance(result, UserError):
-                chunk.examples.extend(self._keep(result, rows.where(index), chunk.counts))
+                examples += self._keep(result, rows.where(index), counts)
             elif self.on_bad_row == "error":
                 raise result
             else:
-                chunk.counts.dropped["bad row (data.on_bad_row: skip)"] += 1
-                chunk.skipped.append(str(result))
-        return chunk
+                counts.dropped["bad row (data.on_bad_row: skip)"] += 1
+                skipped.append(str(result))
+        return examples
+
+    def _chunk(self, rows: Rows, indices: range) -> Chunk:
+        """Runs in a worker."""
+        counts = Counts()
+        skipped: list[str] = []
+        return Chunk(to_block(self._examples(rows, indices, counts, skipped)), counts, skipped)
 
     def _keep(self, examples: list[Example], where: str, counts: Counts) -> list[Example]:
         """Those of a row's examples that can be trained; all is counted."""
@@ -132,9 +135,7 @@ class Preparation:
         counts.stop_ids = sorted({*counts.stop_ids, *(i for example in kept for i in example.stop_ids)})
         return kept
 
-    def _render_chunk(
-        self, rows: Rows, indices: range, counts: Counts
-    ) -> Iterator[tuple[int, list[Example] | UserError]]:
+    def _render(self, rows: Rows, indices: range, counts: Counts) -> Iterator[tuple[int, list[Example] | UserError]]:
         """(row, its examples or what is wrong with it) in the order of the rows."""
         parsed: dict[int, Conversation | UserError] = {}
         for index in indices:
@@ -230,15 +231,23 @@ class Preparation:
         counts = Counts()
         meta: dict[str, Any] = {}
 
-        def examples() -> Iterator[Example]:
+        def blocks() -> Iterator[Block]:
+            num_skipped = 0
+            starts = range(0, len(rows), CHUNK_ROWS)
+            chunks = (range(start, min(start + CHUNK_ROWS, len(rows))) for start in starts)
+            workers = min(num_workers, len(rows) // ROWS_PER_WORKER)
             with tqdm(desc="tokenizing", total=len(rows), unit=" rows", leave=False, disable=None) as bar:
-                for example in self.examples(rows, counts, num_workers):
-                    bar.update(counts.rows_read - bar.n)
-                    yield example
+                for chunk in map_in_order(partial(self._chunk, rows), chunks, workers):
+                    counts.add(chunk.counts)
+                    for message in chunk.skipped[: max(0, SHOWN_SKIPS - num_skipped)]:
+                        log.warning("skipped: %s", message)
+                    num_skipped += len(chunk.skipped)
+                    bar.update(chunk.counts.rows_read)
+                    yield chunk.block
             meta.update(vars(counts))  # not `asdict`, which breaks a Counter
 
         started = time.monotonic()
-        cache = write_cache(path, examples(), meta)
+        cache = write_cache(path, blocks(), meta)
         log.info("tokenized %s rows in %.1f s", f"{counts.rows_read:,}", time.monotonic() - started)
         return cache
 

@@ -21,12 +21,12 @@ def reference(place):
     return train(place, "reference")
 
 
-def train(place, name, **overrides):
+def train(place, name, subprocesses=False, **overrides):
     """(losses, validation losses, weights) of two epochs."""
     folder, model, rows = place
     options = {"trainer__max_epochs": 2, "data__global_batch_size": 4, "data__val_size": 7, **overrides}
     args = arguments(model, rows, folder / name.replace(" ", "_"), **options)
-    run("fit", args, subprocesses=options.get("trainer__devices", 1) > 1)
+    run("fit", args, subprocesses=subprocesses or options.get("trainer__devices", 1) > 1)
     root = folder / name.replace(" ", "_")
     return scalars(root, "train/loss"), scalars(root, "val/loss"), final_weights(root)
 
@@ -37,8 +37,9 @@ def same(result, expected):
 
 
 def test_twice(place, reference):
+    """In a process of its own, so that nothing is remembered."""
     assert len(reference[0]) > 4 and len(reference[1]) == 2
-    assert same(train(place, "again"), reference)
+    assert same(train(place, "again", subprocesses=True), reference)
 
 
 def test_workers(place, reference):

@@ -11,13 +11,12 @@ import json
 import logging
 import os
 import shutil
-import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -93,22 +92,51 @@ def _map(path: Path, dtype: type[np.generic]) -> npt.NDArray[Any]:
     return np.memmap(path, dtype, "r")
 
 
-def write_cache(path: Path, examples: Iterable[Example], meta: dict[str, Any]) -> ExampleCache:
-    """Writes examples as they come; `meta` is read after the last one, so the caller may fill it meanwhile."""
+class Block(NamedTuple):
+    """Some examples as they are written: arrays, which go from one process to another at no cost."""
+
+    lengths: npt.NDArray[np.int64]
+    """[N] tokens."""
+    rows: npt.NDArray[np.int64]
+    """[N]."""
+    parts: npt.NDArray[np.int32]
+    """[N]."""
+    hashes: npt.NDArray[np.uint64]
+    """[N] of the token ids."""
+    input_ids: npt.NDArray[np.int32]
+    """[sum of lengths]."""
+    loss_mask: npt.NDArray[np.uint8]
+    """[sum of lengths]."""
+
+
+def to_block(examples: Sequence[Example]) -> Block:
+    """Puts examples one behind the other."""
+    ids = [np.array(example.input_ids, dtype=np.int32) for example in examples]
+    hashes = b"".join(hashlib.blake2b(array.data, digest_size=8).digest() for array in ids)
+    return Block(
+        lengths=np.array([len(array) for array in ids], dtype=np.int64),
+        rows=np.array([example.row for example in examples], dtype=np.int64),
+        parts=np.array([example.part for example in examples], dtype=np.int32),
+        hashes=np.frombuffer(hashes, dtype=np.uint64),
+        input_ids=np.concatenate([np.empty(0, np.int32), *ids]),
+        loss_mask=np.frombuffer(b"".join(bytes(example.loss_mask) for example in examples), dtype=np.uint8),
+    )
+
+
+def write_cache(path: Path, blocks: Iterable[Block], meta: dict[str, Any]) -> ExampleCache:
+    """Writes examples as they come; `meta` is read after the last ones, so the caller may fill it meanwhile."""
     path.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f"{path.name}.", suffix=".building", dir=path.parent))
     try:
         with ExitStack() as stack:
             files = {name: stack.enter_context((building / name).open("wb")) for name in (*COLUMNS, *TOKENS)}
             end = 0
-            for example in examples:
-                end += len(example.input_ids)
-                ids = np.asarray(example.input_ids, dtype=np.int32).tobytes()
-                for name, number in (("ends.i64", end), ("rows.i64", example.row), ("parts.i32", example.part)):
-                    files[name].write(number.to_bytes(COLUMNS[name], sys.byteorder))
-                files["hashes.u64"].write(hashlib.blake2b(ids, digest_size=8).digest())
-                files["input_ids.i32"].write(ids)
-                files["loss_mask.u8"].write(bytes(example.loss_mask))
+            for block in blocks:
+                ends = end + np.cumsum(block.lengths)
+                end += len(block.input_ids)
+                arrays: tuple[npt.NDArray[Any], ...] = (ends, *block[1:])
+                for file, array in zip(files.values(), arrays, strict=True):
+                    file.write(array.data)
         (building / META).write_text(json.dumps(meta, indent=1))
         publish(building, path)
     finally:
