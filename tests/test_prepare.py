@@ -24,6 +24,11 @@ from lit_sft.prepare import num_duplicates, num_overlapping
 from lit_sft.types import UserError
 
 
+@pytest.fixture(autouse=True)
+def told(caplog):
+    caplog.set_level(logging.INFO, logger="lit_sft")
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp("prepare") / "model")
@@ -329,11 +334,15 @@ def run_ranks(data, pause=0.5):
     time.sleep(pause)
     assert results.empty()
     processes.append(start_rank(0, data, results))
-    got = dict(results.get(timeout=60) for _ in processes)
-    for process in processes:
-        process.join(timeout=10)
-        assert process.exitcode == 0
-    return got
+    try:
+        got = dict(results.get(timeout=20) for _ in processes)
+        for process in processes:
+            process.join(timeout=10)
+        assert [process.exitcode for process in processes] == [0, 0, 0]
+        return got
+    finally:
+        for process in processes:
+            process.kill()
 
 
 def test_other_ranks_wait_for_rank_0(open_data):
@@ -376,13 +385,15 @@ def small_chunks(monkeypatch):
 
 
 def test_workers_change_nothing(prepared, small_chunks, tmp_path):
-    rows = [*chat_rows(70), *MIXED]
+    rows = [*MIXED, *chat_rows(70)]
     options = {"on_bad_row": "skip", "overlong": "truncate"}
     alone = prepared(rows, num_workers=1, **options)
     shared = prepared(rows, num_workers=3, cache_dir=str(tmp_path / "other"), **options)
     assert examples(shared) == examples(alone)
     assert shared.caches["train"].meta == alone.caches["train"].meta
     assert counts(shared).rows_read == 76
+    few = prepared(MIXED, cache_dir=str(tmp_path / "few"), **options)
+    assert counts(shared).longest == counts(few).longest > 100
 
 
 def test_workers_report_the_first_bad_row(open_data, small_chunks):
@@ -448,7 +459,7 @@ def test_memory_does_not_grow_with_rows(tmp_path):
 
     def blocks():
         for _ in range(1000):
-            yield block
+            yield block._replace(loss_mask=np.ones(2000, np.uint8))
         peaks.append(tracemalloc.get_traced_memory()[1])
 
     tracemalloc.start()
@@ -461,8 +472,9 @@ def test_memory_does_not_grow_with_rows(tmp_path):
 
 
 def test_a_chunk_of_rows_is_read_at_a_time(open_data, small_chunks, monkeypatch):
-    data = open_data(chat_rows(40))
+    data = open_data(chat_rows(40), max_length=256)
     rows = data.open("train")
+    preparation = data.preparation(rows)
     read = []
     monkeypatch.setattr(type(rows), "__getitem__", lambda self, i: read.append(i) or self.parts[0][i])
     seen = []
@@ -472,7 +484,7 @@ def test_a_chunk_of_rows_is_read_at_a_time(open_data, small_chunks, monkeypatch)
             seen.append((len(block.lengths), len(read)))
 
     monkeypatch.setattr(prepare, "write_cache", watch)
-    data.preparation(rows)._write(Path("unused"), rows, 1)
+    preparation._write(Path("unused"), rows, 1)
     assert [length for length, _ in seen] == [7, 7, 7, 7, 7, 5]
     assert [count for _, count in seen] == [7, 14, 21, 28, 35, 40]
 
@@ -480,7 +492,6 @@ def test_a_chunk_of_rows_is_read_at_a_time(open_data, small_chunks, monkeypatch)
 def test_no_progress_bar_off_the_terminal(prepared, capfd):
     prepared([A, B])
     assert "tokenizing" not in capfd.readouterr().err
-    assert logging.getLogger("lit_sft").handlers is not None
 
 
 def test_meta_is_plain_json(prepared):

@@ -91,7 +91,7 @@ def apply_lora(model: PreTrainedModel, config: LoraConfig, *, seed: int = 0) -> 
         with _own_random_state(model, seed), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="fan_in_fan_out")  # peft corrects it by itself
             warnings.filterwarnings("ignore", category=FutureWarning)  # between peft and transformers
-            adapted = get_peft_model(model, peft_config)
+            adapted: Any = get_peft_model(model, peft_config)
     except ValueError as error:
         raise UserError(f"model.lora: {_first_line(error)}") from error
     _train_in_fp32(adapted)
