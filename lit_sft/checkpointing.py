@@ -155,6 +155,8 @@ class Checkpointer(Checkpoint):
         self.saved_step: int | None = None
         self.saved_at = time.monotonic()
         self.improved = False
+        self.owed = False
+        """A save is due, but a validation comes first."""
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -168,26 +170,32 @@ class Checkpointer(Checkpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.fit_loop._should_accumulate() or trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-            return  # the last step of an epoch is saved after its validation
+        loop = trainer.fit_loop.epoch_loop
+        if loop._should_accumulate() or loop.batch_progress.is_last_batch:
+            return  # the last step of an epoch is saved when it ends
         every = self.options.every_n_train_steps
         due = every is not None and trainer.global_step % every == 0
         if not due and self.options.every_n_minutes is not None:
             late = time.monotonic() - self.saved_at > 60 * self.options.every_n_minutes
             due = trainer.strategy.reduce_boolean_decision(late, all=False)
-        if due:
+        fetcher = trainer.fit_loop._data_fetcher
+        assert fetcher is not None
+        self.owed = self.owed or due
+        if self.owed and not loop._should_check_val_fx(fetcher):  # else a resumed run would leave the validation out
             self.save(trainer)
 
     @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        score = trainer.callback_metrics.get(self.options.monitor)
-        if score is None or trainer.state.fn != "fit" or trainer.sanity_checking:
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
+        score = trainer.callback_metrics.get(self.options.monitor)
         sign = 1 if self.options.mode == "min" else -1
-        if self.best_score is None or sign * float(score) < sign * self.best_score:
+        if score is not None and (self.best_score is None or sign * float(score) < sign * self.best_score):
             self.best_score, self.best_step, self.improved = float(score), trainer.global_step, True
-            if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-                self.save(trainer)
+        self.owed = self.owed or self.improved
+        loop = trainer.fit_loop.epoch_loop
+        if self.owed and not loop._should_accumulate() and not loop.batch_progress.is_last_batch:
+            self.save(trainer)
 
     @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -218,7 +226,7 @@ class Checkpointer(Checkpoint):
             if self.improved:
                 _link(folder / BEST, name)
             self._prune(folder)
-        self.improved = False
+        self.improved = self.owed = False
 
     def _prune(self, folder: Path) -> None:
         kept = {os.readlink(link) for link in (folder / LAST, folder / BEST) if link.is_symlink()}

@@ -6,7 +6,6 @@ import logging
 import re
 import sys
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,26 +37,6 @@ SHARED_KEYS = (
     "resume",
     "predict_output",
 )
-
-
-@dataclass
-class EarlyStoppingOptions:
-    """Stops when a scalar no longer improves."""
-
-    monitor: str = "val/loss"
-    """Scalar that is watched."""
-    patience: int = 3
-    """Validations without improvement before the run stops."""
-    mode: Literal["min", "max"] = "min"
-    """Whether smaller or larger is better."""
-
-
-@dataclass
-class ResumeOptions:
-    """What a resumed run insists on."""
-
-    allow_other_data: bool = False
-    """Go on although data, template or tokenizer are not those of the checkpoint."""
 
 
 class SFTTrainer(L.Trainer):
@@ -125,6 +104,13 @@ class SFTCLI(LightningCLI):
         ours = {name: {"model", "datamodule"} for name in OURS}
         return {**LightningCLI.subcommands(), **ours}
 
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        """Only the command that is asked for gets its keys: building all parsers takes half a second."""
+        if sys.argv[1:2] != [subcommand]:
+            self._subcommand_method_arguments[subcommand] = []
+            return self.init_parser(**kwargs)
+        return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         super()._add_subcommands(parser, **kwargs)
         parsing.OneLineParser.commands = self._subcommand_parsers
@@ -133,9 +119,9 @@ class SFTCLI(LightningCLI):
         """Groups beside trainer, model and data; links, so that nothing is written twice."""
         parser.add_class_arguments(CheckpointOptions, "checkpoint")
         parser.add_argument(
-            "--early_stopping", type=EarlyStoppingOptions | None, default=None, help="Stop early; null: never"
+            "--early_stopping", type=runs.EarlyStoppingOptions | None, default=None, help="Stop early; null: never"
         )
-        parser.add_class_arguments(ResumeOptions, "resume")
+        parser.add_class_arguments(runs.ResumeOptions, "resume")
         parser.add_argument(
             "--predict_output", type=str | None, default=None, help="File of `predict`; null: in the run's folder"
         )
@@ -187,14 +173,14 @@ class SFTCLI(LightningCLI):
         ]
         if config.early_stopping is not None:
             stop = config.early_stopping
-            callbacks.append(EarlyStopping(stop.monitor, patience=stop.patience, mode=stop.mode))
+            callbacks.append(EarlyStopping(stop.monitor, patience=stop.patience, mode=stop.mode, strict=False))
         trainer_config = dict(config.trainer)
         trainer_config["plugins"] = [*_as_list(trainer_config.get("plugins")), AtomicCheckpointIO()]
         if trainer_config.get("logger") in (None, True):
             trainer_config["logger"] = runs.loggers(root)
         try:
             return self._instantiate_trainer({**trainer_config, "default_root_dir": str(root), **kwargs}, callbacks)
-        except (ValueError, MisconfigurationException) as error:
+        except (TypeError, ValueError, MisconfigurationException) as error:
             raise UserError(f"trainer: {error}") from error
 
     def _save_config(self, path: Path) -> None:
@@ -207,6 +193,9 @@ class SFTCLI(LightningCLI):
     def before_fit(self) -> None:
         """Data work, before a process group exists; then the run's folder."""
         self._prepare("fit")
+        stop, validated = self.config_init["fit"].early_stopping, "validation" in self.datamodule.data.caches
+        if stop is not None:
+            stop.check(self.model.evaluation.metrics if self.model.evaluation else [], validated)
         if self.ckpt_path is not None:
             log.info("resumed %s at step %s", self.ckpt_path, checkpointing.step_of(Path(self.ckpt_path)))
 

@@ -177,6 +177,10 @@ class SFTDataModule(L.LightningDataModule):
                 "data.global_batch_size / (data.micro_batch_size x devices)"
             )
         trainer.accumulate_grad_batches = order.accumulation
+        if trainer._val_check_time_interval is None:  # type: ignore[attr-defined]
+            trainer.val_check_interval = order.between_steps(
+                trainer.val_check_interval, order.limited_batches(trainer.limit_train_batches)
+            )
         if self.total_steps < 1:
             raise UserError(
                 "this run has no optimizer step: check trainer.max_epochs, trainer.max_steps and "
@@ -199,10 +203,7 @@ class SFTDataModule(L.LightningDataModule):
         """
         trainer, order = self.trainer, self.orders["train"]
         assert trainer is not None
-        batches, limit = order.batches_per_epoch, trainer.limit_train_batches
-        if limit is not None:
-            batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-        steps = -(-batches // order.accumulation)
+        steps = -(-order.limited_batches(trainer.limit_train_batches) // order.accumulation)
         by_epochs = None if trainer.max_epochs in (None, -1) else steps * trainer.max_epochs
         if trainer.max_steps != -1:
             return trainer.max_steps if by_epochs is None else min(by_epochs, trainer.max_steps)
@@ -212,6 +213,9 @@ class SFTDataModule(L.LightningDataModule):
         """Micro-batches of this rank, from the stored position on."""
         self.sampler = PositionSampler(self.orders["train"])
         self.sampler.start, self.sampler.epoch = self.position, self.position[0]
+        if self.position[1] == 0:  # with max_steps Lightning "restarts" a finished epoch too, and ends the next at once
+            fit_loop = self.trainer.fit_loop  # type: ignore[union-attr]
+            fit_loop._restarting = fit_loop.epoch_loop.restarting = False
         return self._loader("train", self.sampler)
 
     def val_dataloader(self) -> DataLoader | list[Any]:
@@ -270,7 +274,7 @@ class SFTDataModule(L.LightningDataModule):
             return {}
         order, done = self.orders["train"], self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
         epoch, (steps, rest) = self.trainer.current_epoch, divmod(done, order.accumulation)
-        at_end = done >= order.batches_per_epoch
+        at_end = done >= self.trainer.num_training_batches  # fewer than in the order with trainer.limit_train_batches
         assert rest == 0 or at_end, "checkpoints are saved between optimizer steps only"
         return {
             "position": [epoch + 1, 0] if at_end else [epoch, steps],

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
@@ -116,6 +117,13 @@ class SFTModule(L.LightningModule):
         inputs = {key: value for key, value in batch.items() if key != "rows"}
         return self.model(**inputs, count_correct=count_correct)
 
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Begins an optimizer step: an empty window; dropout from (seed, step, rank), so that resuming is exact."""
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self.window = torch.zeros_like(self.window)
+            key = [self.options.seed, self.trainer.global_step, self.trainer.global_rank]
+            torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The *sum* of token losses; `on_before_optimizer_step` turns the gradient into that of the mean, once."""
         output = self(batch)
@@ -156,12 +164,6 @@ class SFTModule(L.LightningModule):
             if limit < float("inf"):
                 nn.utils.clip_grads_with_norm_(parameters, limit, norm)
         self.log("train/grad_norm", norm)
-
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Forgets the window once the callbacks have read it."""
-        if self.trainer.fit_loop._should_accumulate():
-            return
-        self.window = torch.zeros_like(self.window)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over two parameter groups, and the schedule by optimizer step."""

@@ -7,8 +7,10 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import lightning as L
 from lightning.fabric.loggers.logger import rank_zero_experiment
@@ -18,11 +20,49 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from typing_extensions import override
 
 from lit_sft.prepare import global_rank
+from lit_sft.types import UserError
 
 log = logging.getLogger(__name__)
 
 LOGS = "lightning_logs"
 CONFIG = "config.yaml"
+
+
+@dataclass
+class EarlyStoppingOptions:
+    """Stops when a scalar no longer improves."""
+
+    monitor: str = "val/loss"
+    """Scalar that is watched."""
+    patience: int = 3
+    """Validations without improvement before the run stops."""
+    mode: Literal["min", "max"] = "min"
+    """Whether smaller or larger is better."""
+
+    def check(self, metrics: Sequence[str], validated: bool) -> None:
+        """Whether the scalar is logged at all; Lightning would find out after an epoch.
+
+        Args:
+            metrics: Names of the generation metrics.
+            validated: Whether there is a validation set.
+
+        Raises:
+            UserError: It is not.
+        """
+        names = ("loss", "perplexity", "token_accuracy", *metrics) if validated else ()
+        known = ["train/loss", *(f"val/{name}" for name in names)]
+        if self.monitor not in known:
+            raise UserError(
+                f"early_stopping.monitor {self.monitor} is not logged by this run, which logs {', '.join(known)}"
+            )
+
+
+@dataclass
+class ResumeOptions:
+    """What a resumed run insists on."""
+
+    allow_other_data: bool = False
+    """Go on although data, template or tokenizer are not those of the checkpoint."""
 
 
 def run_folder(ckpt_path: str | Path) -> Path | None:
@@ -61,10 +101,15 @@ def _read_rows(path: Path, first_step: int | None) -> list[dict[str, float]]:
         return []
     with path.open(newline="") as file:
         rows = [
-            {key: float(value) for key, value in row.items() if value not in ("", None)} for row in csv.DictReader(file)
+            {key: _number(value) for key, value in row.items() if value not in ("", None)}
+            for row in csv.DictReader(file)
         ]
-    rows = [row for row in rows if first_step is None or row.get("step", 0) < first_step]
-    return [{**row, "step": int(row["step"])} for row in rows]
+    return [row for row in rows if first_step is None or row.get("step", 0) < first_step]
+
+
+def _number(text: str) -> float:
+    """An int where it was written as one."""
+    return int(text) if text.isdigit() else float(text)
 
 
 def loggers(root: Path) -> list[TensorBoardLogger | AppendingCSVLogger]:

@@ -87,6 +87,34 @@ class StepOrder:
             return list(range(start, end))
         return [int(pack) for pack in permutation(self.num_packs, self.seed, epoch)[start:end]]
 
+    def limited_batches(self, limit: int | float | None) -> int:
+        """Forward passes of each rank in an epoch that ends after `limit` of them, or after that share of it."""
+        if limit is None:
+            return self.batches_per_epoch
+        return min(self.batches_per_epoch, limit) if isinstance(limit, int) else int(self.batches_per_epoch * limit)
+
+    def between_steps(self, interval: int | float, batches: int) -> int | float:
+        """When to validate, in whole optimizer steps.
+
+        Args:
+            interval: Forward passes (int), or a share of the epoch (float; 1.0 is all of it).
+            batches: Forward passes of the epoch.
+
+        Returns:
+            Forward passes, or 1.0.
+
+        Raises:
+            UserError: It ends within an optimizer step, from where a run could not go on.
+        """
+        if isinstance(interval, int) and interval % self.accumulation:
+            raise UserError(
+                f"trainer.val_check_interval {interval} counts forward passes, {self.accumulation} of which make an "
+                f"optimizer step: set it to a multiple of {self.accumulation}"
+            )
+        if isinstance(interval, int) or interval == 1.0:
+            return interval
+        return max(1, round(interval * batches / self.accumulation)) * self.accumulation
+
     def batches_in_steps(self, steps: int) -> int:
         """Forward passes of a rank in the first `steps` optimizer steps of an epoch."""
         return min(steps * self.accumulation, self.batches_per_epoch)

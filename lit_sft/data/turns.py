@@ -153,7 +153,7 @@ class ChatTemplate:
             raise UserError(
                 f"the chat template leaves turn {index + 1} (assistant) open: {text[-20:]!r} does not end with a "
                 "special token of the tokenizer, so the model would not learn to stop; set data.chat_template to a "
-                "template that ends turns with one, or add its mark to the tokenizer (model.add_tokens)"
+                "template that ends turns with one the tokenizer has as a special token"
             )
         found = list(self._special.finditer(text, closing.start()))
         stop = found[0] if len(found) == 1 else self._last_of_turn(text, found, conversation, index, switch)
