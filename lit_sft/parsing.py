@@ -33,15 +33,15 @@ WRONG_CLASS = re.compile(r"expects a function or a callable class: (.*?)\.? Got 
 GIVEN = re.compile(r".*(?:Got value|Given value|dot import path string): (.*)$")
 TYPE = re.compile(r"<class '(?:\w+\.)*(\w+)'>|typing\.Literal\[([^]]*)\]")
 WORDS = {
-    "NoneType": "null",
     "int": "a whole number",
     "float": "a number",
     "str": "text",
     "bool": "true or false",
     "list": "a list",
     "dict": "keys with values",
+    "NoneType": "null",
 }
-"""Types as people call them."""
+"""Types as people call them, in the order in which a message names them."""
 EVALUATING = ("validate", "test", "predict", "export")
 
 
@@ -139,7 +139,10 @@ def _expected(text: str) -> str:
             names += choices.replace("'", "").split(", ")
         elif name in WORDS or "lit_sft" in text:  # options of ours are written as keys
             names.append(WORDS.get(name, WORDS["dict"]))
-    return _either(list(dict.fromkeys(names))) or "a class, e.g. torch.optim.AdamW"
+    # Python caches unions, so that the order of their types depends on what was imported before
+    ranks = list(WORDS.values())
+    names = sorted(dict.fromkeys(names), key=lambda name: ranks.index(name) if name in ranks else -1)
+    return _either(names) or "a class, e.g. torch.optim.AdamW"
 
 
 def _either(names: list[str]) -> str:
