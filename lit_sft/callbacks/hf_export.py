@@ -1,0 +1,30 @@
+"""The Hugging Face directory that a run leaves behind."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from typing_extensions import override
+
+from lit_sft.model.parallel import full_state_dict
+
+log = logging.getLogger(__name__)
+
+HF_FOLDER = "hf"
+
+
+class HFExport(Callback):
+    """Writes `hf/`, a plain Hugging Face directory (weights or adapter), when training ends."""
+
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        state = full_state_dict(pl_module.model) if trainer.world_size > 1 else None  # type: ignore[arg-type]
+        folder = Path(trainer.strategy.broadcast(str(trainer.log_dir))) / HF_FOLDER
+        if trainer.is_global_zero:
+            pl_module.export(folder, state)  # type: ignore[operator]
+            log.info("exported: %s", os.path.relpath(folder))
+        trainer.strategy.barrier("export")
