@@ -81,6 +81,7 @@ class SFTTrainer(L.Trainer):
         ckpt_path: str = "last",
         output_dir: str = "hf",
         merge_lora: bool = False,
+        dequantize: bool = False,
     ) -> None:
         """Turn a checkpoint into a Hugging Face directory.
 
@@ -90,8 +91,9 @@ class SFTTrainer(L.Trainer):
             ckpt_path: Checkpoint, or `last`.
             output_dir: Directory to write.
             merge_lora: Merge the adapter into the base instead of writing an adapter directory.
+            dequantize: Merge over a 4-bit base too, whose values are then written in bf16.
         """
-        exporting.export_checkpoint(self, model, datamodule, ckpt_path, Path(output_dir), merge_lora)
+        exporting.export_checkpoint(self, model, datamodule, ckpt_path, Path(output_dir), merge_lora, dequantize)
         log.info("exported: %s", output_dir)
 
 
@@ -125,7 +127,7 @@ class SFTCLI(LightningCLI):
         parser.add_argument(
             "--predict_output", type=str | None, default=None, help="File of `predict`; null: in the run's folder"
         )
-        for key in ("model_name_or_path", "revision", "trust_remote_code"):
+        for key in ("model_name_or_path", "revision", "trust_remote_code", "add_tokens"):
             parser.link_arguments(f"model.{key}", f"data.{key}")
         for target in ("model.seed", "data.seed"):
             parser.link_arguments("seed_everything", target, compute_fn=int)

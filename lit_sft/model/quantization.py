@@ -1,0 +1,51 @@
+"""4-bit base weights (QLoRA, arXiv:2305.14314), through bitsandbytes."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lit_sft.types import UserError
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig
+
+
+def nf4(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+    """NF4 with quantized scales (double quantization); matrices are multiplied in `compute_dtype`.
+
+    Raises:
+        UserError: bitsandbytes is not installed.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("model.quantization nf4 needs bitsandbytes: `pip install bitsandbytes`, or set it to null")
+    from transformers import BitsAndBytesConfig
+
+    # On some CPUs it complains about a faster kernel from the hub that it does without.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    make: Any = BitsAndBytesConfig
+    config: BitsAndBytesConfig = make(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+    return config
+
+
+def keep_weights(model: nn.Module) -> None:
+    """Forbids bitsandbytes to change the weights of a model that it is training.
+
+    On CPUs with bf16 instructions the first forward pass in evaluation mode would repack them with scales rounded to
+    bf16, for good: the steps after a validation would see other weights than those before it, and a resumed run others
+    than the one that was stopped. Such weights also break when they are moved (bitsandbytes #2078).
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
