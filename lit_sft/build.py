@@ -116,6 +116,8 @@ def build_model(options: SimpleNamespace, precision: str) -> tuple[CausalLMLoss,
     """
     path = model_directory(options.model_name_or_path, options.revision)
     config = load.load_config(path, trust_remote_code=options.trust_remote_code)
+    if getattr(config, "quantization_config", None) is not None and options.quantization is None:
+        raise UserError(f"{path} holds quantized weights: set model.quantization to nf4, or use the model as it was")
     dtype = stored_dtype(options.dtype, precision, is_adapted(options))
     lm = load.load_model(
         path,
@@ -126,8 +128,6 @@ def build_model(options: SimpleNamespace, precision: str) -> tuple[CausalLMLoss,
         seed=options.seed,
         quantization_config=None if options.quantization is None else quantization.nf4(dtype),
     )
-    if options.quantization is not None:
-        quantization.keep_weights(lm)
     adapter = _choose_trained(lm, path, options)
     total, trained = lm.num_parameters(), lm.num_parameters(only_trainable=True)
     log.info(
@@ -163,7 +163,7 @@ def _choose_trained(lm: PreTrainedModel, path: str, options: SimpleNamespace) ->
     if options.adapter_name_or_path is not None:
         folder = load.resolve(options.adapter_name_or_path, key="model.adapter_name_or_path", allow_adapter=True)
         log.info("adapter: goes on from %s", options.adapter_name_or_path)
-        return adapters.load_adapter(lm, folder, options.model_name_or_path, trainable=True)
+        return adapters.load_adapter(lm, folder, base_name=options.model_name_or_path, trainable=True)
     if options.trainable is not None:
         adapters.set_trainable(lm, options.trainable)
         ends = (lm.get_input_embeddings(), lm.get_output_embeddings())

@@ -7,7 +7,6 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from lit_sft.types import UserError
 
@@ -28,6 +27,7 @@ def nf4(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
     # On some CPUs it complains about a faster kernel from the hub that it does without.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     make: Any = BitsAndBytesConfig
+    _keep_weights()
     config: BitsAndBytesConfig = make(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -37,15 +37,13 @@ def nf4(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
     return config
 
 
-def keep_weights(model: nn.Module) -> None:
-    """Forbids bitsandbytes to change the weights of a model that it is training.
+def _keep_weights() -> None:
+    """Forbids bitsandbytes to change the weights of a model in training.
 
     On CPUs with bf16 instructions the first forward pass in evaluation mode would repack them with scales rounded to
     bf16, for good: the steps after a validation would see other weights than those before it, and a resumed run others
     than the one that was stopped. Such weights also break when they are moved (bitsandbytes #2078).
     """
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn import modules
 
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
+    modules.has_avx512bf16 = lambda: False

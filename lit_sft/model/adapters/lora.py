@@ -124,13 +124,15 @@ def is_adapter_dir(path: str) -> bool:
     return (Path(path) / "adapter_config.json").is_file()
 
 
-def load_adapter(model: PreTrainedModel, path: str, base_name: str, *, trainable: bool = False) -> PeftModel:
+def load_adapter(
+    model: PreTrainedModel, path: str, *, base_name: str | None = None, trainable: bool = False
+) -> PeftModel:
     """Loads an adapter directory over its base model.
 
     Args:
         model: The base.
         path: The adapter directory.
-        base_name: What the base was called by the user; the adapter's own word for it must end in the same name.
+        base_name: What the user calls the base; the adapter's own word for it must end in the same name.
         trainable: Whether the adapter will be trained further.
 
     Raises:
@@ -146,7 +148,8 @@ def load_adapter(model: PreTrainedModel, path: str, base_name: str, *, trainable
         config = PeftConfig.from_pretrained(path)
         if config.peft_type != "LORA":
             raise UserError(f"the adapter {path} is {config.peft_type}; only LoRA and its relatives are known")
-        _check_base(path, config.base_model_name_or_path, base_name)
+        if base_name is not None:
+            _check_base(path, config.base_model_name_or_path, base_name)
         with safe_open(weights, framework="pt") as file:
             saved = set(file.keys())
         with _own_random_state(model, 0):  # peft draws start values before it reads the right ones
@@ -154,11 +157,13 @@ def load_adapter(model: PreTrainedModel, path: str, base_name: str, *, trainable
     except UserError:
         raise
     except (RuntimeError, ValueError, TypeError, SafetensorError) as error:
-        raise UserError(f"the adapter {path} does not fit the base {base_name}: {_first_line(error)}") from error
+        raise UserError(
+            f"the adapter {path} does not fit the base {base_name or model.name_or_path}: {_first_line(error)}"
+        ) from error
     # peft only warns where the model has a place that the file does not fill.
     expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
     if saved != expected:
-        raise UserError(f"the adapter {path} belongs to another base than {base_name}: its tensors have other names")
+        raise UserError(f"the adapter {path} belongs to another base than {model.name_or_path}: its tensors differ")
     if trainable:
         train_in_fp32(adapted)
     return adapted
