@@ -153,8 +153,14 @@ class SFTCLI(LightningCLI):
         """The trainer with our callbacks and loggers; a plain CPU one for commands that do not train."""
         config = self.config_init[self.subcommand]
         if self.subcommand in WITHOUT_TRAINER:
+            precision = config.trainer.precision  # decides the type of the weights
             return SFTTrainer(
-                accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False
+                accelerator="cpu",
+                devices=1,
+                precision=precision,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
             )
         root = Path(config.trainer.default_root_dir or ".")
         if self.subcommand == "doctor":

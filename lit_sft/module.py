@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import lightning as L
 import numpy as np
@@ -19,7 +19,7 @@ from lit_sft import optim
 from lit_sft.build import base_name, build_model, check_options, is_adapted
 from lit_sft.metrics import EvaluationOptions, Perplexity, exact_match
 from lit_sft.model import load, parallel
-from lit_sft.model.adapters import LoraConfig, check_trained
+from lit_sft.model.adapters import LoraConfig, check_trained, lift_trained
 from lit_sft.model.export import export_hf
 from lit_sft.model.generate import GenerationOptions, decode_completion, generate
 from lit_sft.model.loss import CausalLMLoss, LossOptions
@@ -117,6 +117,13 @@ class SFTModule(L.LightningModule):
         assert self.model is not None
         dtype = torch.bfloat16 if "bf16" in self.trainer.precision else torch.float32
         parallel.apply_fsdp2(self.model, self.model.lm, mesh, dtype, cpu_offload)
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """As torch does it; but adapters stay in fp32 over a base that `bf16-true` casts."""
+        super().to(*args, **kwargs)
+        if self.adapter is not None:
+            lift_trained(self.adapter)
+        return self
 
     # ------------------------------------------------------------------ training
 

@@ -173,10 +173,13 @@ def _save_model(
         state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
     in_training = lm.generation_config, lm.config.use_cache
     lm.generation_config, lm.config.use_cache = settings, True
+    quantizer = vars(lm).pop("hf_quantizer", None)  # with it, transformers would not look at `state_dict`
     try:
         lm.save_pretrained(directory, state_dict=state)
     finally:
         lm.generation_config, lm.config.use_cache = in_training
+        if quantizer is not None:
+            lm.hf_quantizer = quantizer
     if dtype is not None:
         config = json.loads((directory / "config.json").read_text())
         config["dtype"] = str(dtype).removeprefix("torch.")

@@ -115,7 +115,7 @@ def apply_lora(
     for pattern in (*config.rank_pattern, *config.alpha_pattern):  # as peft matches them
         if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in adapted.targeted_module_names):
             raise UserError(f"model.lora: the pattern {pattern!r} is the name of no adapted module")
-    train_in_fp32(adapted)
+    _train_in_fp32(adapted)
     return adapted
 
 
@@ -165,7 +165,7 @@ def load_adapter(
     if saved != expected:
         raise UserError(f"the adapter {path} belongs to another base than {model.name_or_path}: its tensors differ")
     if trainable:
-        train_in_fp32(adapted)
+        _train_in_fp32(adapted)
     return adapted
 
 
@@ -230,17 +230,22 @@ def _embeddings_among(model: Any, wanted: str | list[str]) -> bool:
     return any(f".{name}".endswith(f".{w}") for name in names for w in wanted)
 
 
-def train_in_fp32(model: PeftModel) -> None:
+def _train_in_fp32(model: PeftModel) -> None:
     """Lifts what is trained to fp32, where small updates are not lost; peft does so for its own matrices only."""
     from peft.utils import ModulesToSaveWrapper
 
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    lift_trained(model)
     for wrapper in model.modules():
         if isinstance(wrapper, ModulesToSaveWrapper) and wrapper.original_module.weight.dtype != torch.float32:
             for module in wrapper.modules_to_save.values():
                 _cast_around(module, wrapper.original_module.weight.dtype)
+
+
+def lift_trained(model: nn.Module) -> None:
+    """Makes fp32 of the trained parameters that something has cast, as Lightning does with `bf16-true`."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
 
 def _cast_around(module: nn.Module, dtype: torch.dtype) -> None:
