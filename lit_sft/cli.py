@@ -252,6 +252,7 @@ def _quiet() -> None:
     log.propagate = False
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on some CPUs it misses a kernel of the hub
     for text in NOT_HERE:
         warnings.filterwarnings("ignore", f".*{re.escape(text)}.*")
     if not sys.stderr.isatty():

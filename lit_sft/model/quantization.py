@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,8 +23,6 @@ def nf4(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
         raise UserError("model.quantization nf4 needs bitsandbytes: `pip install bitsandbytes`, or set it to null")
     from transformers import BitsAndBytesConfig
 
-    # On some CPUs it complains about a faster kernel from the hub that it does without.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     make: Any = BitsAndBytesConfig
     _keep_weights()
     config: BitsAndBytesConfig = make(
