@@ -67,7 +67,7 @@ class CheckpointFiles(TorchCheckpointIO):
             checkpoint, pieces = shards.cut(checkpoint)
             if self._group is None:  # of its own, on the CPU: a thread uses it while the ranks train with another
                 self._group = distributed.new_group(backend="gloo")
-        self._agree(path, pieces, lambda: files.clear(path, is_folder=pieces is not None))
+        self._agree(path, pieces, lambda: files.clear(path, is_folder=pieces is not None), only_first=True)
         if not self.async_save:
             self._write(checkpoint, pieces, path, storage_options)
             return
@@ -109,34 +109,34 @@ class CheckpointFiles(TorchCheckpointIO):
 
     def _write(self, checkpoint: Any, pieces: dict[str, shards.Piece] | None, path: Path, keep: Any) -> None:
         aside = files.aside(path)
-        rank = 0 if pieces is None else distributed.get_rank()
 
         def write_own() -> None:
-            if pieces is not None:
-                files.write(pieces, aside / files.PART.format(rank))
-            if rank == 0:
-                files.write(checkpoint, aside if pieces is None else aside / files.STATE)
+            if pieces is None:
+                files.write(checkpoint, aside)
+                return
+            files.write(pieces, aside / files.PART.format(distributed.get_rank()))
+            if distributed.get_rank() == 0:
+                files.write(checkpoint, aside / files.STATE)
 
         def finish() -> None:
-            if rank == 0:
-                files.put_in_place(path)
-                if keep is not None:
-                    files.keep(path, **keep)
+            files.put_in_place(path)
+            if keep is not None:
+                files.keep(path, **keep)
 
         try:
             self._agree(path, pieces, write_own)
-            self._agree(path, pieces, finish)
+            self._agree(path, pieces, finish, only_first=True)
         except BaseException:
-            if rank == 0:
-                files.remove(aside)
+            files.remove(aside)
             raise
 
-    def _agree(self, path: Path, pieces: Any, act: Callable[[], None]) -> None:
-        """Acts; where the state is sharded, on each rank, and raises on all of them if it failed on one."""
+    def _agree(self, path: Path, pieces: Any, act: Callable[[], None], only_first: bool = False) -> None:
+        """Acts; where the state is sharded, on each rank (or the first), and raises on all of them if one failed."""
         error = None
         try:
             with files.reported(path):
-                act()
+                if pieces is None or not only_first or distributed.get_rank() == 0:
+                    act()
         except UserError as failed:
             error = failed
         if pieces is not None:

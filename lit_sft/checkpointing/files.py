@@ -8,7 +8,7 @@ import os
 import shutil
 import zipfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -104,7 +104,8 @@ def remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         doomed = path.with_name(f".{path.name}.old")
         shutil.rmtree(doomed, ignore_errors=True)
-        os.replace(path, doomed)
+        with suppress(FileNotFoundError):  # another rank was faster
+            os.replace(path, doomed)
         shutil.rmtree(doomed, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
