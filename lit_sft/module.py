@@ -18,7 +18,7 @@ from torchmetrics import MeanMetric
 from lit_sft import optim
 from lit_sft.build import base_name, build_model
 from lit_sft.metrics import EvaluationOptions, Perplexity, exact_match
-from lit_sft.model import load, parallel
+from lit_sft.model import frozen, load, parallel
 from lit_sft.model.adapters import LoraConfig
 from lit_sft.model.export import export_hf
 from lit_sft.model.generate import GenerationOptions, decode_completion, generate
@@ -79,7 +79,7 @@ class SFTModule(L.LightningModule):
         self.generation, self.evaluation = generation, evaluation
         if lora is not None and trainable is not None:
             raise UserError("model.lora and model.trainable exclude each other: set one of them to null")
-        self.strict_loading = lora is None  # an adapter checkpoint does not carry the frozen base
+        self.strict_loading = False  # `on_load_checkpoint` compares, in one line
         self.model: CausalLMLoss | None = None
         self.__dict__["adapter"] = None  # past `nn.Module`: it is no submodule, its layers live in `model`
         self.saved_stop_ids: list[int] = []
@@ -101,6 +101,7 @@ class SFTModule(L.LightningModule):
             parallel.wrap_layers_with_fsdp(self.trainer.strategy.kwargs, model.lm)
         self.loss_scale = 1.0 / 1024 if self.trainer.precision.startswith("16") else 1.0
         self.model = model
+        self.base = frozen.base_of(model.lm, self.options.init, self.options.seed)
         self.__dict__["adapter"] = adapter
 
     def shard(self, mesh: Any, cpu_offload: bool) -> None:
@@ -267,14 +268,17 @@ class SFTModule(L.LightningModule):
     # ------------------------------------------------------------------ checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Drops the frozen base of an adapter; remembers how answers end."""
-        if self.options.lora is not None:
-            trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-            checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        """Leaves out what is frozen, and remembers what that was; and how answers end."""
+        checkpoint["base"] = self.base
+        if self.base is not None:
+            checkpoint["state_dict"] = frozen.trained(self, checkpoint["state_dict"])
         checkpoint["stop_ids"] = self.stop_ids
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes back how answers end."""
+        """Refuses what does not belong to this model; takes back how answers end."""
+        if "state_dict" in checkpoint:  # Lightning's FSDP strategy has taken it out
+            frozen.check_fits(self, checkpoint["state_dict"])
+        frozen.check_base(checkpoint["base"], self.base)
         self.saved_stop_ids = checkpoint["stop_ids"]
 
     # ------------------------------------------------------------------ export
