@@ -171,6 +171,7 @@ class SFTCLI(LightningCLI):
             Answers(),
             HFExport(),
             PredictionWriter(config.predict_output),
+            runs.LastRow(),
         ]
         if config.early_stopping is not None:
             stop = config.early_stopping

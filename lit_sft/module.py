@@ -8,7 +8,6 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ from lit_sft.model.adapters import LoraConfig
 from lit_sft.model.export import export_hf
 from lit_sft.model.generate import GenerationOptions, decode_completion, generate
 from lit_sft.model.loss import CausalLMLoss, LossOptions
+from lit_sft.seeding import seed_all
 from lit_sft.types import Batch, LossOutput, Prompts, UserError
 
 if TYPE_CHECKING:
@@ -119,11 +119,10 @@ class SFTModule(L.LightningModule):
         return self.model(**inputs, count_correct=count_correct)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Begins an optimizer step: an empty window; dropout from (seed, step, rank), so that resuming is exact."""
+        """Begins an optimizer step: an empty window; what is random depends on (seed, step, rank) only."""
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             self.window = torch.zeros_like(self.window)
-            key = [self.options.seed, self.trainer.global_step, self.trainer.global_rank]
-            torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+            seed_all(self.options.seed, self.trainer.global_step, self.trainer.global_rank)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The *sum* of token losses; `on_before_optimizer_step` turns the gradient into that of the mean, once."""
@@ -138,9 +137,7 @@ class SFTModule(L.LightningModule):
         """Gradient of the sum -> gradient of the mean over all targets of the global batch.
 
         Undoes Lightning's division by `accumulate_grad_batches` (also in the last, partial window: Lightning #20350)
-        and the
-        mean over ranks of DDP and FSDP, and divides once by the number of targets. Runs before clipping. Exact for any
-        split.
+        and the mean over ranks of DDP and FSDP, and divides once by the number of targets. Runs before clipping.
         """
         self.window = self.trainer.strategy.reduce(self.window, reduce_op="sum")
         num_targets = self.window[1].clamp(min=1)  # without a target all gradients are 0
