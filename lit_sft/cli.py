@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_sft import checkpointing, doctor, exporting, parsing, preview, runs, strategies
 from lit_sft.callbacks import Answers, FirstExample, HFExport, PredictionWriter, Throughput
-from lit_sft.checkpointing import AtomicCheckpointIO, Checkpointer, CheckpointOptions
+from lit_sft.checkpointing import Checkpointer, CheckpointFiles, CheckpointOptions
 from lit_sft.datamodule import SFTDataModule
 from lit_sft.module import SFTModule
 from lit_sft.types import UserError
@@ -170,20 +170,22 @@ class SFTCLI(LightningCLI):
         first_step = (
             checkpointing.step_of(Path(self.ckpt_path)) if self.ckpt_path and self.subcommand == "fit" else None
         )
+        files = CheckpointFiles(config.checkpoint.async_save)
         callbacks = [
             runs.RunFolder(self.ckpt_path, first_step, self._save_config),
-            Checkpointer(config.checkpoint),
+            Checkpointer(config.checkpoint, files),
             Throughput(),
             FirstExample(),
             Answers(),
             HFExport(),
             PredictionWriter(config.predict_output),
+            runs.LastRow(),
         ]
         if config.early_stopping is not None:
             stop = config.early_stopping
             callbacks.append(EarlyStopping(stop.monitor, patience=stop.patience, mode=stop.mode, strict=False))
         trainer_config = dict(config.trainer)
-        trainer_config["plugins"] = [*_as_list(trainer_config.get("plugins")), AtomicCheckpointIO()]
+        trainer_config["plugins"] = [*_as_list(trainer_config.get("plugins")), files]
         if trainer_config.get("logger") in (None, True):
             trainer_config["logger"] = runs.loggers(root)
         try:

@@ -280,8 +280,7 @@ class SFTDataModule(L.LightningDataModule):
         assert rest == 0 or at_end, "checkpoints are saved between optimizer steps only"
         return {
             "position": [epoch + 1, 0] if at_end else [epoch, steps],
-            "accumulation": order.accumulation,
-            "data": self.data.caches["train"].path.name,
+            "data": self.data.fingerprint(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -292,9 +291,6 @@ class SFTDataModule(L.LightningDataModule):
         """
         if "train" not in self.orders:
             return
-        if state["data"] != self.data.caches["train"].path.name and not self.options.allow_other_data:
-            raise UserError(
-                "the checkpoint was made with other data, template, tokenizer or options that change the examples: "
-                "restore them, or set resume.allow_other_data to true"
-            )
+        if not self.options.allow_other_data:
+            self.data.check_same(state["data"])
         self.position = (state["position"][0], state["position"][1])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -119,6 +121,36 @@ class SFTData:
                 train, validation = sources.split_rows(len(rows), options.val_size, options.seed, rows.origins)
                 self.rows |= {"train": sources.subset(rows, train), "validation": sources.subset(rows, validation)}
 
+    def fingerprint(self) -> dict[str, Any]:
+        """The training examples as a hash, and by the names of the settings all that decides them and their order."""
+        rows, options = self.rows["train"], self.options
+        parts = self.preparation(rows).identity(rows)
+        order = {"packing": options.packing, "global_batch_size": options.global_batch_size, "seed": options.seed}
+        return {
+            "examples": self.caches["train"].fingerprint,
+            "settings": _readable({**parts.pop("renderer"), **parts}),
+            "order": _readable(order),
+        }
+
+    def check_same(self, saved: dict[str, Any]) -> None:
+        """Refuses to go on with other examples, or in another order, than those of a checkpoint.
+
+        Args:
+            saved: What `fingerprint` returned then.
+
+        Raises:
+            UserError: Says which setting differs.
+        """
+        now = self.fingerprint()
+        changed = _differences(saved["order"], now["order"])
+        if saved["examples"] != now["examples"]:
+            changed += _differences(saved["settings"], now["settings"])
+        if changed:
+            raise UserError(
+                f"the checkpoint was made with other examples or in another order: {'; '.join(changed)}: restore that, "
+                "or set resume.allow_other_data to true"
+            )
+
     def open(self, name: str) -> Rows:
         """The rows of one data set.
 
@@ -182,3 +214,21 @@ class SFTData:
         conversations = (preparation.conversation(rows, index, need_answer=False) for index in range(count))
         # whole conversations: the prompt is the one that the answer is trained behind, with the same template switch
         return [(conversation, formats.conversation_to_prompt(conversation)[1]) for conversation in conversations]
+
+
+def _readable(parts: Mapping[str, Any]) -> dict[str, str]:
+    """Settings as short texts: long ones are hashed."""
+    texts = {key: json.dumps(value, sort_keys=True, ensure_ascii=False) for key, value in parts.items()}
+    return {
+        key: text if len(text) <= 80 else "#" + hashlib.sha256(text.encode()).hexdigest()[:12]
+        for key, text in texts.items()
+    }
+
+
+def _differences(saved: Mapping[str, str], current: Mapping[str, str]) -> list[str]:
+    """What differs, as `max_length (2048, now 1024)`."""
+    return [
+        f"{key} ({saved.get(key, 'unset')}, now {current.get(key, 'unset')})"
+        for key in sorted(saved.keys() | current.keys())
+        if saved.get(key) != current.get(key)
+    ]

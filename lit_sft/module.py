@@ -8,7 +8,6 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
@@ -18,11 +17,12 @@ from torchmetrics import MeanMetric
 from lit_sft import optim
 from lit_sft.build import base_name, build_model, check_options, is_adapted
 from lit_sft.metrics import EvaluationOptions, Perplexity, exact_match
-from lit_sft.model import load, parallel
-from lit_sft.model.adapters import LoraConfig, check_trained, lift_trained
+from lit_sft.model import frozen, load, parallel
+from lit_sft.model.adapters import LoraConfig, lift_trained
 from lit_sft.model.export import export_hf
 from lit_sft.model.generate import GenerationOptions, decode_completion, generate
 from lit_sft.model.loss import CausalLMLoss, LossOptions
+from lit_sft.seeding import seed_all
 from lit_sft.types import Batch, LossOutput, Prompts, UserError
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class SFTModule(L.LightningModule):
         self.options = SimpleNamespace(**options)
         self.generation, self.evaluation = generation, evaluation
         check_options(self.options)
-        self.strict_loading = not is_adapted(self.options)  # an adapter checkpoint does not carry the frozen base
+        self.strict_loading = False  # `on_load_checkpoint` compares, in one line
         self.model: CausalLMLoss | None = None
         self.__dict__["adapter"] = None  # past `nn.Module`: it is no submodule, its layers live in `model`
         self.saved_stop_ids: list[int] = []
@@ -110,6 +110,7 @@ class SFTModule(L.LightningModule):
             parallel.wrap_layers_with_fsdp(self.trainer.strategy.kwargs, model.lm)
         self.loss_scale = 1.0 / 1024 if self.trainer.precision.startswith("16") else 1.0
         self.model = model
+        self.base = frozen.base_of(model.lm, self.options.init, self.options.seed)
         self.__dict__["adapter"] = adapter
 
     def shard(self, mesh: Any, cpu_offload: bool) -> None:
@@ -134,11 +135,10 @@ class SFTModule(L.LightningModule):
         return self.model(**inputs, count_correct=count_correct)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Begins an optimizer step: an empty window; dropout from (seed, step, rank), so that resuming is exact."""
+        """Begins an optimizer step: an empty window; what is random depends on (seed, step, rank) only."""
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             self.window = torch.zeros_like(self.window)
-            key = [self.options.seed, self.trainer.global_step, self.trainer.global_rank]
-            torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+            seed_all(self.options.seed, self.trainer.global_step, self.trainer.global_rank)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The *sum* of token losses; `on_before_optimizer_step` turns the gradient into that of the mean, once."""
@@ -153,9 +153,7 @@ class SFTModule(L.LightningModule):
         """Gradient of the sum -> gradient of the mean over all targets of the global batch.
 
         Undoes Lightning's division by `accumulate_grad_batches` (also in the last, partial window: Lightning #20350)
-        and the
-        mean over ranks of DDP and FSDP, and divides once by the number of targets. Runs before clipping. Exact for any
-        split.
+        and the mean over ranks of DDP and FSDP, and divides once by the number of targets. Runs before clipping.
         """
         self.window = self.trainer.strategy.reduce(self.window, reduce_op="sum")
         num_targets = self.window[1].clamp(min=1)  # without a target all gradients are 0
@@ -283,16 +281,17 @@ class SFTModule(L.LightningModule):
     # ------------------------------------------------------------------ checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Drops the frozen base of an adapter; remembers how answers end."""
-        if is_adapted(self.options):
-            trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-            checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        """Leaves out what is frozen, and remembers what that was; and how answers end."""
+        checkpoint["base"] = self.base
+        if self.base is not None:
+            checkpoint["state_dict"] = frozen.trained(self, checkpoint["state_dict"])
         checkpoint["stop_ids"] = self.stop_ids
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes back how answers end; refuses another adapter's tensors."""
-        if is_adapted(self.options):
-            check_trained(self, checkpoint["state_dict"])
+        """Refuses what does not belong to this model; takes back how answers end."""
+        if "state_dict" in checkpoint:  # Lightning's FSDP strategy has taken it out
+            frozen.check_fits(self, checkpoint["state_dict"])
+        frozen.check_base(checkpoint["base"], self.base)
         self.saved_stop_ids = checkpoint["stop_ids"]
 
     # ------------------------------------------------------------------ export

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import lightning as L
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from torch.optim import Optimizer
 from typing_extensions import override
 
+from lit_sft.checkpointing import CheckpointFiles, open_checkpoint, shards
 from lit_sft.types import UserError
 
 
@@ -19,9 +24,10 @@ class FSDP2Strategy(ModelParallelStrategy):
         save_distributed_checkpoint: Every rank writes its part into a directory; false gathers one file on rank 0.
     """
 
-    def __init__(self, cpu_offload: bool = False, save_distributed_checkpoint: bool = False) -> None:
+    def __init__(self, cpu_offload: bool = False, save_distributed_checkpoint: bool = True) -> None:
         super().__init__(save_distributed_checkpoint=save_distributed_checkpoint)
         self.cpu_offload = cpu_offload
+        self.checkpoint_io = CheckpointFiles()
 
     @override
     def setup_environment(self) -> None:
@@ -39,6 +45,48 @@ class FSDP2Strategy(ModelParallelStrategy):
         assert self.lightning_module is not None
         self.lightning_module.shard(self.device_mesh["data_parallel"], self.cpu_offload)  # type: ignore[operator]
         super().setup(trainer)
+
+    # ------------------------------------------------------------------ checkpoints: the same tree as of one device
+
+    @property
+    @override
+    def lightning_restore_optimizer(self) -> bool:
+        return True
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        return self.lightning_module.state_dict()
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        return optimizer.state_dict()
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Every rank its part; or all of it gathered, tensor by tensor, and written by rank 0."""
+        if not self._save_distributed_checkpoint:
+            checkpoint = shards.gather(checkpoint, keep=self.is_global_zero)
+        if self._save_distributed_checkpoint or self.is_global_zero:
+            self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+
+    @override
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        return open_checkpoint(checkpoint_path)
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        assert self.lightning_module is not None
+        own, saved = self.lightning_module.state_dict(), checkpoint["state_dict"]
+        for name in own.keys() & saved.keys():
+            shards.fill(own[name], saved[name])
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            own = {number: shards.like(parameters[number], values) for number, values in state["state"].items()}
+            optimizer.load_state_dict({**state, "state": own})
 
 
 def register() -> None:

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,6 +73,14 @@ class ExampleCache:
         for name, size in sizes.items():
             if (path / name).stat().st_size != size:
                 raise OSError(f"{path / name} is not {size} bytes long")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of all examples: their token ids, which of them are trained, and the order."""
+        digest = hashlib.blake2b(digest_size=12)
+        for column in (self.lengths, self.hashes, self._loss_mask):
+            digest.update(np.ascontiguousarray(column).data)
+        return digest.hexdigest()
 
     def __reduce__(self) -> tuple[type[ExampleCache], tuple[Path]]:
         return ExampleCache, (self.path,)  # workers map the file themselves instead of getting a copy
