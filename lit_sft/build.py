@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ import torch
 from lit_sft import demo
 from lit_sft.model import adapters, attention, load, parallel
 from lit_sft.model.loss import CausalLMLoss
+from lit_sft.types import UserError
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -62,14 +64,18 @@ def stored_dtype(dtype: str, precision: str, lora: bool) -> torch.dtype:
     return half if lora or precision.endswith("-true") else torch.float32
 
 
-def build_model(options: SimpleNamespace, precision: str) -> tuple[CausalLMLoss, PeftModel | None]:
+def build_model(
+    options: SimpleNamespace, precision: str, *, sharded: bool = False
+) -> tuple[CausalLMLoss, PeftModel | None]:
     """Loads the model; then, in this order: adapters or freezing, self-checks, gradient checkpointing, compile.
 
-    Sharding comes after it, by the strategy.
+    Sharding comes after it, by the strategy. With `sharded` only rank 0 has weights; the others build the same modules
+    on the meta device, and sharding fills them: no other rank ever holds the whole model.
 
     Args:
         options: The arguments of `SFTModule`, by name.
         precision: `trainer.precision`.
+        sharded: Whether the ranks of the process group will share the weights.
 
     Returns:
         The loss module in training mode, and peft's wrapper around the same layers where there is an adapter.
@@ -77,6 +83,24 @@ def build_model(options: SimpleNamespace, precision: str) -> tuple[CausalLMLoss,
     Raises:
         UserError: The model is not to be had, or does not fit the options.
     """
+    if not sharded:
+        return _build(options, precision)
+    is_rank_zero = torch.distributed.get_rank() == 0
+    try:
+        model, adapter = _build(options, precision, on_meta=not is_rank_zero)
+    except Exception as error:
+        if is_rank_zero:  # the others must not wait for weights
+            parallel.tell(str(error))
+        raise
+    facts = parallel.tell((model.own_logits, model.separate_rows, model.lm.generation_config))
+    if isinstance(facts, str):
+        raise UserError(f"rank 0: {facts}")
+    model.own_logits, model.separate_rows, model.lm.generation_config = facts
+    parallel.follow_rank_zero(model)
+    return model, adapter
+
+
+def _build(options: SimpleNamespace, precision: str, on_meta: bool = False) -> tuple[CausalLMLoss, PeftModel | None]:
     path = model_directory(options.model_name_or_path, options.revision)
     config = load.load_config(path, trust_remote_code=options.trust_remote_code)
     lm = load.load_model(
@@ -86,10 +110,13 @@ def build_model(options: SimpleNamespace, precision: str) -> tuple[CausalLMLoss,
         attn_implementation=attention.choose(config, options.attn_implementation),
         trust_remote_code=options.trust_remote_code,
         seed=options.seed,
+        on_meta=on_meta,
     )
     adapter = None
     if options.lora is not None:
-        adapter = adapters.apply_lora(lm, options.lora, seed=options.seed)
+        # Initializations that decompose the weights need weights; rank 0 has both.
+        lora = replace(options.lora, init_lora_weights=True) if on_meta else options.lora
+        adapter = adapters.apply_lora(lm, lora, seed=options.seed)
     elif options.trainable is not None:
         adapters.set_trainable(lm, options.trainable)
     total, trained = (sum(p.numel() for p in lm.parameters() if p.requires_grad or n) for n in (True, False))
@@ -100,8 +127,9 @@ def build_model(options: SimpleNamespace, precision: str) -> tuple[CausalLMLoss,
     if total < ONE_THREAD_BELOW and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
     model = CausalLMLoss(lm, options.loss)
-    model.check_head()
-    model.separate_rows = not attention.packs_are_exact(lm)
+    if not on_meta:
+        model.check_head()
+        model.separate_rows = not attention.packs_are_exact(lm)
     if model.separate_rows:
         log.warning("%s mixes packed examples: each gets a padded row of its own, exact but slower", type(lm).__name__)
     if options.gradient_checkpointing:

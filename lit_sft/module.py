@@ -96,18 +96,19 @@ class SFTModule(L.LightningModule):
         """Builds the model (see `build_model`); sharding comes after it, by the strategy (`shard`)."""
         if self.model is not None:
             return
-        model, adapter = build_model(self.options, self.trainer.precision)
+        sharded = isinstance(self.trainer.strategy, ModelParallelStrategy) and self.trainer.world_size > 1
+        model, adapter = build_model(self.options, self.trainer.precision, sharded=sharded)
         if isinstance(self.trainer.strategy, FSDPStrategy):
-            parallel.wrap_layers_with_fsdp(self.trainer.strategy.kwargs, model.lm)
+            parallel.wrap_layers_with_fsdp(self.trainer.strategy, model.lm)
         self.loss_scale = 1.0 / 1024 if self.trainer.precision.startswith("16") else 1.0
         self.model = model
         self.__dict__["adapter"] = adapter
 
-    def shard(self, mesh: Any, cpu_offload: bool) -> None:
+    def shard(self, mesh: Any, **options: bool) -> None:
         """Shards the model over a data-parallel mesh; called by our FSDP2 strategy after `configure_model`."""
         assert self.model is not None
         dtype = torch.bfloat16 if "bf16" in self.trainer.precision else torch.float32
-        parallel.apply_fsdp2(self.model, self.model.lm, mesh, dtype, cpu_offload)
+        parallel.apply_fsdp2(self.model, self.model.lm, mesh, dtype, **options)
 
     # ------------------------------------------------------------------ training
 
@@ -145,7 +146,7 @@ class SFTModule(L.LightningModule):
         num_targets = self.window[1].clamp(min=1)  # without a target all gradients are 0
         scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / (num_targets * self.loss_scale)
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        torch._foreach_mul_(gradients, scale.to(torch.float32))
+        torch._foreach_mul_(gradients, scale.to(gradients[0].device, torch.float32))  # offloaded ones are on the CPU
         self.log("train/loss", (self.window[0] / num_targets).float(), prog_bar=True)
 
     def configure_gradient_clipping(

@@ -106,6 +106,7 @@ def load_model(
     attn_implementation: str,
     trust_remote_code: bool = False,
     seed: int,
+    on_meta: bool = False,
 ) -> PreTrainedModel:
     """Loads the causal LM, or builds it with random weights from its config.
 
@@ -119,6 +120,7 @@ def load_model(
         attn_implementation: As transformers names it: `sdpa`, `eager`, `flash_attention_2` or a registered function.
         trust_remote_code: Whether Python files beside the weights may be run.
         seed: Seed of the random weights.
+        on_meta: Build it without weights, on the meta device.
 
     Raises:
         UserError: If this is no causal LM, or if its weights cannot be read.
@@ -127,7 +129,10 @@ def load_model(
     _check_causal(config, path)
     arguments = dict(dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code)
     try:
-        model = _random_model(config, arguments, seed) if init == "random" else _pretrained_model(path, arguments)
+        if on_meta or init == "random":
+            model = _random_model(config, arguments, seed, "meta" if on_meta else "cpu")
+        else:
+            model = _pretrained_model(path, arguments)
     except (ImportError, ValueError) as error:
         if isinstance(error, UserError) or ("attn_implementation" not in str(error) and "Flash" not in str(error)):
             raise
@@ -247,11 +252,11 @@ def _check_causal(config: PretrainedConfig, path: str) -> None:
         raise UserError(f"{path} holds a {names[0]}, {remedy}")
 
 
-def _random_model(config: PretrainedConfig, arguments: dict[str, Any], seed: int) -> PreTrainedModel:
+def _random_model(config: PretrainedConfig, arguments: dict[str, Any], seed: int, device: str) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     factory: Any = AutoModelForCausalLM
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+    with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.default_generator.manual_seed(seed)
         model: PreTrainedModel = factory.from_config(config, **arguments)
     return model
