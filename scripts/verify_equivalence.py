@@ -79,6 +79,7 @@ class Variant:
 
 
 FSDP2 = "lit_sft.strategies.FSDP2Strategy"
+FSDP2_OPTIONS = {"cpu_offload": True, "reshard_after_forward": False, "sync_every_micro_batch": False}
 TWO_RANKS = {"trainer.devices": 2, "data.micro_batch_size": 2}
 # One step per epoch: the only way to have the same examples in each step, packed and not.
 ONE_STEP = {"data.global_batch_size": 64, "data.micro_batch_size": 1, "trainer.max_epochs": 3}
@@ -105,16 +106,8 @@ VARIANTS = {
     ),
     "fsdp2": Variant({**TWO_RANKS, "trainer.strategy": "fsdp2"}),
     "fsdp2, resumed": Variant({**TWO_RANKS, "trainer.strategy": "fsdp2"}, stop_after=4),
-    "fsdp2, one reduction per step": Variant(
-        {**TWO_RANKS, "trainer.strategy": FSDP2, "trainer.strategy.sync_every_micro_batch": False}
-    ),
-    "fsdp2, offloaded": Variant(
-        {
-            **TWO_RANKS,
-            "trainer.strategy": FSDP2,
-            "trainer.strategy.cpu_offload": True,
-            "trainer.strategy.reshard_after_forward": False,
-        }
+    "fsdp2, offloaded, reduced once": Variant(
+        {**TWO_RANKS, "trainer.strategy": {"class_path": FSDP2, "init_args": FSDP2_OPTIONS}}
     ),
     "fsdp2, checkpointing, compile": Variant(
         {**TWO_RANKS, "trainer.strategy": "fsdp2", "model.gradient_checkpointing": True, "model.compile": True},

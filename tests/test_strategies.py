@@ -12,6 +12,8 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, SingleDevice
 from ranks import run_ranks
 from running import arguments, chat_rows, run, version, write_rows
 from tiny import save_tiny, tiny_gpt2, tiny_llama, tiny_qwen3
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
 
 from lit_sft.build import build_model
 from lit_sft.checkpointing import read_checkpoint
@@ -37,6 +39,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("strategies")
     for name, model in (("llama", tiny_llama()), ("qwen3", tiny_qwen3()), ("gpt2", tiny_gpt2())):
         save_tiny(folder / name, model)
+    tiny_llama().config.save_pretrained(folder / "empty")
     write_rows(folder / "train.jsonl", chat_rows(37))
     return folder
 
@@ -54,8 +57,10 @@ def test_auto_is_one_device_or_ddp(devices, kind):
     ("settings", "message"),
     [
         (["--trainer.strategy=fsdp"], "GPU"),
-        (["--trainer.strategy=lightning.pytorch.strategies.ModelParallelStrategy"], "exact loss average"),
-        (["--trainer.strategy=fsdp2", "--trainer.precision=16-mixed"], "bf16-mixed"),
+        (
+            ['--trainer.strategy={"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"}'],
+            "exact loss average",
+        ),
     ],
 )
 def test_refused_in_one_line(place, tmp_path, capsys, settings, message):
@@ -65,6 +70,11 @@ def test_refused_in_one_line(place, tmp_path, capsys, settings, message):
     (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
     assert end.value.code == 1
     assert line.startswith("error: ") and message in line
+
+
+def test_fsdp2_refuses_fp16():
+    with pytest.raises(UserError, match="16-mixed to bf16-mixed"):
+        FSDP2Strategy().setup(SimpleNamespace(precision="16-mixed"))
 
 
 def test_fsdp1_is_completed():
@@ -98,6 +108,7 @@ CASES = {
 
 
 def check_loading(folder):
+    """Every rank gets the values of rank 0, and holds none before."""
     mesh = torch.distributed.init_device_mesh("cpu", (2,))
     for case, (name, changes) in CASES.items():
         settings = options(folder / name, **changes)
@@ -109,7 +120,7 @@ def check_loading(folder):
         found = parallel._tensors(model)
         assert list(found) == list(expected), case
         for key, tensor in found.items():
-            whole = tensor.full_tensor() if isinstance(tensor, torch.distributed.tensor.DTensor) else tensor
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             assert whole.dtype == expected[key].dtype, (case, key)
             assert torch.equal(whole, expected[key]), (case, key)
             assert tensor.requires_grad == dict(parallel._tensors(alone))[key].requires_grad, (case, key)
@@ -122,18 +133,10 @@ def check_loading(folder):
         assert model.lm.generation_config.to_dict() == alone.lm.generation_config.to_dict(), case
 
 
-def test_every_rank_gets_the_values_of_rank_zero(place):
-    run_ranks(check_loading, place)
-
-
 def check_failure(folder):
+    """Nobody waits for a rank 0 that has no weights."""
     with pytest.raises(UserError, match="no weights"):
         build_model(options(folder / "empty"), "32-true", sharded=True)
-
-
-def test_nobody_waits_for_a_rank_zero_that_failed(place):
-    tiny_llama().config.save_pretrained(place / "empty")
-    run_ranks(check_failure, place)
 
 
 # ---------------------------------------------------------------------- adapters
@@ -160,33 +163,35 @@ def test_fp32_adapters_over_a_bf16_base(place, tmp_path, strategy):
 
 
 def check_reductions(folder):
+    """fsdp2 reduces gradients in each micro-batch, or once."""
     mesh = torch.distributed.init_device_mesh("cpu", (2,))
     model, _ = build_model(options(folder / "llama"), "32-true", sharded=True)
     parallel.apply_fsdp2(model, model.lm, mesh, torch.float32)
-    reduce_scatter, reductions = dist.reduce_scatter_tensor, []
-
-    def counting(*args, **kwargs):
-        reductions.append(1)
-        return reduce_scatter(*args, **kwargs)
-
-    dist.reduce_scatter_tensor = counting
     inputs = {"input_ids": torch.arange(12)[None], "labels": torch.arange(1, 13)[None]}
     gradients = []
     for every, expected in ((True, 4), (False, 1)):
         strategy = FSDP2Strategy(sync_every_micro_batch=every)
         strategy._lightning_module = SimpleNamespace(model=model)
-        reductions.clear()
-        for last in (False, False, False, True):
-            with contextlib.nullcontext() if last else strategy.block_backward_sync():
-                model(**inputs, position_ids=torch.arange(12)[None]).loss_sum.backward()
-        assert len(reductions) == expected * 3  # two layers and the rest
+        with CommDebugMode() as mode:
+            for last in (False, False, False, True):
+                with contextlib.nullcontext() if last else strategy.block_backward_sync():
+                    model(**inputs, position_ids=torch.arange(12)[None]).loss_sum.backward()
+        reductions = sum(count for name, count in mode.get_comm_counts().items() if "reduce_scatter" in str(name))
+        assert reductions == expected * 3, mode.get_comm_counts()  # two layers and the rest
         gradients.append([p.grad.full_tensor() for p in model.parameters()])
         model.zero_grad()
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
-def test_fsdp2_reduces_in_each_micro_batch_or_once(place):
-    run_ranks(check_reductions, place)
+def check_all(folder):
+    check_loading(folder)
+    check_failure(folder)
+    check_reductions(folder)
+
+
+def test_two_ranks(place):
+    """In one pair of processes, which take longer to start than to check."""
+    run_ranks(check_all, place)
 
 
 def check_ddp(folder):
