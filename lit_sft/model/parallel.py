@@ -97,15 +97,18 @@ def follow_rank_zero(loss: nn.Module) -> None:
     """Gives what was built on the meta device the types that rank 0 loaded. A collective call.
 
     Raises:
-        UserError: Rank 0 built something else, so that it cannot fill this one.
+        UserError: On every rank, if rank 0 built something else than another, which it cannot fill then.
     """
     ours = _tensors(loss)
     shapes = {name: tuple(tensor.shape) for name, tensor in ours.items()}
     rank_zero_shapes, dtypes = tell((shapes, {name: tensor.dtype for name, tensor in ours.items()}))
-    if strangers := sorted(name for name, _ in shapes.items() ^ rank_zero_shapes.items()):
-        raise UserError(
-            f"without its weights the model is built differently ({strangers[0]}): set trainer.strategy to ddp"
-        )
+    strangers = {name for name, _ in shapes.items() ^ rank_zero_shapes.items()}
+    for name, module in loss.named_modules():  # tensors that are neither parameters nor buffers could not be filled
+        strangers |= {f"{name}.{key}" for key, value in vars(module).items() if _is_meta(value)}
+    everywhere: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everywhere, sorted(strangers))
+    if found := [name for names in everywhere for name in names]:
+        raise UserError(f"the model is built differently without its weights ({found[0]}): set trainer.strategy to ddp")
     for name, tensor in ours.items():
         tensor.data = tensor.data.to(dtypes[name])
 
@@ -132,8 +135,6 @@ def _fill_from_rank_zero(loss: nn.Module, whole: dict[str, Tensor], mesh: Device
         else:
             dist.broadcast(full := full.contiguous(), src=0)
             tensor.copy_(full)
-    if elsewhere := [name for name, module in loss.named_modules() for x in vars(module).values() if _is_meta(x)]:
-        raise UserError(f"{elsewhere[0]} keeps tensors that are no buffers: set trainer.strategy to ddp")
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
