@@ -189,9 +189,11 @@ class SFTCLI(LightningCLI):
         if trainer_config.get("logger") in (None, True):
             trainer_config["logger"] = runs.loggers(root)
         try:
-            return self._instantiate_trainer({**trainer_config, "default_root_dir": str(root), **kwargs}, callbacks)
+            trainer = self._instantiate_trainer({**trainer_config, "default_root_dir": str(root), **kwargs}, callbacks)
         except (TypeError, ValueError, MisconfigurationException) as error:
             raise UserError(f"trainer: {error}") from error
+        strategies.check(trainer.strategy)
+        return trainer
 
     def _save_config(self, path: Path) -> None:
         """The run's configuration, readable by every command."""

@@ -15,7 +15,7 @@ from torch.optim import AdamW, Optimizer
 from torchmetrics import MeanMetric
 
 from lit_sft import optim
-from lit_sft.build import base_name, build_model, check_options, is_adapted
+from lit_sft.build import base_name, build_model, check_options
 from lit_sft.metrics import EvaluationOptions, Perplexity, exact_match
 from lit_sft.model import frozen, load, parallel
 from lit_sft.model.adapters import LoraConfig, lift_trained
@@ -103,21 +103,22 @@ class SFTModule(L.LightningModule):
         """Builds the model (see `build_model`); sharding comes after it, by the strategy (`shard`)."""
         if self.model is not None:
             return
-        model, adapter = build_model(self.options, self.trainer.precision)
         if self.options.quantization and isinstance(self.trainer.strategy, (FSDPStrategy, ModelParallelStrategy)):
             raise UserError("model.quantization: 4-bit weights are not sharded; set trainer.strategy to ddp or auto")
+        sharded = isinstance(self.trainer.strategy, ModelParallelStrategy) and self.trainer.world_size > 1
+        model, adapter = build_model(self.options, self.trainer.precision, sharded=sharded)
         if isinstance(self.trainer.strategy, FSDPStrategy):
-            parallel.wrap_layers_with_fsdp(self.trainer.strategy.kwargs, model.lm)
+            parallel.wrap_layers_with_fsdp(self.trainer.strategy, model.lm)
         self.loss_scale = 1.0 / 1024 if self.trainer.precision.startswith("16") else 1.0
         self.model = model
         self.base = frozen.base_of(model.lm, self.options.init, self.options.seed)
         self.__dict__["adapter"] = adapter
 
-    def shard(self, mesh: Any, cpu_offload: bool) -> None:
+    def shard(self, mesh: Any, **options: bool) -> None:
         """Shards the model over a data-parallel mesh; called by our FSDP2 strategy after `configure_model`."""
         assert self.model is not None
         dtype = torch.bfloat16 if "bf16" in self.trainer.precision else torch.float32
-        parallel.apply_fsdp2(self.model, self.model.lm, mesh, dtype, cpu_offload)
+        parallel.apply_fsdp2(self.model, self.model.lm, mesh, dtype, **options)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """As torch does it; but adapters stay in fp32 over a base that `bf16-true` casts."""
@@ -159,7 +160,7 @@ class SFTModule(L.LightningModule):
         num_targets = self.window[1].clamp(min=1)  # without a target all gradients are 0
         scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / (num_targets * self.loss_scale)
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        torch._foreach_mul_(gradients, scale.to(torch.float32))
+        torch._foreach_mul_(gradients, scale.to(gradients[0].device, torch.float32))  # offloaded ones are on the CPU
         self.log("train/loss", (self.window[0] / num_targets).float(), prog_bar=True)
 
     def configure_gradient_clipping(

@@ -43,7 +43,7 @@ class Step(NamedTuple):
 
     @property
     def is_slow(self) -> bool:
-        return self.text == DEMO or "--trainer.devices" in self.text
+        return self.text == DEMO or "--trainer.devices" in self.text or "scripts/verify_" in self.text
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:
