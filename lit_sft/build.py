@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -34,7 +35,50 @@ def model_directory(name_or_path: str, revision: str | None = None) -> str:
     """
     if name_or_path.startswith(BUILTIN):
         return str(demo.model_dir(name_or_path.removeprefix(BUILTIN)))
-    return load.resolve(name_or_path, revision=revision)
+    return load.resolve(name_or_path, revision=revision, allow_adapter=True)
+
+
+def base_directory(path: str) -> str:
+    """The model of an adapter directory (as `adapter_config.json` names it); any other directory itself.
+
+    Raises:
+        UserError: It is not to be had.
+    """
+    if not adapters.is_adapter_dir(path):
+        return path
+    config = json.loads((Path(path) / "adapter_config.json").read_text(encoding="utf-8"))
+    name = str(config.get("base_model_name_or_path"))
+    own = Path(path) / "base"  # a base that was made by us; its path is no longer true where the directory was moved
+    if not Path(name).exists() and own.is_dir():
+        return str(own)
+    if name.startswith(BUILTIN):
+        return model_directory(name)
+    return load.resolve(name, revision=config.get("revision"), key=f"{path}: base_model_name_or_path")
+
+
+def tokenizer_directory(name_or_path: str, revision: str | None = None) -> str:
+    """Where a model's tokenizer is: beside it, or beside the base of an adapter that has none."""
+    path = model_directory(name_or_path, revision)
+    return path if (Path(path) / "tokenizer_config.json").is_file() else base_directory(path)
+
+
+def fingerprint(options: SimpleNamespace, precision: str, ckpt_path: str | None) -> dict[str, Any]:
+    """What the answers of a model depend on, as plain values.
+
+    Args:
+        options: The arguments of `SFTModule`, by name.
+        precision: `trainer.precision`.
+        ckpt_path: Checkpoint whose weights are used, if any.
+    """
+    path = model_directory(options.model_name_or_path, options.revision)
+    files = [ckpt_path] if ckpt_path else sorted(map(str, Path(path).glob("*.safetensors")))
+    stats = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
+    names = ("init", "dtype", "attn_implementation", "lora", "generation", "seed")
+    return {name: repr(getattr(options, name)) for name in names} | {
+        "model": path,
+        "files": stats,
+        "precision": precision,
+    }
 
 
 def base_name(name_or_path: str) -> str:
@@ -77,17 +121,22 @@ def build_model(options: SimpleNamespace, precision: str) -> tuple[CausalLMLoss,
     Raises:
         UserError: The model is not to be had, or does not fit the options.
     """
-    path = model_directory(options.model_name_or_path, options.revision)
+    named = model_directory(options.model_name_or_path, options.revision)
+    path = base_directory(named)
+    frozen = options.lora is not None or path != named
     config = load.load_config(path, trust_remote_code=options.trust_remote_code)
     lm = load.load_model(
         path,
         init=options.init,
-        dtype=stored_dtype(options.dtype, precision, options.lora is not None),
+        dtype=stored_dtype(options.dtype, precision, frozen),
         attn_implementation=attention.choose(config, options.attn_implementation),
         trust_remote_code=options.trust_remote_code,
         seed=options.seed,
     )
     adapter = None
+    if path != named:
+        adapter = adapters.load_adapter(lm, named)
+        load.read_generation_config(lm, named)
     if options.lora is not None:
         adapter = adapters.apply_lora(lm, options.lora, seed=options.seed)
     elif options.trainable is not None:
