@@ -12,7 +12,7 @@ RANK = {
     "display": 2, "prepare": 2, "prompts": 2, "build": 2,
     "dataset": 3, "answering": 3, "evaluation": 4,
     "module": 5, "datamodule": 5, "callbacks": 5, "strategies": 5, "checkpointing": 5, "runs": 5, "slurm": 5,
-    "preview": 6, "doctor": 6, "parsing": 6, "exporting": 6,
+    "preview": 6, "doctor": 6, "parsing": 6, "exporting": 6, "comparing": 6,
     "cli": 7,
     "__main__": 8,
 }  # fmt: skip
