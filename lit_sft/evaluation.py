@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lit_sft.answering import records
-from lit_sft.metrics import TextMetric, score_names, text_scores
+from lit_sft.metrics import METRICS, score_names, text_scores
 from lit_sft.prompts import Prompt, fits
 from lit_sft.types import Prompts, UserError
 
@@ -19,7 +19,7 @@ from lit_sft.types import Prompts, UserError
 class EvaluationOptions:
     """Greedy answers to held-out prompts, compared with their references at validation and test."""
 
-    metrics: list[TextMetric] | None = None
+    metrics: list[str] | None = None
     """What is computed, logged as `val/<name>` and `test/<name>`. null: exact_match, where the rows have answers."""
     num_samples: int = 64
     """Rows of the validation (test) set that are answered, from its start."""
@@ -32,6 +32,8 @@ class EvaluationOptions:
         for name in ("num_samples", "every_n_validations"):
             if getattr(self, name) < 1:
                 raise UserError(f"model.evaluation.{name} is {getattr(self, name)}, it must be at least 1")
+        if unknown := [name for name in self.metrics or () if name not in METRICS]:
+            raise UserError(f"model.evaluation.metrics: there is no {unknown[0]}, only {', '.join(METRICS)}")
         if self.metrics == []:
             raise UserError("model.evaluation.metrics is empty: name some, or set model.evaluation to null")
         try:
@@ -40,7 +42,7 @@ class EvaluationOptions:
             raise UserError(f"model.evaluation.answer_regex {self.answer_regex!r} does not compile: {error}") from error
 
     @property
-    def computed(self) -> list[TextMetric]:
+    def computed(self) -> list[str]:
         """The metrics, without repetition."""
         return list(dict.fromkeys(self.metrics or ["exact_match"]))
 

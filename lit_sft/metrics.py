@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +13,8 @@ from torchmetrics.functional.text import chrf_score, rouge_score, sacre_bleu_sco
 
 from lit_sft.types import LossOutput
 
-TextMetric = Literal["exact_match", "rouge", "bleu", "chrf", "token_f1"]
+METRICS = ("exact_match", "rouge", "bleu", "chrf", "token_f1")
+"""Of texts."""
 
 THINKING = re.compile(r"<think>.*?(?:</think>|\Z)|\A(?:(?!<think>).)*</think>", re.DOTALL)
 """A block of thoughts; also one that the answer's length cut off, and one that the prompt had opened."""
@@ -81,13 +82,13 @@ def words(text: str) -> list[str]:
     return _WORD.findall(text.lower())
 
 
-def score_names(metrics: Iterable[TextMetric]) -> list[str]:
+def score_names(metrics: Iterable[str]) -> list[str]:
     """Names of the scores that these metrics give."""
     return [name for metric in metrics for name in (_ROUGE if metric == "rouge" else (metric,))]
 
 
 def text_scores(
-    metrics: Sequence[TextMetric], predictions: Sequence[str], references: Sequence[str], answer_regex: str | None
+    metrics: Sequence[str], predictions: Sequence[str], references: Sequence[str], answer_regex: str | None
 ) -> dict[str, float]:
     """How near predictions come to their references, one each; 0 is not at all, 1 is the same.
 
@@ -114,7 +115,8 @@ def text_scores(
             tokenize: Any = "zh" if re.search(f"[{_CJK}]", "".join(theirs)) else "13a"
             scores[metric] = float(sacre_bleu_score(ours, [[text] for text in theirs], tokenize=tokenize))
         elif metric == "chrf":
-            scores[metric] = float(chrf_score(ours, [[text] for text in theirs], n_word_order=0))
+            score: Any = chrf_score(ours, [[text] for text in theirs], n_word_order=0)
+            scores[metric] = float(score)
         else:
             scores[metric] = _token_f1(ours, theirs)
     return scores
@@ -122,8 +124,8 @@ def text_scores(
 
 def _token_f1(predictions: Sequence[str], references: Sequence[str]) -> float:
     """Mean overlap of words, as SQuAD counts it (arXiv:1606.05250)."""
-    ours = [{"prediction_text": " ".join(words(p)), "id": str(n)} for n, p in enumerate(predictions)]
-    theirs = [
+    ours: Any = [{"prediction_text": " ".join(words(p)), "id": str(n)} for n, p in enumerate(predictions)]
+    theirs: Any = [
         {"answers": {"answer_start": [0], "text": [" ".join(words(r))]}, "id": str(n)} for n, r in enumerate(references)
     ]
     return float(squad(ours, theirs)["f1"]) / 100

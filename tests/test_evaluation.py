@@ -139,9 +139,8 @@ def bad(place, root, **options):
     [
         ({"early_stopping__monitor": "val/exact"}, "early_stopping.monitor val/exact is not logged .* val/bleu"),
         ({"checkpoint__monitor": "val/bleau"}, "checkpoint.monitor val/bleau is not logged"),
-        ({"early_stopping__monitor": "val/bleu"}, "early_stopping.mode is min, but of val/bleu larger is better"),
-        ({"checkpoint__mode": "max"}, "checkpoint.mode is max, but of val/loss smaller is better"),
-        ({"model__evaluation": {"answer_regex": "(a"}}, "answer_regex '\\(a' does not compile"),
+        ({"early_stopping__monitor": "val/bleu"}, "early_stopping.mode is min, but larger is better for val/bleu"),
+        ({"checkpoint__mode": "max"}, "checkpoint.mode is max, but smaller is better for val/loss"),
     ],
 )
 def test_monitors_and_expressions_that_cannot_be(place, tmp_path, capsys, options, words):
@@ -150,9 +149,15 @@ def test_monitors_and_expressions_that_cannot_be(place, tmp_path, capsys, option
     assert re.search(words, message), message
 
 
-def test_a_metric_that_does_not_exist(place, tmp_path, capsys):
-    message = refused(capsys, "fit", bad(place, tmp_path / "r", model__evaluation={"metrics": ["blue"]}), code=2)
-    assert "model.evaluation" in message and "bleu" in message
+@pytest.mark.parametrize(
+    ("evaluation", "words"),
+    [
+        ({"metrics": ["blue"]}, "model.evaluation.metrics: there is no blue, only exact_match, rouge"),
+        ({"answer_regex": "(a"}, "model.evaluation.answer_regex '(a' does not compile: missing )"),
+    ],
+)
+def test_what_cannot_be_computed(place, tmp_path, capsys, evaluation, words):
+    assert words in refused(capsys, "fit", bad(place, tmp_path / "runs", model__evaluation=evaluation), code=2)
 
 
 def test_rows_without_references(place, tmp_path, capsys):

@@ -95,26 +95,24 @@ class Evaluation(Callback):
             if name in trainer.callback_metrics:
                 log.info("%s: %.1f %% before, %.1f %% after", name, 100 * before, 100 * trainer.callback_metrics[name])
 
-    def _choose(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def _choose(self, trainer: Any, module: Any, stage: str) -> None:
         """Once, before the first step or batch: a prompt or a metric that cannot be is known at once."""
-        data, options = trainer.datamodule.data, pl_module.evaluation  # type: ignore[attr-defined]
+        data, options = trainer.datamodule.data, module.evaluation
         if stage in self.prompts:
             return
         self.prompts[stage] = []
         if options is not None and SETS[stage] in data.rows:
             asked = data.asked(data.rows[SETS[stage]], options.num_samples)
-            context = context_length(pl_module.model.lm.config)  # type: ignore[union-attr]
-            length = pl_module.generation.max_new_tokens  # type: ignore[union-attr]
-            chosen, message = choose_prompts(asked, options, f"data.{SETS[stage]}", length, context)  # type: ignore[arg-type]
-            self.prompts[stage] = chosen
+            room = (module.generation.max_new_tokens, context_length(module.model.lm.config))
+            self.prompts[stage], message = choose_prompts(asked, options, f"data.{SETS[stage]}", *room)
             if message:
                 log.warning(message)
 
-    def _evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str, step: int) -> dict[str, float]:
+    def _evaluate(self, trainer: Any, module: Any, stage: str, step: int) -> dict[str, float]:
         """Scores by the names under which they are logged; the table is written."""
-        greedy = GenerationOptions(max_new_tokens=pl_module.generation.max_new_tokens)  # type: ignore[union-attr, arg-type]
-        batches = trainer.datamodule.dealt(self.prompts[stage], greedy)  # type: ignore[attr-defined]
-        scores, table = evaluate(batches, lambda prompts: pl_module.answer(prompts, greedy), pl_module.evaluation)  # type: ignore[operator, arg-type]
+        greedy = GenerationOptions(max_new_tokens=module.generation.max_new_tokens)
+        batches = trainer.datamodule.dealt(self.prompts[stage], greedy)
+        scores, table = evaluate(batches, lambda prompts: module.answer(prompts, greedy), module.evaluation)
         if trainer.is_global_zero and trainer.log_dir is not None:
             rows = [{"step": step, "stage": stage, **row} for row in table]
             append(Path(trainer.log_dir) / TABLE, rows, None if self.is_clean else (stage, step))
