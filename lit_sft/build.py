@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -37,7 +38,60 @@ def model_directory(name_or_path: str, revision: str | None = None) -> str:
     """
     if name_or_path.startswith(BUILTIN):
         return str(demo.model_dir(name_or_path.removeprefix(BUILTIN)))
-    return load.resolve(name_or_path, revision=revision)
+    return load.resolve(name_or_path, revision=revision, allow_adapter=True)
+
+
+def base_directory(path: str) -> str:
+    """The model of an adapter directory (as `adapter_config.json` names it); any other directory itself.
+
+    Raises:
+        UserError: It is not to be had.
+    """
+    if not adapters.is_adapter_dir(path):
+        return path
+    config = json.loads((Path(path) / "adapter_config.json").read_text(encoding="utf-8"))
+    name = str(config.get("base_model_name_or_path"))
+    own = Path(path) / "base"  # a base that was made by us; its path is no longer true where the directory was moved
+    if not Path(name).exists() and own.is_dir():
+        return str(own)
+    if name.startswith(BUILTIN):
+        return model_directory(name)
+    return load.resolve(name, revision=config.get("revision"), key=f"{path}: base_model_name_or_path")
+
+
+def tokenizer_directory(name_or_path: str, revision: str | None = None) -> str:
+    """Where a model's tokenizer is: beside it, or beside the base of an adapter that has none."""
+    path = model_directory(name_or_path, revision)
+    return path if (Path(path) / "tokenizer_config.json").is_file() else base_directory(path)
+
+
+def fingerprint(options: SimpleNamespace, precision: str, ckpt_path: str | None) -> dict[str, Any]:
+    """What the answers of a model depend on, as plain values.
+
+    Args:
+        options: The arguments of `SFTModule`, by name.
+        precision: `trainer.precision`.
+        ckpt_path: Checkpoint whose weights are used, if any.
+    """
+    path = model_directory(options.model_name_or_path, options.revision)
+    files = [ckpt_path] if ckpt_path else sorted(map(str, Path(path).glob("*.safetensors")))
+    stats = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
+    names = (
+        "init",
+        "dtype",
+        "attn_implementation",
+        "lora",
+        "adapter_name_or_path",
+        "quantization",
+        "add_tokens",
+        "generation",
+        "seed",
+    )
+    return {name: repr(getattr(options, name)) for name in names} | {
+        "model": path,
+        "files": stats,
+        "precision": precision,
+    }
 
 
 def base_name(name_or_path: str) -> str:
@@ -137,11 +191,12 @@ def build_model(
 
 
 def _build(options: SimpleNamespace, precision: str, on_meta: bool = False) -> tuple[CausalLMLoss, PeftModel | None]:
-    path = model_directory(options.model_name_or_path, options.revision)
+    named = model_directory(options.model_name_or_path, options.revision)
+    path = base_directory(named)
     config = load.load_config(path, trust_remote_code=options.trust_remote_code)
     if getattr(config, "quantization_config", None) is not None and options.quantization is None:
         raise UserError(f"{path} holds quantized weights: set model.quantization to nf4, or use the model as it was")
-    dtype = stored_dtype(options.dtype, precision, is_adapted(options))
+    dtype = stored_dtype(options.dtype, precision, is_adapted(options) or path != named)
     lm = load.load_model(
         path,
         init=options.init,
@@ -152,7 +207,7 @@ def _build(options: SimpleNamespace, precision: str, on_meta: bool = False) -> t
         quantization_config=None if options.quantization is None else quantization.nf4(dtype),
         on_meta=on_meta,
     )
-    adapter = _choose_trained(lm, path, options, on_meta)
+    adapter = _choose_trained(lm, path, options, on_meta) if path == named else _evaluated_adapter(lm, named, options)
     total, trained = lm.num_parameters(), lm.num_parameters(only_trainable=True)
     log.info(
         f"model: {type(lm).__name__}, {total / 1e6:,.1f} M parameters in "
@@ -174,6 +229,18 @@ def _build(options: SimpleNamespace, precision: str, on_meta: bool = False) -> t
     if options.compile:
         parallel.apply_compile(lm)
     return model.train(), adapter
+
+
+def _evaluated_adapter(lm: PreTrainedModel, folder: str, options: SimpleNamespace) -> PeftModel:
+    """The adapter directory that was named in place of a model: for answers and scores, not to be trained."""
+    if is_adapted(options) or options.trainable is not None:
+        raise UserError(
+            f"model.model_name_or_path {options.model_name_or_path} holds an adapter: set it to the base (and "
+            "model.adapter_name_or_path to the adapter, to go on training it)"
+        )
+    adapter = adapters.load_adapter(lm, folder)
+    load.read_generation_config(lm, folder)
+    return adapter
 
 
 def _choose_trained(lm: PreTrainedModel, path: str, options: SimpleNamespace, on_meta: bool) -> PeftModel | None:

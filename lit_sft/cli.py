@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_sft import checkpointing, doctor, exporting, parsing, preview, runs, strategies
-from lit_sft.callbacks import Answers, FirstExample, HFExport, PredictionWriter, Throughput
+from lit_sft.callbacks import Answers, Evaluation, FirstExample, HFExport, PredictionWriter, Throughput
 from lit_sft.checkpointing import Checkpointer, CheckpointFiles, CheckpointOptions
 from lit_sft.datamodule import SFTDataModule
 from lit_sft.module import SFTModule
@@ -176,6 +176,7 @@ class SFTCLI(LightningCLI):
             Checkpointer(config.checkpoint, files),
             Throughput(),
             FirstExample(),
+            Evaluation(),
             Answers(),
             HFExport(),
             PredictionWriter(config.predict_output),
@@ -205,9 +206,12 @@ class SFTCLI(LightningCLI):
     def before_fit(self) -> None:
         """Data work, before a process group exists; then the run's folder."""
         self._prepare("fit")
-        stop, validated = self.config_init["fit"].early_stopping, "validation" in self.datamodule.data.caches
-        if stop is not None:
-            stop.check(self.model.evaluation.metrics if self.model.evaluation else [], validated)
+        config, validated = self.config_init["fit"], "validation" in self.datamodule.data.caches
+        scores = self.model.evaluation.scores if self.model.evaluation else []
+        if config.early_stopping is not None:
+            runs.check_monitor("early_stopping", config.early_stopping, scores, validated)
+        if validated:
+            runs.check_monitor("checkpoint", config.checkpoint, scores, validated)
         if self.ckpt_path is not None:
             log.info("resumed %s at step %s", self.ckpt_path, checkpointing.step_of(Path(self.ckpt_path)))
 

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from lit_sft import demo
-from lit_sft.build import model_directory
+from lit_sft.build import tokenizer_directory
 from lit_sft.data import formats, sources
 from lit_sft.data.cache import ExampleCache
 from lit_sft.data.render import Renderer
@@ -22,7 +22,7 @@ from lit_sft.data.templates import resolve_chat_template
 from lit_sft.data.turns import ChatTemplate
 from lit_sft.model import load, tokens
 from lit_sft.prepare import Preparation, num_duplicates, num_overlapping
-from lit_sft.prompts import Asked
+from lit_sft.prompts import Asked, Prompt, encode
 from lit_sft.types import Conversation, Message, UserError
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class SFTData:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The one tokenizer, of the model, with `add_tokens`."""
-        path = model_directory(self.options.model_name_or_path, self.options.revision)
+        path = tokenizer_directory(self.options.model_name_or_path, self.options.revision)
         tokenizer = load.load_tokenizer(path, trust_remote_code=self.options.trust_remote_code)
         tokens.add_tokens(tokenizer, self.options.add_tokens or [])
         return tokenizer
@@ -197,23 +197,33 @@ class SFTData:
         system = self.options.system_prompt
         return Conversation((*([Message("system", system)] if system else []), Message("user", text)))
 
-    def asked_by_predict(self) -> list[Asked]:
+    def questions(self) -> list[Prompt]:
+        """`data.questions`."""
+        return encode(self._listed(self.options.questions, "data.questions"), self.renderer)
+
+    def asked_by_predict(self) -> list[Prompt]:
         """What `predict` answers: `data.predict`, or else `data.questions`."""
         spec = self.options.questions if self.options.predict is None else self.options.predict
         if not spec:
             raise UserError("there is nothing to predict: set data.predict to a file or to a list of questions")
         if isinstance(spec, list) and all(isinstance(text, str) for text in spec):
-            return [(self.question(text), None) for text in spec]
+            return encode(self._listed(spec, "data.predict"), self.renderer)
         rows = sources.open_rows(spec, split="test", key="data.predict", **self._source_options())
         return self.asked(rows, self.options.max_samples)
 
-    def asked(self, rows: Rows, count: int | None) -> list[Asked]:
+    def asked(self, rows: Rows, count: int | None) -> list[Prompt]:
         """The first `count` rows (None: all), and the last answer of each."""
         preparation = self.preparation(rows)
-        count = len(rows) if count is None else min(count, len(rows))
-        conversations = (preparation.conversation(rows, index, need_answer=False) for index in range(count))
-        # whole conversations: the prompt is the one that the answer is trained behind, with the same template switch
-        return [(conversation, formats.conversation_to_prompt(conversation)[1]) for conversation in conversations]
+        asked = []
+        for index in range(len(rows) if count is None else min(count, len(rows))):
+            conversation = preparation.conversation(rows, index, need_answer=False)
+            # the whole of it: the prompt is the one that the answer is trained behind, with the same template switch
+            reference = formats.conversation_to_prompt(conversation)[1]
+            asked.append(Asked(conversation, reference, rows.where(index)))
+        return encode(asked, self.renderer)
+
+    def _listed(self, questions: Sequence[str], key: str) -> list[Asked]:
+        return [Asked(self.question(text), None, f"{key}[{n}]") for n, text in enumerate(questions)]
 
 
 def _readable(parts: Mapping[str, Any]) -> dict[str, str]:

@@ -12,15 +12,15 @@ import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
-from torchmetrics import MeanMetric
 
-from lit_sft import optim
+from lit_sft import answering, optim
 from lit_sft.build import base_name, build_model, check_options
-from lit_sft.metrics import EvaluationOptions, Perplexity, exact_match
+from lit_sft.evaluation import EvaluationOptions
+from lit_sft.metrics import TokenMetrics
 from lit_sft.model import frozen, load, parallel
 from lit_sft.model.adapters import LoraConfig, lift_trained
 from lit_sft.model.export import export_hf
-from lit_sft.model.generate import GenerationOptions, decode_completion, generate
+from lit_sft.model.generate import GenerationOptions
 from lit_sft.model.loss import CausalLMLoss, LossOptions
 from lit_sft.seeding import seed_all
 from lit_sft.types import Batch, LossOutput, Prompts, UserError
@@ -93,9 +93,7 @@ class SFTModule(L.LightningModule):
         self.loss_scale = 1.0
         self.window: Tensor = torch.zeros(3, dtype=torch.float64)
         """Since the last optimizer step on this rank, then over all ranks: loss sum, targets, tokens."""
-        self.num_validations = 0
-        kinds = {"loss": MeanMetric(), "perplexity": Perplexity(), "token_accuracy": MeanMetric()}
-        self.metrics: Any = nn.ModuleDict(kinds)
+        self.metrics = TokenMetrics()
 
     # ------------------------------------------------------------------ the model
 
@@ -190,59 +188,19 @@ class SFTModule(L.LightningModule):
 
     # ------------------------------------------------------------------ evaluation
 
-    def _evaluation_step(self, batch: Batch) -> None:
-        output = self(batch, count_correct=True)
-        num_targets = output.num_targets.clamp(min=1)
-        for name, total in (
-            ("loss", output.loss_sum),
-            ("perplexity", output.loss_sum),
-            ("token_accuracy", output.num_correct),
-        ):
-            self.metrics[name].update(total.float() / num_targets, weight=output.num_targets.float())
-
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Adds a batch to the token-weighted averages."""
-        self._evaluation_step(batch)
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Adds a batch to the token-weighted averages."""
-        self._evaluation_step(batch)
+        """Adds a batch to the averages over all targets; answers are scored by the callback `Evaluation`."""
+        self.metrics.update(self(batch, count_correct=True))
 
     def on_validation_epoch_end(self) -> None:
-        """Logs the averages and, every n-th time, the generation metrics."""
-        self.num_validations += 1
-        due = self.evaluation is not None and (self.num_validations - 1) % self.evaluation.every_n_validations == 0
-        self._log_evaluation("val", generation=due)
+        """Logs the averages."""
+        stage = "test" if self.trainer.testing else "val"
+        for name, value in self.metrics.compute().items():
+            self.log(f"{stage}/{name}", value, prog_bar=name == "loss", sync_dist=True)
+        self.metrics.reset()
 
-    def on_test_epoch_end(self) -> None:
-        """Logs the averages and the generation metrics."""
-        self._log_evaluation("test", generation=self.evaluation is not None)
-
-    def _log_evaluation(self, stage: str, generation: bool) -> None:
-        for name, metric in self.metrics.items():
-            self.log(f"{stage}/{name}", metric.compute(), prog_bar=name == "loss", sync_dist=True)
-            metric.reset()
-        if generation:
-            for name, score in self.generation_scores(stage).items():
-                self.log(f"{stage}/{name}", score, prog_bar=True, sync_dist=True)
-
-    def generation_scores(self, stage: str) -> dict[str, Tensor]:
-        """Answers the first rows of the validation (test) set and compares; over all ranks, all of which must call it.
-
-        Args:
-            stage: `val` or `test`.
-
-        Returns:
-            Score [] by name of the metric.
-        """
-        assert self.evaluation is not None
-        score = MeanMetric().to(self.device)
-        for prompts in self.trainer.datamodule.evaluation_prompts(stage, self.evaluation.num_samples):  # type: ignore[attr-defined]
-            answers = zip(prompts["index"], self.answer(prompts), prompts["references"], strict=True)
-            for index, answer, reference in answers:
-                hit = reference is not None and exact_match(answer, reference, self.evaluation.answer_regex)
-                score.update(float(hit), weight=float(index >= 0 and reference is not None))
-        return {"exact_match": score.compute()}
+    test_step = validation_step
+    on_test_epoch_end = on_validation_epoch_end
 
     # ------------------------------------------------------------------ generation
 
@@ -254,30 +212,17 @@ class SFTModule(L.LightningModule):
         extra = {*self.saved_stop_ids, *datamodule.stop_ids}
         return load.stop_token_ids(datamodule.tokenizer, self.model.lm.generation_config, extra)
 
-    def answer(self, prompts: Prompts) -> list[str]:
-        """The text of each completion. Under sharding every rank must make the same number of calls."""
+    def answer(self, prompts: Prompts, options: GenerationOptions | None = None) -> list[list[str]]:
+        """The answers to each prompt (see `answering.answer`), with `model.generation` unless told otherwise."""
         assert self.model is not None
-        tokenizer, stop_ids = self.trainer.datamodule.tokenizer, self.stop_ids  # type: ignore[attr-defined]
-        completions = generate(
-            self.model.lm,
-            prompts["input_ids"].to(self.device),
-            prompts["attention_mask"].to(self.device),
-            options=self.generation,
-            stop_ids=stop_ids,
-            pad_id=tokenizer.pad_token_id,
-            synced=isinstance(self.trainer.strategy, (FSDPStrategy, ModelParallelStrategy)),
-            entry=self.model.generate,
-        )
-        return [decode_completion(tokenizer, ids, stop_ids) for ids in completions]
+        tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
+        sharded = isinstance(self.trainer.strategy, (FSDPStrategy, ModelParallelStrategy))
+        how = {"options": options or self.generation, "stop_ids": self.stop_ids, "seed": self.options.seed}
+        return answering.answer(self.model, tokenizer, prompts, synced=sharded, **how)
 
     def predict_step(self, batch: Prompts, batch_idx: int) -> list[dict[str, Any]]:
-        """One record per prompt: index, prompt, prediction, and the reference where the data has one."""
-        records = []
-        rows = zip(batch["index"], batch["texts"], self.answer(batch), batch["references"], strict=True)
-        for index, text, prediction, reference in rows:
-            record: dict[str, Any] = {"index": index, "prompt": text, "prediction": prediction}
-            records.append(record if reference is None else {**record, "reference": reference})
-        return [record for record in records if record["index"] >= 0]
+        """One record per prompt (see `answering.records`)."""
+        return answering.records(batch, self.answer(batch))
 
     # ------------------------------------------------------------------ checkpoints
 

@@ -38,22 +38,29 @@ class EarlyStoppingOptions:
     mode: Literal["min", "max"] = "min"
     """Whether smaller or larger is better."""
 
-    def check(self, metrics: Sequence[str], validated: bool) -> None:
-        """Whether the scalar is logged at all; Lightning would find out after an epoch.
 
-        Args:
-            metrics: Names of the generation metrics.
-            validated: Whether there is a validation set.
+def check_monitor(group: str, options: Any, scores: Sequence[str], validated: bool) -> None:
+    """Whether a scalar is logged at all, and better in the direction that is said; else a run shows it when it is over.
 
-        Raises:
-            UserError: It is not.
-        """
-        names = ("loss", "perplexity", "token_accuracy", *metrics) if validated else ()
-        known = ["train/loss", *(f"val/{name}" for name in names)]
-        if self.monitor not in known:
-            raise UserError(
-                f"early_stopping.monitor {self.monitor} is not logged by this run, which logs {', '.join(known)}"
-            )
+    Args:
+        group: The settings' name.
+        options: With `monitor` and `mode`.
+        scores: Names of the scores of answers.
+        validated: Whether there is a validation set.
+
+    Raises:
+        UserError: It is not.
+    """
+    larger = [f"val/{name}" for name in ("token_accuracy", *scores)] if validated else []
+    known = ["train/loss", *(["val/loss", "val/perplexity"] if validated else []), *larger]
+    if options.monitor not in known:
+        raise UserError(f"{group}.monitor {options.monitor} is not logged by this run, which logs {', '.join(known)}")
+    mode = "max" if options.monitor in larger else "min"
+    if options.mode != mode:
+        better = "larger" if mode == "max" else "smaller"
+        raise UserError(
+            f"{group}.mode is {options.mode}, but {better} is better for {options.monitor}: set it to {mode}"
+        )
 
 
 @dataclass

@@ -145,6 +145,14 @@ def load_model(
     return model
 
 
+def read_generation_config(model: PreTrainedModel, path: str) -> None:
+    """Takes over the generation config of another directory, an adapter's say, where it has one."""
+    from transformers import GenerationConfig
+
+    if (Path(path) / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+
+
 def stop_token_ids(
     tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None, extra: Iterable[int] = ()
 ) -> list[int]:
