@@ -15,8 +15,17 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lit_sft import checkpointing, doctor, exporting, parsing, preview, runs, strategies
-from lit_sft.callbacks import Answers, FirstExample, HFExport, PredictionWriter, Throughput
+from lit_sft import checkpointing, doctor, exporting, failures, parsing, preview, runs, strategies
+from lit_sft.callbacks import (
+    Answers,
+    FailTogether,
+    FaultOptions,
+    FirstExample,
+    Guard,
+    HFExport,
+    PredictionWriter,
+    Throughput,
+)
 from lit_sft.checkpointing import AtomicCheckpointIO, Checkpointer, CheckpointOptions
 from lit_sft.datamodule import SFTDataModule
 from lit_sft.module import SFTModule
@@ -33,6 +42,7 @@ SHARED_KEYS = (
     "model",
     "data",
     "checkpoint",
+    "faults",
     "early_stopping",
     "resume",
     "predict_output",
@@ -118,6 +128,7 @@ class SFTCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Groups beside trainer, model and data; links, so that nothing is written twice."""
         parser.add_class_arguments(CheckpointOptions, "checkpoint")
+        parser.add_class_arguments(FaultOptions, "faults")
         parser.add_argument(
             "--early_stopping", type=runs.EarlyStoppingOptions | None, default=None, help="Stop early; null: never"
         )
@@ -163,6 +174,8 @@ class SFTCLI(LightningCLI):
             checkpointing.step_of(Path(self.ckpt_path)) if self.ckpt_path and self.subcommand == "fit" else None
         )
         callbacks = [
+            FailTogether(doctor.needed_memory),
+            Guard(config.faults),
             runs.RunFolder(self.ckpt_path, first_step, self._save_config),
             Checkpointer(config.checkpoint),
             Throughput(),
@@ -238,7 +251,7 @@ def _quiet() -> None:
     """Our own log lines on the terminal, plain; of the libraries what is a warning and applies here."""
     if not log.handlers:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(failures.RedactingFormatter("%(message)s"))
         log.addHandler(handler)
     log.setLevel(logging.INFO if rank_zero_only.rank == 0 else logging.ERROR)  # type: ignore[attr-defined]
     log.propagate = False
@@ -279,6 +292,5 @@ def main(args: list[str] | None = None) -> None:
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(1)
+    except Exception as error:
+        failures.end(error)
