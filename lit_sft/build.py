@@ -78,6 +78,8 @@ def build_model(options: SimpleNamespace, precision: str) -> tuple[CausalLMLoss,
         UserError: The model is not to be had, or does not fit the options.
     """
     path = model_directory(options.model_name_or_path, options.revision)
+    if options.trust_remote_code:
+        log.warning("model.trust_remote_code: Python code that comes with %s may run", options.model_name_or_path)
     config = load.load_config(path, trust_remote_code=options.trust_remote_code)
     lm = load.load_model(
         path,

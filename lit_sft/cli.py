@@ -149,6 +149,7 @@ class SFTCLI(LightningCLI):
         """Checks what Lightning would take without a word; finds the checkpoint that is meant."""
         assert self.subcommand is not None
         config = self.config[self.subcommand]
+        failures.refuse_hidden({item.key: item.value for item in parsing.written(sys.argv[1:])})
         if config.trainer.use_distributed_sampler:
             raise UserError("trainer.use_distributed_sampler must be false: it would shuffle over our own order")
         root = Path(config.trainer.default_root_dir or ".")
@@ -201,7 +202,8 @@ class SFTCLI(LightningCLI):
         config = self.config[self.subcommand].clone()
         for key in [key for key in vars(config) if key not in SHARED_KEYS]:
             config.pop(key)
-        self._parser(self.subcommand).save(config, str(path), skip_none=False, overwrite=True, skip_validation=True)
+        text = self._parser(self.subcommand).dump(config, skip_none=False, skip_validation=True)
+        path.write_text(failures.redact_yaml(text), encoding="utf-8")
 
     def before_fit(self) -> None:
         """Data work, before a process group exists; then the run's folder."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import yaml
 from typing_extensions import override
 
 from lit_sft.types import UserError
@@ -70,6 +71,27 @@ def redact_settings(settings: Any, name: str = "") -> Any:
         secret = settings and _SECRET_NAME.search(name) and not _NO_SECRET.search(name)
         return HIDDEN if secret else redact(settings)
     return settings
+
+
+def redact_yaml(text: str) -> str:
+    """The same for a file of settings, which stays as it is where it has no secret."""
+    settings = yaml.safe_load(text)
+    hidden = redact_settings(settings)
+    return text if hidden == settings else yaml.safe_dump(hidden, sort_keys=False)
+
+
+def refuse_hidden(settings: Mapping[str, Any]) -> None:
+    """Refuses settings that were read back from where a secret was hidden.
+
+    Args:
+        settings: Values by dotted key.
+
+    Raises:
+        UserError: One of them was a secret.
+    """
+    for key, value in settings.items():
+        if not isinstance(value, Mapping) and HIDDEN in str(value):
+            raise UserError(f"{key} held a secret, which config.yaml does not keep: give it again")
 
 
 class RedactingFormatter(logging.Formatter):

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent / "lit_sft"
 RANK = {
     "types": 0,
     "data": 1, "model": 1, "optim": 1, "metrics": 1, "demo": 1,
-    "display": 2, "prepare": 2, "prompts": 2, "build": 2,
+    "display": 2, "failures": 2, "prepare": 2, "prompts": 2, "build": 2,
     "dataset": 3,
     "module": 4, "datamodule": 4, "callbacks": 4, "strategies": 4, "checkpointing": 4, "runs": 4, "slurm": 4,
     "preview": 5, "doctor": 5, "parsing": 5, "exporting": 5,

@@ -62,7 +62,8 @@ class FailTogether(Callback):
     @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if not isinstance(exception, Exception):
-            return  # a signal, which all ranks get
+            self.ended.set()  # a signal: all ranks get it, or are told
+            return
         if trainer.world_size > 1:  # a clean-up that waits for the others ends, too
             faulthandler.dump_traceback_later(TEARDOWN_SECONDS, exit=True, file=open(os.devnull, "w"))
         advice = self._memory_advice(trainer, pl_module) if failures.is_out_of_memory(exception) else ""
