@@ -24,7 +24,9 @@ _SECRET_NAME = re.compile(
     r"(^|[_-])(token|secret|passw(or)?d|pwd|credentials?|(api|access|secret|private|auth)[_-]?key)$", re.IGNORECASE
 )
 """Names of environment variables and settings whose values are secrets; not `max_new_tokens`."""
-_NO_SECRET = re.compile(r"(^|[_-])(pad|eos|bos|unk|sep|cls|mask|image|audio|video|stop|special)[_-]?token$", re.IGNORECASE)
+_NO_SECRET = re.compile(
+    r"(^|[_-])(pad|eos|bos|unk|sep|cls|mask|image|audio|video|stop|special)[_-]?token$", re.IGNORECASE
+)
 _SECRETS = re.compile(
     r"\bhf_[A-Za-z0-9]{16,}|\bsk-[A-Za-z0-9_-]{20,}|\bgh[a-z]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}|\bglpat-[\w-]{16,}"
     r"|\bxox[a-z]-[\w-]{10,}|\bAKIA[0-9A-Z]{16}\b"  # of hubs and clouds
@@ -46,7 +48,9 @@ _REMEDIES = {
     **dict.fromkeys((errno.EAGAIN, errno.ENOMEM), "lower data.num_workers, or raise the limits (`ulimit -u`, memory)"),
     errno.EPIPE: "the program that read the output has ended",
 }
-_IN_A_WORKER = re.compile(r"Caught \w+ in DataLoader worker process \d+\.\nOriginal Traceback.*\n(?:[\w.]+: )", re.DOTALL)
+_IN_A_WORKER = re.compile(
+    r"Caught \w+ in DataLoader worker process \d+\.\nOriginal Traceback.*\n(?:[\w.]+: )", re.DOTALL
+)
 _WORKER_DIED = re.compile(r"DataLoader worker \(pid\(?s?\)? [\d, ]+\) (.*?)\.?( Details|$)", re.DOTALL)
 _OUT_OF_MEMORY = re.compile(r"out of memory|DefaultCPUAllocator: (can't|not enough memory)", re.IGNORECASE)
 _ASKED_FOR = re.compile(r"[Tt]ried to allocate ([\d.]+ \w+)")
@@ -147,7 +151,9 @@ def in_one_line(error: BaseException) -> str | None:
 def _of_the_system(error: OSError) -> str:
     assert error.errno is not None
     files = [str(name) for name in (error.filename, error.filename2) if name is not None]
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if f"{os.sep}lit_sft{os.sep}" in frame.filename]
+    frames = [
+        frame for frame in traceback.extract_tb(error.__traceback__) if f"{os.sep}lit_sft{os.sep}" in frame.filename
+    ]
     place = f" ({Path(frames[-1].filename).name}, {frames[-1].name})" if frames else ""
     remedy = f"; {_REMEDIES[error.errno]}" if error.errno in _REMEDIES else ""
     return f"{' -> '.join(files) + ': ' if files else ''}{error.strerror}{place}{remedy}"

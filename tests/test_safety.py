@@ -57,14 +57,22 @@ def test_redact_by_name(monkeypatch):
     monkeypatch.setenv("SOME_API_KEY", "visible-otherwise")
     assert failures.redact("it is visible-otherwise") == "it is <hidden>"
     settings = {"api_key": "x", "pad_token": "<pad>", "max_new_tokens": 3, "a": [{"password": "y", "b": True}]}
-    kept = {"api_key": "<hidden>", "pad_token": "<pad>", "max_new_tokens": 3, "a": [{"password": "<hidden>", "b": True}]}
+    kept = {
+        "api_key": "<hidden>",
+        "pad_token": "<pad>",
+        "max_new_tokens": 3,
+        "a": [{"password": "<hidden>", "b": True}],
+    }
     assert failures.redact_settings(settings) == kept
 
 
 def test_secrets_reach_no_file_and_no_line(place, tmp_path):
     """A run with secrets in its environment and its settings; all it wrote and said is searched for them."""
     root = tmp_path / "runs"
-    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(root), "prefix": TOKEN}}
+    logger = {
+        "class_path": "lightning.pytorch.loggers.CSVLogger",
+        "init_args": {"save_dir": str(root), "prefix": TOKEN},
+    }
     settings = {
         "data__chat_template_kwargs": {"api_key": "not-in-the-environment", "address": ADDRESS, "more": [TOKEN]},
     }
@@ -102,7 +110,9 @@ def test_tracebacks_are_redacted(capsys):
     except ZeroDivisionError as error:
         failures.tell(error)
     err = capsys.readouterr().err
-    assert "Traceback" in err and TOKEN not in err and err.splitlines()[-1].startswith("error: ZeroDivisionError: at <hid")
+    assert (
+        "Traceback" in err and TOKEN not in err and err.splitlines()[-1].startswith("error: ZeroDivisionError: at <hid")
+    )
 
 
 def test_log_lines_are_redacted():
@@ -112,7 +122,9 @@ def test_log_lines_are_redacted():
 
 # ---------------------------------------------------------------------------------------------------- code
 
-LOADS = re.compile(r"torch\.load\(.*|pickle\.\w+|np\.load\(.*|\bdill\b|joblib|yaml\.(?:load|unsafe_load)\(|\beval\(|\bexec\(")
+LOADS = re.compile(
+    r"torch\.load\(.*|pickle\.\w+|np\.load\(.*|\bdill\b|joblib|yaml\.(?:load|unsafe_load)\(|\beval\(|\bexec\("
+)
 
 
 def test_nothing_is_unpickled_or_evaluated():

@@ -119,7 +119,9 @@ class Guard(Callback):
         assert self.trainer is not None
         self.judge()
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
-            norm = norm.nan_to_num(0, 0, 0)  # a scaler finds its scale by infinite gradients, which it leaves out itself
+            norm = norm.nan_to_num(
+                0, 0, 0
+            )  # a scaler finds its scale by infinite gradients, which it leaves out itself
         numbers = torch.stack([window[0] / window[1].clamp(min=1), norm.double()])
         deferred = _can_defer(optimizer, numbers)
         if deferred:
@@ -173,7 +175,11 @@ class Guard(Callback):
 def _can_defer(optimizer: Optimizer, numbers: Tensor) -> bool:
     """Whether the optimizer can leave a step out before the host has looked at it."""
     parameters = (p for group in optimizer.param_groups for p in group["params"])
-    return numbers.is_cuda and bool(optimizer.defaults.get("fused")) and not any(isinstance(p, DTensor) for p in parameters)
+    return (
+        numbers.is_cuda
+        and bool(optimizer.defaults.get("fused"))
+        and not any(isinstance(p, DTensor) for p in parameters)
+    )
 
 
 def _on_its_way(number: int, batches: list[MicroBatch], numbers: Tensor) -> Step:
