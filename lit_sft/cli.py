@@ -23,6 +23,7 @@ from lit_sft.callbacks import (
     FirstExample,
     Guard,
     HFExport,
+    KeepFolder,
     PredictionWriter,
     Throughput,
 )
@@ -177,6 +178,7 @@ class SFTCLI(LightningCLI):
         callbacks = [
             FailTogether(doctor.needed_memory),
             Guard(config.faults),
+            KeepFolder(runs.CONFIG, self._save_config),
             runs.RunFolder(self.ckpt_path, first_step, self._save_config),
             Checkpointer(config.checkpoint),
             Throughput(),

@@ -139,8 +139,7 @@ class SFTModule(L.LightningModule):
 
         Undoes Lightning's division by `accumulate_grad_batches` (also in the last, partial window: Lightning #20350)
         and the
-        mean over ranks of DDP and FSDP, and divides once by the number of targets. Runs before clipping. Exact for any
-        split.
+        mean over ranks of DDP and FSDP, and divides once by the number of targets. Runs before clipping.
         """
         self.window = self.trainer.strategy.reduce(self.window, reduce_op="sum")
         num_targets = self.window[1].clamp(min=1)  # without a target all gradients are 0

@@ -2,16 +2,10 @@
 wherever a test can cause them.
 """
 
-import json
-import multiprocessing
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -180,7 +174,9 @@ step = module.SFTModule.training_step
 
 def training_step(self, batch, batch_idx):
     if self.trainer.global_step == 2 and str(self.trainer.global_rank) in os.environ["BREAKS"].split(","):
-        raise ZeroDivisionError("nobody foresaw it") if os.environ["KIND"] == "bug" else types.UserError("mend your rows")
+        if os.environ["KIND"] == "bug":
+            raise ZeroDivisionError("nobody foresaw it")
+        raise types.UserError("mend your rows")
     if self.trainer.global_step == 2 and os.environ["KIND"] == "deaf":
         time.sleep(600)  # as in a collective of NCCL, which does not notice
     return step(self, batch, batch_idx)

@@ -182,7 +182,8 @@ def test_code_of_a_model_is_not_run(place, tmp_path, capsys):
     for path in Path(place[1]).iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     (folder / "mine.py").write_text(
-        f"open({str(trace)!r}, 'w')\nfrom transformers import LlamaConfig\nclass Mine(LlamaConfig):\n    model_type = 'mine'\n"
+        f"open({str(trace)!r}, 'w')\n"
+        "from transformers import LlamaConfig\nclass Mine(LlamaConfig):\n    model_type = 'mine'\n"
     )
     config = json.loads((folder / "config.json").read_text())
     config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine"}}

@@ -4,6 +4,7 @@ from lit_sft.callbacks.answers import Answers, FirstExample
 from lit_sft.callbacks.failing import FailTogether
 from lit_sft.callbacks.guard import FaultOptions, Guard
 from lit_sft.callbacks.hf_export import HFExport
+from lit_sft.callbacks.logs import KeepFolder
 from lit_sft.callbacks.predictions import PredictionWriter
 from lit_sft.callbacks.throughput import Throughput
 
@@ -14,6 +15,7 @@ __all__ = [
     "FirstExample",
     "Guard",
     "HFExport",
+    "KeepFolder",
     "PredictionWriter",
     "Throughput",
 ]

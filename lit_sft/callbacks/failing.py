@@ -46,13 +46,14 @@ class FailTogether(Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.ended.clear()
         if trainer.world_size > 1:
-            threading.Thread(target=self._watch, args=(_get_default_store().clone(),), daemon=True).start()
+            threading.Thread(target=self._watch, args=(_get_default_store(),), daemon=True).start()
 
     @override
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.ended.set()
 
-    def _watch(self, store: Any) -> None:
+    def _watch(self, shared: Any) -> None:
+        store = shared.clone()  # a connection of its own: one that waits would block this thread, too
         while not self.ended.wait(POLL_SECONDS):
             if _num_failed(store):
                 break
@@ -82,7 +83,8 @@ class FailTogether(Callback):
     def _memory_advice(self, trainer: L.Trainer, pl_module: L.LightningModule) -> str:
         """Which settings take less memory, of those that are not at their least."""
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
-        data, model = datamodule.options, pl_module.options
+        data: Any = datamodule.options
+        model: Any = pl_module.options
         knobs = [
             f"lower data.micro_batch_size ({data.micro_batch_size})" if data.micro_batch_size > 1 else "",
             f"lower data.max_length ({data.max_length})",
