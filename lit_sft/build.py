@@ -193,6 +193,8 @@ def build_model(
 def _build(options: SimpleNamespace, precision: str, on_meta: bool = False) -> tuple[CausalLMLoss, PeftModel | None]:
     named = model_directory(options.model_name_or_path, options.revision)
     path = base_directory(named)
+    if options.trust_remote_code:
+        log.warning("model.trust_remote_code: Python code that comes with %s may run", options.model_name_or_path)
     config = load.load_config(path, trust_remote_code=options.trust_remote_code)
     if getattr(config, "quantization_config", None) is not None and options.quantization is None:
         raise UserError(f"{path} holds quantized weights: set model.quantization to nf4, or use the model as it was")

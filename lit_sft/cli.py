@@ -15,8 +15,19 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lit_sft import checkpointing, doctor, exporting, parsing, preview, runs, strategies
-from lit_sft.callbacks import Answers, Evaluation, FirstExample, HFExport, PredictionWriter, Throughput
+from lit_sft import checkpointing, doctor, exporting, failures, parsing, preview, runs, strategies
+from lit_sft.callbacks import (
+    Answers,
+    Evaluation,
+    FailTogether,
+    FaultOptions,
+    FirstExample,
+    Guard,
+    HFExport,
+    KeepFolder,
+    PredictionWriter,
+    Throughput,
+)
 from lit_sft.checkpointing import Checkpointer, CheckpointFiles, CheckpointOptions
 from lit_sft.datamodule import SFTDataModule
 from lit_sft.module import SFTModule
@@ -33,6 +44,7 @@ SHARED_KEYS = (
     "model",
     "data",
     "checkpoint",
+    "faults",
     "early_stopping",
     "resume",
     "predict_output",
@@ -120,6 +132,7 @@ class SFTCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Groups beside trainer, model and data; links, so that nothing is written twice."""
         parser.add_class_arguments(CheckpointOptions, "checkpoint")
+        parser.add_class_arguments(FaultOptions, "faults")
         parser.add_argument(
             "--early_stopping", type=runs.EarlyStoppingOptions | None, default=None, help="Stop early; null: never"
         )
@@ -140,6 +153,7 @@ class SFTCLI(LightningCLI):
         """Checks what Lightning would take without a word; finds the checkpoint that is meant."""
         assert self.subcommand is not None
         config = self.config[self.subcommand]
+        failures.refuse_hidden({item.key: item.value for item in parsing.written(sys.argv[1:])})
         if config.trainer.use_distributed_sampler:
             raise UserError("trainer.use_distributed_sampler must be false: it would shuffle over our own order")
         root = Path(config.trainer.default_root_dir or ".")
@@ -172,6 +186,9 @@ class SFTCLI(LightningCLI):
         )
         files = CheckpointFiles(config.checkpoint.async_save)
         callbacks = [
+            FailTogether(doctor.needed_memory),
+            Guard(config.faults),
+            KeepFolder(runs.CONFIG, self._save_config),
             runs.RunFolder(self.ckpt_path, first_step, self._save_config),
             Checkpointer(config.checkpoint, files),
             Throughput(),
@@ -201,7 +218,8 @@ class SFTCLI(LightningCLI):
         config = self.config[self.subcommand].clone()
         for key in [key for key in vars(config) if key not in SHARED_KEYS]:
             config.pop(key)
-        self._parser(self.subcommand).save(config, str(path), skip_none=False, overwrite=True, skip_validation=True)
+        text = self._parser(self.subcommand).dump(config, skip_none=False, skip_validation=True)
+        path.write_text(failures.redact_yaml(text), encoding="utf-8")
 
     def before_fit(self) -> None:
         """Data work, before a process group exists; then the run's folder."""
@@ -254,7 +272,7 @@ def _quiet() -> None:
     """Our own log lines on the terminal, plain; of the libraries what is a warning and applies here."""
     if not log.handlers:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(failures.RedactingFormatter("%(message)s"))
         log.addHandler(handler)
     log.setLevel(logging.INFO if rank_zero_only.rank == 0 else logging.ERROR)  # type: ignore[attr-defined]
     log.propagate = False
@@ -296,6 +314,5 @@ def main(args: list[str] | None = None) -> None:
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(1)
+    except Exception as error:
+        failures.end(error)

@@ -93,6 +93,7 @@ class SFTModule(L.LightningModule):
         self.loss_scale = 1.0
         self.window: Tensor = torch.zeros(3, dtype=torch.float64)
         """Since the last optimizer step on this rank, then over all ranks: loss sum, targets, tokens."""
+        self.guard: Callable[[Optimizer, Tensor, Tensor], None] = lambda optimizer, window, norm: None
         self.metrics = TokenMetrics()
 
     # ------------------------------------------------------------------ the model
@@ -177,6 +178,7 @@ class SFTModule(L.LightningModule):
             if limit < float("inf"):
                 nn.utils.clip_grads_with_norm_(parameters, limit, norm)
         self.log("train/grad_norm", norm)
+        self.guard(optimizer, self.window, norm)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over two parameter groups, and the schedule by optimizer step."""

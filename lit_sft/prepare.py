@@ -33,7 +33,7 @@ from lit_sft.types import Conversation, Example, UserError
 
 log = logging.getLogger(__name__)
 
-CACHE_VERSION = 3
+CACHE_VERSION = 4
 """Raise it when formats, rendering or the cache's layout change what a cache holds."""
 CHUNK_ROWS = 500
 """Rows rendered and tokenized together."""
