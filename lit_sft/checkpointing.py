@@ -124,9 +124,9 @@ def is_intact(path: Path) -> bool:
         return False
 
 
-def find_last(logs: Path) -> Path | None:
+def find_last(logs: Path, run: str = "version_*") -> Path | None:
     """The newest intact checkpoint of any run below `lightning_logs`; torn ones are passed over with a message."""
-    files = [path for path in logs.glob(f"version_*/{FOLDER}/step=*.ckpt") if not path.is_symlink()]
+    files = [path for path in logs.glob(f"{run}/{FOLDER}/step=*.ckpt") if not path.is_symlink()]
     for path in sorted(files, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True):
         if is_intact(path):
             return path
@@ -251,6 +251,7 @@ def _recount(progress: dict[str, Any], state: Mapping[str, Any], trainer: L.Trai
     order = trainer.datamodule.orders["train"]  # type: ignore[attr-defined]
     steps = state["position"][1]
     batches = order.batches_in_steps(steps) if steps else order.batches_per_epoch
+    batches = min(batches, order.limited_batches(trainer.limit_train_batches))
     current = progress["current"]
     shift = batches - current["ready"]
     for part in (progress["current"], progress["total"]):

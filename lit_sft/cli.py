@@ -15,11 +15,12 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lit_sft import checkpointing, doctor, exporting, parsing, preview, runs, strategies
+from lit_sft import checkpointing, doctor, exporting, parsing, preview, runs, slurm, strategies
 from lit_sft.callbacks import Answers, FirstExample, HFExport, PredictionWriter, Throughput
 from lit_sft.checkpointing import AtomicCheckpointIO, Checkpointer, CheckpointOptions
 from lit_sft.datamodule import SFTDataModule
 from lit_sft.module import SFTModule
+from lit_sft.stopping import StopOnSignal
 from lit_sft.types import UserError
 
 log = logging.getLogger("lit_sft")
@@ -140,8 +141,14 @@ class SFTCLI(LightningCLI):
         config = self.config[self.subcommand]
         if config.trainer.use_distributed_sampler:
             raise UserError("trainer.use_distributed_sampler must be false: it would shuffle over our own order")
-        root = Path(config.trainer.default_root_dir or ".")
-        self.ckpt_path = parsing.find_checkpoint(config.get("ckpt_path"), root / runs.LOGS, self.subcommand)
+        slurm.check_launch()
+        logs, ckpt_path = Path(config.trainer.default_root_dir or ".") / runs.LOGS, config.get("ckpt_path")
+        own = slurm.own_run(logs) if self.subcommand == "fit" else None
+        found = None if own is None else checkpointing.find_last(logs, own)
+        if own is not None and (found is not None or ckpt_path == "last"):
+            self.ckpt_path = None if found is None else str(found)
+        else:
+            self.ckpt_path = parsing.find_checkpoint(ckpt_path, logs, self.subcommand)
         if "ckpt_path" in config:
             config.ckpt_path = self.ckpt_path
         if "weights_only" in config:
@@ -162,26 +169,30 @@ class SFTCLI(LightningCLI):
         first_step = (
             checkpointing.step_of(Path(self.ckpt_path)) if self.ckpt_path and self.subcommand == "fit" else None
         )
+        checkpointer = Checkpointer(config.checkpoint)
         callbacks = [
             runs.RunFolder(self.ckpt_path, first_step, self._save_config),
-            Checkpointer(config.checkpoint),
+            checkpointer,
             Throughput(),
             FirstExample(),
             Answers(),
             HFExport(),
             PredictionWriter(config.predict_output),
+            StopOnSignal(checkpointer.save, config.resume.max_restarts),
         ]
         if config.early_stopping is not None:
             stop = config.early_stopping
             callbacks.append(EarlyStopping(stop.monitor, patience=stop.patience, mode=stop.mode, strict=False))
         trainer_config = dict(config.trainer)
-        trainer_config["plugins"] = [*_as_list(trainer_config.get("plugins")), AtomicCheckpointIO()]
+        trainer_config["plugins"] = slurm.plugins([*_as_list(trainer_config.get("plugins")), AtomicCheckpointIO()])
         if trainer_config.get("logger") in (None, True):
             trainer_config["logger"] = runs.loggers(root)
         try:
-            return self._instantiate_trainer({**trainer_config, "default_root_dir": str(root), **kwargs}, callbacks)
+            trainer = self._instantiate_trainer({**trainer_config, "default_root_dir": str(root), **kwargs}, callbacks)
         except (TypeError, ValueError, MisconfigurationException) as error:
             raise UserError(f"trainer: {error}") from error
+        slurm.check_devices(trainer)
+        return trainer
 
     def _save_config(self, path: Path) -> None:
         """The run's configuration, readable by every command."""
@@ -216,6 +227,8 @@ class SFTCLI(LightningCLI):
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, runs.RunFolder):
                 callback.claim(self.trainer)
+                if stage == "fit" and callback.folder is not None:
+                    slurm.remember(callback.folder)
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -87,6 +87,7 @@ class SFTModule(L.LightningModule):
         self.window: Tensor = torch.zeros(3, dtype=torch.float64)
         """Since the last optimizer step on this rank, then over all ranks: loss sum, targets, tokens."""
         self.num_validations = 0
+        self.between_answers: Callable[[], None] = lambda: None
         kinds = {"loss": MeanMetric(), "perplexity": Perplexity(), "token_accuracy": MeanMetric()}
         self.metrics: Any = nn.ModuleDict(kinds)
 
@@ -137,9 +138,8 @@ class SFTModule(L.LightningModule):
         """Gradient of the sum -> gradient of the mean over all targets of the global batch.
 
         Undoes Lightning's division by `accumulate_grad_batches` (also in the last, partial window: Lightning #20350)
-        and the
-        mean over ranks of DDP and FSDP, and divides once by the number of targets. Runs before clipping. Exact for any
-        split.
+        and the mean over ranks of DDP and FSDP, and divides once by the number of targets. Runs before clipping. Exact
+        for any split.
         """
         self.window = self.trainer.strategy.reduce(self.window, reduce_op="sum")
         num_targets = self.window[1].clamp(min=1)  # without a target all gradients are 0
@@ -223,6 +223,7 @@ class SFTModule(L.LightningModule):
         assert self.evaluation is not None
         score = MeanMetric().to(self.device)
         for prompts in self.trainer.datamodule.evaluation_prompts(stage, self.evaluation.num_samples):  # type: ignore[attr-defined]
+            self.between_answers()
             answers = zip(prompts["index"], self.answer(prompts), prompts["references"], strict=True)
             for index, answer, reference in answers:
                 hit = reference is not None and exact_match(answer, reference, self.evaluation.answer_regex)

@@ -7,12 +7,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "lit_sft"
 RANK = {
-    "types": 0,
+    "types": 0, "interrupts": 0,
     "data": 1, "model": 1, "optim": 1, "metrics": 1, "demo": 1,
     "display": 2, "prepare": 2, "prompts": 2, "build": 2,
     "dataset": 3,
     "module": 4, "datamodule": 4, "callbacks": 4, "strategies": 4, "checkpointing": 4, "runs": 4, "slurm": 4,
-    "preview": 5, "doctor": 5, "parsing": 5, "exporting": 5,
+    "preview": 5, "doctor": 5, "parsing": 5, "exporting": 5, "stopping": 5,
     "cli": 6,
     "__main__": 7,
 }  # fmt: skip
