@@ -149,7 +149,8 @@ class StopOnSignal(Checkpoint):
         assert self.signal is not None
         code, step = 128 + self.signal, trainer.global_step
         if trainer.is_global_zero:
-            log.info("stopped by %s after step %s, which is saved", self.signal.name, step)
+            saved = f"after step {step}, which is saved" if step else "before the first step"
+            log.info("stopped by %s %s", self.signal.name, saved)
             if slurm.job_id() is None:
                 log.info("go on with the same command and --ckpt_path last")
             elif self.signal != signal.SIGINT and slurm.requeue(self.signal, self.max_restarts):
