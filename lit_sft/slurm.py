@@ -124,6 +124,8 @@ def reason_to_leave(job: Mapping[str, str], number: signal.Signals, max_restarts
         return f"it was started again {num_restarts()} times (resume.max_restarts)"
     if job.get("Requeue") == "0" or job.get("BatchFlag") == "0":
         return "SLURM does not allow it: submit it by sbatch --requeue"
+    if not job and number != signal.SIGUSR1:
+        return "scontrol does not say why it ends"
     if job.get("JobState") in ("COMPLETING", "CANCELLED"):
         return None if job.get("Reason") == "TimeLimit" else "it was cancelled"
     if number == signal.SIGUSR1 or job.get("PreemptTime", "None") != "None":

@@ -1,7 +1,6 @@
 """Jobs on a real cluster, which this file starts; and what is decided about a job, without one."""
 
 import os
-import shutil
 import signal
 import time
 from pathlib import Path
@@ -11,10 +10,10 @@ import torch
 import yaml
 from cluster import cluster, why_not
 from running import REPOSITORY, arguments, chat_rows, final_weights, run, scalars, version, write_rows
+from terminal import refused
 from tiny import save_tiny
 
 from lit_sft import slurm
-from lit_sft.types import UserError
 
 SCRIPTS = REPOSITORY / "scripts" / "slurm"
 HERE = ("--gpus-per-node=0", "--cpus-per-task=1", "--ntasks-per-node=1", "--time=30")
@@ -90,6 +89,76 @@ def whole(slurm_cluster, place):
 def assert_equal(weights, others):
     assert weights.keys() == others.keys()
     assert all(torch.equal(weights[name], others[name]) for name in others)
+
+
+# ---------------------------------------------------------------------------------------------------- decisions
+
+RUNNING = {"JobState": "RUNNING", "Reason": "None", "PreemptTime": "None", "Requeue": "1", "BatchFlag": "1"}
+USR1, TERM = signal.SIGUSR1, signal.SIGTERM
+DECISIONS = {
+    "its time is nearly up": (USR1, {}, True),
+    "kill, or scancel --signal": (TERM, {}, False),
+    "preemption": (TERM, {"PreemptTime": "2026-11-25T00:00:29"}, True),
+    "scancel": (TERM, {"JobState": "COMPLETING"}, False),
+    "scancel while it saves": (USR1, {"JobState": "COMPLETING"}, False),
+    "time limit": (TERM, {"JobState": "COMPLETING", "Reason": "TimeLimit"}, True),
+    "sbatch --no-requeue": (USR1, {"Requeue": "0"}, False),
+    "salloc": (USR1, {"BatchFlag": "0"}, False),
+    "scontrol says nothing": (USR1, None, True),
+    "scontrol says nothing about a kill": (TERM, None, False),
+}
+
+
+@pytest.mark.parametrize(("number", "job", "requeued"), DECISIONS.values(), ids=DECISIONS)
+def test_when_a_job_is_requeued(number, job, requeued, monkeypatch):
+    job = {} if job is None else {**RUNNING, **job}
+    assert (slurm.reason_to_leave(job, number, max_restarts=3) is None) == requeued
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
+    assert "resume.max_restarts" in slurm.reason_to_leave(job, number, max_restarts=3)
+
+
+def test_a_job_of_an_array_has_two_ids(monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    assert slurm.job_id() == "12"
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "12")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    assert slurm.job_id() == "12_1"
+
+
+def test_a_job_goes_on_with_its_own_run(tmp_path, monkeypatch):
+    for number, job in enumerate(["5", "6", "6", "7"]):
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        (tmp_path / f"version_{number}").mkdir()
+        slurm.remember(tmp_path / f"version_{number}")
+    monkeypatch.setenv("SLURM_JOB_ID", "6")
+    assert slurm.own_run(tmp_path) is None
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert slurm.own_run(tmp_path) == "version_2"
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    assert slurm.own_run(tmp_path) is None
+
+
+LAUNCHES = {
+    "without srun": ({"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}, "not started by srun"),
+    "--ntasks alone": ({"SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"}, "--ntasks-per-node"),
+    "devices": (
+        {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_STEP_ID": "0", "SLURM_NNODES": "1"},
+        "1 nodes with 2 tasks each, but trainer.num_nodes is 1 and trainer.devices makes 1",
+    ),
+}
+
+
+@pytest.mark.parametrize(("env", "message"), LAUNCHES.values(), ids=LAUNCHES)
+def test_a_wrong_launch_is_one_line(env, message, place, tmp_path, monkeypatch, capsys):
+    always = {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "x", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    for name, value in {**always, **env}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("MASTER_ADDR", "MASTER_PORT"):  # Lightning sets them
+        monkeypatch.setenv(name, "0")
+    assert message in refused(capsys, "fit", arguments(*place[1:], tmp_path / "runs", **SETTINGS))
+
+
+# ---------------------------------------------------------------------------------------------------- jobs
 
 
 class TestJobs:
