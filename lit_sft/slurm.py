@@ -110,7 +110,7 @@ def query(job: str) -> dict[str, str]:
     return dict(word.split("=", 1) for word in words if "=" in word)
 
 
-def reason_to_leave(job: Mapping[str, str], number: signal.Signals, max_restarts: int) -> str | None:
+def reason_to_leave(job: Mapping[str, str], number: signal.Signals, max_restarts: int, has_stepped: bool) -> str | None:
     """Why a job is not requeued; None if it is to be.
 
     Its time limit and preemption are reasons to requeue; SIGTERM alone is not, or `scancel` would never end a job.
@@ -119,9 +119,12 @@ def reason_to_leave(job: Mapping[str, str], number: signal.Signals, max_restarts
         job: What `query` found.
         number: The signal that was received.
         max_restarts: No job is requeued more often.
+        has_stepped: Whether there was an optimizer step since the job started.
     """
     if num_restarts() >= max_restarts:
         return f"it was started again {num_restarts()} times (resume.max_restarts)"
+    if number == signal.SIGUSR1 and num_restarts() and not has_stepped:
+        return "its time was over before the first step: give it more --time, or --signal less"
     if job.get("Requeue") == "0" or job.get("BatchFlag") == "0":
         return "SLURM does not allow it: submit it by sbatch --requeue"
     if not job and number != signal.SIGUSR1:
@@ -133,15 +136,15 @@ def reason_to_leave(job: Mapping[str, str], number: signal.Signals, max_restarts
     return "neither preemption nor its time limit ends it"
 
 
-def requeue(number: signal.Signals, max_restarts: int) -> bool:
-    """Requeues this job where that is right, and says what became of it. On one rank."""
+def requeue(number: signal.Signals, max_restarts: int, has_stepped: bool) -> bool:
+    """Requeues this job where that is right (see `reason_to_leave`), and says what became of it. On one rank."""
     job, own_id = job_id(), os.environ["SLURM_JOB_ID"]
     assert job is not None
     state = query(own_id)
     if int(state.get("Restarts", 0)) > num_restarts():
         log.info("SLURM has requeued job %s already", job)
         return True
-    reason = reason_to_leave(state, number, max_restarts)
+    reason = reason_to_leave(state, number, max_restarts, has_stepped)
     if reason is None:
         done = _scontrol("requeue", job)
         reason = " ".join(done.stderr.split()) or f"scontrol ended with {done.returncode}" if done.returncode else None

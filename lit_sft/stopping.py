@@ -35,6 +35,7 @@ class StopOnSignal(Checkpoint):
         self.signal: signal.Signals | None = None
         """What all ranks know."""
         self.is_saved = self.in_validation = False
+        self.first_step = 0
         self.pending: tuple[torch.Tensor, torch.cuda.Event] | None = None
 
     @override
@@ -52,6 +53,7 @@ class StopOnSignal(Checkpoint):
         if interrupts.installed():
             interrupts.install()  # a library may have taken them
             interrupts.wait(for_training=True)
+        self.first_step = trainer.global_step
         if self._look(trainer):
             self._leave(trainer)
 
@@ -111,7 +113,7 @@ class StopOnSignal(Checkpoint):
         """Where a validation, or the answers before the first step, can be given up; it is repeated from its start."""
         if trainer.state.fn != "fit" or trainer.sanity_checking or not self._look(trainer):
             return
-        if trainer.validating:
+        if trainer.validating:  # else these are the answers before the first step
             self.in_validation = True
             self.save(trainer)
         self._leave(trainer)
@@ -153,8 +155,9 @@ class StopOnSignal(Checkpoint):
             log.info("stopped by %s %s", self.signal.name, saved)
             if slurm.job_id() is None:
                 log.info("go on with the same command and --ckpt_path last")
-            elif self.signal != signal.SIGINT and slurm.requeue(self.signal, self.max_restarts):
-                code = 0
+            elif self.signal != signal.SIGINT:
+                has_stepped = step > self.first_step
+                code = 0 if slurm.requeue(self.signal, self.max_restarts, has_stepped) else code
         trainer.strategy.barrier("leave")  # a rank that left sooner would take the first one with it
         raise SystemExit(code if trainer.is_global_zero else 0)
 

@@ -70,6 +70,10 @@ class Job:
         self.cluster.until(lambda: path.exists() and path.read_text(), timeout=120)
         return int(path.read_text())
 
+    def says_in_log(self, text):
+        """The log, when it has a text."""
+        return self.cluster.until(self.log.read_text, lambda log: text in log, timeout=150)
+
     @property
     def weights(self):
         return final_weights(self.root)
@@ -112,9 +116,16 @@ DECISIONS = {
 @pytest.mark.parametrize(("number", "job", "requeued"), DECISIONS.values(), ids=DECISIONS)
 def test_when_a_job_is_requeued(number, job, requeued, monkeypatch):
     job = {} if job is None else {**RUNNING, **job}
-    assert (slurm.reason_to_leave(job, number, max_restarts=3) is None) == requeued
+    assert (slurm.reason_to_leave(job, number, 3, has_stepped=True) is None) == requeued
     monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
-    assert "resume.max_restarts" in slurm.reason_to_leave(job, number, max_restarts=3)
+    assert "resume.max_restarts" in slurm.reason_to_leave(job, number, 3, has_stepped=True)
+
+
+def test_a_job_whose_time_is_too_short_is_not_requeued_forever(monkeypatch):
+    assert slurm.reason_to_leave(RUNNING, USR1, 3, has_stepped=False) is None  # its data is prepared by now
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert "--time" in slurm.reason_to_leave(RUNNING, USR1, 3, has_stepped=False)
+    assert slurm.reason_to_leave({**RUNNING, "PreemptTime": "now"}, TERM, 3, has_stepped=False) is None
 
 
 def test_a_job_of_an_array_has_two_ids(monkeypatch):
@@ -164,14 +175,6 @@ def test_a_wrong_launch_is_one_line(env, message, place, tmp_path, monkeypatch, 
 class TestJobs:
     pytestmark = on_a_cluster
 
-    @pytest.fixture(scope="class", autouse=True)
-    def limited(self, slurm_cluster, place):
-        """Submitted first, as SLURM takes a while to find that its time is nearly up."""
-        return Job(
-            slurm_cluster, place, "limited", "one_node.sh",
-            "--ntasks-per-node=2", "--time=1", "--signal=USR1@30", "--nodelist=node1", held_at=3,
-        )  # fmt: skip
-
     @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
     def test_two_nodes_are_one_process(self, strategy, whole, place):
         alone = place[0] / "alone"
@@ -185,7 +188,7 @@ class TestJobs:
     def test_preempted(self, slurm_cluster, whole, place):
         job = Job(slurm_cluster, place, "preempted", "several_nodes.sh", held_at=3)
         job.held(1)
-        slurm_cluster.submit("/dev/null", "-p", "urgent", "-w", "node2", "-n", "4", "--wrap", "sleep 1")
+        slurm_cluster.submit("/dev/null", "-p", "urgent", "-N", "1", "-w", "node2", "-n", "4", "--wrap", "sleep 1")
         assert job.wait() == "COMPLETED"
         log = job.log.read_text()
         assert "stopped by SIGTERM after step 4, which is saved" in log and f"job {job.id} is requeued" in log
@@ -193,11 +196,17 @@ class TestJobs:
         assert not version(job.root, 1).exists()
         assert_equal(job.weights, whole["fsdp2"].weights)
 
-    def test_time_limit(self, limited, whole):
-        assert limited.wait() == "COMPLETED"
-        log = limited.log.read_text()
-        assert "stopped by SIGUSR1 after step 4, which is saved" in log and "step=000004.ckpt at step 4" in log
-        assert_equal(limited.weights, whole["ddp"].weights)
+    def test_time_limit(self, slurm_cluster, whole, place):
+        """Its time is cut as soon as it has come to the step, and given back when it is requeued."""
+        options = ("--ntasks-per-node=2", "--signal=USR1@60")
+        job = Job(slurm_cluster, place, "limited", "one_node.sh", *options, held_at=3)
+        job.held(1)
+        slurm_cluster.call("scontrol", "update", f"jobid={job.id}", "TimeLimit=2")
+        job.says_in_log(f"job {job.id} is requeued")
+        slurm_cluster.call("scontrol", "update", f"jobid={job.id}", "TimeLimit=30")
+        assert job.wait() == "COMPLETED"
+        assert "stopped by SIGUSR1 after step 4, which is saved" in job.says_in_log("step=000004.ckpt at step 4")
+        assert_equal(job.weights, whole["ddp"].weights)
 
     def test_cancelled(self, slurm_cluster, place):
         job = Job(slurm_cluster, place, "cancelled", "array.sh", "--array=7", held_at=3)

@@ -1,4 +1,4 @@
-"""A signal ends a run between two steps, whenever it comes; the run that goes on ends with the same numbers and weights.
+"""A signal ends a run between two steps, whenever it comes; the next run ends with the same numbers and weights.
 
 Most runs are children of this process, forked after the imports, which take longer than the run; the signals are real.
 """
