@@ -195,7 +195,7 @@ def test_every_file_is_in_the_tree():
         parents[depth] = path
         if not name.endswith("/"):
             listed.add(path)
-    files = [*(REPOSITORY / "lit_sft").rglob("*.py"), *(REPOSITORY / "scripts").iterdir()]
+    files = [*(REPOSITORY / "lit_sft").rglob("*.py"), *filter(Path.is_file, (REPOSITORY / "scripts").rglob("*"))]
     assert listed == {str(path.relative_to(REPOSITORY)) for path in files if path.name != "__init__.py"}
 
 
