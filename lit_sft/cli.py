@@ -6,6 +6,7 @@ import logging
 import re
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lit_sft import checkpointing, doctor, exporting, failures, parsing, preview, runs, strategies
+from lit_sft import checkpointing, doctor, exporting, failures, parsing, preview, runs, slurm, strategies
 from lit_sft.callbacks import (
     Answers,
     Evaluation,
@@ -31,6 +32,7 @@ from lit_sft.callbacks import (
 from lit_sft.checkpointing import Checkpointer, CheckpointFiles, CheckpointOptions
 from lit_sft.datamodule import SFTDataModule
 from lit_sft.module import SFTModule
+from lit_sft.stopping import StopOnSignal
 from lit_sft.types import UserError
 
 log = logging.getLogger("lit_sft")
@@ -156,8 +158,14 @@ class SFTCLI(LightningCLI):
         failures.refuse_hidden({item.key: item.value for item in parsing.written(sys.argv[1:])})
         if config.trainer.use_distributed_sampler:
             raise UserError("trainer.use_distributed_sampler must be false: it would shuffle over our own order")
-        root = Path(config.trainer.default_root_dir or ".")
-        self.ckpt_path = parsing.find_checkpoint(config.get("ckpt_path"), root / runs.LOGS, self.subcommand)
+        slurm.check_launch()
+        logs, ckpt_path = Path(config.trainer.default_root_dir or ".") / runs.LOGS, config.get("ckpt_path")
+        own = slurm.own_run(logs) if self.subcommand == "fit" else None
+        found = None if own is None else checkpointing.find_last(logs, own)
+        if own is not None and (found is not None or ckpt_path == "last"):
+            self.ckpt_path = None if found is None else str(found)
+        else:
+            self.ckpt_path = parsing.find_checkpoint(ckpt_path, logs, self.subcommand)
         if "ckpt_path" in config:
             config.ckpt_path = self.ckpt_path
         if "weights_only" in config:
@@ -185,12 +193,13 @@ class SFTCLI(LightningCLI):
             checkpointing.step_of(Path(self.ckpt_path)) if self.ckpt_path and self.subcommand == "fit" else None
         )
         files = CheckpointFiles(config.checkpoint.async_save)
+        checkpointer = Checkpointer(config.checkpoint, files)
         callbacks = [
             FailTogether(doctor.needed_memory),
             Guard(config.faults),
             KeepFolder(runs.CONFIG, self._save_config),
             runs.RunFolder(self.ckpt_path, first_step, self._save_config),
-            Checkpointer(config.checkpoint, files),
+            checkpointer,
             Throughput(),
             FirstExample(),
             Evaluation(),
@@ -198,12 +207,13 @@ class SFTCLI(LightningCLI):
             HFExport(),
             PredictionWriter(config.predict_output),
             runs.LastRow(),
+            StopOnSignal(_save_and_wait(checkpointer, files), config.resume.max_restarts),
         ]
         if config.early_stopping is not None:
             stop = config.early_stopping
             callbacks.append(EarlyStopping(stop.monitor, patience=stop.patience, mode=stop.mode, strict=False))
         trainer_config = dict(config.trainer)
-        trainer_config["plugins"] = [*_as_list(trainer_config.get("plugins")), files]
+        trainer_config["plugins"] = slurm.plugins([*_as_list(trainer_config.get("plugins")), files])
         if trainer_config.get("logger") in (None, True):
             trainer_config["logger"] = runs.loggers(root)
         try:
@@ -211,6 +221,7 @@ class SFTCLI(LightningCLI):
         except (TypeError, ValueError, MisconfigurationException) as error:
             raise UserError(f"trainer: {error}") from error
         strategies.check(trainer.strategy)
+        slurm.check_devices(trainer)
         return trainer
 
     def _save_config(self, path: Path) -> None:
@@ -250,6 +261,18 @@ class SFTCLI(LightningCLI):
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, runs.RunFolder):
                 callback.claim(self.trainer)
+                if stage == "fit" and callback.folder is not None:
+                    slurm.remember(callback.folder)
+
+
+def _save_and_wait(checkpointer: Checkpointer, files: CheckpointFiles) -> Callable[[L.Trainer], None]:
+    """For a run that leaves: what it saves is on disk before it does."""
+
+    def save(trainer: L.Trainer) -> None:
+        checkpointer.save(trainer)
+        files.wait()
+
+    return save
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -264,6 +287,7 @@ NOT_HERE = (
     "across ranks is zero",  # no validation set
     "treespec, LeafSpec",  # Lightning with torch 2.13
     "deprecated",  # of jsonargparse, by Lightning
+    "The `srun` command is available",  # where it is needed and not used, that is an error of ours
 )
 """Advice of libraries that does not apply."""
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import lightning as L
 from torch.utils.data import DataLoader, Dataset
 
+from lit_sft import interrupts
 from lit_sft.data.cache import ExampleCache
 from lit_sft.data.collate import collate
 from lit_sft.data.packing import Packs, best_fit_decreasing, one_per_pack
@@ -246,6 +247,7 @@ class SFTDataModule(L.LightningDataModule):
             batch_size=None,
             pin_memory=not on_cpu,
             num_workers=(0 if on_cpu else 2) if workers == "auto" else workers,
+            worker_init_fn=interrupts.shield_worker,
         )
 
     # ------------------------------------------------------------------ prompts
@@ -276,11 +278,11 @@ class SFTDataModule(L.LightningDataModule):
         if "train" not in self.orders:
             return {}
         order, done = self.orders["train"], self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        epoch, (steps, rest) = self.trainer.current_epoch, divmod(done, order.accumulation)
+        epoch, steps = self.trainer.current_epoch, -(-done // order.accumulation)
         at_end = done >= self.trainer.num_training_batches  # fewer than in the order with trainer.limit_train_batches
-        assert rest == 0 or at_end, "checkpoints are saved between optimizer steps only"
+        assert done % order.accumulation == 0 or at_end, "checkpoints are saved between optimizer steps only"
         return {
-            "position": [epoch + 1, 0] if at_end else [epoch, steps],
+            "position": [epoch + 1, 0] if at_end and not self.trainer.validating else [epoch, steps],
             "data": self.data.fingerprint(),
         }
 

@@ -95,6 +95,7 @@ class SFTModule(L.LightningModule):
         """Since the last optimizer step on this rank, then over all ranks: loss sum, targets, tokens."""
         self.guard: Callable[[Optimizer, Tensor, Tensor], None] = lambda optimizer, window, norm: None
         self.metrics = TokenMetrics()
+        self.between_answers: Callable[[], None] = lambda: None
 
     # ------------------------------------------------------------------ the model
 

@@ -69,6 +69,8 @@ class ResumeOptions:
 
     allow_other_data: bool = False
     """Go on although data, template or tokenizer are not those of the checkpoint."""
+    max_restarts: int = 50
+    """A SLURM job that was started again this often is not requeued any more."""
 
 
 def run_folder(ckpt_path: str | Path) -> Path | None:

@@ -196,10 +196,7 @@ def test_every_file_is_in_the_tree():
         parents[depth] = path
         if not name.endswith("/"):
             listed.add(path)
-    files = [
-        *(REPOSITORY / "lit_sft").rglob("*.py"),
-        *(p for p in (REPOSITORY / "scripts").rglob("*.*") if p.is_file()),
-    ]
+    files = [*(REPOSITORY / "lit_sft").rglob("*.py"), *filter(Path.is_file, (REPOSITORY / "scripts").rglob("*"))]
     files = [path for path in files if "__pycache__" not in path.parts]
     assert listed == {str(path.relative_to(REPOSITORY)) for path in files if path.name != "__init__.py"}
 

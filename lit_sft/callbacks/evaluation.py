@@ -17,6 +17,7 @@ from lit_sft.display import answers_markdown
 from lit_sft.evaluation import choose_prompts, evaluate
 from lit_sft.model.generate import GenerationOptions, context_length
 from lit_sft.prompts import Prompt
+from lit_sft.types import Prompts
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +113,13 @@ class Evaluation(Callback):
         """Scores by the names under which they are logged; the table is written."""
         greedy = GenerationOptions(max_new_tokens=module.generation.max_new_tokens)
         batches = trainer.datamodule.dealt(self.prompts[stage], greedy)
-        scores, table = evaluate(batches, lambda prompts: module.answer(prompts, greedy), module.evaluation)
+
+        def answer(prompts: Prompts) -> list[list[str]]:
+            module.between_answers()
+            answers: list[list[str]] = module.answer(prompts, greedy)
+            return answers
+
+        scores, table = evaluate(batches, answer, module.evaluation)
         if trainer.is_global_zero and trainer.log_dir is not None:
             rows = [{"step": step, "stage": stage, **row} for row in table]
             append(Path(trainer.log_dir) / TABLE, rows, None if self.is_clean else (stage, step))

@@ -136,7 +136,7 @@ def keep(path: Path, best: bool, keep_last: int) -> None:
 
 def _make_newest(path: Path) -> None:
     """Newer than all others of all runs, also where the clock was turned back meanwhile."""
-    others = [_time(other) for other in _all(path.parent.parent.parent) if other != path]
+    others = [_time(other) for other in _all(path.parent.parent.parent, "version_*") if other != path]
     if (latest := max(others, default=0)) >= _time(path):
         os.utime(path, ns=(latest + 1, latest + 1))
 
@@ -210,17 +210,19 @@ def _checksums_hold(path: Path, modified: int, size: int) -> bool:
         return False
 
 
-def find_last(logs: Path) -> Path | None:
-    """The newest intact checkpoint of any run below `lightning_logs`; torn ones are passed over with a message."""
-    for path in _newest_first(_all(logs)):
+def find_last(logs: Path, run: str = "version_*") -> Path | None:
+    """The newest intact checkpoint of any run below `lightning_logs`, or of one; torn ones are passed over with a
+    message.
+    """
+    for path in _newest_first(_all(logs, run)):
         if is_intact(path):
             return path
         log.warning("%s is torn: passed over", path)
     return None
 
 
-def _all(logs: Path) -> list[Path]:
-    return [path for path in logs.glob(f"version_*/{FOLDER}/step=*.ckpt") if not path.is_symlink()]
+def _all(logs: Path, run: str) -> list[Path]:
+    return [path for path in logs.glob(f"{run}/{FOLDER}/step=*.ckpt") if not path.is_symlink()]
 
 
 def _newest_first(paths: Iterable[Path]) -> list[Path]:

@@ -165,6 +165,7 @@ def _recount(progress: dict[str, Any], state: Mapping[str, Any], trainer: L.Trai
     order = trainer.datamodule.orders["train"]  # type: ignore[attr-defined]
     steps = state["position"][1]
     batches = order.batches_in_steps(steps) if steps else order.batches_per_epoch
+    batches = min(batches, order.limited_batches(trainer.limit_train_batches))
     current = progress["current"]
     shift = batches - current["ready"]
     for part in (progress["current"], progress["total"]):
