@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from tqdm import tqdm
 
 from lit_sft.data.cache import (
@@ -33,9 +34,9 @@ from lit_sft.types import Conversation, Example, UserError
 
 log = logging.getLogger(__name__)
 
-CACHE_VERSION = 3
+CACHE_VERSION = 4
 """Raise it when formats, rendering or the cache's layout change what a cache holds."""
-CHUNK_ROWS = 500
+CHUNK_ROWS = 200
 """Rows rendered and tokenized together."""
 ROWS_PER_WORKER = 1000
 """For fewer, a process costs more than it saves."""
@@ -60,13 +61,20 @@ class Chunk(NamedTuple):
     """What was wrong with rows, each with its place."""
 
 
+class Reading(NamedTuple):
+    """How the rows of one source are read."""
+
+    format: str
+    column_mapping: Mapping[str, str] | None
+
+
 @dataclass(frozen=True)
 class Preparation:
     """Everything that decides which examples a row becomes."""
 
     renderer: Renderer
-    format: str
-    column_mapping: Mapping[str, str] | None
+    readings: Mapping[int, Reading]
+    """By source: the members of a mixture may have different formats."""
     prompt_template: str | None
     system_prompt: str | None
     on_bad_row: Literal["error", "skip"]
@@ -79,11 +87,12 @@ class Preparation:
         Raises:
             UserError: With the file and the row before what is wrong with it.
         """
+        reading = self.readings[rows.source_of(index)]
         try:
             return to_conversation(
                 rows[index],
-                format=self.format,
-                column_mapping=self.column_mapping,
+                format=reading.format,
+                column_mapping=reading.column_mapping,
                 prompt_template=self.prompt_template,
                 system_prompt=self.system_prompt,
                 need_answer=need_answer,
@@ -146,6 +155,7 @@ class Preparation:
         good = {index: item for index, item in parsed.items() if isinstance(item, Conversation)}
         for conversation in good.values():
             counts.placeholders.update(find_placeholders(conversation))
+            counts.blank.update(conversation.blank)
         rendered = dict(zip(good, self.renderer.render(list(good.values()), list(good)), strict=True))
         for index, item in parsed.items():
             result = item if isinstance(item, UserError) else rendered[index]
@@ -183,14 +193,15 @@ class Preparation:
         import tokenizers
         import transformers
 
-        options = {k: v for k, v in vars(self).items() if k != "renderer"}
+        options = {k: v for k, v in vars(self).items() if k not in ("renderer", "readings")}
         return cache_key(
             {
                 "cache": CACHE_VERSION,
                 "rows": rows.fingerprint,
+                "readings": [(source, *reading) for source, reading in self.readings.items()],
                 "renderer": self.renderer.fingerprint(),
                 "libraries": [transformers.__version__, tokenizers.__version__],
-                **{k: dict(v) if isinstance(v, Mapping) else v for k, v in options.items()},
+                **options,
             }
         )
 
@@ -253,11 +264,21 @@ class Preparation:
 
 
 def num_duplicates(cache: ExampleCache, rows: Rows) -> int:
-    """Examples that are exact copies of an earlier one; rows that a mixture repeats on purpose do not count."""
-    _, first = np.unique(rows.origins[cache.rows] * (int(cache.parts.max()) + 1) + cache.parts, return_index=True)
-    return len(first) - len(np.unique(cache.hashes[first]))
+    """Rows whose examples are exact copies of an earlier row's; what a mixture repeats on purpose does not count."""
+    first, hashes = _row_hashes(cache)
+    origins = rows.origins[cache.rows[first]]
+    if np.any(np.diff(origins) <= 0):  # only a mixture has copies
+        hashes = hashes[np.unique(origins, return_index=True)[1]]
+    return len(hashes) - len(np.unique(hashes))
 
 
 def num_overlapping(train: ExampleCache, validation: ExampleCache) -> int:
-    """Validation examples that are in the training set too."""
-    return int(np.isin(validation.hashes, train.hashes).sum())
+    """Validation rows that are in the training set too."""
+    return int(np.isin(_row_hashes(validation)[1], _row_hashes(train)[1]).sum())
+
+
+def _row_hashes(cache: ExampleCache) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint64]]:
+    """Of each row: where in the cache its first example is, and a hash of all its examples."""
+    first = np.flatnonzero(np.diff(cache.rows, prepend=-1))
+    parts = np.uint64(2) * cache.parts.astype(np.uint64) + np.uint64(1)  # odd, so no hash loses bits
+    return first, np.bitwise_xor.reduceat(cache.hashes * parts, first)

@@ -25,7 +25,9 @@ class Counts:
     notes: Counter[str] = field(default_factory=Counter)
     """What had to be done to prove masks, or to keep a part of a row -> rows."""
     placeholders: Counter[str] = field(default_factory=Counter)
-    """Unfilled `{{name}}` -> rows."""
+    """Unfilled `{{name}}` or `{name}` -> rows."""
+    blank: Counter[str] = field(default_factory=Counter)
+    """Field of `data.prompt_template` -> rows in which it is empty."""
     stop_ids: list[int] = field(default_factory=list)
     """Stop tokens that are trained."""
     longest: int = 0
@@ -41,7 +43,7 @@ class Counts:
             else:
                 setattr(self, name, getattr(self, name) + value)
 
-    def lines(self, name: str) -> list[str]:
+    def lines(self, data: str) -> list[str]:
         """What is told in the terminal about a data set."""
         share = self.trained_tokens / max(1, self.tokens)
         text = [
@@ -53,8 +55,9 @@ class Counts:
             cut = f"; {self.truncated:,} examples truncated" if self.truncated else ""
             text.append(f"{self.lost_trained_tokens:,} target tokens lost to data.max_length{cut}")
         text += [f"{n:,} rows: {_describe(note)}" for note, n in self.notes.items()]
+        text += [f"{n:,} rows have an empty {name}, which data.prompt_template fills in" for name, n in self.blank.items()]
         text += [f"{n:,} rows with {key} as it stands: nothing fills it" for key, n in self.placeholders.items()]
-        return [f"{name}: {line}" for line in text]
+        return [f"{data}: {line}" for line in text]
 
 
 NOTES = {

@@ -19,10 +19,10 @@ from typing import Any
 
 from lit_sft.data.sources.files import DATA_FILE, FilePart, dataset_part, open_file
 from lit_sft.data.sources.hub import load_hub, load_saved
-from lit_sft.data.sources.rows import Rows, join, limit, mix, split_rows, subset
+from lit_sft.data.sources.rows import Rows, by_source, join, limit, mix, split_rows, subset
 from lit_sft.types import UserError
 
-__all__ = ["Rows", "limit", "open_rows", "split_rows", "subset"]
+__all__ = ["Rows", "by_source", "limit", "open_rows", "split_rows", "subset"]
 
 ENTRY_KEYS = ("path", "name", "split", "weight")
 NO_DATA = ("dataset_info.json", "dataset_infos.json")
