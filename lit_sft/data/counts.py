@@ -55,7 +55,7 @@ class Counts:
             cut = f"; {self.truncated:,} examples truncated" if self.truncated else ""
             text.append(f"{self.lost_trained_tokens:,} target tokens lost to data.max_length{cut}")
         text += [f"{n:,} rows: {_describe(note)}" for note, n in self.notes.items()]
-        text += [f"{n:,} rows have an empty {name}, which data.prompt_template fills in" for name, n in self.blank.items()]
+        text += [f"{n:,} rows: {name} of data.prompt_template is empty" for name, n in self.blank.items()]
         text += [f"{n:,} rows with {key} as it stands: nothing fills it" for key, n in self.placeholders.items()]
         return [f"{data}: {line}" for line in text]
 
