@@ -19,7 +19,7 @@ from lit_sft.data.render import Renderer
 from lit_sft.data.templates import resolve_chat_template
 from lit_sft.data.turns import ChatTemplate
 from lit_sft.model import load
-from lit_sft.prepare import Preparation, Reading, num_duplicates, num_overlapping
+from lit_sft.prepare import Preparation, Reading, num_overlapping
 from lit_sft.prompts import Asked
 from lit_sft.types import Conversation, Message, UserError
 
@@ -92,15 +92,13 @@ class SFTData:
             if name in self.rows and name not in self.caches:
                 rows = self.rows[name]
                 self.caches[name] = self.preparation(rows).cached(rows, self._cache_dir(), name, self._num_workers())
-                self._report_copies(name)
+                self._report_overlap(name)
                 self.__dict__.pop("stop_ids", None)  # the property is computed anew
         if stage in ("validate", "test") and needed[0] not in self.caches:
             either = " or data.val_size" if stage == "validate" else ""
             raise UserError(f"data.{needed[0]}{either} is not set: `{stage}` has nothing to evaluate")
 
-    def _report_copies(self, name: str) -> None:
-        if copies := num_duplicates(self.caches[name], self.rows[name]):
-            log.info("%s: %s rows are exact copies of another", name, f"{copies:,}")
+    def _report_overlap(self, name: str) -> None:
         if name == "validation" and "train" in self.caches:
             if overlap := num_overlapping(self.caches["train"], self.caches[name]):
                 log.warning("validation: %s rows are in the training set too", f"{overlap:,}")

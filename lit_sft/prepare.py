@@ -241,6 +241,7 @@ class Preparation:
     def _write(self, path: Path, rows: Rows, num_workers: int) -> ExampleCache:
         counts = Counts()
         meta: dict[str, Any] = {}
+        of_rows: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.uint64]]] = []
 
         def blocks() -> Iterator[Block]:
             num_skipped = 0
@@ -250,11 +251,15 @@ class Preparation:
             with tqdm(desc="tokenizing", total=len(rows), unit=" rows", leave=False, disable=None) as bar:
                 for chunk in map_in_order(partial(self._chunk, rows), chunks, workers):
                     counts.add(chunk.counts)
+                    of_rows.append(_row_hashes(chunk.block))
                     for message in chunk.skipped[: max(0, SHOWN_SKIPS - num_skipped)]:
                         log.warning("skipped: %s", message)
                     num_skipped += len(chunk.skipped)
                     bar.update(chunk.counts.rows_read)
                     yield chunk.block
+            if of_rows:
+                kept, hashes = (np.concatenate(arrays) for arrays in zip(*of_rows, strict=True))
+                counts.duplicates = _num_duplicates(rows.origins[kept], hashes)
             meta.update(vars(counts))  # not `asdict`, which breaks a Counter
 
         started = time.monotonic()
@@ -263,22 +268,20 @@ class Preparation:
         return cache
 
 
-def num_duplicates(cache: ExampleCache, rows: Rows) -> int:
-    """Rows whose examples are exact copies of an earlier row's; what a mixture repeats on purpose does not count."""
-    first, hashes = _row_hashes(cache)
-    origins = rows.origins[cache.rows[first]]
-    if np.any(np.diff(origins) <= 0):  # only a mixture has copies
-        hashes = hashes[np.unique(origins, return_index=True)[1]]
-    return len(hashes) - len(np.unique(hashes))
-
-
 def num_overlapping(train: ExampleCache, validation: ExampleCache) -> int:
     """Validation rows that are in the training set too."""
     return int(np.isin(_row_hashes(validation)[1], _row_hashes(train)[1]).sum())
 
 
-def _row_hashes(cache: ExampleCache) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint64]]:
-    """Of each row: where in the cache its first example is, and a hash of all its examples."""
-    first = np.flatnonzero(np.diff(cache.rows, prepend=-1))
-    parts = np.uint64(2) * cache.parts.astype(np.uint64) + np.uint64(1)  # odd, so no hash loses bits
-    return first, np.bitwise_xor.reduceat(cache.hashes * parts, first)
+def _num_duplicates(origins: npt.NDArray[np.int64], hashes: npt.NDArray[np.uint64]) -> int:
+    """Rows whose examples are exact copies of an earlier row's; what a mixture repeats on purpose does not count."""
+    distinct = np.unique(origins, return_index=True)[1]
+    return len(distinct) - len(np.unique(hashes[distinct]))
+
+
+def _row_hashes(examples: Block | ExampleCache) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint64]]:
+    """Rows that have examples, and a hash of all examples of each."""
+    first = np.flatnonzero(np.diff(examples.rows, prepend=-1))
+    parts = np.uint64(2) * examples.parts.astype(np.uint64) + np.uint64(1)  # odd, so no hash loses bits
+    hashes = examples.hashes * parts
+    return examples.rows[first], np.bitwise_xor.reduceat(hashes, first) if len(first) else hashes

@@ -20,7 +20,7 @@ from lit_sft.data.counts import Counts
 from lit_sft.data.render import Renderer
 from lit_sft.data.workers import map_in_order
 from lit_sft.datamodule import SFTDataModule
-from lit_sft.prepare import num_duplicates, num_overlapping
+from lit_sft.prepare import num_overlapping
 from lit_sft.types import UserError
 
 
@@ -232,7 +232,7 @@ A, B, C = chat("Hello", "world"), chat("How are you?", "fine"), chat("Is it?", "
 def test_copies_are_counted(prepared):
     with log_lines() as lines:
         data = prepared([A, B, A, A])
-    assert num_duplicates(data.caches["train"], data.rows["train"]) == 2
+    assert counts(data).duplicates == 2
     assert "train: 2 rows are exact copies of another" in lines
 
 
@@ -242,7 +242,7 @@ def test_rows_that_a_mixture_repeats_are_no_copies(model, tmp_path):
     data = SFTDataModule(train=[{"path": path, "weight": 3.0}], **options).data
     data.prepare("fit")
     assert len(data.caches["train"]) == 9
-    assert num_duplicates(data.caches["train"], data.rows["train"]) == 1
+    assert counts(data).duplicates == 1
 
 
 def test_a_row_of_several_examples_is_one_copy(prepared, tmp_path):
@@ -255,7 +255,7 @@ def test_a_row_of_several_examples_is_one_copy(prepared, tmp_path):
     options = {"chat_template": template, "validation": write_rows(tmp_path / "validation.jsonl", [long, other, C])}
     data = prepared([long, A, long, C, long], **options)
     assert (len(data.caches["train"]), counts(data).notes["per_turn"]) == (8, 3)
-    assert num_duplicates(data.caches["train"], data.rows["train"]) == 2
+    assert counts(data).duplicates == 2
     assert num_overlapping(data.caches["train"], data.caches["validation"]) == 2
 
 

@@ -13,6 +13,8 @@ class Counts:
     rows_read: int = 0
     rows_kept: int = 0
     """Together with the dropped ones these are all rows read."""
+    duplicates: int = 0
+    """Kept rows that are exact copies of an earlier one."""
     examples: int = 0
     tokens: int = 0
     trained_tokens: int = 0
@@ -51,6 +53,8 @@ class Counts:
             f"{self.tokens:,} tokens, {share:.0%} of them trained, the longest {self.longest:,}"
         ]
         text += [f"{n:,} rows dropped: {reason}" for reason, n in self.dropped.items()]
+        if self.duplicates:
+            text.append(f"{self.duplicates:,} rows are exact copies of another")
         if self.lost_trained_tokens:
             cut = f"; {self.truncated:,} examples truncated" if self.truncated else ""
             text.append(f"{self.lost_trained_tokens:,} target tokens lost to data.max_length{cut}")
