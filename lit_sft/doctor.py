@@ -148,13 +148,18 @@ def _expect_memory(
             "data.micro_batch_size or data.max_length, or set model.gradient_checkpointing or model.lora"
         )
     checkpoint = (total * stored if options.lora is None else 0) + expected.optimizer
-    room = shutil.disk_usage(Path(trainer.default_root_dir)).free
+    room = shutil.disk_usage(_existing(Path(trainer.default_root_dir))).free
     if 3 * checkpoint > room:
         report["errors"].append(
             f"three checkpoints take {3 * checkpoint / GIB:.1f} GiB, the disk has {room / GIB:.1f} GiB: free some, or "
             "set trainer.default_root_dir to another disk"
         )
     return {**asdict(expected), "total": expected.total, "available": available}
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or what of its path is there before the first run."""
+    return next(place for place in (folder, *folder.absolute().parents) if place.exists())
 
 
 def _free_memory() -> int:

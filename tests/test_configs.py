@@ -126,8 +126,15 @@ def test_formats_are_compared(place, tmp_path):
     """Both losses of both formats, on a tiny model; rows without an input are counted."""
     rows = [{"instruction": "Add", "input": f"{n} + 1" if n else "", "output": str(n + 1)} for n in range(40)]
     command = [sys.executable, "scripts/compare_formats.py", "--data", write_rows(tmp_path / "rows.jsonl", rows)]
-    command += ["--model", place[1], "--trainer.accelerator=cpu", f"--data.cache_dir={tmp_path / 'cache'}"]
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=240)
+    command += [
+        "--model",
+        place[1],
+        "--trainer.accelerator=cpu",
+        "--trainer.max_steps=4",
+        "--trainer.val_check_interval=4",
+    ]
+    command += [f"--data.cache_dir={tmp_path / 'cache'}"]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout.splitlines()[-1])
     assert (result.pop("rows"), result.pop("rows_without_input")) == (40, 1)
