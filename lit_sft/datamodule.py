@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from lit_sft import interrupts
 from lit_sft.data.cache import ExampleCache
 from lit_sft.data.collate import collate
-from lit_sft.data.packing import Packs, best_fit_decreasing, one_per_pack
+from lit_sft.data.packing import Packs, one_per_pack, pack_examples, refill
 from lit_sft.data.sampling import PositionSampler, StepOrder
 from lit_sft.dataset import SFTData
 from lit_sft.model.generate import GenerationOptions
@@ -36,15 +36,19 @@ QUESTIONS = [
 
 
 class MicroBatches(Dataset[Batch]):
-    """Forward passes of one rank, by (epoch, number); holds no state, so workers need none."""
+    """Forward passes of one rank, by (epoch, number); holds no state but what follows from these."""
 
     def __init__(self, cache: ExampleCache, packs: Packs, order: StepOrder, rank: int) -> None:
         self.cache, self.packs, self.order, self.rank = cache, packs, order, rank
 
     def __getitem__(self, position: tuple[int, int]) -> Batch:
-        epoch, batch = position
-        packs = self.order.packs(epoch, batch, self.rank)
-        return collate([self.cache[int(index)] for pack in packs for index in self.packs[pack]])
+        packs = self._of_epoch(position[0]) if self.order.shuffle else self.packs
+        chosen = self.order.packs(*position, self.rank)
+        return collate([self.cache[int(index)] for pack in chosen for index in packs[pack]])
+
+    @lru_cache(maxsize=1)  # noqa: B019 - lives as long as the loader
+    def _of_epoch(self, epoch: int) -> Packs:
+        return refill(self.packs, self.order.seed, epoch)
 
 
 class SFTDataModule(L.LightningDataModule):
@@ -150,11 +154,8 @@ class SFTDataModule(L.LightningDataModule):
     def pack(self, name: str) -> Packs:
         """Which examples of a data set share a row."""
         lengths = self.data.caches[name].lengths
-        return (
-            best_fit_decreasing(lengths, self.options.max_length)
-            if self.options.packing
-            else one_per_pack(len(lengths))
-        )
+        packing, max_length = self.options.packing, self.options.max_length
+        return pack_examples(lengths, max_length) if packing else one_per_pack(len(lengths))
 
     def setup(self, stage: str) -> None:
         """Fixes the order of examples for this number of ranks, and with it Lightning's accumulation."""

@@ -21,7 +21,7 @@ from lit_sft.data.render import Renderer
 from lit_sft.data.templates import resolve_chat_template
 from lit_sft.data.turns import ChatTemplate
 from lit_sft.model import load, tokens
-from lit_sft.prepare import Preparation, num_duplicates, num_overlapping
+from lit_sft.prepare import Preparation, Reading, num_overlapping
 from lit_sft.prompts import Asked, Prompt, encode
 from lit_sft.types import Conversation, Message, UserError
 
@@ -52,6 +52,7 @@ class SFTData:
         self.rows: dict[str, Rows] = {}
         self.caches: dict[str, ExampleCache] = {}
         self._told: set[str] = set()
+        """Sources whose format, and data sets whose sources were logged."""
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -95,18 +96,16 @@ class SFTData:
             if name in self.rows and name not in self.caches:
                 rows = self.rows[name]
                 self.caches[name] = self.preparation(rows).cached(rows, self._cache_dir(), name, self._num_workers())
-                self._report_copies(name)
+                self._report_overlap(name)
                 self.__dict__.pop("stop_ids", None)  # the property is computed anew
         if stage in ("validate", "test") and needed[0] not in self.caches:
             either = " or data.val_size" if stage == "validate" else ""
             raise UserError(f"data.{needed[0]}{either} is not set: `{stage}` has nothing to evaluate")
 
-    def _report_copies(self, name: str) -> None:
-        if copies := num_duplicates(self.caches[name], self.rows[name]):
-            log.info("%s: %s examples are exact copies of another", name, f"{copies:,}")
+    def _report_overlap(self, name: str) -> None:
         if name == "validation" and "train" in self.caches:
             if overlap := num_overlapping(self.caches["train"], self.caches[name]):
-                log.warning("validation: %s examples are in the training set too", f"{overlap:,}")
+                log.warning("validation: %s rows are in the training set too", f"{overlap:,}")
 
     def _open_rows(self, names: Sequence[str]) -> None:
         options = self.options
@@ -120,6 +119,10 @@ class SFTData:
                 rows = self.rows["train"]
                 train, validation = sources.split_rows(len(rows), options.val_size, options.seed, rows.origins)
                 self.rows |= {"train": sources.subset(rows, train), "validation": sources.subset(rows, validation)}
+        for name in names:
+            if name in self.rows and len(counts := self.rows[name].counts()) > 1 and f"data.{name}" not in self._told:
+                self._told.add(f"data.{name}")
+                log.info("%s: %s", name, ", ".join(f"{rows:,} rows of {source}" for source, rows in counts))
 
     def fingerprint(self) -> dict[str, Any]:
         """The training examples as a hash, and by the names of the settings all that decides them and their order."""
@@ -163,17 +166,28 @@ class SFTData:
         return self.rows[name]
 
     def preparation(self, rows: Rows) -> Preparation:
-        """How the rows of a data set become examples, its format decided."""
-        options = self.options
-        format = options.format
+        """How the rows of a data set become examples, the format of each source decided."""
+        members = sources.by_source(rows)
+        readings = {number: self._reading(member, len(members) == 1) for number, member in members.items()}
+        mapping = self.options.column_mapping
+        if mapping and all(reading.column_mapping is None for reading in readings.values()):
+            raise UserError(f"`data.column_mapping` names {', '.join(mapping)}, which no source of {rows.name} has")
+        keys = ("prompt_template", "system_prompt", "on_bad_row", "max_length", "overlong")
+        return Preparation(self.renderer, readings, **{key: getattr(self.options, key) for key in keys})
+
+    def _reading(self, rows: Rows, is_alone: bool) -> Reading:
+        """Of one source. In a mixture a column mapping is for the members that have its columns."""
+        format, mapping = self.options.format, self.options.column_mapping
+        if not (first := rows.head(20)):
+            _ = rows[0]
+        if not is_alone and not {column for row in first for column in row}.intersection(mapping or ()):
+            mapping = None
         if format == "auto":
-            first = rows.head(20)
-            format, reason = formats.detect_format(first, options.column_mapping, options.prompt_template)
+            format, reason = formats.detect_format(first, mapping, self.options.prompt_template)
             if rows.name not in self._told:
                 self._told.add(rows.name)
                 log.info("%s: %s", rows.name, reason)
-        keys = ("column_mapping", "prompt_template", "system_prompt", "on_bad_row", "max_length", "overlong")
-        return Preparation(self.renderer, format, **{key: getattr(options, key) for key in keys})
+        return Reading(format, mapping)
 
     def _source_options(self) -> dict[str, Any]:
         return {"builtin": demo.rows, "seed": self.options.seed, "cache_dir": self._cache_dir() / "sources"}

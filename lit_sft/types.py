@@ -57,6 +57,8 @@ class Conversation:
     """JSON schemas of the functions the assistant may call, passed to the template."""
     text: str | None = None
     """Plain text without turns (`format: text`): all of it is trained."""
+    blank: tuple[str, ...] = ()
+    """Fields of `data.prompt_template` that are empty in this row."""
 
 
 @dataclass(frozen=True, slots=True)
