@@ -70,8 +70,8 @@ class Variant:
     """The variant that it must equal."""
     nodes: int = 1
     """Launched by as many torchrun agents."""
-    stop_after: int | None = None
-    """Optimizer steps after which the run ends, to be resumed."""
+    resumed_at: int | None = None
+    """Optimizer steps after which the run goes on from its checkpoint, the later ones being lost."""
     resume_with: dict[str, Any] = field(default_factory=dict)
     """Settings that are others then."""
     patch: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
@@ -94,18 +94,18 @@ VARIANTS = {
     "activation checkpointing": Variant({"model.gradient_checkpointing": True}),
     "compile": Variant({"model.compile": True}, needs_compiler=True),
     "2 data workers": Variant({"data.num_workers": 2}),
-    "resumed in the middle": Variant({"data.micro_batch_size": 4}, stop_after=4),
+    "resumed in the middle": Variant({"data.micro_batch_size": 4}, resumed_at=4),
     "ddp": Variant({**TWO_RANKS, "trainer.strategy": "ddp"}),
     "ddp, 2 nodes, torchrun": Variant(
         {"trainer.num_nodes": 2, "data.micro_batch_size": 2, "trainer.strategy": "ddp"}, nodes=2
     ),
     "ddp, resumed on one": Variant(
         {**TWO_RANKS, "trainer.strategy": "ddp"},
-        stop_after=4,
+        resumed_at=4,
         resume_with={"trainer.devices": 1, "trainer.strategy": "auto"},
     ),
     "fsdp2": Variant({**TWO_RANKS, "trainer.strategy": "fsdp2"}),
-    "fsdp2, resumed": Variant({**TWO_RANKS, "trainer.strategy": "fsdp2"}, stop_after=4),
+    "fsdp2, resumed": Variant({**TWO_RANKS, "trainer.strategy": "fsdp2"}, resumed_at=4),
     "fsdp2, offloaded, reduced once": Variant(
         {**TWO_RANKS, "trainer.strategy": {"class_path": FSDP2, "init_args": FSDP2_OPTIONS}}
     ),
@@ -179,8 +179,11 @@ def train(variant: Variant, optimizer: str, train_file: str, root: Path) -> Resu
     """Makes the run in a folder of its own and reads what it wrote."""
     settings = {**base(train_file, root), **OPTIMIZERS[optimizer], **variant.settings}
     with variant.patch():
-        if variant.stop_after is not None:
-            fit({**settings, "trainer.max_steps": variant.stop_after}, variant.nodes)
+        if variant.resumed_at is not None:
+            fit({**settings, "checkpoint.every_n_train_steps": 1, "checkpoint.keep_last": 99}, variant.nodes)
+            for path in root.glob("lightning_logs/version_0/checkpoints/*=*.ckpt"):
+                if int(path.stem.partition("=")[2]) > variant.resumed_at:
+                    path.unlink()
             settings |= {"ckpt_path": "last", **variant.resume_with}
         fit(settings, variant.nodes)
     return read(root)
