@@ -134,12 +134,20 @@ class SFTData:
         format = options.format
         if format == "auto":
             first = rows.head(20)
+            if not first:  # all are bad: the first says why
+                self._refuse(rows, 0)
             format, reason = formats.detect_format(first, options.column_mapping, options.prompt_template)
             if rows.name not in self._told:
                 self._told.add(rows.name)
                 log.info("%s: %s", rows.name, reason)
         keys = ("column_mapping", "prompt_template", "system_prompt", "on_bad_row", "max_length", "overlong")
         return Preparation(self.renderer, format, **{key: getattr(options, key) for key in keys})
+
+    def _refuse(self, rows: Rows, index: int) -> None:
+        try:
+            rows[index]
+        except UserError as error:
+            raise UserError(f"{rows.where(index)}: {error}") from error
 
     def _source_options(self) -> dict[str, Any]:
         return {"builtin": demo.rows, "seed": self.options.seed, "cache_dir": self._cache_dir() / "sources"}
