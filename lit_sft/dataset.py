@@ -178,8 +178,8 @@ class SFTData:
     def _reading(self, rows: Rows, is_alone: bool) -> Reading:
         """Of one source. In a mixture a column mapping is for the members that have its columns."""
         format, mapping = self.options.format, self.options.column_mapping
-        if not (first := rows.head(20)):
-            _ = rows[0]
+        if not (first := rows.head(20)):  # all are bad: the first says why
+            self._refuse(rows, 0)
         if not is_alone and not {column for row in first for column in row}.intersection(mapping or ()):
             mapping = None
         if format == "auto":
@@ -188,6 +188,12 @@ class SFTData:
                 self._told.add(rows.name)
                 log.info("%s: %s", rows.name, reason)
         return Reading(format, mapping)
+
+    def _refuse(self, rows: Rows, index: int) -> None:
+        try:
+            rows[index]
+        except UserError as error:
+            raise UserError(f"{rows.where(index)}: {error}") from error
 
     def _source_options(self) -> dict[str, Any]:
         return {"builtin": demo.rows, "seed": self.options.seed, "cache_dir": self._cache_dir() / "sources"}

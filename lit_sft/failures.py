@@ -21,7 +21,7 @@ from lit_sft.types import UserError
 HIDDEN = "<hidden>"
 """Stands where a secret was."""
 _SECRET_NAME = re.compile(
-    r"(^|[_-])(token|secret|passw(or)?d|pwd|credentials?|(api|access|secret|private|auth)[_-]?key)$", re.IGNORECASE
+    r"(^|[_-])(token|secret|passw(or)?d|credentials?|(api|access|secret|private|auth)[_-]?key)$", re.IGNORECASE
 )
 """Names of environment variables and settings whose values are secrets; not `max_new_tokens`."""
 _NO_SECRET = re.compile(
@@ -143,6 +143,8 @@ def in_one_line(error: BaseException) -> str | None:
         return f"the connection to another rank broke, which was killed or has failed ({text.splitlines()[0][:200]})"
     if isinstance(error, OSError) and error.errno is not None:
         return _of_the_system(error)
+    if isinstance(error.__context__, OSError) and error.__context__.errno in _FULL:  # a library failed once more
+        return _of_the_system(error.__context__)
     if "No space left on device" in text:  # libraries that write without Python
         return f"{' '.join(text.split())[:200]}; {_REMEDIES[errno.ENOSPC]}"
     return None

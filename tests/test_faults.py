@@ -2,10 +2,15 @@
 wherever a test can cause them.
 """
 
+import multiprocessing
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -232,3 +237,163 @@ def test_nan_on_one_rank(strategy, place, tmp_path):
     skip = {**settings, "faults__skip_steps": 1, "trainer__default_root_dir": tmp_path / "skipping"}
     code, err = fit_ranks(place, tmp_path, "from lit_sft import cli\ncli.main()", rows=rows, overrides=skip)
     assert code == 0 and scalars(tmp_path / "skipping", "train/skipped_steps")[-1] == 1, err[-3000:]
+
+
+# ---------------------------------------------------------------------------------------------------- the surroundings
+
+
+@pytest.fixture
+def at_step_2(monkeypatch):
+    """Does something before the third step of the run of a test."""
+
+    def set_up(do):
+        start = SFTModule.on_train_batch_start
+
+        def on_train_batch_start(module, batch, batch_idx):
+            if module.trainer.global_step == 2 and batch_idx % module.trainer.accumulate_grad_batches == 0:
+                do(module.trainer)
+            return start(module, batch, batch_idx)
+
+        monkeypatch.setattr(SFTModule, "on_train_batch_start", on_train_batch_start)
+
+    return set_up
+
+
+def test_the_log_folder_is_removed(place, tmp_path, at_step_2):
+    """It is made anew; what follows is logged, saved and exported."""
+    root = tmp_path / "runs"
+    at_step_2(lambda trainer: shutil.rmtree(version(root)))
+    with log_lines() as lines:
+        fit(*place[1:], root)
+    assert any("was removed during the run" in line for line in lines)
+    assert len(scalars(root, "train/loss")) >= ROWS // 4 - 2
+    names = {path.name.split(".")[0] for path in version(root).iterdir()}
+    assert {"config", "metrics", "events", "checkpoints", "hf"} <= names
+    assert max(checkpoints(root)) == ROWS // 4
+
+
+def test_a_data_worker_is_killed(place, tmp_path, at_step_2, capsys):
+    def kill(trainer):
+        for child in multiprocessing.active_children():
+            os.kill(child.pid, signal.SIGKILL)
+        time.sleep(1)
+
+    at_step_2(kill)
+    rows = write_rows(tmp_path / "many.jsonl", chat_rows(200))
+    settings = {**PLAIN, "data__num_workers": 1, "checkpoint__every_n_train_steps": None}
+    said = refused(capsys, "fit", arguments(place[1], rows, tmp_path / "runs", **settings))
+    assert "a process that builds batches died" in said and "data.num_workers" in said
+
+
+def cache_of(folder):
+    (path,) = (path for path in (folder / "cache").iterdir() if (path / "meta.json").exists())
+    return path
+
+
+@pytest.mark.parametrize("name", ["input_ids.i32", "loss_mask.u8", "rows.i64"])
+def test_a_flipped_bit_in_the_cache(name, place, tmp_path, capsys):
+    args = arguments(*place[1:], tmp_path / "runs", **PLAIN)
+    run("fit", args)
+    path = cache_of(tmp_path)
+    content = bytearray((path / name).read_bytes())
+    content[0] ^= 2
+    (path / name).write_bytes(content)
+    said = refused(capsys, "fit", args)
+    assert f"the cache {path} is damaged at example 0" in said and "remove it" in said
+
+
+def test_a_cache_that_is_not_whole_is_made_anew(place, tmp_path):
+    args = arguments(*place[1:], tmp_path / "runs", **PLAIN)
+    run("fit", args)
+    path = cache_of(tmp_path)
+    meta = (path / "meta.json").read_text()
+    (path / "meta.json").write_text(meta.replace('"rows_kept": 24', '"rows_kept": 25'))
+    with log_lines() as lines:
+        run("fit", args)
+    assert any("is damaged" in line and "made anew" in line for line in lines), lines
+
+
+def test_the_cache_is_removed_during_the_run(place, tmp_path, at_step_2):
+    """Its files stay mapped."""
+    at_step_2(lambda trainer: shutil.rmtree(tmp_path / "cache"))
+    fit(*place[1:], tmp_path / "runs")
+    assert len(scalars(tmp_path / "runs", "train/loss")) == ROWS // 4
+
+
+@pytest.mark.parametrize("how", ["truncated", "rewritten"])
+def test_data_that_changes_during_the_run(how, place, tmp_path, at_step_2, capsys):
+    """Training rows come from the cache; the file is read again for the answers that validation compares."""
+    path = Path(write_rows(tmp_path / "val.jsonl", chat_rows(8)))
+
+    def change(trainer):
+        text = path.read_text()
+        path.write_text(text[:50] if how == "truncated" else text.replace("aaa", "bbb"))
+
+    at_step_2(change)
+    settings = {**PLAIN, "data__validation": path, "model__evaluation": {"num_samples": 4}}
+    said = refused(capsys, "fit", arguments(*place[1:], tmp_path / "runs", **settings))
+    assert f"{path} line 1: the file was changed during the run" in said
+    fit(*place[1:], tmp_path / "again", data__validation=None)
+
+
+def test_no_place_for_the_cache(place, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    args = arguments(*place[1:], tmp_path / "runs", **PLAIN, data__cache_dir=tmp_path / "file" / "cache")
+    assert "Not a directory" in refused(capsys, "fit", args)
+
+
+@pytest.mark.parametrize("key", ["trainer__default_root_dir", "data__cache_dir"])
+def test_a_read_only_disk(key, place, tmp_path, capsys):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting needs root")
+    try:
+        said = refused(capsys, "fit", arguments(*place[1:], tmp_path / "runs", **{**PLAIN, key: disk}))
+    finally:
+        subprocess.run(["umount", disk], check=True)
+    assert "Read-only file system" in said and str(disk) in said
+
+
+@pytest.mark.parametrize(("size", "key"), [(16, "data__cache_dir"), (200, "trainer__default_root_dir")])
+def test_a_full_disk(size, key, place, tmp_path, capsys):
+    """Of a few KiB, for real."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting needs root")
+    try:
+        said = refused(capsys, "fit", arguments(*place[1:], tmp_path / "runs", **{**PLAIN, key: disk}))
+        assert not list(disk.rglob("step=*.ckpt")) and not list(disk.rglob("meta.json"))
+    finally:
+        subprocess.run(["umount", disk], check=True)
+    assert "No space left on device" in said or "is the disk full?" in said
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has ..."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 21474836480 bytes."),
+    ],
+)
+def test_out_of_memory(error, place, tmp_path, capsys, at_step_2):
+    """What was asked for, what `doctor` expects, and the settings that take less, with their values."""
+
+    def fail(trainer):
+        raise error
+
+    at_step_2(fail)
+    said = refused(capsys, "fit", arguments(*place[1:], tmp_path / "runs", **PLAIN, data__micro_batch_size=2))
+    assert "20.00 GiB more" in said and re.search(r"`doctor` expects \d+\.\d\d GiB", said)
+    for knob in ("data.micro_batch_size (2)", "data.max_length (128)", "model.gradient_checkpointing", "model.lora"):
+        assert knob in said
+
+
+def test_the_clock_jumps(place, tmp_path, monkeypatch):
+    """Only the monotonic clock decides when to save."""
+    wall = time.time
+    monkeypatch.setattr(time, "time", lambda: wall() + 1e6)
+    root = tmp_path / "runs"
+    fit(*place[1:], root, checkpoint__every_n_train_steps=None, checkpoint__every_n_minutes=30)
+    assert set(checkpoints(root)) == {ROWS // 4}

@@ -54,6 +54,7 @@ def test_redact(text, hidden, monkeypatch):
 
 
 def test_redact_by_name(monkeypatch):
+    assert failures.redact(os.environ.get("PWD", "/some/where")) == os.environ.get("PWD", "/some/where")
     monkeypatch.setenv("SOME_API_KEY", "visible-otherwise")
     assert failures.redact("it is visible-otherwise") == "it is <hidden>"
     settings = {"api_key": "x", "pad_token": "<pad>", "max_new_tokens": 3, "a": [{"password": "y", "b": True}]}
