@@ -255,6 +255,7 @@ class SFTCLI(LightningCLI):
     def before_predict(self) -> None:
         """As `before_fit`."""
         self._prepare("predict")
+        log.info("predict: %s prompts", len(self.datamodule.predict_prompts))
 
     def _prepare(self, stage: str) -> None:
         self.datamodule.prepare(stage)

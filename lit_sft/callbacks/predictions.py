@@ -47,12 +47,12 @@ class PredictionWriter(Callback):
             return
         self.path = Path(trainer.strategy.broadcast(self.output or str(Path(str(trainer.log_dir)) / PREDICTIONS)))
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
-        done: set[int] = set()
+        prompts, done = datamodule.predict_prompts, set[int]()
         if trainer.is_global_zero:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            prompts = [(prompt.ids, prompt.text, prompt.reference) for prompt in datamodule.predict_prompts]
+            asked = [(prompt.ids, prompt.text, prompt.reference) for prompt in prompts]
             settings = fingerprint(pl_module.options, trainer.precision, trainer.ckpt_path)  # type: ignore[arg-type]
-            self.head = json.dumps({"prompts": _hash(prompts), "settings": _hash(settings)}) + "\n"
+            self.head = json.dumps({"prompts": _hash(asked), "settings": _hash(settings)}) + "\n"
             done = self._take_over(len(prompts))
         self.head, datamodule.predicted = trainer.strategy.broadcast((self.head, done))
 
