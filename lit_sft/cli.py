@@ -288,6 +288,10 @@ def main(args: list[str] | None = None) -> None:
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    except ValueError as error:
+        # the parser wraps what the options of a group that may be null refuse
+        reason = error if isinstance(error, UserError) else error.__cause__
+        if not isinstance(reason, UserError):
+            raise
+        print(f"error: {' '.join(str(reason).split())}", file=sys.stderr)
         sys.exit(1)
