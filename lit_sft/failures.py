@@ -134,6 +134,8 @@ def in_one_line(error: BaseException) -> str | None:
     text = _IN_A_WORKER.sub("", str(error))
     if isinstance(error, UserError):
         return " ".join(text.split())
+    if isinstance(error, ValueError) and isinstance(error.__cause__, UserError):
+        return in_one_line(error.__cause__)  # the parser wraps what the options of a group that may be null refuse
     if match := _WORKER_DIED.search(text):
         reason = "memory probably ran out" if "Killed" in match[1] or "exited" in match[1] else "see above"
         return f"a process that builds batches died ({match[1]}): {reason}; lower data.num_workers"

@@ -105,6 +105,7 @@ def verify_export(
     reloaded, dtype = _reload(Path(output_dir), model), _stored_dtype(model)
     exact = dtype == _stored_dtype(reloaded)
     limit = 0.05 if not exact else 1e-5 if dtype == torch.float32 else 0.02
+    stops = json.loads((Path(output_dir) / "generation_config.json").read_text()).get("eos_token_id")
     with _evaluating(model):
         for ids in probe_ids:
             prompt = torch.tensor([list(ids)], device=model.device)
@@ -113,7 +114,7 @@ def verify_export(
             if not error <= limit:
                 raise RuntimeError(f"the logits of the export {output_dir} are off by {error:.2g} of their size")
             # In 16 bits the two most likely tokens can be too close to call.
-            if exact and dtype == torch.float32 and _greedy(model, prompt) != _greedy(reloaded, prompt):
+            if exact and dtype == torch.float32 and _greedy(model, prompt, stops) != _greedy(reloaded, prompt, stops):
                 raise RuntimeError(f"the answers of the export {output_dir} differ from those of the model")
     text = tokenizer.decode(list(probe_ids[0]))
     if AutoTokenizer.from_pretrained(output_dir, local_files_only=True)(text).input_ids != tokenizer(text).input_ids:
@@ -142,9 +143,9 @@ def _stored_dtype(model: Any) -> torch.dtype:
     return dtype
 
 
-def _greedy(model: Any, prompt: Tensor) -> list[int]:
+def _greedy(model: Any, prompt: Tensor, stops: int | list[int] | None) -> list[int]:
     lm = _causal_lm(model)
-    options: dict[str, Any] = dict(max_new_tokens=16, do_sample=False, pad_token_id=0)
+    options: dict[str, Any] = dict(max_new_tokens=16, do_sample=False, pad_token_id=0, eos_token_id=stops)
     answer: list[int] = lm.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **options)[0].tolist()
     return answer
 
