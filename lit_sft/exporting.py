@@ -21,8 +21,7 @@ def export_checkpoint(
     """Loads, merges if asked to, writes, and compares logits and greedy answers to the default questions.
 
     Raises:
-        UserError: The checkpoint is not one of this model.
-        RuntimeError: What was written answers differently.
+        UserError: The checkpoint is not one of this model, or what was written answers differently and is gone again.
     """
     trainer.strategy.connect(module)
     module.trainer = datamodule.trainer = trainer
@@ -39,5 +38,5 @@ def export_checkpoint(
             raise UserError("--merge_lora true, but the checkpoint has no adapter: leave it out")
         module.model.lm, module.adapter = adapters.merge(module.adapter, torch.tensor(probes[:1])), None
     module.model.lm.set_attn_implementation("sdpa")  # as plain transformers will run it
-    module.export(output_dir)
-    verify_export(output_dir, module.adapter or module.model.lm, datamodule.tokenizer, probes)
+    trained = module.adapter or module.model.lm
+    module.export(output_dir, check=lambda folder: verify_export(folder, trained, datamodule.tokenizer, probes))

@@ -266,10 +266,9 @@ class SFTModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leaves out what is frozen, and remembers what that was; and how answers end."""
-        checkpoint["base"] = self.base
+        checkpoint |= {"base": self.base, "stop_ids": self.stop_ids}
         if self.base is not None:
             checkpoint["state_dict"] = frozen.trained(self, checkpoint["state_dict"])
-        checkpoint["stop_ids"] = self.stop_ids
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses what does not belong to this model; takes back how answers end."""
@@ -280,12 +279,13 @@ class SFTModule(L.LightningModule):
 
     # ------------------------------------------------------------------ export
 
-    def export(self, output_dir: Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
+    def export(self, output_dir: Path, state_dict: Mapping[str, Tensor] | None = None, check: Any = None) -> None:
         """Writes a Hugging Face directory: weights or adapter, tokenizer, chat template, stop tokens.
 
         Args:
             output_dir: Where to.
             state_dict: Whole weights of `model` by name, where they are sharded.
+            check: As in `export_hf`.
         """
         assert self.model is not None
         datamodule, options = self.trainer.datamodule, self.options  # type: ignore[attr-defined]
@@ -297,4 +297,5 @@ class SFTModule(L.LightningModule):
             chat_template=datamodule.data.renderer.template.text,
             base_name_or_path=None if options.init == "random" else base_name(options.model_name_or_path),
             state_dict=None if state_dict is None else {k.removeprefix("lm."): v for k, v in state_dict.items()},
+            check=check,
         )
