@@ -100,8 +100,7 @@ class SFTModule(L.LightningModule):
         if isinstance(self.trainer.strategy, FSDPStrategy):
             parallel.wrap_layers_with_fsdp(self.trainer.strategy.kwargs, model.lm)
         self.loss_scale = 1.0 / 1024 if self.trainer.precision.startswith("16") else 1.0
-        self.model = model
-        self.base = frozen.base_of(model.lm, self.options.init, self.options.seed)
+        self.model, self.base = model, frozen.base_of(model.lm, self.options.init, self.options.seed)
         self.__dict__["adapter"] = adapter
 
     def shard(self, mesh: Any, cpu_offload: bool) -> None:
