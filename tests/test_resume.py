@@ -216,7 +216,8 @@ def test_kinds_of_runs(what, place, uninterrupted, tmp_path):
         save_tiny(place[0] / "gpt2", tiny_gpt2(resid_pdrop=0.2, embd_pdrop=0.2, attn_pdrop=0.2))
     root = tmp_path / "runs"
     kill(place, root, "on_train_batch_start", 3, **options)
-    assert resume(place, root, **options) == 3
+    newest = (2, 3) if what == "in the background" else (3,)  # the third may not be complete
+    assert resume(place, root, **options) in newest
     assert_same_run(root, uninterrupted(**options))
 
 
