@@ -187,7 +187,9 @@ class SFTDataModule(L.LightningDataModule):
         trainer.accumulate_grad_batches = order.accumulation
         if trainer._val_check_time_interval is None:  # type: ignore[attr-defined]
             trainer.val_check_interval = order.between_steps(
-                trainer.val_check_interval, order.limited_batches(trainer.limit_train_batches)
+                trainer.val_check_interval,
+                order.limited_batches(trainer.limit_train_batches),
+                each_epoch=trainer.check_val_every_n_epoch is not None,
             )
         if self.total_steps < 1:
             raise UserError(

@@ -110,8 +110,7 @@ class SFTModule(L.LightningModule):
         if isinstance(self.trainer.strategy, FSDPStrategy):
             parallel.wrap_layers_with_fsdp(self.trainer.strategy, model.lm)
         self.loss_scale = 1.0 / 1024 if self.trainer.precision.startswith("16") else 1.0
-        self.model = model
-        self.base = frozen.base_of(model.lm, self.options.init, self.options.seed)
+        self.model, self.base = model, frozen.base_of(model.lm, self.options.init, self.options.seed)
         self.__dict__["adapter"] = adapter
 
     def shard(self, mesh: Any, **options: bool) -> None:
@@ -231,10 +230,9 @@ class SFTModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leaves out what is frozen, and remembers what that was; and how answers end."""
-        checkpoint["base"] = self.base
+        checkpoint |= {"base": self.base, "stop_ids": self.stop_ids}
         if self.base is not None:
             checkpoint["state_dict"] = frozen.trained(self, checkpoint["state_dict"])
-        checkpoint["stop_ids"] = self.stop_ids
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses what does not belong to this model; takes back how answers end."""
@@ -245,12 +243,13 @@ class SFTModule(L.LightningModule):
 
     # ------------------------------------------------------------------ export
 
-    def export(self, output_dir: Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
+    def export(self, output_dir: Path, state_dict: Mapping[str, Tensor] | None = None, check: Any = None) -> None:
         """Writes a Hugging Face directory: weights or adapter, tokenizer, chat template, stop tokens.
 
         Args:
             output_dir: Where to.
             state_dict: Whole weights of `model` by name, where they are sharded.
+            check: As in `export_hf`.
         """
         assert self.model is not None
         datamodule, options = self.trainer.datamodule, self.options  # type: ignore[attr-defined]
@@ -264,4 +263,5 @@ class SFTModule(L.LightningModule):
             if options.init == "random" or options.add_tokens
             else base_name(options.model_name_or_path),
             state_dict=None if state_dict is None else {k.removeprefix("lm."): v for k, v in state_dict.items()},
+            check=check,
         )

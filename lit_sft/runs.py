@@ -219,6 +219,7 @@ class RunFolder(Callback):
     def __init__(self, ckpt_path: str | None, first_step: int | None, save_config: Callable[[Path], None]) -> None:
         self.ckpt_path, self.first_step, self.save_config = ckpt_path, first_step, save_config
         self.folder: Path | None = None
+        self.config = ""
 
     def claim(self, trainer: L.Trainer) -> None:
         """Chooses the folder on rank 0; before `trainer.fit`, which opens the loggers before any callback is asked."""
@@ -231,9 +232,14 @@ class RunFolder(Callback):
         if trainer.is_global_zero:
             if stage == "fit":
                 self.save_config(folder / CONFIG)
+                self.config = (folder / CONFIG).read_text()
             log.info("run folder: %s", os.path.relpath(folder))
         else:
             self._use(folder, trainer)
+
+    @override
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["config"] = self.config
 
     def _use(self, folder: Path, trainer: L.Trainer) -> None:
         self.folder = folder
