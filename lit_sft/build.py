@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lit_sft import demo
-from lit_sft.model import adapters, attention, load, parallel
+from lit_sft.model import adapters, attention, fused, load, parallel
 from lit_sft.model.loss import CausalLMLoss
 
 if TYPE_CHECKING:
@@ -101,6 +101,7 @@ def build_model(options: SimpleNamespace, precision: str) -> tuple[CausalLMLoss,
         torch.set_num_threads(1)
     model = CausalLMLoss(lm, options.loss)
     model.check_head()
+    fused.fuse_blocks(lm)
     model.separate_rows = not attention.packs_are_exact(lm)
     if model.separate_rows:
         log.warning("%s mixes packed examples: each gets a padded row of its own, exact but slower", type(lm).__name__)

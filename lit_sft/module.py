@@ -169,6 +169,8 @@ class SFTModule(L.LightningModule):
         """The optimizer over two parameter groups, and the schedule by optimizer step."""
         groups = optim.parameter_groups(self.named_parameters())
         optimizer = self.options.optimizer(groups)
+        if not self.trainer.precision.startswith("16"):  # Lightning unscales before clipping, fused Adam would itself
+            optim.prefer_fused(optimizer)
         factor = optim.lr_factor(self.options.lr_schedule, self.trainer.datamodule.total_steps)  # type: ignore[attr-defined]
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
