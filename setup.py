@@ -8,7 +8,9 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "lit_sft" / "__init__.py").read_text()).group(1)
 
+QUANTIZATION = ["bitsandbytes>=0.50,<0.51"]
 TEST = [
+    *QUANTIZATION,
     "pytest>=8",
     "pytest-timeout>=2.3",
     "ruff>=0.16,<0.18",  # its formatter decides how the code looks, and so whether a test passes
@@ -41,6 +43,6 @@ setup(
         "numpy>=2",
         "rich>=13",
     ],
-    extras_require={"test": TEST, "dev": [*TEST, "pre-commit>=4"]},
+    extras_require={"quantization": QUANTIZATION, "test": TEST, "dev": [*TEST, "pre-commit>=4"]},
     entry_points={"console_scripts": ["lit-sft=lit_sft.cli:main"]},
 )

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from lit_sft import demo
-from lit_sft.model import adapters, attention, fused, load, parallel
+from lit_sft.model import adapters, attention, fused, load, neftune, parallel, quantization, tokens
 from lit_sft.model.loss import CausalLMLoss
+from lit_sft.types import UserError
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +44,40 @@ def base_name(name_or_path: str) -> str:
     return str(Path(name_or_path).absolute()) if Path(name_or_path).is_dir() else name_or_path
 
 
+def is_adapted(options: SimpleNamespace) -> bool:
+    """Whether the base is frozen and adapters are trained over it, new ones or those of a directory."""
+    return options.lora is not None or options.adapter_name_or_path is not None
+
+
+def check_options(options: SimpleNamespace) -> None:
+    """Refuses model settings that do not go together.
+
+    Raises:
+        UserError: Two of them exclude each other, or one needs another.
+    """
+    chosen = [name for name in ("lora", "adapter_name_or_path", "trainable") if getattr(options, name) is not None]
+    if len(chosen) > 1:
+        names = " and ".join(f"model.{name}" for name in chosen)
+        brings = "; an adapter directory brings its own settings" if "adapter_name_or_path" in chosen else ""
+        raise UserError(f"{names} exclude each other: set all but one of them to null{brings}")
+    if options.add_tokens and options.adapter_name_or_path is not None:
+        raise UserError("model.add_tokens and model.adapter_name_or_path exclude each other: set one of them to null")
+    if options.quantization is None:
+        return
+    if not is_adapted(options):
+        raise UserError(
+            f"model.quantization {options.quantization} freezes the weights, so nothing would be trained: set "
+            "model.lora as well, or model.quantization to null"
+        )
+    if options.init == "random":
+        raise UserError("model.quantization is for pretrained weights: set model.init to pretrained, or it to null")
+    if options.lora is not None and str(options.lora.init_lora_weights).startswith(("pissa", "olora")):
+        raise UserError(
+            f"model.lora.init_lora_weights {options.lora.init_lora_weights} takes its start values out of the base, "
+            "which model.quantization has rounded to 4 bits: set one of them to its default"
+        )
+
+
 def stored_dtype(dtype: str, precision: str, lora: bool) -> torch.dtype:
     """The type that weights are stored in.
 
@@ -63,7 +99,8 @@ def stored_dtype(dtype: str, precision: str, lora: bool) -> torch.dtype:
 
 
 def build_model(options: SimpleNamespace, precision: str) -> tuple[CausalLMLoss, PeftModel | None]:
-    """Loads the model; then, in this order: adapters or freezing, self-checks, gradient checkpointing, compile.
+    """Loads the model; then, in this order: new tokens, adapters or freezing, self-checks, noise, gradient
+    checkpointing, compile.
 
     Sharding comes after it, by the strategy.
 
@@ -79,22 +116,23 @@ def build_model(options: SimpleNamespace, precision: str) -> tuple[CausalLMLoss,
     """
     path = model_directory(options.model_name_or_path, options.revision)
     config = load.load_config(path, trust_remote_code=options.trust_remote_code)
+    if getattr(config, "quantization_config", None) is not None and options.quantization is None:
+        raise UserError(f"{path} holds quantized weights: set model.quantization to nf4, or use the model as it was")
+    dtype = stored_dtype(options.dtype, precision, is_adapted(options))
     lm = load.load_model(
         path,
         init=options.init,
-        dtype=stored_dtype(options.dtype, precision, options.lora is not None),
+        dtype=dtype,
         attn_implementation=attention.choose(config, options.attn_implementation),
         trust_remote_code=options.trust_remote_code,
         seed=options.seed,
+        quantization_config=None if options.quantization is None else quantization.nf4(dtype),
     )
-    adapter = None
-    if options.lora is not None:
-        adapter = adapters.apply_lora(lm, options.lora, seed=options.seed)
-    elif options.trainable is not None:
-        adapters.set_trainable(lm, options.trainable)
-    total, trained = (sum(p.numel() for p in lm.parameters() if p.requires_grad or n) for n in (True, False))
+    adapter = _choose_trained(lm, path, options)
+    total, trained = lm.num_parameters(), lm.num_parameters(only_trainable=True)
     log.info(
-        f"model: {type(lm).__name__}, {total / 1e6:,.1f} M parameters in {str(lm.dtype).removeprefix('torch.')}, "
+        f"model: {type(lm).__name__}, {total / 1e6:,.1f} M parameters in "
+        f"{options.quantization or str(lm.dtype).removeprefix('torch.')}, "
         f"{trained / total:.1%} trained, attention {lm.config._attn_implementation}"
     )
     if total < ONE_THREAD_BELOW and "OMP_NUM_THREADS" not in os.environ:
@@ -105,8 +143,34 @@ def build_model(options: SimpleNamespace, precision: str) -> tuple[CausalLMLoss,
     model.separate_rows = not attention.packs_are_exact(lm)
     if model.separate_rows:
         log.warning("%s mixes packed examples: each gets a padded row of its own, exact but slower", type(lm).__name__)
+    if options.neftune_noise_alpha is not None:
+        neftune.apply_neftune(model, lm.get_input_embeddings(), options.neftune_noise_alpha)
     if options.gradient_checkpointing:
         parallel.apply_gradient_checkpointing(lm)
     if options.compile:
         parallel.apply_compile(lm)
     return model.train(), adapter
+
+
+def _choose_trained(lm: PreTrainedModel, path: str, options: SimpleNamespace) -> PeftModel | None:
+    """Makes room for new tokens; then decides what is trained: adapters, which are returned, a part, or all."""
+    new_ids: list[int] = []
+    if options.add_tokens:
+        tokenizer = load.load_tokenizer(path, trust_remote_code=options.trust_remote_code)
+        new_ids = tokens.add_tokens(tokenizer, options.add_tokens)
+        tokens.make_room(lm, new_ids)
+    if options.lora is not None:
+        return adapters.apply_lora(lm, options.lora, new_token_ids=new_ids, seed=options.seed)
+    if options.adapter_name_or_path is not None:
+        folder = load.resolve(options.adapter_name_or_path, key="model.adapter_name_or_path", allow_adapter=True)
+        log.info("adapter: goes on from %s", options.adapter_name_or_path)
+        return adapters.load_adapter(lm, folder, base_name=options.model_name_or_path, trainable=True)
+    if options.trainable is not None:
+        adapters.set_trainable(lm, options.trainable)
+        ends = (lm.get_input_embeddings(), lm.get_output_embeddings())
+        if new_ids and not all(end.weight.requires_grad for end in ends):
+            raise UserError(
+                "model.add_tokens: the new tokens would not be trained; model.trainable must match the embedding and "
+                "the head, by embed_tokens and lm_head in most models"
+            )
+    return None

@@ -81,6 +81,7 @@ class SFTTrainer(L.Trainer):
         ckpt_path: str = "last",
         output_dir: str = "hf",
         merge_lora: bool = False,
+        dequantize: bool = False,
     ) -> None:
         """Turn a checkpoint into a Hugging Face directory.
 
@@ -90,8 +91,9 @@ class SFTTrainer(L.Trainer):
             ckpt_path: Checkpoint, or `last`.
             output_dir: Directory to write.
             merge_lora: Merge the adapter into the base instead of writing an adapter directory.
+            dequantize: Merge over a 4-bit base too, whose values are then written in bf16.
         """
-        exporting.export_checkpoint(self, model, datamodule, ckpt_path, Path(output_dir), merge_lora)
+        exporting.export_checkpoint(self, model, datamodule, ckpt_path, Path(output_dir), merge_lora, dequantize)
         log.info("exported: %s", output_dir)
 
 
@@ -125,7 +127,7 @@ class SFTCLI(LightningCLI):
         parser.add_argument(
             "--predict_output", type=str | None, default=None, help="File of `predict`; null: in the run's folder"
         )
-        for key in ("model_name_or_path", "revision", "trust_remote_code"):
+        for key in ("model_name_or_path", "revision", "trust_remote_code", "add_tokens"):
             parser.link_arguments(f"model.{key}", f"data.{key}")
         for target in ("model.seed", "data.seed"):
             parser.link_arguments("seed_everything", target, compute_fn=int)
@@ -151,8 +153,14 @@ class SFTCLI(LightningCLI):
         """The trainer with our callbacks and loggers; a plain CPU one for commands that do not train."""
         config = self.config_init[self.subcommand]
         if self.subcommand in WITHOUT_TRAINER:
+            precision = config.trainer.precision  # decides the type of the weights
             return SFTTrainer(
-                accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False
+                accelerator="cpu",
+                devices=1,
+                precision=precision,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
             )
         root = Path(config.trainer.default_root_dir or ".")
         if self.subcommand == "doctor":
@@ -244,6 +252,7 @@ def _quiet() -> None:
     log.propagate = False
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on some CPUs it misses a kernel of the hub
     for text in NOT_HERE:
         warnings.filterwarnings("ignore", f".*{re.escape(text)}.*")
     if not sys.stderr.isatty():

@@ -75,6 +75,7 @@ class SFTDataModule(L.LightningDataModule):
         model_name_or_path: Linked from the model: whose tokenizer is used.
         revision: Linked from the model.
         trust_remote_code: Linked from the model.
+        add_tokens: Linked from the model.
         seed: Linked from seed_everything: order and split.
         allow_other_data: Linked from resume: go on although data or template changed.
     """
@@ -107,6 +108,7 @@ class SFTDataModule(L.LightningDataModule):
         model_name_or_path: str = "Qwen/Qwen3-0.6B-Base",
         revision: str | None = None,
         trust_remote_code: bool = False,
+        add_tokens: list[str] | None = None,
         seed: int = 42,
         allow_other_data: bool = False,
     ) -> None:

@@ -18,7 +18,7 @@ from lit_sft.data.cache import ExampleCache
 from lit_sft.data.render import Renderer
 from lit_sft.data.templates import resolve_chat_template
 from lit_sft.data.turns import ChatTemplate
-from lit_sft.model import load
+from lit_sft.model import load, tokens
 from lit_sft.prepare import Preparation, num_duplicates, num_overlapping
 from lit_sft.prompts import Asked
 from lit_sft.types import Conversation, Message, UserError
@@ -53,9 +53,11 @@ class SFTData:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The one tokenizer, of the model."""
+        """The one tokenizer, of the model, with `add_tokens`."""
         path = model_directory(self.options.model_name_or_path, self.options.revision)
-        return load.load_tokenizer(path, trust_remote_code=self.options.trust_remote_code)
+        tokenizer = load.load_tokenizer(path, trust_remote_code=self.options.trust_remote_code)
+        tokens.add_tokens(tokenizer, self.options.add_tokens or [])
+        return tokenizer
 
     @cached_property
     def renderer(self) -> Renderer:

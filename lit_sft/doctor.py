@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from rich.table import Table
 from typing_extensions import override
 
-from lit_sft.build import model_directory, stored_dtype
+from lit_sft.build import is_adapted, model_directory, stored_dtype
 from lit_sft.data.packing import Packs
 from lit_sft.datamodule import SFTDataModule
 from lit_sft.display import console
@@ -111,8 +111,8 @@ def _expect_memory(
         model_directory(options.model_name_or_path, options.revision), trust_remote_code=options.trust_remote_code
     )
     total = memory.num_parameters(config)
-    trained = total if options.lora is None else 0  # adapters are small beside the rest
-    stored = torch.finfo(stored_dtype(options.dtype, precision, options.lora is not None)).bits // 8
+    trained = 0 if is_adapted(options) else total  # adapters are small beside the rest
+    stored = torch.finfo(stored_dtype(options.dtype, precision, is_adapted(options))).bits // 8
     packs, lengths = datamodule.pack("train"), datamodule.data.caches["train"].lengths
     parameter = [torch.nn.Parameter(torch.zeros(1))]
     is_adam = "betas" in options.optimizer(parameter).defaults
@@ -134,7 +134,7 @@ def _expect_memory(
             f"the step needs about {expected.total / GIB:.1f} GiB and {available / GIB:.1f} GiB are free: lower "
             "data.micro_batch_size or data.max_length, or set model.gradient_checkpointing or model.lora"
         )
-    checkpoint = (total * stored if options.lora is None else 0) + expected.optimizer
+    checkpoint = (0 if is_adapted(options) else total * stored) + expected.optimizer
     room = shutil.disk_usage(Path(trainer.default_root_dir)).free
     if 3 * checkpoint > room:
         report["errors"].append(

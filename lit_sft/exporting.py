@@ -16,14 +16,25 @@ from lit_sft.types import UserError
 
 
 def export_checkpoint(
-    trainer: L.Trainer, module: SFTModule, datamodule: SFTDataModule, ckpt_path: str, output_dir: Path, merge_lora: bool
+    trainer: L.Trainer,
+    module: SFTModule,
+    datamodule: SFTDataModule,
+    ckpt_path: str,
+    output_dir: Path,
+    merge_lora: bool,
+    dequantize: bool,
 ) -> None:
     """Loads, merges if asked to, writes, and compares logits and greedy answers to the default questions.
 
     Raises:
-        UserError: The checkpoint is not one of this model.
+        UserError: The checkpoint is not one of this model, or merging needs a word of consent.
         RuntimeError: What was written answers differently.
     """
+    if merge_lora and module.options.quantization is not None and not dequantize:
+        raise UserError(
+            "--merge_lora true over a 4-bit base: say --dequantize true to write its rounded values, with the adapter, "
+            "in bf16; or --model.quantization null to merge into the base that was quantized, which was not trained on"
+        )
     trainer.strategy.connect(module)
     module.trainer = datamodule.trainer = trainer
     trainer._data_connector.attach_datamodule(module, datamodule)
@@ -39,7 +50,8 @@ def export_checkpoint(
     if merge_lora:
         if module.adapter is None:
             raise UserError("--merge_lora true, but the checkpoint has no adapter: leave it out")
-        module.model.lm, module.adapter = adapters.merge(module.adapter, torch.tensor(probes[:1])), None
+        plain = module.adapter if module.options.quantization is None else adapters.dequantized(module.adapter)
+        module.model.lm, module.adapter = adapters.merge(plain, torch.tensor(probes[:1])), None
     module.model.lm.set_attn_implementation("sdpa")  # as plain transformers will run it
     module.export(output_dir)
     verify_export(output_dir, module.adapter or module.model.lm, datamodule.tokenizer, probes)

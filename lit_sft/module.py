@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import lightning as L
 import numpy as np
@@ -16,10 +16,10 @@ from torch.optim import AdamW, Optimizer
 from torchmetrics import MeanMetric
 
 from lit_sft import optim
-from lit_sft.build import base_name, build_model
+from lit_sft.build import base_name, build_model, check_options, is_adapted
 from lit_sft.metrics import EvaluationOptions, Perplexity, exact_match
 from lit_sft.model import load, parallel
-from lit_sft.model.adapters import LoraConfig
+from lit_sft.model.adapters import LoraConfig, check_trained, lift_trained
 from lit_sft.model.export import export_hf
 from lit_sft.model.generate import GenerationOptions, decode_completion, generate
 from lit_sft.model.loss import CausalLMLoss, LossOptions
@@ -40,11 +40,15 @@ class SFTModule(L.LightningModule):
         init: `pretrained` weights, or `random` ones from the config.
         dtype: Type of the stored weights. `auto`: fp32 where they are trained, bf16 for the frozen base under LoRA.
         trainable: Regular expressions on parameter names for partial fine-tuning; the rest is frozen.
+        add_tokens: New special tokens, whose embeddings are trained.
         attn_implementation: `auto` takes packed attention where the architecture allows; else a name of transformers'.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
         compile: Compile every decoder layer with torch.compile.
         loss: What is minimized.
+        neftune_noise_alpha: Strength of the noise on the embeddings in training (NEFTune), often 5; null for none.
         lora: Train low-rank adapters instead of the weights.
+        adapter_name_or_path: Go on training an existing adapter (directory or hub id) instead of making a new one.
+        quantization: Keep the frozen base of an adapter in 4 bits (QLoRA).
         optimizer: Class and arguments of the optimizer.
         lr_schedule: Learning rate over optimizer steps.
         generation: How prompts are answered.
@@ -62,11 +66,15 @@ class SFTModule(L.LightningModule):
         init: Literal["pretrained", "random"] = "pretrained",
         dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
         trainable: list[str] | None = None,
+        add_tokens: list[str] | None = None,
         attn_implementation: str = "auto",
         gradient_checkpointing: bool = False,
         compile: bool = False,
         loss: LossOptions = LossOptions(),  # noqa: B008 - jsonargparse reads the default from here; never mutated
+        neftune_noise_alpha: float | None = None,
         lora: LoraConfig | None = None,
+        adapter_name_or_path: str | None = None,
+        quantization: Literal["nf4"] | None = None,
         optimizer: Callable[[Iterable], Optimizer] = lambda params: AdamW(params, lr=8.0e-5, weight_decay=0.0),
         lr_schedule: optim.ScheduleOptions = optim.ScheduleOptions(),  # noqa: B008
         generation: GenerationOptions = GenerationOptions(),  # noqa: B008
@@ -77,9 +85,8 @@ class SFTModule(L.LightningModule):
         super().__init__()
         self.options = SimpleNamespace(**options)
         self.generation, self.evaluation = generation, evaluation
-        if lora is not None and trainable is not None:
-            raise UserError("model.lora and model.trainable exclude each other: set one of them to null")
-        self.strict_loading = lora is None  # an adapter checkpoint does not carry the frozen base
+        check_options(self.options)
+        self.strict_loading = not is_adapted(self.options)  # an adapter checkpoint does not carry the frozen base
         self.model: CausalLMLoss | None = None
         self.__dict__["adapter"] = None  # past `nn.Module`: it is no submodule, its layers live in `model`
         self.saved_stop_ids: list[int] = []
@@ -97,6 +104,8 @@ class SFTModule(L.LightningModule):
         if self.model is not None:
             return
         model, adapter = build_model(self.options, self.trainer.precision)
+        if self.options.quantization and isinstance(self.trainer.strategy, (FSDPStrategy, ModelParallelStrategy)):
+            raise UserError("model.quantization: 4-bit weights are not sharded; set trainer.strategy to ddp or auto")
         if isinstance(self.trainer.strategy, FSDPStrategy):
             parallel.wrap_layers_with_fsdp(self.trainer.strategy.kwargs, model.lm)
         self.loss_scale = 1.0 / 1024 if self.trainer.precision.startswith("16") else 1.0
@@ -108,6 +117,13 @@ class SFTModule(L.LightningModule):
         assert self.model is not None
         dtype = torch.bfloat16 if "bf16" in self.trainer.precision else torch.float32
         parallel.apply_fsdp2(self.model, self.model.lm, mesh, dtype, cpu_offload)
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """As torch does it; but adapters stay in fp32 over a base that `bf16-true` casts."""
+        super().to(*args, **kwargs)
+        if self.adapter is not None:
+            lift_trained(self.adapter)
+        return self
 
     # ------------------------------------------------------------------ training
 
@@ -270,13 +286,15 @@ class SFTModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Drops the frozen base of an adapter; remembers how answers end."""
-        if self.options.lora is not None:
+        if is_adapted(self.options):
             trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
         checkpoint["stop_ids"] = self.stop_ids
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes back how answers end."""
+        """Takes back how answers end; refuses another adapter's tensors."""
+        if is_adapted(self.options):
+            check_trained(self, checkpoint["state_dict"])
         self.saved_stop_ids = checkpoint["stop_ids"]
 
     # ------------------------------------------------------------------ export
@@ -296,6 +314,8 @@ class SFTModule(L.LightningModule):
             output_dir,
             stop_ids=self.stop_ids,
             chat_template=datamodule.data.renderer.template.text,
-            base_name_or_path=None if options.init == "random" else base_name(options.model_name_or_path),
+            base_name_or_path=None
+            if options.init == "random" or options.add_tokens
+            else base_name(options.model_name_or_path),
             state_dict=None if state_dict is None else {k.removeprefix("lm."): v for k, v in state_dict.items()},
         )

@@ -10,11 +10,10 @@ from tiny import tiny_gpt2, tiny_llama, tiny_qwen3
 
 from lit_sft.model.adapters import (
     LoraConfig,
-    adapter_state_dict,
     apply_lora,
+    check_trained,
     is_adapter_dir,
     load_adapter,
-    load_adapter_state,
     merge,
     merge_error,
     set_trainable,
@@ -43,6 +42,10 @@ def loss(model):
     return model.train()(IDS, labels=IDS).loss
 
 
+def trained(model):
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
 # ----------------------------------------------------------------------------------------------------------- config
 
 
@@ -53,7 +56,8 @@ def test_names_and_defaults_are_those_of_peft():
     deliberate = {"target_modules": "all-linear"}  # peft has no default for models it does not know
     for field in dataclasses.fields(LoraConfig):
         assert field.name in theirs, f"peft has no LoraConfig.{field.name}"
-        assert field.default == deliberate.get(field.name, theirs[field.name].default), field.name
+        expected = deliberate.get(field.name, theirs[field.name].default)
+        assert (field.default, field.default_factory) == (expected, theirs[field.name].default_factory), field.name
 
 
 @pytest.mark.parametrize(
@@ -120,12 +124,12 @@ def test_a_fresh_adapter_changes_nothing():
 
 def test_random_numbers_depend_on_the_seed_alone():
     torch.manual_seed(5)
-    first = adapter_state_dict(apply_lora(tiny_llama(), LoraConfig(), seed=1))
+    first = trained(apply_lora(tiny_llama(), LoraConfig(), seed=1))
     drawn = torch.rand(2)
     torch.manual_seed(5)
     assert torch.equal(torch.rand(2), drawn), "the caller's random state was disturbed"
-    again = adapter_state_dict(apply_lora(tiny_llama(), LoraConfig(), seed=1))
-    other = adapter_state_dict(apply_lora(tiny_llama(), LoraConfig(), seed=2))
+    again = trained(apply_lora(tiny_llama(), LoraConfig(), seed=1))
+    other = trained(apply_lora(tiny_llama(), LoraConfig(), seed=2))
     assert all(torch.equal(value, again[name]) for name, value in first.items())
     assert not all(torch.equal(value, other[name]) for name, value in first.items())
 
@@ -157,31 +161,20 @@ def test_whole_modules_are_trained_in_fp32_and_work_with_and_without_autocast(bu
 
 def test_layers_and_exclusions_are_honoured():
     config = LoraConfig(target_modules=["q_proj", "v_proj"], layers_to_transform=[1], exclude_modules=["v_proj"])
-    names = adapter_state_dict(apply_lora(tiny_llama(), config)).keys()
+    names = trained(apply_lora(tiny_llama(), config)).keys()
     assert len(names) == 2 and all("layers.1.self_attn.q_proj" in name for name in names)
 
 
 # ------------------------------------------------------------------------------------------------------------ state
 
 
-def test_the_state_holds_the_trained_tensors_and_comes_back():
-    model = shake(apply_lora(tiny_llama(), LoraConfig(r=2)))
-    state = {name: value.clone() for name, value in adapter_state_dict(model).items()}
-    assert sum(value.numel() for value in state.values()) == sum(
-        p.numel() for p in model.parameters() if p.requires_grad
-    )
-    other = apply_lora(tiny_llama(), LoraConfig(r=2), seed=9)
-    assert not torch.equal(logits(other), logits(model))
-    load_adapter_state(other, state)
-    assert torch.equal(logits(other), logits(model))
-
-
 def test_a_state_that_does_not_fit_is_refused():
-    state = adapter_state_dict(apply_lora(tiny_llama(), LoraConfig(r=2)))
+    state = trained(apply_lora(tiny_llama(), LoraConfig(r=2)))
+    check_trained(apply_lora(tiny_llama(), LoraConfig(r=2), seed=9), state)
     with pytest.raises(UserError, match="set model.lora.r"):
-        load_adapter_state(apply_lora(tiny_llama(), LoraConfig(r=4)), state)
+        check_trained(apply_lora(tiny_llama(), LoraConfig(r=4)), state)
     with pytest.raises(UserError, match="the checkpoint holds 28 trained tensors and the model 4"):
-        load_adapter_state(apply_lora(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"])), state)
+        check_trained(apply_lora(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"])), state)
 
 
 # ------------------------------------------------------------------------------------------------------------ merge
@@ -279,3 +272,67 @@ def test_patterns_that_match_nothing_or_do_not_compile_are_refused():
         set_trainable(tiny_llama(), ["norm", "decoder"])
     with pytest.raises(UserError, match=r"model.trainable: 'layers\[' is no regular expression"):
         set_trainable(tiny_llama(), ["layers["])
+
+
+# ----------------------------------------------------------------------------------------------- patterns and tokens
+
+
+def test_ranks_differ_by_pattern_and_patterns_that_fit_nothing_are_refused():
+    model = apply_lora(tiny_llama(), LoraConfig(r=2, rank_pattern={"down_proj": 5, r"layers\.1\..*q_proj": 3}))
+    layers = model.get_base_model().model.layers
+    assert layers[0].mlp.down_proj.r["default"] == 5 and layers[0].self_attn.q_proj.r["default"] == 2
+    assert layers[1].self_attn.q_proj.r["default"] == 3
+    for wrong in (dict(rank_pattern={"down": 5}), dict(alpha_pattern={"lm_head": 5})):
+        with pytest.raises(UserError, match="is the name of no adapted module"):
+            apply_lora(tiny_llama(), LoraConfig(**wrong))
+    with pytest.raises(UserError, match="model.lora.rank_pattern is .*; every value must be at least 1"):
+        LoraConfig(rank_pattern={"q_proj": 0})
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_qwen3])
+def test_some_rows_of_embedding_and_head_are_trained(build):
+    from lit_sft.model.loss import CausalLMLoss
+
+    model = apply_lora(build().to(torch.bfloat16), LoraConfig(r=2), new_token_ids=[7, 9])
+    rows = {name: p for name, p in model.named_parameters() if "trainable_tokens" in name}
+    assert len(rows) == (1 if build is tiny_qwen3 else 2)
+    assert all(p.dtype == torch.float32 and p.shape == (2, 32) for p in rows.values())
+    chunked = CausalLMLoss(model.get_base_model())
+    chunked.check_head()
+    assert not chunked.own_logits
+    labels = torch.roll(IDS[:1], -1, dims=1)
+    output = chunked.train()(input_ids=IDS[:1], labels=labels, position_ids=torch.arange(12)[None])
+    expected = torch.nn.functional.cross_entropy(chunked.lm(IDS[:1]).logits[0].float(), labels[0], reduction="sum")
+    torch.testing.assert_close(output.loss_sum, expected, rtol=2e-3, atol=0)
+    output.loss_sum.backward()
+    assert all(p.grad.any() for p in rows.values())
+
+
+def test_token_ids_that_do_not_exist_are_refused():
+    with pytest.raises(UserError, match="trainable_token_indices: there is no token 320, only 0 to 319"):
+        apply_lora(tiny_llama(), LoraConfig(trainable_token_indices=[3, 320]))
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_qwen3])
+def test_rows_merge_and_a_matrix_that_is_trained_whole_has_none(build):
+    model = shake(apply_lora(build(), LoraConfig(), new_token_ids=[7, 9]))
+    before = logits(model)
+    merged = merge(model, probe_ids=IDS)
+    assert merge_error(before, logits(merged)) <= 1e-5
+    tied = merged.get_output_embeddings().weight is merged.get_input_embeddings().weight
+    assert tied == (build is tiny_qwen3)
+    whole = apply_lora(build(), LoraConfig(modules_to_save=["embed_tokens", "lm_head"]), new_token_ids=[7])
+    assert not any("trainable_tokens" in name for name in trained(whole))
+
+
+def test_unmerging_gives_the_base_back_within_rounding():
+    model = shake(apply_lora(tiny_llama().to(torch.bfloat16), LoraConfig()))
+    base = {name: value.clone() for name, value in model.named_parameters() if not value.requires_grad}
+    before = logits(model)
+    model.merge_adapter()
+    assert merge_error(before, logits(model)) < 0.05
+    model.unmerge_adapter()
+    assert merge_error(before, logits(model)) < 0.05
+    for name, value in model.named_parameters():
+        if name in base:
+            torch.testing.assert_close(value, base[name], rtol=2**-7, atol=2e-3)

@@ -29,6 +29,7 @@ CUT_SHORT = {
     "model.generation.max_new_tokens": 4,
     "data.cache_dir": "cache",
 }
+SHORTER = {"scripts/full_vs_lora.py": ["--minutes", "0.02", "--methods", "lora"]}
 LIMITS = "## Limits"
 KEY = re.compile(r"`((?:trainer|model|data|checkpoint|early_stopping|resume)\.[a-z_.]+)\b")
 
@@ -166,7 +167,7 @@ def test_step_runs(step, place_of, monkeypatch):
         lit_sft(step.text.partition(" -m lit_sft ")[2], monkeypatch)
     else:
         assert program == "python" and rest[0].startswith("scripts/"), f"no rule for {step.text}"
-        subprocess.run([sys.executable, *rest], check=True, env=environment())
+        subprocess.run([sys.executable, *rest, *SHORTER.get(rest[0], [])], check=True, env=environment())
 
 
 def test_the_two_commands_come_first():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -135,7 +136,9 @@ def _peft_config(model: Any) -> Any:
 
 def _stored_dtype(model: Any) -> torch.dtype:
     """Of the base, where adapters of another type lie over it."""
-    dtype: torch.dtype = next((p.dtype for p in model.parameters() if not p.requires_grad), model.dtype)
+    dtype: torch.dtype = next(
+        (p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point()), model.dtype
+    )
     return dtype
 
 
@@ -170,10 +173,13 @@ def _save_model(
         state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
     in_training = lm.generation_config, lm.config.use_cache
     lm.generation_config, lm.config.use_cache = settings, True
+    quantizer = vars(lm).pop("hf_quantizer", None)  # with it, transformers would not look at `state_dict`
     try:
         lm.save_pretrained(directory, state_dict=state)
     finally:
         lm.generation_config, lm.config.use_cache = in_training
+        if quantizer is not None:
+            lm.hf_quantizer = quantizer
     if dtype is not None:
         config = json.loads((directory / "config.json").read_text())
         config["dtype"] = str(dtype).removeprefix("torch.")
@@ -182,8 +188,9 @@ def _save_model(
 
 def _base_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The base's own tensors, under the names they had before adapters were put around its layers."""
-    own = {name: value for name, value in state.items() if ".lora_" not in name and ".modules_to_save." not in name}
-    return {name.replace(".base_layer.", ".").replace(".original_module.", "."): own[name] for name in own}
+    added = (".lora_", ".modules_to_save.", ".trainable_tokens_")
+    own = {name: value for name, value in state.items() if not any(part in name for part in added)}
+    return {re.sub(r"\.(token_adapter\.base_layer|base_layer|original_module)\.", ".", name): own[name] for name in own}
 
 
 def _save_adapter(model: Any, state: Mapping[str, Tensor], directory: Path, base: str) -> None:
@@ -240,7 +247,9 @@ def _reload(directory: Path, model: PreTrainedModel | PeftModel) -> Any:
         from peft import PeftConfig, PeftModel
 
         base_name = PeftConfig.from_pretrained(str(directory)).base_model_name_or_path
-        base = load(base_name, dtype=_stored_dtype(model), local_files_only=True)
+        quantized = getattr(model.config, "quantization_config", None)
+        options = {} if quantized is None else {"quantization_config": quantized, "device_map": {"": "cpu"}}
+        base = load(base_name, dtype=_stored_dtype(model), local_files_only=True, **options)
         return PeftModel.from_pretrained(base, str(directory)).to(model.device).eval()
 
 

@@ -106,6 +106,7 @@ def load_model(
     attn_implementation: str,
     trust_remote_code: bool = False,
     seed: int,
+    quantization_config: Any = None,
 ) -> PreTrainedModel:
     """Loads the causal LM, or builds it with random weights from its config.
 
@@ -119,6 +120,7 @@ def load_model(
         attn_implementation: As transformers names it: `sdpa`, `eager`, `flash_attention_2` or a registered function.
         trust_remote_code: Whether Python files beside the weights may be run.
         seed: Seed of the random weights.
+        quantization_config: transformers' config of how pretrained weights are quantized, or None.
 
     Raises:
         UserError: If this is no causal LM, or if its weights cannot be read.
@@ -126,6 +128,8 @@ def load_model(
     config = load_config(path, trust_remote_code=trust_remote_code)
     _check_causal(config, path)
     arguments = dict(dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code)
+    if quantization_config is not None:  # on the CPU, from where the strategy moves it
+        arguments |= {"quantization_config": quantization_config, "device_map": {"": "cpu"}}
     try:
         model = _random_model(config, arguments, seed) if init == "random" else _pretrained_model(path, arguments)
     except (ImportError, ValueError) as error:

@@ -179,7 +179,9 @@ class CausalLMLoss(nn.Module):
         self.options = options or LossOptions()
         self.separate_rows = False
         """Set where the model would mix examples of a pack: each becomes a padded row of its own."""
-        self.own_logits = type(lm.get_output_embeddings()) is not nn.Linear
+        head = lm.get_output_embeddings()
+        # what peft trains as a whole, or some rows of it, it wraps around the original
+        self.own_logits = type(getattr(head, "original_module", head)) is not nn.Linear
         if self.own_logits:
             log.warning("The head of %s is not a plain linear layer: its own full logits are used.", type(lm).__name__)
 
@@ -189,7 +191,8 @@ class CausalLMLoss(nn.Module):
         linear, config = self.lm.get_output_embeddings(), self.lm.config.get_text_config()
         scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
         scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite
-        return Head(linear.weight, linear.bias, scale, getattr(config, "final_logit_softcapping", None))  # Gemma
+        softcap = getattr(config, "final_logit_softcapping", None)  # Gemma
+        return Head(linear.weight, getattr(linear, "bias", None), scale, softcap)
 
     def forward(
         self,
@@ -257,13 +260,13 @@ class CausalLMLoss(nn.Module):
         input_ids = torch.arange(8, device=device)[None] % self.lm.config.get_text_config().vocab_size
         was_training = self.training
         self.eval()
-        own = self.lm(input_ids=input_ids, use_cache=False).logits[0].float()
+        own = self.lm(input_ids=input_ids, use_cache=False).logits[0]
         hidden = self.lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[0]
         head = self.head
         ours = head.logits(head.project(hidden.to(head.weight.dtype), head.weight))
         self.train(was_training)
-        tolerance = 1e-4 if head.weight.dtype == torch.float32 else 2e-2
-        self.own_logits = not torch.allclose(own, ours, rtol=tolerance, atol=tolerance * float(own.abs().max()))
+        tolerance = 1e-4 if own.dtype == torch.float32 else 2e-2
+        self.own_logits = not torch.allclose(own.float(), ours, rtol=tolerance, atol=tolerance * float(own.abs().max()))
         if self.own_logits:
             log.warning(
                 "%s does not compute its logits as scale * hidden @ head: its own full logits are used (more memory).",

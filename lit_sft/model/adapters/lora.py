@@ -1,12 +1,12 @@
-"""Which weights are trained: LoRA and its relatives through peft, or a part of the model chosen by name."""
+"""LoRA and its relatives, through peft: new ones, and those of an adapter directory."""
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,12 @@ class LoraConfig:
     """Modules that are trained whole and saved with the adapter, such as [embed_tokens, lm_head]."""
     layers_to_transform: list[int] | None = None
     """Numbers of the decoder layers to adapt, from 0; all where null. Needs `target_modules` as a list."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Other ranks, by name or regular expression of the module: {down_proj: 32}."""
+    alpha_pattern: dict[str, int] = field(default_factory=dict)
+    """Likewise other values of `lora_alpha`."""
+    trainable_token_indices: list[int] | None = None
+    """Ids of tokens whose embeddings are trained too, such as those of a chat template that the base never saw."""
     use_rslora: bool = False
     """Rank-stabilized scaling (arXiv:2312.03732)."""
     use_dora: bool = False
@@ -54,6 +60,9 @@ class LoraConfig:
             raise UserError(f"model.lora.lora_alpha is {self.lora_alpha}; set a positive number, often r or 2 * r")
         if not 0 <= self.lora_dropout < 1:
             raise UserError(f"model.lora.lora_dropout is {self.lora_dropout}; set a share from 0 to below 1")
+        for name in ("rank_pattern", "alpha_pattern"):
+            if any(value <= 0 for value in getattr(self, name).values()):
+                raise UserError(f"model.lora.{name} is {getattr(self, name)}; every value must be at least 1")
         if not self.target_modules:
             raise UserError("model.lora.target_modules is empty; set all-linear or a list of module names")
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
@@ -65,11 +74,19 @@ class LoraConfig:
             )
 
 
-def apply_lora(model: PreTrainedModel, config: LoraConfig, *, seed: int = 0) -> PeftModel:
+def apply_lora(
+    model: PreTrainedModel, config: LoraConfig, *, new_token_ids: Sequence[int] = (), seed: int = 0
+) -> PeftModel:
     """Freezes the model and puts trainable fp32 adapters into it.
 
     The random numbers depend on `seed` alone, and the caller's random state stays as it was. Activation checkpointing
     must be the non-reentrant one: its gradients reach adapters over a frozen embedding without further preparation.
+
+    Args:
+        model: The base, which may be quantized to 4 bits.
+        config: What is adapted, and how.
+        new_token_ids: Ids whose rows of the embedding, and of the head, are trained as well.
+        seed: Seed of the start values.
 
     Raises:
         UserError: If a name in the config fits no module of the model.
@@ -87,42 +104,19 @@ def apply_lora(model: PreTrainedModel, config: LoraConfig, *, seed: int = 0) -> 
         )
     tying = tied and _embeddings_among(model, config.modules_to_save or [])
     try:
-        peft_config = PeftLoraConfig(task_type="CAUSAL_LM", ensure_weight_tying=tying, **asdict(config))
+        options = {**asdict(config), "trainable_token_indices": _token_rows(model, config, new_token_ids)}
+        peft_config = PeftLoraConfig(task_type="CAUSAL_LM", ensure_weight_tying=tying, **options)
         with _own_random_state(model, seed), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="fan_in_fan_out")  # peft corrects it by itself
             warnings.filterwarnings("ignore", category=FutureWarning)  # between peft and transformers
             adapted: Any = get_peft_model(model, peft_config)
     except ValueError as error:
         raise UserError(f"model.lora: {_first_line(error)}") from error
+    for pattern in (*config.rank_pattern, *config.alpha_pattern):  # as peft matches them
+        if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in adapted.targeted_module_names):
+            raise UserError(f"model.lora: the pattern {pattern!r} is the name of no adapted module")
     _train_in_fp32(adapted)
     return adapted
-
-
-def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The trained tensors only, by parameter name: what a checkpoint needs where the rest is the unchanged base."""
-    return {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
-
-
-@torch.no_grad()
-def load_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Puts back what `adapter_state_dict` returned.
-
-    Raises:
-        UserError: If names or shapes differ from what is trained in `model`.
-    """
-    own = adapter_state_dict(model)
-    if strangers := sorted(own.keys() ^ state.keys()):
-        raise UserError(
-            f"the checkpoint holds {len(state)} trained tensors and the model {len(own)}; {strangers[0]} is in one of "
-            "them only: set model.lora and model.trainable as they were in training"
-        )
-    for name, value in state.items():
-        if own[name].shape != value.shape:
-            raise UserError(
-                f"{name} is {list(value.shape)} in the checkpoint and {list(own[name].shape)} in the model: set "
-                "model.lora.r and model.model_name_or_path as they were in training"
-            )
-        own[name].copy_(value)
 
 
 def is_adapter_dir(path: str) -> bool:
@@ -130,95 +124,79 @@ def is_adapter_dir(path: str) -> bool:
     return (Path(path) / "adapter_config.json").is_file()
 
 
-def load_adapter(model: PreTrainedModel, path: str, *, trainable: bool = False) -> PeftModel:
+def load_adapter(
+    model: PreTrainedModel, path: str, *, base_name: str | None = None, trainable: bool = False
+) -> PeftModel:
     """Loads an adapter directory over its base model.
 
+    Args:
+        model: The base.
+        path: The adapter directory.
+        base_name: What the user calls the base; the adapter's own word for it must end in the same name.
+        trainable: Whether the adapter will be trained further.
+
     Raises:
-        UserError: If the adapter does not fit the model.
+        UserError: If the adapter is not LoRA, or belongs to another model.
     """
-    from peft import PeftModel, get_peft_model_state_dict
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
     from safetensors import SafetensorError, safe_open
 
     weights = Path(path) / "adapter_model.safetensors"
     if not is_adapter_dir(path) or not weights.is_file():
         raise UserError(f"{path} is no adapter directory (adapter_config.json and adapter_model.safetensors)")
     try:
+        config = PeftConfig.from_pretrained(path)
+        if config.peft_type != "LORA":
+            raise UserError(f"the adapter {path} is {config.peft_type}; only LoRA and its relatives are known")
+        if base_name is not None:
+            _check_base(path, config.base_model_name_or_path, base_name)
         with safe_open(weights, framework="pt") as file:
             saved = set(file.keys())
-        adapted = PeftModel.from_pretrained(model, path, is_trainable=trainable)
-    except (RuntimeError, ValueError, SafetensorError) as error:
+        with _own_random_state(model, 0):  # peft draws start values before it reads the right ones
+            adapted = PeftModel.from_pretrained(model, path, is_trainable=trainable)
+    except UserError:
+        raise
+    except (RuntimeError, ValueError, TypeError, SafetensorError) as error:
         raise UserError(
-            f"the adapter {path} does not fit the base {model.name_or_path}: {_first_line(error)}"
+            f"the adapter {path} does not fit the base {base_name or model.name_or_path}: {_first_line(error)}"
         ) from error
     # peft only warns where the model has a place that the file does not fill.
     expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
     if saved != expected:
-        raise UserError(
-            f"the adapter {path} belongs to another base than {model.name_or_path}: its tensors have other names"
-        )
+        raise UserError(f"the adapter {path} belongs to another base than {model.name_or_path}: its tensors differ")
     if trainable:
         _train_in_fp32(adapted)
     return adapted
 
 
-@torch.no_grad()
-def merge(model: PeftModel, probe_ids: Tensor | None = None) -> PreTrainedModel:
-    """Adds the adapters to the weights and returns the plain model; `model` is used up.
+def _check_base(path: str, recorded: str | None, base_name: str) -> None:
+    """Compares the last parts only: a model is copied to other folders, and a hub id becomes a folder of its name."""
+    names = [Path(name).name.lower() for name in (recorded or "", base_name)]
+    if names[0] and names[0] != names[1]:
+        raise UserError(
+            f"the adapter {path} was trained over {recorded}, not over {base_name}: set model.model_name_or_path to "
+            "that; or if both are one model, correct base_model_name_or_path in its adapter_config.json"
+        )
 
-    The sums are made in fp32, one layer at a time, and rounded once to the type of the base.
 
-    Args:
-        model: An adapted model that is not quantized.
-        probe_ids: [B, T] token ids without padding; where given, the logits before and after must agree up to rounding.
+def _token_rows(model: Any, config: LoraConfig, new_token_ids: Sequence[int]) -> dict[str, list[int]] | None:
+    """Which rows of which matrix are trained: of the embedding and, where it is another matrix, of the head.
+
+    A matrix that `modules_to_save` trains as a whole is left out. peft itself wraps the head where it is tied.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils import ModulesToSaveWrapper
-
-    before = None if probe_ids is None else _logits(model, probe_ids)
-    for module in model.modules():
-        if isinstance(module, BaseTunerLayer):
-            weight: Any = module.get_base_layer().weight
-            dtype = weight.dtype
-            weight.data = weight.data.float()
-            module.merge(safe_merge=True)
-            weight.data = weight.data.to(dtype)
-        elif isinstance(module, ModulesToSaveWrapper):
-            dtype = module.original_module.weight.dtype
-            module.modules_to_save.to(dtype)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="All adapters are already merged")
-        merged: PreTrainedModel = model.merge_and_unload()
-    if before is not None and probe_ids is not None:
-        error = merge_error(before, _logits(merged, probe_ids))
-        limit = 1e-4 if dtype == torch.float32 else 0.1
-        if not error <= limit:
-            raise UserError(f"merging changes the logits by {error:.2g} of their size; rounding explains {limit:g}")
-    return merged
-
-
-def merge_error(before: Tensor, after: Tensor) -> float:
-    """The largest difference of two [B, T, V] logits, as a share of the largest logit."""
-    before, after = before.float(), after.float()
-    return float((after - before).abs().max() / before.abs().max())
-
-
-def set_trainable(model: nn.Module, patterns: Iterable[str]) -> None:
-    """Trains the parameters whose name one of the regular expressions finds, and freezes all others.
-
-    Raises:
-        UserError: If an expression finds nothing or does not compile.
-    """
-    # A tied weight has several names, and each of them may be asked for.
-    named = list(model.named_parameters(remove_duplicate=False))
-    for _, parameter in named:
-        parameter.requires_grad_(False)
-    for pattern in patterns:
-        found = [parameter for name, parameter in named if _compiled(pattern, "model.trainable").search(name)]
-        if not found:
-            examples = ", ".join(name for name, _ in named[:: max(1, len(named) // 4)])
-            raise UserError(f"model.trainable: {pattern!r} matches no parameter; there are names such as {examples}")
-        for parameter in found:
-            parameter.requires_grad_(True)
+    ids = sorted({*(config.trainable_token_indices or ()), *new_token_ids})
+    rows = model.get_input_embeddings().weight.shape[0]
+    if ids and not 0 <= ids[0] <= ids[-1] < rows:
+        wrong = ids[0] if ids[0] < 0 else ids[-1]
+        raise UserError(f"model.lora.trainable_token_indices: there is no token {wrong}, only 0 to {rows - 1}")
+    tied = model.config.get_text_config().tie_word_embeddings
+    ends = [model.get_input_embeddings()] if tied else [model.get_input_embeddings(), model.get_output_embeddings()]
+    names = [name for name, module in model.named_modules() if any(module is end for end in ends)]
+    whole = config.modules_to_save or []
+    if tied and _embeddings_among(model, whole):
+        return None
+    found = {name: ids for name in names if not any(f".{name}".endswith(f".{w}") for w in whole)}
+    return found if ids and found else None
 
 
 def _check_names(model: PreTrainedModel, config: LoraConfig) -> None:
@@ -256,13 +234,18 @@ def _train_in_fp32(model: PeftModel) -> None:
     """Lifts what is trained to fp32, where small updates are not lost; peft does so for its own matrices only."""
     from peft.utils import ModulesToSaveWrapper
 
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    lift_trained(model)
     for wrapper in model.modules():
         if isinstance(wrapper, ModulesToSaveWrapper) and wrapper.original_module.weight.dtype != torch.float32:
             for module in wrapper.modules_to_save.values():
                 _cast_around(module, wrapper.original_module.weight.dtype)
+
+
+def lift_trained(model: nn.Module) -> None:
+    """Makes fp32 of the trained parameters that something has cast, as Lightning does with `bf16-true`."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
 
 def _cast_around(module: nn.Module, dtype: torch.dtype) -> None:
@@ -292,8 +275,3 @@ def _compiled(pattern: str, key: str) -> re.Pattern[str]:
 
 def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0]
-
-
-def _logits(model: nn.Module, input_ids: Tensor) -> Tensor:
-    logits: Tensor = model.eval()(input_ids=input_ids, use_cache=False).logits
-    return logits
