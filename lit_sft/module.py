@@ -18,7 +18,7 @@ from torchmetrics import MeanMetric
 from lit_sft import optim
 from lit_sft.build import base_name, build_model, check_options, is_adapted
 from lit_sft.metrics import EvaluationOptions, Perplexity, exact_match
-from lit_sft.model import load, parallel
+from lit_sft.model import load, memory, parallel
 from lit_sft.model.adapters import LoraConfig, check_trained, lift_trained
 from lit_sft.model.export import export_hf
 from lit_sft.model.generate import GenerationOptions, decode_completion, generate
@@ -103,6 +103,8 @@ class SFTModule(L.LightningModule):
         """Builds the model (see `build_model`); sharding comes after it, by the strategy (`shard`)."""
         if self.model is not None:
             return
+        if self.trainer.strategy.root_device.type == "cpu":
+            memory.keep_freed_memory()
         model, adapter = build_model(self.options, self.trainer.precision)
         if self.options.quantization and isinstance(self.trainer.strategy, (FSDPStrategy, ModelParallelStrategy)):
             raise UserError("model.quantization: 4-bit weights are not sharded; set trainer.strategy to ddp or auto")
