@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lit_sft import demo
-from lit_sft.model import adapters, attention, load, neftune, parallel, quantization, tokens
+from lit_sft.model import adapters, attention, fused, load, neftune, parallel, quantization, tokens
 from lit_sft.model.loss import CausalLMLoss
 from lit_sft.types import UserError
 
@@ -182,10 +182,12 @@ def build_model(
         if is_rank_zero:  # the others must not wait for weights
             parallel.tell(str(error))
         raise
-    facts = parallel.tell((model.own_logits, model.separate_rows, model.lm.generation_config))
+    facts = parallel.tell((model.own_logits, model.separate_rows, model.fused, model.lm.generation_config))
     if isinstance(facts, str):
         raise UserError(f"rank 0: {facts}")
-    model.own_logits, model.separate_rows, model.lm.generation_config = facts
+    model.own_logits, model.separate_rows, model.fused, model.lm.generation_config = facts
+    if not is_rank_zero:
+        fused.fuse_blocks(model.lm, model.fused)
     parallel.follow_rank_zero(model)
     return model, adapter
 
@@ -221,6 +223,7 @@ def _build(options: SimpleNamespace, precision: str, on_meta: bool = False) -> t
     model = CausalLMLoss(lm, options.loss)
     if not on_meta:
         model.check_head()
+        model.fused = fused.fuse_blocks(lm)
         model.separate_rows = not attention.packs_are_exact(lm)
     if model.separate_rows:
         log.warning("%s mixes packed examples: each gets a padded row of its own, exact but slower", type(lm).__name__)

@@ -17,7 +17,7 @@ from lit_sft import answering, optim
 from lit_sft.build import base_name, build_model, check_options
 from lit_sft.evaluation import EvaluationOptions
 from lit_sft.metrics import TokenMetrics
-from lit_sft.model import frozen, load, parallel
+from lit_sft.model import frozen, load, memory, parallel
 from lit_sft.model.adapters import LoraConfig, lift_trained
 from lit_sft.model.export import export_hf
 from lit_sft.model.generate import GenerationOptions
@@ -103,6 +103,8 @@ class SFTModule(L.LightningModule):
         """Builds the model (see `build_model`); sharding comes after it, by the strategy (`shard`)."""
         if self.model is not None:
             return
+        if self.trainer.strategy.root_device.type == "cpu":
+            memory.keep_freed_memory()
         if self.options.quantization and isinstance(self.trainer.strategy, (FSDPStrategy, ModelParallelStrategy)):
             raise UserError("model.quantization: 4-bit weights are not sharded; set trainer.strategy to ddp or auto")
         sharded = isinstance(self.trainer.strategy, ModelParallelStrategy) and self.trainer.world_size > 1
@@ -184,6 +186,8 @@ class SFTModule(L.LightningModule):
         """The optimizer over two parameter groups, and the schedule by optimizer step."""
         groups = optim.parameter_groups(self.named_parameters())
         optimizer = self.options.optimizer(groups)
+        if not self.trainer.precision.startswith("16"):  # Lightning unscales before clipping, fused Adam would itself
+            optim.prefer_fused(optimizer)
         factor = optim.lr_factor(self.options.lr_schedule, self.trainer.datamodule.total_steps)  # type: ignore[attr-defined]
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

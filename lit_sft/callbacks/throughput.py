@@ -1,7 +1,8 @@
-"""How fast training goes: tokens per second and tokens in all, without waiting for the device."""
+"""How fast training goes, and what it takes: logged with every optimizer step, without waiting for the device."""
 
 from __future__ import annotations
 
+import resource
 import time
 from typing import Any
 
@@ -10,13 +11,26 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
+from lit_sft.flops import StepCost, peak_flops, step_cost
+
 
 class Throughput(Callback):
-    """Logs `train/tokens_per_second` and `train/num_tokens`, over all ranks, without waiting for the device."""
+    """Logs speed and memory of the optimizer step that ended.
+
+    `train/tokens_per_second`: of all ranks, validation and saving left out; `train/trained_tokens_per_second`: those
+    with a loss; `train/num_tokens`: since the run began; `train/mfu`: share of the devices' peak that the model's own
+    operations make up; `train/data_wait`: share of the step before its batches were there; `train/peak_memory_gb`: of
+    the device, or of the process on a CPU. With several ranks, `train/tokens_per_second_min` and `_max`: of the ranks
+    with the fewest and the most tokens, at the steps that are logged.
+    """
 
     def __init__(self) -> None:
         self.num_tokens: torch.Tensor | float = 0.0
-        self.step_ended = 0.0
+        self.cost: StepCost | None = None
+        self.step_began = self.batch_ended = 0.0
+        self.waited = 0.0
+        self.tokens = self.squares = 0
+        """Of this rank, in the running optimizer step."""
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -28,21 +42,58 @@ class Throughput(Callback):
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.step_ended = time.monotonic()
+        self.cost = step_cost(pl_module.model.lm)  # type: ignore[union-attr, arg-type]
+        half = torch.float16 if trainer.precision.startswith("16") else torch.bfloat16
+        dtype = torch.float32 if trainer.precision.startswith("32") else half
+        self.peak = peak_flops(pl_module.device, dtype) * trainer.world_size
+        self._begin()
+
+    def _begin(self) -> None:
+        self.step_began = self.batch_ended = time.monotonic()
+        self.waited, self.tokens, self.squares = 0.0, 0, 0
 
     @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.step_ended = time.monotonic()  # validation is not training time
+        self._begin()  # validation is not training time, and comes between optimizer steps
+
+    @override
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.waited += time.monotonic() - self.batch_ended
+        if batch["rows"][0] >= 0:
+            self.tokens += sum(batch["lengths"])
+            self.squares += sum(length * length for length in batch["lengths"])
 
     @override
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self.batch_ended = now = time.monotonic()
         if trainer.fit_loop._should_accumulate():
             return
-        now = time.monotonic()
-        tokens = pl_module.window[2]  # type: ignore[index]
+        _, targets, tokens = pl_module.window[:3]  # type: ignore[index]
+        seconds = now - self.step_began
         self.num_tokens = tokens + self.num_tokens
-        pl_module.log("train/tokens_per_second", (tokens / (now - self.step_ended)).float(), prog_bar=True)
-        pl_module.log("train/num_tokens", self.num_tokens.double())
-        self.step_ended = now
+        pl_module.log("train/tokens_per_second", (tokens / seconds).float(), prog_bar=True)
+        pl_module.log("train/trained_tokens_per_second", (targets / seconds).float())
+        pl_module.log("train/num_tokens", torch.as_tensor(self.num_tokens).double())
+        pl_module.log("train/data_wait", self.waited / seconds)
+        pl_module.log("train/peak_memory_gb", peak_memory(pl_module.device) / 1e9)
+        assert self.cost is not None
+        # Squares of this rank stand for those of the others.
+        operations = self.cost.of(tokens, targets, self.squares * trainer.world_size)
+        pl_module.log("train/mfu", torch.as_tensor(operations / (seconds * self.peak)).float())
+        if trainer.world_size > 1 and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            own = torch.tensor(self.tokens / seconds, device=pl_module.device)
+            least, most = trainer.strategy.all_gather(own).aminmax()
+            pl_module.log("train/tokens_per_second_min", least)
+            pl_module.log("train/tokens_per_second_max", most)
+        self._begin()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that were ever in use: allocated on a GPU, resident of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

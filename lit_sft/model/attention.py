@@ -27,6 +27,9 @@ log = logging.getLogger(__name__)
 PACKED = "lit_sft_packed"
 """Name under which `packed_attention` is known to transformers."""
 
+SHORT = 192
+"""Tokens below which the CPU kernel cuts an example into its smallest blocks."""
+
 
 def packed_attention(
     module: nn.Module,
@@ -73,7 +76,61 @@ def packed_attention(
         )
     if query.is_cuda and query.dtype != torch.float32 and not dropout:
         return _varlen(query, key, value, segment_lengths, scaling, sliding_window), None
+    if torch.is_autocast_enabled(query.device.type):  # as autocast does for SDPA
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    whole = sliding_window is None or max(segment_lengths) <= sliding_window
+    if whole and not dropout and query.device.type == "cpu" and query.dtype in (torch.float32, torch.bfloat16):
+        out: Tensor = _CPUSegments.apply(query, key, value, segment_lengths, scaling)
+        return out, None
     return _per_segment(query, key, value, segment_lengths, dropout, scaling, sliding_window), None
+
+
+class _CPUSegments(torch.autograd.Function):
+    """SDPA's own CPU kernel, example by example, straight into one result: no split, expanded key or concatenation is
+    kept. Short examples go backward in fp32: in bf16 that kernel takes four times as long for 64 or 128 tokens.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scaling: float | None
+    ) -> Tensor:
+        out = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
+        groups, norms = query.shape[1] // key.shape[1], []
+        parts = zip(out.split(lengths, dim=1), *(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+        for place, q, k, v in parts:
+            k, v = _repeat_heads(k, groups), _repeat_heads(v, groups)
+            made, norm = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scaling)
+            place.copy_(made.transpose(1, 2))
+            norms.append(norm)
+        ctx.save_for_backward(query, key, value, out, *norms)
+        ctx.lengths, ctx.scaling = lengths, scaling
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, *norms = ctx.saved_tensors
+        grads = [torch.empty_like(x) for x in (query, key, value)]
+        groups = query.shape[1] // key.shape[1]
+        by_example = (x.split(ctx.lengths, dim=2) for x in (*grads, grad.transpose(1, 2), query, key, value))
+        for *places, g, q, k, v, o, norm in zip(
+            *by_example, out.transpose(1, 2).split(ctx.lengths, dim=2), norms, strict=True
+        ):
+            inputs = [g, q, _repeat_heads(k, groups), _repeat_heads(v, groups), o]
+            if q.shape[2] < SHORT:
+                inputs = [x.float() for x in inputs]
+            dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                *inputs, norm, 0.0, True, scale=ctx.scaling
+            )
+            for place, made in zip(places, (dq, dk, dv), strict=True):
+                place.copy_(made if made.shape == place.shape else made.unflatten(1, (-1, groups)).sum(2))
+        return (*grads, None, None)
+
+
+def _repeat_heads(x: Tensor, groups: int) -> Tensor:
+    """[1, H_kv, L, K] -> [1, H, L, K]."""
+    return x if groups == 1 else x.repeat_interleave(groups, dim=1)
 
 
 def _per_segment(

@@ -20,8 +20,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CHUNK_ELEMENTS = 2**24
-"""Logits held at once (C x V). 64 MiB in fp32; larger chunks were not faster on a CPU."""
+CHUNK_ELEMENTS = 2**26
+"""Logits held at once (C x V) in compute type, 128 MiB in bf16. Every chunk adds to the whole gradient of the head, and
+that costs as much as its product for 128 targets (V 49,152, a CPU), so chunks are few.
+"""
+PIECE_ELEMENTS = {"cpu": 2**21, "cuda": 2**24}
+"""Logits of a chunk that are turned into gradients at once, in fp32. 8 MiB stay in a CPU's cache; on a GPU few launches
+matter more.
+"""
 
 
 @dataclass
@@ -53,13 +59,16 @@ class Head:
     scale: float
     softcap: float | None
 
-    def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """[C, D] and the weight in compute type [V, D] -> fp32 [C, V]."""
-        bias = None if self.bias is None else self.bias.to(hidden.dtype)
-        logits = F.linear(hidden, weight, bias).float()
+    def project(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """[C, D] and the weight in compute type [V, D] -> [C, V], before scale and cap."""
+        return F.linear(hidden, weight, None if self.bias is None else self.bias.to(hidden.dtype))
+
+    def logits(self, projected: Tensor) -> Tensor:
+        """What `project` gave -> fp32 logits of the same shape."""
+        logits = projected.float()
         if self.scale != 1.0:
-            logits *= self.scale
-        return logits if self.softcap is None else torch.tanh_(logits.div_(self.softcap)).mul_(self.softcap)
+            logits = logits * self.scale
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap).mul_(self.softcap)
 
     def backward_through_logits_(self, grad: Tensor, logits: Tensor) -> Tensor:
         """Gradient by the fp32 logits -> gradient by `hidden @ weight.T`, both [C, V], in place."""
@@ -90,31 +99,35 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         compute_weight = weight.to(hidden.dtype)
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight and not len(targets) else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needs_bias else None
         loss_sum = torch.zeros((), dtype=torch.float32, device=hidden.device)
         num_correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
-        chunk = max(1, CHUNK_ELEMENTS // weight.shape[0])
+        needs_grad = any(ctx.needs_input_grad[:3])
+        vocabulary = weight.shape[0]
+        chunk = max(1, CHUNK_ELEMENTS // vocabulary)
+        piece = max(1, PIECE_ELEMENTS.get(hidden.device.type, CHUNK_ELEMENTS) // vocabulary)
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
-            logits = head.logits(hidden[part], compute_weight)
-            if count_correct:
-                num_correct += (logits.argmax(-1) == targets[part]).sum()
-            losses, grad = _losses_and_gradient(logits, targets[part], options, any(ctx.needs_input_grad[:3]))
-            loss_sum += losses.sum()
-            if grad is None:
-                continue
-            grad = head.backward_through_logits_(grad, logits)
-            if grad_bias is not None:
-                grad_bias += grad.sum(0)
-            grad = grad.to(hidden.dtype)
+            projected = head.project(hidden[part], compute_weight)  # [C, V], becomes its own gradient piece by piece
+            for rows, aims in zip(projected.split(piece), targets[part].split(piece), strict=True):
+                logits = head.logits(rows)
+                if count_correct:
+                    num_correct += (logits.argmax(-1) == aims).sum()
+                losses, grad = _losses_and_gradient(logits, aims, options, needs_grad)
+                loss_sum += losses.sum()
+                if grad is None:
+                    continue
+                grad = head.backward_through_logits_(grad, logits)
+                if grad_bias is not None:
+                    grad_bias += grad.sum(0)
+                rows.copy_(grad)
             if grad_hidden is not None:
-                torch.mm(grad, compute_weight, out=grad_hidden[part])
-            if grad_weight is not None:
-                if hidden.dtype == torch.float32:
-                    grad_weight.addmm_(grad.T, hidden[part])
-                else:
-                    grad_weight += grad.T @ hidden[part]  # a sum of chunks in fp32
+                torch.mm(projected, compute_weight, out=grad_hidden[part])
+            if grad_weight is None and needs_weight:
+                grad_weight = (projected.T @ hidden[part]).float()
+            elif grad_weight is not None:
+                grad_weight += projected.T @ hidden[part]  # a sum of chunks in fp32
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.mark_non_differentiable(num_correct)
         return loss_sum, num_correct
@@ -122,7 +135,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        return (*(g if g is None else g * grad_loss.to(g.dtype) for g in ctx.saved_tensors), None, None, None, None)
+        grads = (g if g is None else g.mul_(grad_loss) for g in ctx.saved_tensors)  # used once: no second copy
+        return (*grads, None, None, None, None)
 
 
 def _losses_and_gradient(
@@ -130,15 +144,15 @@ def _losses_and_gradient(
 ) -> tuple[Tensor, Tensor | None]:
     """fp32 logits [C, V] and targets [C] -> losses [C] and their gradient by the logits [C, V]."""
     index = targets[:, None]
-    log_norm = torch.logsumexp(logits, dim=-1, keepdim=True)
-    nll = (log_norm - logits.gather(1, index)).squeeze(1)
+    log_probs = torch.log_softmax(logits, dim=-1)
+    nll = -log_probs.gather(1, index).squeeze(1)
     smoothing = options.label_smoothing
     losses = nll * torch.exp(-nll) if options.type == "dft" else nll
     if smoothing:
-        losses = (1 - smoothing) * nll + smoothing * (log_norm.squeeze(1) - logits.mean(-1))
+        losses = (1 - smoothing) * nll - smoothing * log_probs.mean(-1)
     if not needs_grad:
         return losses, None
-    grad = torch.exp(logits - log_norm)
+    grad = log_probs.exp_()
     grad.scatter_add_(1, index, torch.full_like(index, -(1 - smoothing), dtype=grad.dtype))
     if smoothing:
         grad -= smoothing / logits.shape[1]
@@ -163,6 +177,8 @@ class CausalLMLoss(nn.Module):
         super().__init__()
         self.lm = lm
         self.options = options or LossOptions()
+        self.fused: list[str] = []
+        """Modules of the LM whose forward pass was replaced (see `fused`)."""
         self.separate_rows = False
         """Set where the model would mix examples of a pack: each becomes a padded row of its own."""
         head = lm.get_output_embeddings()
@@ -249,7 +265,7 @@ class CausalLMLoss(nn.Module):
         own = self.lm(input_ids=input_ids, use_cache=False).logits[0]
         hidden = self.lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[0]
         head = self.head
-        ours = head.logits(hidden.to(head.weight.dtype), head.weight)
+        ours = head.logits(head.project(hidden.to(head.weight.dtype), head.weight))
         self.train(was_training)
         tolerance = 1e-4 if own.dtype == torch.float32 else 2e-2
         self.own_logits = not torch.allclose(own.float(), ours, rtol=tolerance, atol=tolerance * float(own.abs().max()))

@@ -1,0 +1,268 @@
+"""One epoch on the same rows, lit_sft beside TRL's SFTTrainer: seconds per real token, peak resident memory, loss.
+
+    python scripts/fetch_smollm2.py
+    python scripts/bench/vs_trl.py --data alpaca_en_demo.json
+
+Each side trains SmolLM2-135M in bf16 autocast over fp32 weights, on the same 128 rows once, with the same token ids and
+masks (rendered here, so that both train the same targets), optimizer, schedule and clipping; in a process of its own,
+the two taking turns, median of the repetitions. What is timed lies between the first batch and the end of the last
+step; what is loaded, tokenized or saved is not. Memory is the peak of the whole process up to there. The held-out loss
+is computed afterwards by one function, in fp32, from what either side has learned.
+
+lit_sft  packs of `--max_length` tokens.
+TRL      the fastest of `TRL_SETTINGS` on a CPU (`--trl NAME` takes another): its loss is chunked by itself.
+
+The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from trl_environment import trl_python
+
+LR, WARMUP, ROWS, HELD_OUT = 1e-4, 1, 128, 64
+LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+TRL_SETTINGS: dict[str, dict[str, Any]] = {
+    "padded": {"per_device_train_batch_size": 8},
+    "by_length": {"per_device_train_batch_size": 8, "train_sampling_strategy": "group_by_length"},
+    "small": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+    "padding_free": {"per_device_train_batch_size": 8, "padding_free": True, "max_length": None},
+}
+"""Eight rows per optimizer step in each: so many that both sides take as many steps."""
+
+
+def main() -> None:
+    """Lets the two sides take turns."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="file of rows, in any format that data.train takes")
+    parser.add_argument("--model", type=Path, default=Path("models/SmolLM2-135M-Instruct"))
+    parser.add_argument("--lora", action="store_true", help="adapters instead of all weights")
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--max_length", type=int, default=1024, help="tokens of a pack")
+    parser.add_argument("--micro_batch_size", type=int, default=1, help="packs per forward pass")
+    parser.add_argument("--trl", choices=TRL_SETTINGS, default="padded")
+    parser.add_argument("--only", choices=SIDES, help="measure one side only")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.side:
+        print(json.dumps(SIDES[args.side](args)))
+        return
+    if not (args.model / "config.json").is_file():
+        parser.error(f"there is no model in {args.model}: run scripts/fetch_smollm2.py, or set --model")
+    with tempfile.TemporaryDirectory() as work:
+        args.work = Path(work)
+        print(json.dumps(compare(args)))
+
+
+def compare(args: argparse.Namespace) -> dict[str, Any]:
+    """All repetitions of both sides; medians and ratios."""
+    tokens = write_rows(args)
+    python = {"lit_sft": sys.executable, "trl": trl_python()}
+    results: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES if args.only in (None, side)}
+    for repetition in range(args.repetitions):
+        for side, done in results.items():
+            done.append(run_side(python[side], side, args))
+            done[-1]["val_loss"] = held_out_loss(args, side)
+            print(f"{repetition + 1}. {side}: {json.dumps(done[-1])}", flush=True)
+
+    def median(side: str, key: str) -> float:
+        return statistics.median(result[key] for result in results[side])
+
+    report: dict[str, Any] = {"rows": ROWS, "tokens": tokens, "trl_setting": args.trl, "lora": args.lora}
+    if args.only is None:
+        for name in ("seconds", "memory"):
+            report[f"{name.replace('seconds', 'time')}_ratio"] = round(median("lit_sft", name) / median("trl", name), 3)
+    for side, done in results.items():
+        report |= {f"{side}_val_loss": round(median(side, "val_loss"), 4), f"{side}_seconds": median(side, "seconds")}
+        report |= {f"{side}_peak_gb": median(side, "memory"), f"{side}_steps": done[0]["steps"]}
+        report[f"{side}_tokens_per_second"] = round(tokens / median(side, "seconds"), 1)
+    return report
+
+
+def write_rows(args: argparse.Namespace) -> int:
+    """Renders all rows once: lit_sft's cache, and the same ids and masks as TRL takes them; the number of tokens."""
+    datamodule = lit_sft_data(args)
+    datamodule.prepare("fit")
+    for name, cache in datamodule.data.caches.items():
+        with (args.work / f"{name}.jsonl").open("w") as file:
+            for input_ids, loss_mask, _ in (cache[index] for index in range(len(cache))):
+                file.write(json.dumps({"input_ids": input_ids.tolist(), "completion_mask": loss_mask.tolist()}) + "\n")
+    return int(datamodule.data.caches["train"].lengths.sum())
+
+
+def lit_sft_data(args: argparse.Namespace) -> Any:
+    """The data module of the lit_sft side."""
+    from lit_sft.datamodule import SFTDataModule
+
+    return SFTDataModule(
+        train=str(args.data),
+        max_samples=ROWS + HELD_OUT,
+        val_size=HELD_OUT,
+        model_name_or_path=str(args.model),
+        max_length=args.max_length,
+        micro_batch_size=args.micro_batch_size,
+        global_batch_size=max(1, round(8 * 206 / args.max_length)),
+        cache_dir=str(args.work / "cache"),
+    )
+
+
+def run_side(python: str, side: str, args: argparse.Namespace) -> dict[str, Any]:
+    """One training run in a process of its own."""
+    command = [python, __file__, "--side", side, "--work", str(args.work), "--data", str(args.data)]
+    command += ["--model", str(args.model), "--max_length", str(args.max_length), "--trl", args.trl]
+    command += ["--micro_batch_size", str(args.micro_batch_size)] + ["--lora"] * args.lora
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    if done.returncode:
+        sys.exit(f"error: the {side} side failed: {done.stderr[-4000:]}")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def measured(started: float, ended: float, steps: int) -> dict[str, Any]:
+    """Of the process that trained."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"seconds": round(ended - started, 2), "memory": round(peak / 1e9, 3), "steps": steps}
+
+
+def train_lit_sft(args: argparse.Namespace) -> dict[str, Any]:
+    """Trains with lit_sft and saves the weights (or the adapter)."""
+    import lightning as L
+    from lightning.pytorch.callbacks import Callback
+    from torch.optim import AdamW
+
+    from lit_sft.callbacks import Throughput
+    from lit_sft.model.adapters import LoraConfig
+    from lit_sft.module import SFTModule
+    from lit_sft.optim import ScheduleOptions
+
+    class Clock(Callback):
+        """Takes the time, and the memory before anything is saved."""
+
+        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            self.started = time.perf_counter()
+
+        def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            self.result = measured(self.started, time.perf_counter(), trainer.global_step)
+
+    module = SFTModule(
+        model_name_or_path=str(args.model),
+        lora=LoraConfig(**LORA) if args.lora else None,
+        optimizer=lambda parameters: AdamW(parameters, lr=LR, weight_decay=0.0),
+        lr_schedule=ScheduleOptions(warmup_steps=WARMUP),
+        evaluation=None,
+    )
+    clock = Clock()
+    trainer = L.Trainer(
+        accelerator="cpu",
+        precision="bf16-mixed",
+        max_epochs=1,
+        gradient_clip_val=1.0,
+        use_distributed_sampler=False,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[Throughput(), clock],
+    )
+    trainer.fit(module, lit_sft_data(args))
+    module.export(args.work / "lit_sft")
+    return clock.result
+
+
+def train_trl(args: argparse.Namespace) -> dict[str, Any]:
+    """Trains with TRL and saves the weights (or the adapter)."""
+    import datasets
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    class Clock(TrainerCallback):
+        """Takes the time, and the memory before anything is saved."""
+
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            self.started = time.perf_counter()
+
+        def on_train_end(self, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
+            self.result = measured(self.started, time.perf_counter(), state.global_step)
+
+    peft_config = None
+    if args.lora:
+        from peft import LoraConfig
+
+        peft_config = LoraConfig(task_type="CAUSAL_LM", **LORA)
+    config = SFTConfig(
+        str(args.work / "trl-run"),
+        num_train_epochs=1,
+        learning_rate=LR,
+        lr_scheduler_type="cosine",
+        warmup_steps=WARMUP,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        bf16=True,
+        use_cpu=True,
+        gradient_checkpointing=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        **{"max_length": args.max_length, **TRL_SETTINGS[args.trl]},
+    )
+    rows = datasets.load_dataset(
+        "json", data_files=str(args.work / "train.jsonl"), split="train", cache_dir=str(args.work / "trl-cache")
+    )
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16 if args.lora else torch.float32)
+    clock = Clock()
+    trainer = SFTTrainer(
+        model,
+        args=config,
+        train_dataset=rows,
+        processing_class=AutoTokenizer.from_pretrained(args.model),
+        peft_config=peft_config,
+        callbacks=[clock],
+    )
+    trainer.train()
+    trainer.save_model(str(args.work / "trl"))
+    return clock.result
+
+
+def held_out_loss(args: argparse.Namespace, side: str) -> float:
+    """Mean loss over the targets of the held-out rows, in fp32, without packing."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(args.model if args.lora else args.work / side, dtype=torch.float32)
+    if args.lora:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, str(args.work / side))
+    total, count = 0.0, 0
+    with torch.inference_mode():
+        for line in (args.work / "validation.jsonl").read_text().splitlines():
+            row = json.loads(line)
+            input_ids = torch.tensor(row["input_ids"])
+            kept = torch.tensor(row["completion_mask"][1:], dtype=torch.bool)
+            logits = model(input_ids=input_ids[None]).logits[0, :-1][kept]
+            total += float(torch.nn.functional.cross_entropy(logits, input_ids[1:][kept], reduction="sum"))
+            count += int(kept.sum())
+    return round(total / count, 4)
+
+
+SIDES = {"lit_sft": train_lit_sft, "trl": train_trl}
+
+
+if __name__ == "__main__":
+    main()
