@@ -99,9 +99,10 @@ def to_conversation(
     if not need_answer and turns and turns[-1][1] == Message("assistant", ""):
         turns = turns[:-1]
     _check_turns(turns, need_answer)
-    blank = () if prompt_template is None else (name for name in _fields(prompt_template) if row[name] == "")
+    fields = () if prompt_template is None else _fields(prompt_template)
+    blank = tuple(name for name in fields if row[name] == "")
     messages = tuple(message for _, message in turns)
-    return Conversation(messages, _read_tools(row.get("tools") or []), blank=tuple(blank))
+    return Conversation(messages, _read_tools(row.get("tools") or []), blank=blank)
 
 
 def conversation_to_prompt(conversation: Conversation) -> tuple[Conversation, str | None]:
