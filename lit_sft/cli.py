@@ -1,4 +1,4 @@
-"""The command line: LightningCLI with our links, our callbacks and one-line errors."""
+"""The command line: LightningCLI with our links and one-line errors."""
 
 from __future__ import annotations
 
@@ -6,33 +6,20 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lit_sft import checkpointing, doctor, exporting, failures, parsing, preview, runs, slurm, strategies
-from lit_sft.callbacks import (
-    Answers,
-    Evaluation,
-    FailTogether,
-    FaultOptions,
-    FirstExample,
-    Guard,
-    HFExport,
-    KeepFolder,
-    PredictionWriter,
-    Throughput,
-)
-from lit_sft.checkpointing import Checkpointer, CheckpointFiles, CheckpointOptions
+from lit_sft import checkpointing, failures, parsing, runs, slurm, strategies
+from lit_sft.callbacks import FaultOptions
+from lit_sft.checkpointing import CheckpointFiles, CheckpointOptions
 from lit_sft.datamodule import SFTDataModule
 from lit_sft.module import SFTModule
-from lit_sft.stopping import StopOnSignal
+from lit_sft.trainer import SFTTrainer, run_callbacks
 from lit_sft.types import UserError
 
 log = logging.getLogger("lit_sft")
@@ -51,64 +38,6 @@ SHARED_KEYS = (
     "resume",
     "predict_output",
 )
-
-
-class SFTTrainer(L.Trainer):
-    """Lightning's Trainer with the commands it does not have; LightningCLI makes a subcommand of every method listed
-    there.
-    """
-
-    def preview(
-        self, model: SFTModule, datamodule: SFTDataModule, num_rows: int = 3, output: Literal["rich", "json"] = "rich"
-    ) -> None:
-        """Show rows of the training set as the model will see them.
-
-        Args:
-            model: Not needed.
-            datamodule: Its training rows are shown.
-            num_rows: Rows to show.
-            output: For people (rich) or programs (json).
-        """
-        preview.preview(datamodule.data, num_rows, output)
-
-    def doctor(
-        self,
-        model: SFTModule,
-        datamodule: SFTDataModule,
-        output: Literal["rich", "json"] = "rich",
-        histogram: str | None = None,
-    ) -> None:
-        """Check data, steps, memory and disk before a run, with one real step; exit code 1 on an error.
-
-        Args:
-            model: Its settings are used.
-            datamodule: Its rows are examined.
-            output: For people (rich) or programs (json).
-            histogram: PNG file to write the length histogram to.
-        """
-        sys.exit(doctor.doctor(self, model, datamodule, output, histogram))
-
-    def export(
-        self,
-        model: SFTModule,
-        datamodule: SFTDataModule,
-        ckpt_path: str = "last",
-        output_dir: str = "hf",
-        merge_lora: bool = False,
-        dequantize: bool = False,
-    ) -> None:
-        """Turn a checkpoint into a Hugging Face directory.
-
-        Args:
-            model: The module that the checkpoint belongs to.
-            datamodule: Its tokenizer and template are exported along.
-            ckpt_path: Checkpoint, or `last`.
-            output_dir: Directory to write.
-            merge_lora: Merge the adapter into the base instead of writing an adapter directory.
-            dequantize: Merge over a 4-bit base too, whose values are then written in bf16.
-        """
-        exporting.export_checkpoint(self, model, datamodule, ckpt_path, Path(output_dir), merge_lora, dequantize)
-        log.info("exported: %s", output_dir)
 
 
 class SFTCLI(LightningCLI):
@@ -189,29 +118,8 @@ class SFTCLI(LightningCLI):
             one_step = {"devices": 1, "num_nodes": 1, "strategy": "auto", "max_steps": 1, "limit_val_batches": 0}
             quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
             return self._instantiate_trainer({**config.trainer, **one_step, **quiet, "default_root_dir": str(root)}, [])
-        first_step = (
-            checkpointing.step_of(Path(self.ckpt_path)) if self.ckpt_path and self.subcommand == "fit" else None
-        )
         files = CheckpointFiles(config.checkpoint.async_save)
-        checkpointer = Checkpointer(config.checkpoint, files)
-        callbacks = [
-            FailTogether(doctor.needed_memory),
-            Guard(config.faults),
-            KeepFolder(runs.CONFIG, self._save_config),
-            runs.RunFolder(self.ckpt_path, first_step, self._save_config),
-            checkpointer,
-            Throughput(),
-            FirstExample(),
-            Evaluation(),
-            Answers(),
-            HFExport(),
-            PredictionWriter(config.predict_output),
-            runs.LastRow(),
-            StopOnSignal(_save_and_wait(checkpointer, files), config.resume.max_restarts),
-        ]
-        if config.early_stopping is not None:
-            stop = config.early_stopping
-            callbacks.append(EarlyStopping(stop.monitor, patience=stop.patience, mode=stop.mode, strict=False))
+        callbacks = run_callbacks(config, self.ckpt_path, self.subcommand == "fit", files, self._save_config)
         trainer_config = dict(config.trainer)
         trainer_config["plugins"] = slurm.plugins([*_as_list(trainer_config.get("plugins")), files])
         if trainer_config.get("logger") in (None, True):
@@ -264,16 +172,6 @@ class SFTCLI(LightningCLI):
                 callback.claim(self.trainer)
                 if stage == "fit" and callback.folder is not None:
                     slurm.remember(callback.folder)
-
-
-def _save_and_wait(checkpointer: Checkpointer, files: CheckpointFiles) -> Callable[[L.Trainer], None]:
-    """For a run that leaves: what it saves is on disk before it does."""
-
-    def save(trainer: L.Trainer) -> None:
-        checkpointer.save(trainer)
-        files.wait()
-
-    return save
 
 
 def _as_list(value: Any) -> list[Any]:

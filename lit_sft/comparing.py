@@ -12,8 +12,7 @@ from lit_sft.answering import answer, records
 from lit_sft.build import build_model
 from lit_sft.datamodule import SFTDataModule
 from lit_sft.display import visible
-from lit_sft.model import load
-from lit_sft.model.generate import GenerationOptions, context_length
+from lit_sft.model.generate import GenerationOptions, context_length, stop_token_ids
 from lit_sft.module import SFTModule
 from lit_sft.prompts import check_room, deal
 
@@ -44,7 +43,7 @@ def ask(
     model, _ = build_model(module.options, "32-true")
     check_room(prompts, options.max_new_tokens, context_length(model.lm.config))
     model.to(device)
-    stop_ids = load.stop_token_ids(data.tokenizer, model.lm.generation_config, data.stop_ids)
+    stop_ids = stop_token_ids(data.tokenizer, model.lm.generation_config, data.stop_ids)
     found = []
     for batch in deal(prompts, options, data.tokenizer.pad_token_id):  # type: ignore[arg-type]
         texts = answer(model, data.tokenizer, batch, options=options, stop_ids=stop_ids, seed=module.options.seed)

@@ -17,10 +17,10 @@ from lit_sft import answering, optim
 from lit_sft.build import base_name, build_model, check_options
 from lit_sft.evaluation import EvaluationOptions
 from lit_sft.metrics import TokenMetrics
-from lit_sft.model import frozen, load, memory, parallel
+from lit_sft.model import frozen, memory, parallel
 from lit_sft.model.adapters import LoraConfig, lift_trained
 from lit_sft.model.export import export_hf
-from lit_sft.model.generate import GenerationOptions
+from lit_sft.model.generate import GenerationOptions, stop_token_ids
 from lit_sft.model.loss import CausalLMLoss, LossOptions
 from lit_sft.seeding import seed_all
 from lit_sft.types import Batch, LossOutput, Prompts, UserError
@@ -216,7 +216,7 @@ class SFTModule(L.LightningModule):
         assert self.model is not None
         datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
         extra = {*self.saved_stop_ids, *datamodule.stop_ids}
-        return load.stop_token_ids(datamodule.tokenizer, self.model.lm.generation_config, extra)
+        return stop_token_ids(datamodule.tokenizer, self.model.lm.generation_config, extra)
 
     def answer(self, prompts: Prompts, options: GenerationOptions | None = None) -> list[list[str]]:
         """The answers to each prompt (see `answering.answer`), with `model.generation` unless told otherwise."""

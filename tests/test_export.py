@@ -13,7 +13,8 @@ from tiny import save_tiny, tiny_gpt2, tiny_llama, tiny_qwen3, tiny_tokenizer
 from lit_sft.model import attention
 from lit_sft.model.adapters import LoraConfig, apply_lora, load_adapter, merge
 from lit_sft.model.export import export_hf, verify_export
-from lit_sft.model.load import load_model, load_tokenizer, stop_token_ids
+from lit_sft.model.generate import stop_token_ids
+from lit_sft.model.load import load_model, load_tokenizer
 from lit_sft.types import UserError
 
 PROBES = [[5, 6, 7, 8], [100, 90, 80]]

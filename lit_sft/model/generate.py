@@ -5,7 +5,7 @@ Letters: B prompts, T tokens of the longest prompt, R answers per prompt.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -56,6 +56,19 @@ class GenerationOptions:
 
 
 _SAMPLING = ("temperature", "top_p", "top_k", "num_return_sequences")
+
+
+def stop_token_ids(
+    tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None, extra: Iterable[int] = ()
+) -> list[int]:
+    """Every id that ends an answer: eos of tokenizer and generation config, and `extra` (ends of turn); sorted."""
+    stops = {int(token_id) for token_id in extra}
+    if tokenizer.eos_token_id is not None:
+        stops.add(int(tokenizer.eos_token_id))
+    eos = None if generation_config is None else generation_config.eos_token_id
+    if eos is not None:
+        stops.update([eos] if isinstance(eos, int) else map(int, eos))
+    return sorted(stops)
 
 
 def left_pad(prompt_ids: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,7 +12,7 @@ import torch
 from lit_sft.types import UserError
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 HUB_TIMEOUT_SECONDS = 3.0
 """How long the hub may take to say whether it has a model, before the local cache is asked instead."""
@@ -151,19 +150,6 @@ def read_generation_config(model: PreTrainedModel, path: str) -> None:
 
     if (Path(path) / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
-
-
-def stop_token_ids(
-    tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None, extra: Iterable[int] = ()
-) -> list[int]:
-    """Every id that ends an answer: eos of tokenizer and generation config, and `extra` (ends of turn); sorted."""
-    stops = {int(token_id) for token_id in extra}
-    if tokenizer.eos_token_id is not None:
-        stops.add(int(tokenizer.eos_token_id))
-    eos = None if generation_config is None else generation_config.eos_token_id
-    if eos is not None:
-        stops.update([eos] if isinstance(eos, int) else map(int, eos))
-    return sorted(stops)
 
 
 def _fetch(repo_id: str, revision: str | None, key: str) -> str:

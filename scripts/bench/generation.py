@@ -22,7 +22,7 @@ from lit_sft.answering import answer, records
 from lit_sft.datamodule import SFTDataModule
 from lit_sft.model import load
 from lit_sft.model.attention import choose
-from lit_sft.model.generate import GenerationOptions
+from lit_sft.model.generate import GenerationOptions, stop_token_ids
 from lit_sft.model.loss import CausalLMLoss
 from lit_sft.prompts import deal
 
@@ -43,7 +43,7 @@ def main() -> None:
         attn_implementation=choose(load.load_config(str(args.model)), "auto"),
         seed=0,
     ).eval()
-    stop_ids = load.stop_token_ids(data.tokenizer, lm.generation_config, data.stop_ids)
+    stop_ids = stop_token_ids(data.tokenizer, lm.generation_config, data.stop_ids)
     usual(lm, data, stop_ids, args.max_new_tokens, 1)  # what is made at the first call is not counted
     loop_texts, loop_seconds = usual(lm, data, stop_ids, args.max_new_tokens, args.num_prompts)
     texts, seconds = batched(lm, data, stop_ids, args.max_new_tokens)

@@ -52,15 +52,10 @@ class FilePart:
     """N numbers: the line of each row, counted from 0, where the file has lines."""
 
     def __len__(self) -> int:
-        """Number of rows N."""
         return len(self.rows)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        """Row `i`.
-
-        Raises:
-            UserError: It cannot be read; the message does not say where, see `where`.
-        """
+        """Row `i`; a `UserError` where it cannot be read does not say where that is, see `where`."""
         if not isinstance(row := self.rows[i], dict):
             raise UserError(f"the row is a {type(row).__name__}, expected an object; repair or remove it")
         return row
