@@ -71,15 +71,11 @@ class FilePart:
 
 
 def open_file(path: str, key: str, cache_dir: str | Path | None) -> FilePart:
-    """Open a json, jsonl, ndjson, csv, tsv, parquet or arrow file, also with .gz or .zst.
+    """Open a json, jsonl, ndjson, csv, tsv, parquet or arrow file, also with .gz or .zst; `UserError` if it is none.
 
     Args:
-        path: The file.
         key: The setting it comes from, such as `data.train`, for messages.
         cache_dir: Where an unpacked or converted copy goes; by default beside the cache of `datasets`.
-
-    Raises:
-        UserError: It cannot be read as what its name says.
     """
     import pyarrow as pa
 
@@ -111,7 +107,6 @@ def _reason(error: Exception) -> str:
 
 class _Indexed(Protocol):
     def __len__(self) -> int: ...
-
     def __getitem__(self, i: int, /) -> Any: ...
 
 
