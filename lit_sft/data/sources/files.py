@@ -35,7 +35,7 @@ DATA_FILE = re.compile(r"(\.jsonl|\.ndjson|\.json|\.csv|\.tsv|\.parquet|\.arrow)
 _CODECS = {".gz": "gzip", ".zst": "zstd"}
 _ROW_KEYS = ("messages", "conversations", "prompt", "completion", "tools")
 _BLOCK = 1 << 22
-_STARTED = time.time()  # files that are older were not changed during the run
+_STARTED = time.time()  # what is older was not changed during the run
 
 
 @dataclass(frozen=True)
@@ -66,15 +66,10 @@ class FilePart:
 
 
 def open_file(path: str, key: str, cache_dir: str | Path | None) -> FilePart:
-    """Open a json, jsonl, ndjson, csv, tsv, parquet or arrow file, also with .gz or .zst.
+    """Open a json, jsonl, ndjson, csv, tsv, parquet or arrow file, also with .gz or .zst; `UserError` if it is none.
 
-    Args:
-        path: The file.
-        key: The setting it comes from, such as `data.train`, for messages.
-        cache_dir: Where an unpacked or converted copy goes; by default beside the cache of `datasets`.
-
-    Raises:
-        UserError: It cannot be read as what its name says.
+    `key` is the setting it comes from, such as `data.train`, for messages. An unpacked or converted copy goes to
+    `cache_dir`, by default beside the cache of `datasets`.
     """
     import pyarrow as pa
 
@@ -106,7 +101,6 @@ def _reason(error: Exception) -> str:
 
 class _Indexed(Protocol):
     def __len__(self) -> int: ...
-
     def __getitem__(self, i: int, /) -> Any: ...
 
 
