@@ -113,9 +113,10 @@ class Evaluation(Callback):
         greedy = GenerationOptions(max_new_tokens=module.generation.max_new_tokens)
         batches = trainer.datamodule.dealt(self.prompts[stage], greedy)
         scores, table = evaluate(batches, lambda prompts: module.answer(prompts, greedy), module.evaluation)
-        if trainer.is_global_zero and trainer.log_dir is not None:
+        folder = trainer.log_dir  # a collective call
+        if trainer.is_global_zero and folder is not None:
             rows = [{"step": step, "stage": stage, **row} for row in table]
-            append(Path(trainer.log_dir) / TABLE, rows, None if self.is_clean else (stage, step))
+            append(Path(folder) / TABLE, rows, None if self.is_clean else (stage, step))
             self.is_clean = True
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
