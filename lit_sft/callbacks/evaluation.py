@@ -120,9 +120,10 @@ class Evaluation(Callback):
             return answers
 
         scores, table = evaluate(batches, answer, module.evaluation)
-        if trainer.is_global_zero and trainer.log_dir is not None:
+        folder = trainer.log_dir  # a collective call
+        if trainer.is_global_zero and folder is not None:
             rows = [{"step": step, "stage": stage, **row} for row in table]
-            append(Path(trainer.log_dir) / TABLE, rows, None if self.is_clean else (stage, step))
+            append(Path(folder) / TABLE, rows, None if self.is_clean else (stage, step))
             self.is_clean = True
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
