@@ -15,9 +15,20 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lit_sft import checkpointing, doctor, exporting, parsing, preview, runs, strategies
-from lit_sft.callbacks import Answers, FirstExample, HFExport, PredictionWriter, Throughput
-from lit_sft.checkpointing import AtomicCheckpointIO, Checkpointer, CheckpointOptions
+from lit_sft import checkpointing, doctor, exporting, failures, parsing, preview, runs, strategies
+from lit_sft.callbacks import (
+    Answers,
+    Evaluation,
+    FailTogether,
+    FaultOptions,
+    FirstExample,
+    Guard,
+    HFExport,
+    KeepFolder,
+    PredictionWriter,
+    Throughput,
+)
+from lit_sft.checkpointing import Checkpointer, CheckpointFiles, CheckpointOptions
 from lit_sft.datamodule import SFTDataModule
 from lit_sft.module import SFTModule
 from lit_sft.types import UserError
@@ -33,6 +44,7 @@ SHARED_KEYS = (
     "model",
     "data",
     "checkpoint",
+    "faults",
     "early_stopping",
     "resume",
     "predict_output",
@@ -120,6 +132,7 @@ class SFTCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Groups beside trainer, model and data; links, so that nothing is written twice."""
         parser.add_class_arguments(CheckpointOptions, "checkpoint")
+        parser.add_class_arguments(FaultOptions, "faults")
         parser.add_argument(
             "--early_stopping", type=runs.EarlyStoppingOptions | None, default=None, help="Stop early; null: never"
         )
@@ -140,6 +153,7 @@ class SFTCLI(LightningCLI):
         """Checks what Lightning would take without a word; finds the checkpoint that is meant."""
         assert self.subcommand is not None
         config = self.config[self.subcommand]
+        failures.refuse_hidden({item.key: item.value for item in parsing.written(sys.argv[1:])})
         if config.trainer.use_distributed_sampler:
             raise UserError("trainer.use_distributed_sampler must be false: it would shuffle over our own order")
         root = Path(config.trainer.default_root_dir or ".")
@@ -170,40 +184,52 @@ class SFTCLI(LightningCLI):
         first_step = (
             checkpointing.step_of(Path(self.ckpt_path)) if self.ckpt_path and self.subcommand == "fit" else None
         )
+        files = CheckpointFiles(config.checkpoint.async_save)
         callbacks = [
+            FailTogether(doctor.needed_memory),
+            Guard(config.faults),
+            KeepFolder(runs.CONFIG, self._save_config),
             runs.RunFolder(self.ckpt_path, first_step, self._save_config),
-            Checkpointer(config.checkpoint),
+            Checkpointer(config.checkpoint, files),
             Throughput(),
             FirstExample(),
+            Evaluation(),
             Answers(),
             HFExport(),
             PredictionWriter(config.predict_output),
+            runs.LastRow(),
         ]
         if config.early_stopping is not None:
             stop = config.early_stopping
             callbacks.append(EarlyStopping(stop.monitor, patience=stop.patience, mode=stop.mode, strict=False))
         trainer_config = dict(config.trainer)
-        trainer_config["plugins"] = [*_as_list(trainer_config.get("plugins")), AtomicCheckpointIO()]
+        trainer_config["plugins"] = [*_as_list(trainer_config.get("plugins")), files]
         if trainer_config.get("logger") in (None, True):
             trainer_config["logger"] = runs.loggers(root)
         try:
-            return self._instantiate_trainer({**trainer_config, "default_root_dir": str(root), **kwargs}, callbacks)
+            trainer = self._instantiate_trainer({**trainer_config, "default_root_dir": str(root), **kwargs}, callbacks)
         except (TypeError, ValueError, MisconfigurationException) as error:
             raise UserError(f"trainer: {error}") from error
+        strategies.check(trainer.strategy)
+        return trainer
 
     def _save_config(self, path: Path) -> None:
         """The run's configuration, readable by every command."""
         config = self.config[self.subcommand].clone()
         for key in [key for key in vars(config) if key not in SHARED_KEYS]:
             config.pop(key)
-        self._parser(self.subcommand).save(config, str(path), skip_none=False, overwrite=True, skip_validation=True)
+        text = self._parser(self.subcommand).dump(config, skip_none=False, skip_validation=True)
+        path.write_text(failures.redact_yaml(text), encoding="utf-8")
 
     def before_fit(self) -> None:
         """Data work, before a process group exists; then the run's folder."""
         self._prepare("fit")
-        stop, validated = self.config_init["fit"].early_stopping, "validation" in self.datamodule.data.caches
-        if stop is not None:
-            stop.check(self.model.evaluation.metrics if self.model.evaluation else [], validated)
+        config, validated = self.config_init["fit"], "validation" in self.datamodule.data.caches
+        scores = self.model.evaluation.scores if self.model.evaluation else []
+        if config.early_stopping is not None:
+            runs.check_monitor("early_stopping", config.early_stopping, scores, validated)
+        if validated:
+            runs.check_monitor("checkpoint", config.checkpoint, scores, validated)
         if self.ckpt_path is not None:
             log.info("resumed %s at step %s", self.ckpt_path, checkpointing.step_of(Path(self.ckpt_path)))
 
@@ -246,7 +272,7 @@ def _quiet() -> None:
     """Our own log lines on the terminal, plain; of the libraries what is a warning and applies here."""
     if not log.handlers:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(failures.RedactingFormatter("%(message)s"))
         log.addHandler(handler)
     log.setLevel(logging.INFO if rank_zero_only.rank == 0 else logging.ERROR)  # type: ignore[attr-defined]
     log.propagate = False
@@ -288,10 +314,7 @@ def main(args: list[str] | None = None) -> None:
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
-    except ValueError as error:
+    except Exception as error:
         # the parser wraps what the options of a group that may be null refuse
-        reason = error if isinstance(error, UserError) else error.__cause__
-        if not isinstance(reason, UserError):
-            raise
-        print(f"error: {' '.join(str(reason).split())}", file=sys.stderr)
-        sys.exit(1)
+        cause = error.__cause__
+        failures.end(cause if isinstance(cause, UserError) else error)

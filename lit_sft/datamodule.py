@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from functools import cached_property
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,7 +16,8 @@ from lit_sft.data.collate import collate
 from lit_sft.data.packing import Packs, best_fit_decreasing, one_per_pack
 from lit_sft.data.sampling import PositionSampler, StepOrder
 from lit_sft.dataset import SFTData
-from lit_sft.prompts import Asked, prompt_batches
+from lit_sft.model.generate import GenerationOptions
+from lit_sft.prompts import Prompt, deal
 from lit_sft.types import Batch, Prompts, UserError
 
 if TYPE_CHECKING:
@@ -123,6 +125,8 @@ class SFTDataModule(L.LightningDataModule):
         self.orders: dict[str, StepOrder] = {}
         self.packs: dict[str, Packs] = {}
         self.sampler: PositionSampler | None = None
+        self.predicted: set[int] = set()
+        """Prompts of `predict` that an earlier run has answered."""
         self.position = (0, 0)
         """(epoch, optimizer steps done in it) to go on from."""
 
@@ -246,26 +250,23 @@ class SFTDataModule(L.LightningDataModule):
 
     # ------------------------------------------------------------------ prompts
 
-    def question_prompts(self) -> list[Prompts]:
-        """`questions`, the same on every rank."""
-        return prompt_batches([(self.data.question(text), None) for text in self.options.questions], self.data.renderer)
-
-    def evaluation_prompts(self, stage: str, num_samples: int) -> list[Prompts]:
-        """The first rows of the validation (test) set without their last answer; this rank's share, as many batches
-        on each.
-        """
-        rows = self.data.rows["validation" if stage == "val" else "test"]
-        return self._prompts(self.data.asked(rows, num_samples))
+    @cached_property
+    def predict_prompts(self) -> list[Prompt]:
+        """What `predict` answers, in the order of its file."""
+        return self.data.asked_by_predict()
 
     def predict_dataloader(self) -> DataLoader:
-        """Prompts of this rank; fillers (index -1) keep the number of batches equal on all ranks."""
-        asked = self.data.asked_by_predict()
-        self.num_predictions = len(asked)
-        return DataLoader(self._prompts(asked), batch_size=None)  # type: ignore[arg-type]
-
-    def _prompts(self, asked: Sequence[Asked]) -> list[Prompts]:
+        """This rank's share of the prompts that are not in `predicted`."""
         assert self.trainer is not None
-        return prompt_batches(asked, self.data.renderer, self.trainer.global_rank, self.trainer.world_size)
+        generation = self.trainer.lightning_module.generation
+        batches = self.dealt(self.predict_prompts, generation, done=self.predicted)  # type: ignore[arg-type]
+        return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+
+    def dealt(self, prompts: Sequence[Prompt], options: GenerationOptions, done: Collection[int] = ()) -> list[Prompts]:
+        """This rank's batches of some prompts (see `prompts.deal`)."""
+        assert self.trainer is not None
+        ranks = (self.trainer.global_rank, self.trainer.world_size)
+        return deal(prompts, options, self.tokenizer.pad_token_id, *ranks, done)  # type: ignore[arg-type]
 
     # ------------------------------------------------------------------ position
 
@@ -280,8 +281,7 @@ class SFTDataModule(L.LightningDataModule):
         assert rest == 0 or at_end, "checkpoints are saved between optimizer steps only"
         return {
             "position": [epoch + 1, 0] if at_end else [epoch, steps],
-            "accumulation": order.accumulation,
-            "data": self.data.caches["train"].path.name,
+            "data": self.data.fingerprint(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -292,9 +292,6 @@ class SFTDataModule(L.LightningDataModule):
         """
         if "train" not in self.orders:
             return
-        if state["data"] != self.data.caches["train"].path.name and not self.options.allow_other_data:
-            raise UserError(
-                "the checkpoint was made with other data, template, tokenizer or options that change the examples: "
-                "restore them, or set resume.allow_other_data to true"
-            )
+        if not self.options.allow_other_data:
+            self.data.check_same(state["data"])
         self.position = (state["position"][0], state["position"][1])

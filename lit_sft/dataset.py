@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from lit_sft import demo
-from lit_sft.build import model_directory
+from lit_sft.build import tokenizer_directory
 from lit_sft.data import formats, sources
 from lit_sft.data.cache import ExampleCache
 from lit_sft.data.render import Renderer
@@ -20,7 +22,7 @@ from lit_sft.data.templates import resolve_chat_template
 from lit_sft.data.turns import ChatTemplate
 from lit_sft.model import load, tokens
 from lit_sft.prepare import Preparation, num_duplicates, num_overlapping
-from lit_sft.prompts import Asked
+from lit_sft.prompts import Asked, Prompt, encode
 from lit_sft.types import Conversation, Message, UserError
 
 if TYPE_CHECKING:
@@ -54,7 +56,7 @@ class SFTData:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The one tokenizer, of the model, with `add_tokens`."""
-        path = model_directory(self.options.model_name_or_path, self.options.revision)
+        path = tokenizer_directory(self.options.model_name_or_path, self.options.revision)
         tokenizer = load.load_tokenizer(path, trust_remote_code=self.options.trust_remote_code)
         tokens.add_tokens(tokenizer, self.options.add_tokens or [])
         return tokenizer
@@ -119,6 +121,36 @@ class SFTData:
                 train, validation = sources.split_rows(len(rows), options.val_size, options.seed, rows.origins)
                 self.rows |= {"train": sources.subset(rows, train), "validation": sources.subset(rows, validation)}
 
+    def fingerprint(self) -> dict[str, Any]:
+        """The training examples as a hash, and by the names of the settings all that decides them and their order."""
+        rows, options = self.rows["train"], self.options
+        parts = self.preparation(rows).identity(rows)
+        order = {"packing": options.packing, "global_batch_size": options.global_batch_size, "seed": options.seed}
+        return {
+            "examples": self.caches["train"].fingerprint,
+            "settings": _readable({**parts.pop("renderer"), **parts}),
+            "order": _readable(order),
+        }
+
+    def check_same(self, saved: dict[str, Any]) -> None:
+        """Refuses to go on with other examples, or in another order, than those of a checkpoint.
+
+        Args:
+            saved: What `fingerprint` returned then.
+
+        Raises:
+            UserError: Says which setting differs.
+        """
+        now = self.fingerprint()
+        changed = _differences(saved["order"], now["order"])
+        if saved["examples"] != now["examples"]:
+            changed += _differences(saved["settings"], now["settings"])
+        if changed:
+            raise UserError(
+                f"the checkpoint was made with other examples or in another order: {'; '.join(changed)}: restore that, "
+                "or set resume.allow_other_data to true"
+            )
+
     def open(self, name: str) -> Rows:
         """The rows of one data set.
 
@@ -165,20 +197,48 @@ class SFTData:
         system = self.options.system_prompt
         return Conversation((*([Message("system", system)] if system else []), Message("user", text)))
 
-    def asked_by_predict(self) -> list[Asked]:
+    def questions(self) -> list[Prompt]:
+        """`data.questions`."""
+        return encode(self._listed(self.options.questions, "data.questions"), self.renderer)
+
+    def asked_by_predict(self) -> list[Prompt]:
         """What `predict` answers: `data.predict`, or else `data.questions`."""
         spec = self.options.questions if self.options.predict is None else self.options.predict
         if not spec:
             raise UserError("there is nothing to predict: set data.predict to a file or to a list of questions")
         if isinstance(spec, list) and all(isinstance(text, str) for text in spec):
-            return [(self.question(text), None) for text in spec]
+            return encode(self._listed(spec, "data.predict"), self.renderer)
         rows = sources.open_rows(spec, split="test", key="data.predict", **self._source_options())
         return self.asked(rows, self.options.max_samples)
 
-    def asked(self, rows: Rows, count: int | None) -> list[Asked]:
+    def asked(self, rows: Rows, count: int | None) -> list[Prompt]:
         """The first `count` rows (None: all), and the last answer of each."""
         preparation = self.preparation(rows)
-        count = len(rows) if count is None else min(count, len(rows))
-        conversations = (preparation.conversation(rows, index, need_answer=False) for index in range(count))
-        # whole conversations: the prompt is the one that the answer is trained behind, with the same template switch
-        return [(conversation, formats.conversation_to_prompt(conversation)[1]) for conversation in conversations]
+        asked = []
+        for index in range(len(rows) if count is None else min(count, len(rows))):
+            conversation = preparation.conversation(rows, index, need_answer=False)
+            # the whole of it: the prompt is the one that the answer is trained behind, with the same template switch
+            reference = formats.conversation_to_prompt(conversation)[1]
+            asked.append(Asked(conversation, reference, rows.where(index)))
+        return encode(asked, self.renderer)
+
+    def _listed(self, questions: Sequence[str], key: str) -> list[Asked]:
+        return [Asked(self.question(text), None, f"{key}[{n}]") for n, text in enumerate(questions)]
+
+
+def _readable(parts: Mapping[str, Any]) -> dict[str, str]:
+    """Settings as short texts: long ones are hashed."""
+    texts = {key: json.dumps(value, sort_keys=True, ensure_ascii=False) for key, value in parts.items()}
+    return {
+        key: text if len(text) <= 80 else "#" + hashlib.sha256(text.encode()).hexdigest()[:12]
+        for key, text in texts.items()
+    }
+
+
+def _differences(saved: Mapping[str, str], current: Mapping[str, str]) -> list[str]:
+    """What differs, as `max_length (2048, now 1024)`."""
+    return [
+        f"{key} ({saved.get(key, 'unset')}, now {current.get(key, 'unset')})"
+        for key in sorted(saved.keys() | current.keys())
+        if saved.get(key) != current.get(key)
+    ]

@@ -103,9 +103,8 @@ def _examine_data(datamodule: SFTDataModule, report: dict[str, Any]) -> dict[str
     }
 
 
-def _expect_memory(
-    trainer: L.Trainer, module: SFTModule, datamodule: SFTDataModule, report: dict[str, Any]
-) -> dict[str, int]:
+def needed_memory(trainer: L.Trainer, module: SFTModule, datamodule: SFTDataModule) -> memory.MemoryEstimate:
+    """What a step of this run is expected to need on a device."""
     options, precision = module.options, trainer.precision
     config = load.load_config(
         model_directory(options.model_name_or_path, options.revision), trust_remote_code=options.trust_remote_code
@@ -116,7 +115,7 @@ def _expect_memory(
     packs, lengths = datamodule.pack("train"), datamodule.data.caches["train"].lengths
     parameter = [torch.nn.Parameter(torch.zeros(1))]
     is_adam = "betas" in options.optimizer(parameter).defaults
-    expected = memory.estimate(
+    return memory.estimate(
         config,
         num_parameters=total,
         num_trained=trained,
@@ -127,6 +126,12 @@ def _expect_memory(
         gradient_checkpointing=options.gradient_checkpointing,
         chunk_elements=CHUNK_ELEMENTS,
     )
+
+
+def _expect_memory(
+    trainer: L.Trainer, module: SFTModule, datamodule: SFTDataModule, report: dict[str, Any]
+) -> dict[str, int]:
+    expected = needed_memory(trainer, module, datamodule)
     device = trainer.strategy.root_device
     available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
     if expected.total > available:
@@ -134,7 +139,7 @@ def _expect_memory(
             f"the step needs about {expected.total / GIB:.1f} GiB and {available / GIB:.1f} GiB are free: lower "
             "data.micro_batch_size or data.max_length, or set model.gradient_checkpointing or model.lora"
         )
-    checkpoint = (0 if is_adapted(options) else total * stored) + expected.optimizer
+    checkpoint = (0 if is_adapted(module.options) else expected.weights) + expected.optimizer
     room = shutil.disk_usage(Path(trainer.default_root_dir)).free
     if 3 * checkpoint > room:
         report["errors"].append(

@@ -33,7 +33,7 @@ from lit_sft.types import Conversation, Example, UserError
 
 log = logging.getLogger(__name__)
 
-CACHE_VERSION = 3
+CACHE_VERSION = 4
 """Raise it when formats, rendering or the cache's layout change what a cache holds."""
 CHUNK_ROWS = 500
 """Rows rendered and tokenized together."""
@@ -178,21 +178,23 @@ class Preparation:
             example, input_ids=ids, loss_mask=mask, stop_ids=tuple(i for i in example.stop_ids if i in trained)
         )
 
-    def key(self, rows: Rows) -> str:
-        """A hash of all that decides the examples: data by content, tokenizer, template and options."""
+    def identity(self, rows: Rows) -> dict[str, Any]:
+        """All that decides the examples, as plain JSON values: data by content, tokenizer, template and options."""
         import tokenizers
         import transformers
 
         options = {k: v for k, v in vars(self).items() if k != "renderer"}
-        return cache_key(
-            {
-                "cache": CACHE_VERSION,
-                "rows": rows.fingerprint,
-                "renderer": self.renderer.fingerprint(),
-                "libraries": [transformers.__version__, tokenizers.__version__],
-                **{k: dict(v) if isinstance(v, Mapping) else v for k, v in options.items()},
-            }
-        )
+        return {
+            "cache": CACHE_VERSION,
+            "rows": rows.fingerprint,
+            "renderer": self.renderer.fingerprint(),
+            "libraries": [transformers.__version__, tokenizers.__version__],
+            **{k: dict(v) if isinstance(v, Mapping) else v for k, v in options.items()},
+        }
+
+    def key(self, rows: Rows) -> str:
+        """A hash of all that decides the examples."""
+        return cache_key(self.identity(rows))
 
     def cached(self, rows: Rows, cache_dir: Path, name: str, num_workers: int = 1) -> ExampleCache:
         """The examples of a data set, from the cache or made now: by global rank 0, while the others wait.

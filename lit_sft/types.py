@@ -147,6 +147,8 @@ class Prompts(TypedDict):
     """B user-facing prompts: the last user turn, not the rendered template."""
     references: list[str | None]
     """B expected answers where the data has them."""
+    number: int
+    """Position of the first prompt, -1 for a filler: tells batches apart where tokens are drawn."""
 
 
 class LossOutput(NamedTuple):

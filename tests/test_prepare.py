@@ -452,8 +452,8 @@ def test_giving_up_in_between_leaves_no_process():
 def test_memory_does_not_grow_with_rows(tmp_path):
     numbers = np.arange(1000)
     block = Block(
-        np.full(1000, 2), numbers, numbers.astype(np.int32), numbers.astype(np.uint64), np.zeros(2000, np.int32),
-        np.ones(2000, np.uint8),
+        np.full(1000, 2), numbers, numbers.astype(np.int32), numbers.astype(np.uint64), numbers.astype(np.uint32),
+        np.zeros(2000, np.int32), np.ones(2000, np.uint8),
     )  # fmt: skip
     peaks = []
 

@@ -107,6 +107,7 @@ def load_model(
     trust_remote_code: bool = False,
     seed: int,
     quantization_config: Any = None,
+    on_meta: bool = False,
 ) -> PreTrainedModel:
     """Loads the causal LM, or builds it with random weights from its config.
 
@@ -121,6 +122,7 @@ def load_model(
         trust_remote_code: Whether Python files beside the weights may be run.
         seed: Seed of the random weights.
         quantization_config: transformers' config of how pretrained weights are quantized, or None.
+        on_meta: Build it without weights, on the meta device.
 
     Raises:
         UserError: If this is no causal LM, or if its weights cannot be read.
@@ -131,13 +133,24 @@ def load_model(
     if quantization_config is not None:  # on the CPU, from where the strategy moves it
         arguments |= {"quantization_config": quantization_config, "device_map": {"": "cpu"}}
     try:
-        model = _random_model(config, arguments, seed) if init == "random" else _pretrained_model(path, arguments)
+        if on_meta or init == "random":
+            model = _random_model(config, arguments, seed, "meta" if on_meta else "cpu")
+        else:
+            model = _pretrained_model(path, arguments)
     except (ImportError, ValueError) as error:
         if isinstance(error, UserError) or ("attn_implementation" not in str(error) and "Flash" not in str(error)):
             raise
         raise UserError(f"model.attn_implementation {attn_implementation!r}: {_reason(error)}") from error
     model.train()
     return model
+
+
+def read_generation_config(model: PreTrainedModel, path: str) -> None:
+    """Takes over the generation config of another directory, an adapter's say, where it has one."""
+    from transformers import GenerationConfig
+
+    if (Path(path) / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
 
 
 def stop_token_ids(
@@ -251,11 +264,11 @@ def _check_causal(config: PretrainedConfig, path: str) -> None:
         raise UserError(f"{path} holds a {names[0]}, {remedy}")
 
 
-def _random_model(config: PretrainedConfig, arguments: dict[str, Any], seed: int) -> PreTrainedModel:
+def _random_model(config: PretrainedConfig, arguments: dict[str, Any], seed: int, device: str) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     factory: Any = AutoModelForCausalLM
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+    with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.default_generator.manual_seed(seed)
         model: PreTrainedModel = factory.from_config(config, **arguments)
     return model

@@ -14,6 +14,7 @@ import re
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ DATA_FILE = re.compile(r"(\.jsonl|\.ndjson|\.json|\.csv|\.tsv|\.parquet|\.arrow)
 _CODECS = {".gz": "gzip", ".zst": "zstd"}
 _ROW_KEYS = ("messages", "conversations", "prompt", "completion", "tools")
 _BLOCK = 1 << 22
+_STARTED = time.time()  # files that are older were not changed during the run
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,8 @@ def open_file(path: str, key: str, cache_dir: str | Path | None) -> FilePart:
         if found[1] == ".json" and (array := _read_json(plain)) is not None:
             return FilePart(path, fingerprint, array)
         starts, lines = _index_lines(plain)
-        return FilePart(path, fingerprint, _JsonLines(plain, fingerprint, starts, lines), lines)
+        own = fingerprint if plain == path else _content_hash(plain)
+        return FilePart(path, fingerprint, _JsonLines(plain, own, starts, lines), lines)
     except (OSError, ValueError, RecursionError, csv.Error, pa.ArrowException) as error:
         raise UserError(f"cannot read `{path}` (`{key}`): {_reason(error)}") from error
 
@@ -126,7 +129,11 @@ class _JsonLines:
 
     def __getitem__(self, i: int) -> Any:
         start, end = self.starts[self.lines[i]], self.starts[self.lines[i] + 1]
-        line = os.pread(_handle(self.path, self.fingerprint).fileno(), end - start, start)
+        file = _handle(self.path, self.fingerprint).fileno()
+        is_old = (status := os.fstat(file)).st_mtime < _STARTED and status.st_size == self.starts[-1]
+        if not is_old and not _is_same(self.path, self.fingerprint, status.st_size, status.st_mtime_ns):
+            raise UserError("the file was changed during the run; restore it, or run anew")
+        line = os.pread(file, end - start, start)
         try:
             return json.loads(line.decode("utf-8-sig"))
         except UnicodeDecodeError as error:
@@ -140,6 +147,11 @@ class _JsonLines:
 @lru_cache(maxsize=64)
 def _handle(path: str, fingerprint: str) -> BinaryIO:
     return open(path, "rb", buffering=0)
+
+
+@lru_cache(maxsize=64)
+def _is_same(path: str, fingerprint: str, size: int, time_ns: int) -> bool:
+    return _content_hash(path) == fingerprint
 
 
 @dataclass(frozen=True, eq=False)
@@ -291,10 +303,3 @@ def _read_arrow(path: str) -> datasets.Dataset:
         return Dataset.from_file(path)
     except pa.ArrowInvalid:  # not the streaming kind of Arrow file that `datasets` writes
         return Dataset(InMemoryTable(pa.ipc.open_file(pa.memory_map(path)).read_all()))
-
-
-def dataset_part(name: str, dataset: datasets.Dataset, split: str) -> FilePart:
-    """A data set that lies in Arrow files already; `split` tells apart slices of the same files."""
-    files = _content_hash(*(file["filename"] for file in dataset.cache_files))
-    told = repr((files, split, len(dataset), dataset.column_names))
-    return FilePart(name, hashlib.sha256(told.encode()).hexdigest(), _ArrowRows(dataset))

@@ -1,0 +1,234 @@
+"""What docs/faults.md says of each fault: what happens, what is said, what is kept. Faults are real, not simulated,
+wherever a test can cause them.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from running import REPOSITORY, arguments, chat_rows, environment, final_weights, run, scalars, version, write_rows
+from terminal import log_lines, refused
+from tiny import save_tiny, tiny_llama, tiny_tokenizer
+
+from lit_sft.callbacks import guard
+from lit_sft.checkpointing import step_of
+from lit_sft.module import SFTModule
+
+START = "forkserver" if torch.cuda.is_available() else "fork"
+PLAIN = {"data__packing": False, "data__global_batch_size": 4, "checkpoint__every_n_train_steps": 1}
+ROWS = 24
+BAD = 2
+"""A row of the third step."""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Folder, model, rows; the model's embedding of `z` is NaN, which is in none of the rows."""
+    folder = tmp_path_factory.mktemp("faults")
+    tokenizer = tiny_tokenizer()
+    model = tiny_llama(len(tokenizer))
+    (token,) = tokenizer("z", add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        model.get_input_embeddings().weight[token] = torch.nan
+    return folder, save_tiny(folder / "model", model, tokenizer), write_rows(folder / "train.jsonl", chat_rows(ROWS))
+
+
+def bad_rows(folder, *numbers):
+    """The rows, of which these have a `z`."""
+    rows = chat_rows(ROWS)
+    for number in numbers:
+        rows[number]["messages"][0]["content"] += " z"
+    return write_rows(folder / "bad.jsonl", rows)
+
+
+def fit(model, rows, root, *more, **overrides):
+    run("fit", [*arguments(model, rows, root, **{**PLAIN, **overrides}), *more])
+
+
+# ---------------------------------------------------------------------------------------------------- no number
+
+
+def checkpoints(root):
+    """Step -> its checkpoint."""
+    files = (version(root) / "checkpoints").glob("step=*.ckpt")
+    return {step_of(path): torch.load(path, weights_only=True) for path in files}
+
+
+def assert_equal(one, other):
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_nan_stops_and_the_run_can_go_on(place, tmp_path, capsys):
+    """Everything that was saved is finite; the step is the next of the newest checkpoint; skipping gets past it."""
+    root, rows = tmp_path / "runs", bad_rows(tmp_path, BAD)
+    said = refused(capsys, "fit", arguments(place[1], rows, root, **PLAIN, checkpoint__keep_last=99))
+    saved = checkpoints(root)
+    step = int(said.split("step ")[1].split(":")[0])
+    assert max(saved) == step - 1 and "bad.jsonl line 3;" in said and "faults.skip_steps" in said, said
+    assert all(scalar == scalar for scalar in scalars(root, "train/loss")[:-1])
+    with log_lines() as lines:
+        fit(place[1], rows, root, "--ckpt_path=last", faults__skip_steps=1)
+    assert max(checkpoints(root)) == ROWS // 4
+    assert any("left out (1 in a row, 1 in all)" in line and "line 3" in line for line in lines), lines
+
+
+@pytest.fixture(scope="module")
+def skipped(place):
+    """The folder of a run that left one step out, and the row's file."""
+    rows = bad_rows(place[0], BAD)
+    fit(place[1], rows, place[0] / "skipped", faults__skip_steps=1, checkpoint__keep_last=99)
+    return place[0] / "skipped", rows
+
+
+def test_a_skipped_step_changes_nothing(skipped):
+    """Neither weights nor moments nor their counters; it is counted, and the schedule goes on."""
+    saved = checkpoints(skipped[0])
+    losses, counts = scalars(skipped[0], "train/loss"), scalars(skipped[0], "train/skipped_steps")
+    (step,) = [number for number, loss in enumerate(losses, 1) if loss != loss]
+    assert counts == [0.0] * (step - 1) + [1.0] * (len(losses) - step + 1)
+    before, after, last = saved[step - 1], saved[step], saved[max(saved)]
+    unchanged = {k: v for k, v in before["state_dict"].items() if not torch.isnan(v).any()}
+    assert_equal(unchanged, {k: after["state_dict"][k] for k in unchanged})
+    states = [checkpoint["optimizer_states"][0]["state"] for checkpoint in (before, after)]
+    for one, other in zip(*(state.values() for state in states), strict=True):
+        assert_equal(one, other)
+    assert last["optimizer_states"][0]["state"][0]["step"] == len(losses) - 1
+    assert after["lr_schedulers"][0]["last_epoch"] == step
+
+
+def test_resumed_before_and_after_a_skipped_step(skipped, place, tmp_path):
+    losses = scalars(skipped[0], "train/loss")
+    (step,) = [number for number, loss in enumerate(losses, 1) if loss != loss]
+    for at in (step - 1, step):
+        root = tmp_path / f"runs_{at}"
+        shutil.copytree(skipped[0], root, symlinks=True)
+        for path in (version(root) / "checkpoints").glob("step=*.ckpt"):
+            if step_of(path) > at:
+                path.unlink()
+        fit(place[1], skipped[1], root, "--ckpt_path=last", faults__skip_steps=1, checkpoint__keep_last=99)
+        assert scalars(root, "train/skipped_steps") == scalars(skipped[0], "train/skipped_steps")
+        for name, weight in final_weights(root).items():
+            assert torch.equal(weight.nan_to_num(), final_weights(skipped[0])[name].nan_to_num())
+
+
+def test_a_fused_optimizer_skips_by_itself(skipped, place, tmp_path, monkeypatch, capsys):
+    """As on a GPU, where the host looks one step later: the same steps are left out, the same weights come out."""
+    monkeypatch.setattr(guard, "_can_defer", lambda optimizer, numbers: True)
+    fused = {"model__optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 8e-5, "weight_decay": 0.0}}}
+    fused["model__optimizer"]["init_args"]["fused"] = True
+    root, rows = tmp_path / "runs", skipped[1]
+    fit(place[1], rows, root, faults__skip_steps=1, checkpoint__every_n_train_steps=4, **fused)
+    losses = scalars(root, "train/loss")
+    assert losses == pytest.approx(scalars(skipped[0], "train/loss"), nan_ok=True)
+    state = torch.load(version(root) / "checkpoints" / "last.ckpt", weights_only=True)
+    assert state["optimizer_states"][0]["state"][0]["step"] == len(losses) - 1
+    assert not any(torch.isnan(weight).sum() > 64 for weight in state["state_dict"].values())
+    stopped = arguments(place[1], rows, tmp_path / "stopped", **PLAIN, **fused)
+    assert "the loss is nan" in refused(capsys, "fit", stopped)
+    saved, (step,) = checkpoints(tmp_path / "stopped"), [n for n, loss in enumerate(losses, 1) if loss != loss]
+    assert max(saved, default=0) == step - 1, "a step was saved before it was looked at"
+
+
+def test_too_many_skips_in_a_row(place, tmp_path, capsys):
+    args = arguments(place[1], bad_rows(tmp_path, *range(ROWS)), tmp_path / "runs", **PLAIN, faults__skip_steps=2)
+    said = refused(capsys, "fit", args)
+    assert said.startswith("step 3: ") and "after 2 that were left out" in said
+
+
+@pytest.mark.parametrize("limit", [None, 1e-3])
+def test_gradient_explosion(limit, place, tmp_path, capsys, monkeypatch):
+    """The loss is a number, its gradient is none, or larger than asked for: all rows of the step are named."""
+    configure = SFTModule.configure_model
+
+    def exploding(module):
+        configure(module)
+        for parameter in module.parameters():
+            parameter.register_hook(lambda gradient: gradient * torch.inf)
+
+    if limit is None:
+        monkeypatch.setattr(SFTModule, "configure_model", exploding)
+    args = arguments(*place[1:], tmp_path / "runs", **PLAIN, faults__grad_norm_limit=limit)
+    said = refused(capsys, "fit", args)
+    assert said.startswith("step 1: the loss is ") and len(set(re.findall(r"line (\d+)", said))) == 4, said
+    assert ("above faults.grad_norm_limit 0.001" if limit else "the gradient norm nan") in said
+    assert not checkpoints(tmp_path / "runs")
+
+
+@pytest.mark.parametrize(("key", "value"), [("skip_steps", -1), ("grad_norm_limit", 0)])
+def test_wrong_options(key, value, place, tmp_path, capsys):
+    args = arguments(*place[1:], tmp_path / "runs", **{f"faults__{key}": value})
+    assert f"faults.{key} is {value}" in refused(capsys, "fit", args)
+
+
+# ---------------------------------------------------------------------------------------------------- ranks
+
+BREAKING = """
+import os, sys, time
+from lit_sft import cli, module, types
+
+step = module.SFTModule.training_step
+
+def training_step(self, batch, batch_idx):
+    if self.trainer.global_step == 2 and str(self.trainer.global_rank) in os.environ["BREAKS"].split(","):
+        if os.environ["KIND"] == "bug":
+            raise ZeroDivisionError("nobody foresaw it")
+        raise types.UserError("mend your rows")
+    if self.trainer.global_step == 2 and os.environ["KIND"] == "deaf":
+        time.sleep(600)  # as in a collective of NCCL, which does not notice
+    return step(self, batch, batch_idx)
+
+module.SFTModule.training_step = training_step
+cli.main()
+"""
+
+
+def fit_ranks(place, folder, script=BREAKING, launcher=(), timeout=60, **more):
+    """Runs `fit` on 2 ranks with a program; (exit code, stderr, seconds from the first failure to the end)."""
+    (folder / "program.py").write_text(script)
+    settings = {**PLAIN, "trainer__devices": 2, "trainer__strategy": "ddp", **more.pop("overrides", {})}
+    args = arguments(place[1], more.pop("rows", place[2]), folder / "runs", **settings)
+    command = [sys.executable, *launcher, str(folder / "program.py"), "fit", *args]
+    env = environment(PYTHONPATH=str(REPOSITORY), PYTHONUNBUFFERED="1", **more)
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=timeout)
+    return done.returncode, done.stderr
+
+
+def errors(err):
+    return [line for line in err.splitlines() if line.startswith("error: ")]
+
+
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node=2")
+FAILING = {
+    "both, foreseen": ("0,1", "user", (), "error: mend your rows"),
+    "rank 1, not foreseen": ("1", "bug", (), "error: rank 1: ZeroDivisionError: nobody foresaw it"),
+    "rank 0, rank 1 is deaf": ("0", "deaf", (), "error: mend your rows"),
+    "rank 1, rank 0 is deaf": ("1", "deaf", (), "error: rank 1: mend your rows"),
+    "torchrun, rank 1": ("1", "user", TORCHRUN, "error: rank 1: mend your rows"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "kind", "launcher", "said"), FAILING.values(), ids=FAILING)
+def test_a_rank_fails(ranks, kind, launcher, said, place, tmp_path):
+    """All ranks end within the minute of the time limit, and one of them tells why, in one line."""
+    code, err = fit_ranks(place, tmp_path, launcher=launcher, BREAKS=ranks, KIND=kind)
+    assert code != 0 and len(errors(err)) == 1 and errors(err)[0].startswith(said), err[-3000:]
+    assert ("Traceback" in err) == (kind == "bug") or launcher, err[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_nan_on_one_rank(strategy, place, tmp_path):
+    rows, settings = bad_rows(tmp_path, BAD), {"trainer__strategy": strategy}
+    code, err = fit_ranks(place, tmp_path, "from lit_sft import cli\ncli.main()", rows=rows, overrides=settings)
+    assert code == 1 and len(errors(err)) == 1, err[-3000:]
+    assert re.search(r"^error: step 3: the loss is nan.*rank \d: \S+bad.jsonl line 3;", errors(err)[0]), err[-3000:]
+    if strategy == "ddp":
+        return
+    skip = {**settings, "faults__skip_steps": 1, "trainer__default_root_dir": tmp_path / "skipping"}
+    code, err = fit_ranks(place, tmp_path, "from lit_sft import cli\ncli.main()", rows=rows, overrides=skip)
+    assert code == 0 and scalars(tmp_path / "skipping", "train/skipped_steps")[-1] == 1, err[-3000:]
