@@ -124,7 +124,7 @@ def _expect_memory(
         stored_bytes=stored,
         compute_bytes=2 if precision.startswith(("bf16", "16")) else 4,
         states_per_parameter=2 if is_adam else 0,
-        gradient_checkpointing=options.gradient_checkpointing,
+        gradient_checkpointing=bool(options.gradient_checkpointing),
         adapted=is_adapted(options),
         chunk_elements=CHUNK_ELEMENTS,
     )

@@ -20,6 +20,7 @@ RUNS = {
     "fsdp2": {"data__micro_batch_size": 2, "trainer__devices": 2, "trainer__strategy": "fsdp2"},
     "sdpa": {"model__attn_implementation": "sdpa"},  # with the mask that transformers makes for packs
     "gradient checkpointing": {"model__gradient_checkpointing": True},
+    "selective checkpointing": {"model__gradient_checkpointing": "selective"},
     "2 workers": {"data__num_workers": 2},
 }
 

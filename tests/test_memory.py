@@ -52,10 +52,10 @@ def test_parts():
 def test_within_a_quarter(case, tmp_path):
     sizes, overrides = CASES[case]
     model = save_tiny(tmp_path / "model", tiny_llama(**sizes), tiny_tokenizer())
-    text = "abc def " * 40
+    text = "abc def " * 20
     row = {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": text}]}
     train = write_rows(tmp_path / "train.jsonl", [row] * 8)
-    settings = {"data__max_length": 1024, "data__global_batch_size": 2, **overrides}
+    settings = {"data__max_length": 512, "data__global_batch_size": 2, **overrides}
     args = arguments(model, train, tmp_path / "run", **settings)
     done = subprocess.run(
         [sys.executable, "-m", "lit_sft", "doctor", *args, "--output", "json"],

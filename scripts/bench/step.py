@@ -29,6 +29,7 @@ from lightning.pytorch.callbacks import Callback
 
 from lit_sft import cli
 from lit_sft.callbacks import Throughput
+from lit_sft.callbacks.throughput import peak_memory
 from lit_sft.flops import peak_flops, step_cost
 
 WARM, MEASURED = 2, 6
@@ -110,8 +111,9 @@ class Anatomy(Callback):
             started = self._now()
             self.bare_step(self.batches)
             parts["bare"] = self._now() - started
+            parts["tokens"] = sum(sum(batch["lengths"]) for batch in self.batches)
             parts["operations"] = self.cost.of(
-                sum(sum(batch["lengths"]) for batch in self.batches),
+                parts["tokens"],
                 sum(int((batch["labels"] >= 0).sum()) for batch in self.batches),
                 sum(length**2 for batch in self.batches for length in batch["lengths"]),
             )
@@ -144,6 +146,8 @@ class Anatomy(Callback):
             "torch": torch.__version__,
             "step_ms": round(1e3 * whole, 2),
             **{f"{name}_ms": round(1e3 * seconds, 2) for name, seconds in parts.items()},
+            "tokens_per_second": round(median(lambda s: s["tokens"] / s["step"]), 1),
+            "peak_gb": round(peak_memory(self.device) / 1e9, 3),
             "bare_step_ms": round(1e3 * median(lambda s: s["bare"]), 2),
             "lightning_share": round(median(lambda s: 1 - s["bare"] / s["step"]), 4),
             "mfu": round(median(lambda s: s["operations"] / s["step"]) / self.peak, 4),
