@@ -230,7 +230,7 @@ def _build(options: SimpleNamespace, precision: str, on_meta: bool = False) -> t
     if options.neftune_noise_alpha is not None:
         neftune.apply_neftune(model, lm.get_input_embeddings(), options.neftune_noise_alpha)
     if options.gradient_checkpointing:
-        parallel.apply_gradient_checkpointing(lm)
+        parallel.apply_gradient_checkpointing(lm, selective=options.gradient_checkpointing == "selective")
     if options.compile:
         parallel.apply_compile(lm)
     return model.train(), adapter

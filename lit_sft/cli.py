@@ -115,7 +115,7 @@ class SFTCLI(LightningCLI):
             )
         root = Path(config.trainer.default_root_dir or ".")
         if self.subcommand == "doctor":
-            one_step = {"devices": 1, "num_nodes": 1, "strategy": "auto", "max_steps": 1, "limit_val_batches": 0}
+            one_step = {"devices": 1, "num_nodes": 1, "strategy": "auto", "max_steps": 2, "limit_val_batches": 0}
             quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
             return self._instantiate_trainer({**config.trainer, **one_step, **quiet, "default_root_dir": str(root)}, [])
         files = CheckpointFiles(config.checkpoint.async_save)

@@ -136,7 +136,8 @@ def needed_memory(trainer: L.Trainer, module: SFTModule, datamodule: SFTDataModu
         stored_bytes=stored,
         compute_bytes=2 if precision.startswith(("bf16", "16")) else 4,
         states_per_parameter=2 if is_adam else 0,
-        gradient_checkpointing=options.gradient_checkpointing,
+        gradient_checkpointing=bool(options.gradient_checkpointing),
+        adapted=is_adapted(options),
         chunk_elements=CHUNK_ELEMENTS,
     )
 
@@ -176,7 +177,7 @@ def _free_memory() -> int:
 
 
 def _try_step(trainer: L.Trainer, module: SFTModule, datamodule: SFTDataModule) -> dict[str, float]:
-    """One optimizer step on the fullest packs."""
+    """Two optimizer steps on the fullest packs: from the second on, gradients and optimizer states are there, too."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     started = time.monotonic()
     trainer.callbacks.append(FullestFirst())  # type: ignore[attr-defined]
@@ -196,7 +197,7 @@ def _try_step(trainer: L.Trainer, module: SFTModule, datamodule: SFTDataModule) 
 
 
 class FullestFirst(Callback):
-    """Leaves one optimizer step of one forward pass: the fullest packs, which need the most memory."""
+    """Leaves two optimizer steps of one forward pass: the fullest packs, which need the most memory."""
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -204,6 +205,7 @@ class FullestFirst(Callback):
         packs, size = datamodule.packs["train"], datamodule.options.micro_batch_size
         tokens = packs.num_tokens(datamodule.data.caches["train"].lengths)
         parts = [packs[int(index)] for index in np.argsort(-tokens, kind="stable")[:size]]
+        parts *= 2
         datamodule.packs["train"] = Packs(np.concatenate(parts), np.cumsum([0, *map(len, parts)]))
         order = datamodule.orders["train"]
         datamodule.orders["train"] = replace(order, num_packs=len(parts), global_batch_size=size, shuffle=False)

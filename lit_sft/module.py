@@ -42,7 +42,8 @@ class SFTModule(L.LightningModule):
         trainable: Regular expressions on parameter names for partial fine-tuning; the rest is frozen.
         add_tokens: New special tokens, whose embeddings are trained.
         attn_implementation: `auto` takes packed attention where the architecture allows; else a name of transformers'.
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time with
+            `full` (or true), less with `selective`.
         compile: Compile every decoder layer with torch.compile.
         loss: What is minimized.
         neftune_noise_alpha: Strength of the noise on the embeddings in training (NEFTune), often 5; null for none.
@@ -68,7 +69,7 @@ class SFTModule(L.LightningModule):
         trainable: list[str] | None = None,
         add_tokens: list[str] | None = None,
         attn_implementation: str = "auto",
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: bool | Literal["full", "selective"] = False,
         compile: bool = False,
         loss: LossOptions = LossOptions(),  # noqa: B008 - jsonargparse reads the default from here; never mutated
         neftune_noise_alpha: float | None = None,

@@ -92,6 +92,7 @@ VARIANTS = {
     "head in small chunks": Variant(patch=small_chunks),
     "transformers' sdpa": Variant({"model.attn_implementation": "sdpa"}),  # with its masks for packs
     "activation checkpointing": Variant({"model.gradient_checkpointing": True}),
+    "selective checkpointing": Variant({"model.gradient_checkpointing": "selective"}),
     "compile": Variant({"model.compile": True}, needs_compiler=True),
     "2 data workers": Variant({"data.num_workers": 2}),
     "resumed in the middle": Variant({"data.micro_batch_size": 4}, resumed_at=4),

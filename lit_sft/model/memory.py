@@ -12,6 +12,9 @@ import torch
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 """Numbers of two of glibc's settings (malloc.h)."""
 
+PIECE_ELEMENTS = 2**21
+"""As in the loss."""
+
 
 @dataclass(frozen=True)
 class MemoryEstimate:
@@ -39,13 +42,14 @@ def estimate(
     compute_bytes: int,
     states_per_parameter: int,
     gradient_checkpointing: bool,
+    adapted: bool = False,
     chunk_elements: int,
 ) -> MemoryEstimate:
-    """Adds up what a step holds at its peak.
+    """Adds up what a step holds at its peak: when the forward pass has ended, with the gradients of the step before.
 
-    Activations: what autograd keeps of a Llama-like block per token, counted in its code: 12 times the hidden size
-        (two norms,
-    the inputs of four products, residuals), 5 times the key-value size, 4 times the intermediate size.
+    What a block keeps per token is counted in the code of a Llama-like one: two inputs of norms in the type of the
+    residual stream; their outputs, query, key, value, the attention's output, and the two factors of the MLP in compute
+    type. Adapters keep a copy of the input of each linear layer instead of the norms' outputs.
 
     Args:
         config: Of the model (its text part is used).
@@ -55,25 +59,29 @@ def estimate(
         stored_bytes: Per stored weight.
         compute_bytes: Per number that is computed with (2 under bf16 autocast, which also copies the weights).
         states_per_parameter: Of the optimizer: 2 for Adam, 0 for plain SGD.
-        chunk_elements: Logits that the loss holds at once.
         gradient_checkpointing: Only block inputs are kept, and one block at a time is recomputed.
+        adapted: Low-rank adapters over a frozen base.
+        chunk_elements: Logits that the loss holds at once.
     """
     text = config.get_text_config()
-    hidden, layers = text.hidden_size, text.num_hidden_layers
+    hidden, layers, vocabulary = text.hidden_size, text.num_hidden_layers, text.vocab_size
     heads = text.num_attention_heads
     kv = getattr(text, "num_key_value_heads", None) or heads
     head_dim = getattr(text, "head_dim", None) or hidden // heads
     inner = getattr(text, "intermediate_size", None) or 4 * hidden
-    block = (12 * hidden + 5 * kv * head_dim + 4 * inner) * compute_bytes
-    kept = layers * hidden * compute_bytes + block if gradient_checkpointing else layers * block
+    linear_inputs = 5 * hidden + heads * head_dim + 2 * inner if adapted else 2 * hidden
+    block = 2 * hidden * stored_bytes
+    block += (linear_inputs + 2 * (heads + kv) * head_dim + 2 * inner) * compute_bytes
+    kept = layers * hidden * stored_bytes + block if gradient_checkpointing else layers * block
     copies = num_parameters * compute_bytes if compute_bytes < stored_bytes else 0
-    chunk = max(1, chunk_elements // text.vocab_size)
+    chunk = min(tokens, max(1, chunk_elements // vocabulary))
+    head = 0 if adapted else vocabulary * hidden * (4 + compute_bytes)  # its gradient, and that of a chunk
     return MemoryEstimate(
         weights=num_parameters * stored_bytes + copies,
         gradients=num_trained * 4,
         optimizer=num_trained * 4 * states_per_parameter,
         activations=tokens * kept,
-        logits=3 * 4 * min(chunk, tokens) * text.vocab_size,
+        logits=chunk * vocabulary * compute_bytes + 3 * 4 * PIECE_ELEMENTS + head,
     )
 
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -28,9 +29,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from trl_environment import trl_python
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from bench_data import trl_python  # noqa: E402
 
-LR, WARMUP, ROWS, HELD_OUT = 1e-4, 1, 128, 64
+LR, WARMUP, HELD_OUT = 1e-4, 1, 64
+TRL_VENV = Path("~/.cache/lit_sft/trl-venv")
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 TRL_SETTINGS: dict[str, dict[str, Any]] = {
     "padded": {"per_device_train_batch_size": 8},
@@ -47,6 +50,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="file of rows, in any format that data.train takes")
     parser.add_argument("--model", type=Path, default=Path("models/SmolLM2-135M-Instruct"))
     parser.add_argument("--lora", action="store_true", help="adapters instead of all weights")
+    parser.add_argument("--rows", type=int, default=128, help="rows of the epoch")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--max_length", type=int, default=1024, help="tokens of a pack")
     parser.add_argument("--micro_batch_size", type=int, default=1, help="packs per forward pass")
@@ -68,7 +72,9 @@ def main() -> None:
 def compare(args: argparse.Namespace) -> dict[str, Any]:
     """All repetitions of both sides; medians and ratios."""
     tokens = write_rows(args)
-    python = {"lit_sft": sys.executable, "trl": trl_python()}
+    python = {"lit_sft": sys.executable, "trl": trl_python(TRL_VENV.expanduser())}
+    if args.lora and subprocess.run([python["trl"], "-c", "import peft"], capture_output=True).returncode:
+        subprocess.run([python["trl"], "-m", "pip", "install", "--quiet", "peft"], check=True)
     results: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES if args.only in (None, side)}
     for repetition in range(args.repetitions):
         for side, done in results.items():
@@ -79,10 +85,10 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     def median(side: str, key: str) -> float:
         return statistics.median(result[key] for result in results[side])
 
-    report: dict[str, Any] = {"rows": ROWS, "tokens": tokens, "trl_setting": args.trl, "lora": args.lora}
+    report: dict[str, Any] = {"rows": args.rows, "tokens": tokens, "trl_setting": args.trl, "lora": args.lora}
     if args.only is None:
-        for name in ("seconds", "memory"):
-            report[f"{name.replace('seconds', 'time')}_ratio"] = round(median("lit_sft", name) / median("trl", name), 3)
+        names = {"seconds": "time_ratio", "memory": "memory_ratio", "cpu_seconds": "cpu_time_ratio"}
+        report |= {names[key]: round(median("lit_sft", key) / median("trl", key), 3) for key in names}
     for side, done in results.items():
         report |= {f"{side}_val_loss": round(median(side, "val_loss"), 4), f"{side}_seconds": median(side, "seconds")}
         report |= {f"{side}_peak_gb": median(side, "memory"), f"{side}_steps": done[0]["steps"]}
@@ -107,7 +113,7 @@ def lit_sft_data(args: argparse.Namespace) -> Any:
 
     return SFTDataModule(
         train=str(args.data),
-        max_samples=ROWS + HELD_OUT,
+        max_samples=args.rows + HELD_OUT,
         val_size=HELD_OUT,
         model_name_or_path=str(args.model),
         max_length=args.max_length,
@@ -121,7 +127,7 @@ def run_side(python: str, side: str, args: argparse.Namespace) -> dict[str, Any]
     """One training run in a process of its own."""
     command = [python, __file__, "--side", side, "--work", str(args.work), "--data", str(args.data)]
     command += ["--model", str(args.model), "--max_length", str(args.max_length), "--trl", args.trl]
-    command += ["--micro_batch_size", str(args.micro_batch_size)] + ["--lora"] * args.lora
+    command += ["--micro_batch_size", str(args.micro_batch_size), "--rows", str(args.rows)] + ["--lora"] * args.lora
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     if done.returncode:
         sys.exit(f"error: the {side} side failed: {done.stderr[-4000:]}")
@@ -129,12 +135,20 @@ def run_side(python: str, side: str, args: argparse.Namespace) -> dict[str, Any]
     return result
 
 
-def measured(started: float, ended: float, steps: int) -> dict[str, Any]:
-    """Of the process that trained."""
-    import resource
+class Meter:
+    """Time from its making on, and memory, of the process that trains."""
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"seconds": round(ended - started, 2), "memory": round(peak / 1e9, 3), "steps": steps}
+    def __init__(self) -> None:
+        self.began, self.processor = time.perf_counter(), time.process_time()
+
+    def read(self, steps: int) -> dict[str, Any]:
+        """`cpu_seconds` of all threads tell more than seconds where the machine has other work, too."""
+        return {
+            "seconds": round(time.perf_counter() - self.began, 2),
+            "cpu_seconds": round(time.process_time() - self.processor, 2),
+            "memory": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 3),
+            "steps": steps,
+        }
 
 
 def train_lit_sft(args: argparse.Namespace) -> dict[str, Any]:
@@ -152,10 +166,10 @@ def train_lit_sft(args: argparse.Namespace) -> dict[str, Any]:
         """Takes the time, and the memory before anything is saved."""
 
         def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-            self.started = time.perf_counter()
+            self.meter = Meter()
 
         def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-            self.result = measured(self.started, time.perf_counter(), trainer.global_step)
+            self.result = self.meter.read(trainer.global_step)
 
     module = SFTModule(
         model_name_or_path=str(args.model),
@@ -195,10 +209,10 @@ def train_trl(args: argparse.Namespace) -> dict[str, Any]:
         """Takes the time, and the memory before anything is saved."""
 
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-            self.started = time.perf_counter()
+            self.meter = Meter()
 
         def on_train_end(self, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
-            self.result = measured(self.started, time.perf_counter(), state.global_step)
+            self.result = self.meter.read(state.global_step)
 
     peft_config = None
     if args.lora:

@@ -1,0 +1,72 @@
+"""Finds the micro-batch, the checkpointing and whether to compile, for the most tokens per second under a memory cap.
+
+    python scripts/tune.py --memory_gb 8 --config configs/smollm2_135m.yaml --data.train alpaca_en_demo.json
+
+Takes what `fit` takes. Every candidate runs a few real steps in a process of its own (`scripts/bench/step.py`). The
+micro-batch doubles as long as it divides `data.global_batch_size`, fits and is faster; checkpointing is tried from the
+largest that fits on. The last line is one JSON object with the best settings, as `fit` takes them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+STEP = Path(__file__).parent / "bench" / "step.py"
+
+
+def main() -> None:
+    """Measures the candidates and prints the best."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--memory_gb", type=float, required=True, help="most that may be used, in GB (1e9 bytes)")
+    parser.add_argument("--largest", type=int, default=64, help="largest micro-batch to try")
+    parser.add_argument("--compile", action="store_true", help="try model.compile, too (needs a C++ compiler on a CPU)")
+    args, settings = parser.parse_known_args()
+    tried = list(candidates(args, settings))
+    fitting = [result for result in tried if result["peak_gb"] <= args.memory_gb]
+    if not fitting:
+        sys.exit(f"error: nothing fits in {args.memory_gb} GB: lower data.max_length, or set model.lora")
+    best = max(fitting, key=lambda result: result["tokens_per_second"])
+    print(json.dumps({"best": best.pop("settings"), **best, "candidates": len(tried)}))
+
+
+def candidates(args: argparse.Namespace, settings: list[str]) -> Iterator[dict[str, Any]]:
+    """Results of one candidate after the other; a larger one is tried only where the smaller one fits."""
+    for checkpointing in ("false", "selective", "full"):
+        for compiled in ("false", "true") if args.compile else ("false",):
+            size, before = 1, 0.0
+            while size <= args.largest:
+                chosen = {
+                    "data.micro_batch_size": str(size),
+                    "model.gradient_checkpointing": checkpointing,
+                    "model.compile": compiled,
+                }
+                result = measure(chosen, settings)
+                if result is None:
+                    break
+                yield result
+                if result["peak_gb"] > args.memory_gb or result["tokens_per_second"] < 1.02 * before:
+                    break
+                size, before = 2 * size, result["tokens_per_second"]
+
+
+def measure(chosen: dict[str, str], settings: list[str]) -> dict[str, Any] | None:
+    """A few steps; None where they fail (memory, or a micro-batch that does not divide the global batch)."""
+    command = [sys.executable, str(STEP), *settings, *(f"--{key}={value}" for key, value in chosen.items())]
+    done = subprocess.run(command, capture_output=True, text=True)
+    name = ", ".join(f"{key} {value}" for key, value in chosen.items())
+    if done.returncode:
+        print(f"{name}: {(done.stderr.strip().splitlines() or ['killed'])[-1]}", flush=True)
+        return None
+    report = json.loads(done.stdout.splitlines()[-1])
+    print(f"{name}: {report['tokens_per_second']:,.0f} tokens/s, {report['peak_gb']:.2f} GB", flush=True)
+    return {"settings": chosen, **{key: report[key] for key in ("tokens_per_second", "peak_gb", "mfu")}}
+
+
+if __name__ == "__main__":
+    main()

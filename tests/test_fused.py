@@ -1,0 +1,91 @@
+import copy
+
+import pytest
+import torch
+from tiny import tiny_gpt2, tiny_llama, tiny_qwen3
+
+from lit_sft.data.collate import collate
+from lit_sft.model import attention, fused
+from lit_sft.model.adapters import LoraConfig, apply_lora
+from lit_sft.model.loss import CausalLMLoss
+
+
+def batch(lengths=(5, 21, 3)):
+    generator = torch.Generator().manual_seed(0)
+    rows = [
+        (torch.randint(0, 320, (n,), generator=generator).int().numpy(), torch.ones(n).byte().numpy(), 0)
+        for n in lengths
+    ]
+    inputs = collate(rows)
+    inputs.pop("rows")
+    return inputs
+
+
+def loss_and_gradients(lm, **autocast):
+    model = CausalLMLoss(lm)
+    with torch.autocast("cpu", torch.bfloat16, **autocast):
+        output = model(**batch())
+    output.loss_sum.backward()
+    return output.loss_sum.detach(), {name: p.grad for name, p in lm.named_parameters() if p.grad is not None}
+
+
+def pair(make, adapt=False):
+    """The model as transformers writes it, and fused."""
+    plain = make()
+    attention.register()
+    plain.set_attn_implementation(attention.PACKED)
+    if adapt:
+        apply_lora(plain, LoraConfig(r=4, target_modules="all-linear"), seed=0)
+    ours = copy.deepcopy(plain)
+    return plain, ours, fused.fuse_blocks(ours)
+
+
+@pytest.mark.parametrize("adapt", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("make", [tiny_llama, tiny_qwen3])
+def test_the_same_loss_and_gradients(make, adapt):
+    plain, ours, replaced = pair(make, adapt)
+    assert replaced >= 2 * 3 + 1  # two norms and an MLP per block, and the last norm
+    (loss, gradients), (our_loss, our_gradients) = (loss_and_gradients(lm, enabled=False) for lm in (plain, ours))
+    torch.testing.assert_close(our_loss, loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(our_gradients, gradients, rtol=1e-4, atol=1e-5)
+
+
+def test_the_same_rounding_under_autocast():
+    """The forward pass rounds where transformers does, so both are as far from fp32."""
+    plain, ours, _ = pair(tiny_llama)
+    exact, _ = loss_and_gradients(plain, enabled=False)
+    plain.zero_grad()
+    (loss, gradients), (our_loss, our_gradients) = (loss_and_gradients(lm, enabled=True) for lm in (plain, ours))
+    torch.testing.assert_close(our_loss, loss, rtol=1e-3, atol=0)
+    assert abs(our_loss - exact) < 2 * abs(loss - exact) + 1e-2
+    for name, gradient in gradients.items():
+        assert (our_gradients[name] - gradient).norm() <= 3e-2 * gradient.norm(), name
+
+
+def test_less_is_kept():
+    kept = []
+    for lm in pair(tiny_llama)[:2]:
+        storages = {}
+
+        def pack(tensor, storages=storages):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        held = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+        with held, torch.autocast("cpu", torch.bfloat16):
+            lm.model(input_ids=batch()["input_ids"], use_cache=False)
+        weights = {p.untyped_storage().data_ptr() for p in lm.parameters()}
+        kept.append(sum(size for place, size in storages.items() if place not in weights))
+    assert kept[1] < 0.75 * kept[0], kept
+
+
+def test_what_computes_something_else_stays():
+    gemma_like = tiny_llama()
+    for module in gemma_like.modules():
+        if type(module).__name__ == "LlamaRMSNorm":
+            module.forward = lambda x, m=module: type(m).forward(m, x) + x  # not a plain norm
+    gemma_like.config.hidden_act = "gelu"
+    for layer in gemma_like.model.layers:
+        layer.mlp.act_fn = torch.nn.GELU()
+    assert fused.fuse_blocks(gemma_like) == 0
+    assert fused.fuse_blocks(tiny_gpt2()) == 0

@@ -1,0 +1,69 @@
+"""What `doctor` expects of memory, beside what the process then took: real sizes, in a process of its own each."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from running import REPOSITORY, arguments, environment, write_rows
+from tiny import save_tiny, tiny_llama, tiny_tokenizer
+
+from lit_sft.model import memory
+
+SMOLLM2 = {
+    "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True, "initializer_range": 0.02,
+    "max_position_embeddings": 2048,
+}  # fmt: skip
+MIDDLE = {**SMOLLM2, "vocab_size": 8192, "hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4,
+          "num_hidden_layers": 12}  # fmt: skip
+BF16 = {"trainer__precision": "bf16-mixed"}
+CASES = {
+    "SmolLM2": (SMOLLM2, BF16),
+    "SmolLM2, LoRA": (SMOLLM2, {**BF16, "model__lora__r": 16, "model__lora__target_modules": "all-linear"}),
+    "52 M parameters in fp32": (MIDDLE, {"trainer__precision": "32-true"}),
+}
+
+
+def config(**sizes):
+    return tiny_llama(**{"vocab_size": 64, **sizes}).config
+
+
+def expected(**changes):
+    settings = dict(
+        num_parameters=1000, num_trained=1000, tokens=10, stored_bytes=4, compute_bytes=2, states_per_parameter=2,
+        gradient_checkpointing=False, chunk_elements=2**20,
+    )  # fmt: skip
+    return memory.estimate(config(), **{**settings, **changes})
+
+
+def test_parts():
+    full = expected()
+    assert full.weights == 6000 and full.gradients == 4000 and full.optimizer == 8000
+    assert full.total == sum((full.weights, full.gradients, full.optimizer, full.activations, full.logits))
+    assert expected(tokens=20).activations == 2 * full.activations
+    assert expected(gradient_checkpointing=True).activations < full.activations
+    frozen = expected(num_trained=0, adapted=True, stored_bytes=2)
+    assert frozen.gradients == frozen.optimizer == 0 and frozen.weights == 2000 and frozen.logits < full.logits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_within_a_quarter(case, tmp_path):
+    sizes, overrides = CASES[case]
+    model = save_tiny(tmp_path / "model", tiny_llama(**sizes), tiny_tokenizer())
+    text = "abc def " * 20
+    row = {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": text}]}
+    train = write_rows(tmp_path / "train.jsonl", [row] * 8)
+    settings = {"data__max_length": 512, "data__global_batch_size": 2, **overrides}
+    args = arguments(model, train, tmp_path / "run", **settings)
+    done = subprocess.run(
+        [sys.executable, "-m", "lit_sft", "doctor", *args, "--output", "json"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        env=environment(),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["memory"]["total"] == pytest.approx(report["step"]["peak_bytes"], rel=0.25), report

@@ -1,0 +1,54 @@
+"""Speed and cost that a run logs, and the counts behind them."""
+
+import pytest
+import torch
+from running import arguments, chat_rows, run, scalars, write_rows
+from tiny import save_tiny, tiny_llama
+
+from lit_sft.flops import peak_flops, step_cost
+
+
+def test_a_run_logs_speed_and_cost(tmp_path):
+    model, rows = save_tiny(tmp_path / "model"), write_rows(tmp_path / "train.jsonl", chat_rows(24))
+    root = tmp_path / "run"
+    run("fit", arguments(model, rows, root, data__packing=False, data__global_batch_size=8))
+    speed = {
+        name: scalars(root, f"train/{name}")
+        for name in ("tokens_per_second", "trained_tokens_per_second", "mfu", "data_wait", "peak_memory_gb")
+    }
+    assert all(len(values) == 3 for values in speed.values()), speed
+    assert all(0 < part < whole for part, whole in zip(*list(speed.values())[1::-1], strict=True))
+    assert all(0 < share < 1 for share in speed["mfu"] + speed["data_wait"])
+    assert all(0.1 < size < 50 for size in speed["peak_memory_gb"])
+    tokens = scalars(root, "train/num_tokens")
+    assert tokens == sorted(tokens) and tokens[0] > 0
+
+
+def test_operations_are_those_of_the_products():
+    """Against torch's own counter: forward and backward of plain logits, where every position has a target."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    lm = tiny_llama()
+    lm.set_attn_implementation("eager")
+    length = 24
+    input_ids = torch.arange(3, 3 + length)[None]
+    with FlopCounterMode(display=False) as counter:
+        lm(input_ids=input_ids, use_cache=False).logits.sum().backward()
+    # Eager attention computes the whole square, and we count its causal half.
+    cost = step_cost(lm)
+    assert cost.of(length, length, 2 * length**2) == pytest.approx(counter.get_total_flops(), rel=1e-6)
+    assert cost.head == 320 * 32 and cost.frozen == 0
+
+
+def test_frozen_weights_cost_two_thirds():
+    lm = tiny_llama()
+    full = step_cost(lm).of(100, 50, 1000)
+    lm.requires_grad_(False)
+    frozen = step_cost(lm)
+    assert frozen.trained == 0 and not frozen.head_is_trained
+    assert 0.6 < frozen.of(100, 50, 1000) / full < 0.75
+
+
+def test_peak_is_measured_once():
+    first = peak_flops(torch.device("cpu"), torch.float32)
+    assert first > 1e8 and peak_flops(torch.device("cpu"), torch.float32) == first
