@@ -157,7 +157,7 @@ def test_autocast_to_bf16_casts_the_weights_once():
         return lm.generate(**arguments)
 
     with torch.autocast("cpu", torch.bfloat16):
-        assert answers(lm, entry=entry) == expected != answers(tiny_llama(**WILD))
+        assert answers(lm, entry=entry) == expected
         assert torch.is_autocast_enabled("cpu")
     assert inside == [({torch.bfloat16}, False)]
     for name, parameter in lm.named_parameters():
