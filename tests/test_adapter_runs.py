@@ -249,10 +249,15 @@ def test_an_adapter_of_another_base_is_refused(finished, place, tmp_path, capsys
     assert "is IA3; only LoRA and its relatives are known" in message(place[1], tmp_path / "prompts")
 
 
-def test_a_checkpoint_of_another_adapter_is_refused(finished, place, tmp_path, capsys):
+def test_a_checkpoint_of_another_adapter_or_base_is_refused(finished, place, tmp_path, capsys):
     checkpoint = f"--ckpt_path={version(finished('lora'))}/checkpoints/last.ckpt"
-    for lora, message in (({"r": 2}, "set model.lora.r"), ({**LORA, "target_modules": ["q_proj"]}, "set model.lora")):
-        args = settings(place, tmp_path / "runs", model__lora=lora, trainer__max_steps=5)
+    other = save_tiny(tmp_path / "model", tiny_qwen3(len(tiny_tokenizer()), seed=1))
+    for options, message in (
+        ({"model__lora": {"r": 2}}, "lora_A.default.weight is [4, 32] in the checkpoint and [2, 32] in the model"),
+        ({"model__lora": {**LORA, "target_modules": ["q_proj"]}}, "is in the checkpoint only"),
+        ({"model__lora": LORA, "model__model_name_or_path": other}, "was trained over another base"),
+    ):
+        args = settings(place, tmp_path / "runs", trainer__max_steps=5, **options)
         assert message in refused(capsys, "fit", [*args, checkpoint])
 
 
