@@ -4,6 +4,7 @@ Runs are killed for real (SIGKILL, in a child process), at a named place of the 
 """
 
 import csv
+import logging
 import multiprocessing
 import os
 import random
@@ -404,6 +405,9 @@ def test_a_full_disk(place, tmp_path, capfd):
 
 
 def _run_with_small_files(place, root):
+    logging.getLogger(
+        "lit_sft"
+    ).handlers.clear()  # one of an earlier test would fill the small file with its complaints
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     fit(place, root, "--ckpt_path=last", checkpoint__keep_last=9)
 
