@@ -44,5 +44,5 @@ setup(
         "rich>=13",
     ],
     extras_require={"quantization": QUANTIZATION, "test": TEST, "dev": [*TEST, "pre-commit>=4"]},
-    entry_points={"console_scripts": ["lit-sft=lit_sft.cli:main"]},
+    entry_points={"console_scripts": ["lit-sft=lit_sft.__main__:main"]},
 )

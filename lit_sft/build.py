@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -36,7 +38,60 @@ def model_directory(name_or_path: str, revision: str | None = None) -> str:
     """
     if name_or_path.startswith(BUILTIN):
         return str(demo.model_dir(name_or_path.removeprefix(BUILTIN)))
-    return load.resolve(name_or_path, revision=revision)
+    return load.resolve(name_or_path, revision=revision, allow_adapter=True)
+
+
+def base_directory(path: str) -> str:
+    """The model of an adapter directory (as `adapter_config.json` names it); any other directory itself.
+
+    Raises:
+        UserError: It is not to be had.
+    """
+    if not adapters.is_adapter_dir(path):
+        return path
+    config = json.loads((Path(path) / "adapter_config.json").read_text(encoding="utf-8"))
+    name = str(config.get("base_model_name_or_path"))
+    own = Path(path) / "base"  # a base that was made by us; its path is no longer true where the directory was moved
+    if not Path(name).exists() and own.is_dir():
+        return str(own)
+    if name.startswith(BUILTIN):
+        return model_directory(name)
+    return load.resolve(name, revision=config.get("revision"), key=f"{path}: base_model_name_or_path")
+
+
+def tokenizer_directory(name_or_path: str, revision: str | None = None) -> str:
+    """Where a model's tokenizer is: beside it, or beside the base of an adapter that has none."""
+    path = model_directory(name_or_path, revision)
+    return path if (Path(path) / "tokenizer_config.json").is_file() else base_directory(path)
+
+
+def fingerprint(options: SimpleNamespace, precision: str, ckpt_path: str | None) -> dict[str, Any]:
+    """What the answers of a model depend on, as plain values.
+
+    Args:
+        options: The arguments of `SFTModule`, by name.
+        precision: `trainer.precision`.
+        ckpt_path: Checkpoint whose weights are used, if any.
+    """
+    path = model_directory(options.model_name_or_path, options.revision)
+    files = [ckpt_path] if ckpt_path else sorted(map(str, Path(path).glob("*.safetensors")))
+    stats = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
+    names = (
+        "init",
+        "dtype",
+        "attn_implementation",
+        "lora",
+        "adapter_name_or_path",
+        "quantization",
+        "add_tokens",
+        "generation",
+        "seed",
+    )
+    return {name: repr(getattr(options, name)) for name in names} | {
+        "model": path,
+        "files": stats,
+        "precision": precision,
+    }
 
 
 def base_name(name_or_path: str) -> str:
@@ -92,21 +147,25 @@ def stored_dtype(dtype: str, precision: str, lora: bool) -> torch.dtype:
     if dtype != "auto":
         return getattr(torch, dtype)
     half = {"bf16": torch.bfloat16, "16": torch.float16}.get(precision.split("-")[0], torch.float32)
-    if precision.endswith("-true") and half != torch.float32 and not lora:
+    if precision.endswith("-true") and half != torch.float32:  # adapters too: Lightning casts all parameters
         mixed = precision.replace("-true", "-mixed")
         log.warning("trainer.precision %s rounds most updates of trained weights away; %s keeps them", precision, mixed)
     return half if lora or precision.endswith("-true") else torch.float32
 
 
-def build_model(options: SimpleNamespace, precision: str) -> tuple[CausalLMLoss, PeftModel | None]:
+def build_model(
+    options: SimpleNamespace, precision: str, *, sharded: bool = False
+) -> tuple[CausalLMLoss, PeftModel | None]:
     """Loads the model; then, in this order: new tokens, adapters or freezing, self-checks, noise, gradient
     checkpointing, compile.
 
-    Sharding comes after it, by the strategy.
+    Sharding comes after it, by the strategy. With `sharded` only rank 0 has weights; the others build the same modules
+    on the meta device, and sharding fills them: no other rank ever holds the whole model.
 
     Args:
         options: The arguments of `SFTModule`, by name.
         precision: `trainer.precision`.
+        sharded: Whether the ranks of the process group will share the weights.
 
     Returns:
         The loss module in training mode, and peft's wrapper around the same layers where there is an adapter.
@@ -114,11 +173,34 @@ def build_model(options: SimpleNamespace, precision: str) -> tuple[CausalLMLoss,
     Raises:
         UserError: The model is not to be had, or does not fit the options.
     """
-    path = model_directory(options.model_name_or_path, options.revision)
+    if not sharded:
+        return _build(options, precision)
+    is_rank_zero = torch.distributed.get_rank() == 0
+    try:
+        model, adapter = _build(options, precision, on_meta=not is_rank_zero)
+    except Exception as error:
+        if is_rank_zero:  # the others must not wait for weights
+            parallel.tell(str(error))
+        raise
+    facts = parallel.tell((model.own_logits, model.separate_rows, model.fused, model.lm.generation_config))
+    if isinstance(facts, str):
+        raise UserError(f"rank 0: {facts}")
+    model.own_logits, model.separate_rows, model.fused, model.lm.generation_config = facts
+    if not is_rank_zero:
+        fused.fuse_blocks(model.lm, model.fused)
+    parallel.follow_rank_zero(model)
+    return model, adapter
+
+
+def _build(options: SimpleNamespace, precision: str, on_meta: bool = False) -> tuple[CausalLMLoss, PeftModel | None]:
+    named = model_directory(options.model_name_or_path, options.revision)
+    path = base_directory(named)
+    if options.trust_remote_code:
+        log.warning("model.trust_remote_code: Python code that comes with %s may run", options.model_name_or_path)
     config = load.load_config(path, trust_remote_code=options.trust_remote_code)
     if getattr(config, "quantization_config", None) is not None and options.quantization is None:
         raise UserError(f"{path} holds quantized weights: set model.quantization to nf4, or use the model as it was")
-    dtype = stored_dtype(options.dtype, precision, is_adapted(options))
+    dtype = stored_dtype(options.dtype, precision, is_adapted(options) or path != named)
     lm = load.load_model(
         path,
         init=options.init,
@@ -127,8 +209,9 @@ def build_model(options: SimpleNamespace, precision: str) -> tuple[CausalLMLoss,
         trust_remote_code=options.trust_remote_code,
         seed=options.seed,
         quantization_config=None if options.quantization is None else quantization.nf4(dtype),
+        on_meta=on_meta,
     )
-    adapter = _choose_trained(lm, path, options)
+    adapter = _choose_trained(lm, path, options, on_meta) if path == named else _evaluated_adapter(lm, named, options)
     total, trained = lm.num_parameters(), lm.num_parameters(only_trainable=True)
     log.info(
         f"model: {type(lm).__name__}, {total / 1e6:,.1f} M parameters in "
@@ -138,9 +221,10 @@ def build_model(options: SimpleNamespace, precision: str) -> tuple[CausalLMLoss,
     if total < ONE_THREAD_BELOW and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
     model = CausalLMLoss(lm, options.loss)
-    model.check_head()
-    fused.fuse_blocks(lm)
-    model.separate_rows = not attention.packs_are_exact(lm)
+    if not on_meta:
+        model.check_head()
+        model.fused = fused.fuse_blocks(lm)
+        model.separate_rows = not attention.packs_are_exact(lm)
     if model.separate_rows:
         log.warning("%s mixes packed examples: each gets a padded row of its own, exact but slower", type(lm).__name__)
     if options.neftune_noise_alpha is not None:
@@ -152,7 +236,19 @@ def build_model(options: SimpleNamespace, precision: str) -> tuple[CausalLMLoss,
     return model.train(), adapter
 
 
-def _choose_trained(lm: PreTrainedModel, path: str, options: SimpleNamespace) -> PeftModel | None:
+def _evaluated_adapter(lm: PreTrainedModel, folder: str, options: SimpleNamespace) -> PeftModel:
+    """The adapter directory that was named in place of a model: for answers and scores, not to be trained."""
+    if is_adapted(options) or options.trainable is not None:
+        raise UserError(
+            f"model.model_name_or_path {options.model_name_or_path} holds an adapter: set it to the base (and "
+            "model.adapter_name_or_path to the adapter, to go on training it)"
+        )
+    adapter = adapters.load_adapter(lm, folder)
+    load.read_generation_config(lm, folder)
+    return adapter
+
+
+def _choose_trained(lm: PreTrainedModel, path: str, options: SimpleNamespace, on_meta: bool) -> PeftModel | None:
     """Makes room for new tokens; then decides what is trained: adapters, which are returned, a part, or all."""
     new_ids: list[int] = []
     if options.add_tokens:
@@ -160,7 +256,9 @@ def _choose_trained(lm: PreTrainedModel, path: str, options: SimpleNamespace) ->
         new_ids = tokens.add_tokens(tokenizer, options.add_tokens)
         tokens.make_room(lm, new_ids)
     if options.lora is not None:
-        return adapters.apply_lora(lm, options.lora, new_token_ids=new_ids, seed=options.seed)
+        # start values that decompose the weights need weights; rank 0 has both
+        lora = replace(options.lora, init_lora_weights=True) if on_meta else options.lora
+        return adapters.apply_lora(lm, lora, new_token_ids=new_ids, seed=options.seed)
     if options.adapter_name_or_path is not None:
         folder = load.resolve(options.adapter_name_or_path, key="model.adapter_name_or_path", allow_adapter=True)
         log.info("adapter: goes on from %s", options.adapter_name_or_path)

@@ -1,4 +1,4 @@
-"""The command line: LightningCLI with our links, our callbacks and one-line errors."""
+"""The command line: LightningCLI with our links and one-line errors."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import re
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lit_sft import checkpointing, doctor, exporting, parsing, preview, runs, strategies
-from lit_sft.callbacks import Answers, FirstExample, HFExport, PredictionWriter, Throughput
-from lit_sft.checkpointing import AtomicCheckpointIO, Checkpointer, CheckpointOptions
+from lit_sft import checkpointing, failures, parsing, runs, slurm, strategies
+from lit_sft.callbacks import FaultOptions
+from lit_sft.checkpointing import CheckpointFiles, CheckpointOptions
 from lit_sft.datamodule import SFTDataModule
 from lit_sft.module import SFTModule
+from lit_sft.trainer import SFTTrainer, run_callbacks
 from lit_sft.types import UserError
 
 log = logging.getLogger("lit_sft")
@@ -33,68 +33,11 @@ SHARED_KEYS = (
     "model",
     "data",
     "checkpoint",
+    "faults",
     "early_stopping",
     "resume",
     "predict_output",
 )
-
-
-class SFTTrainer(L.Trainer):
-    """Lightning's Trainer with the commands it does not have; LightningCLI makes a subcommand of every method listed
-    there.
-    """
-
-    def preview(
-        self, model: SFTModule, datamodule: SFTDataModule, num_rows: int = 3, output: Literal["rich", "json"] = "rich"
-    ) -> None:
-        """Show rows of the training set as the model will see them.
-
-        Args:
-            model: Not needed.
-            datamodule: Its training rows are shown.
-            num_rows: Rows to show.
-            output: For people (rich) or programs (json).
-        """
-        preview.preview(datamodule.data, num_rows, output)
-
-    def doctor(
-        self,
-        model: SFTModule,
-        datamodule: SFTDataModule,
-        output: Literal["rich", "json"] = "rich",
-        histogram: str | None = None,
-    ) -> None:
-        """Check data, steps, memory and disk before a run, with one real step; exit code 1 on an error.
-
-        Args:
-            model: Its settings are used.
-            datamodule: Its rows are examined.
-            output: For people (rich) or programs (json).
-            histogram: PNG file to write the length histogram to.
-        """
-        sys.exit(doctor.doctor(self, model, datamodule, output, histogram))
-
-    def export(
-        self,
-        model: SFTModule,
-        datamodule: SFTDataModule,
-        ckpt_path: str = "last",
-        output_dir: str = "hf",
-        merge_lora: bool = False,
-        dequantize: bool = False,
-    ) -> None:
-        """Turn a checkpoint into a Hugging Face directory.
-
-        Args:
-            model: The module that the checkpoint belongs to.
-            datamodule: Its tokenizer and template are exported along.
-            ckpt_path: Checkpoint, or `last`.
-            output_dir: Directory to write.
-            merge_lora: Merge the adapter into the base instead of writing an adapter directory.
-            dequantize: Merge over a 4-bit base too, whose values are then written in bf16.
-        """
-        exporting.export_checkpoint(self, model, datamodule, ckpt_path, Path(output_dir), merge_lora, dequantize)
-        log.info("exported: %s", output_dir)
 
 
 class SFTCLI(LightningCLI):
@@ -120,6 +63,7 @@ class SFTCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Groups beside trainer, model and data; links, so that nothing is written twice."""
         parser.add_class_arguments(CheckpointOptions, "checkpoint")
+        parser.add_class_arguments(FaultOptions, "faults")
         parser.add_argument(
             "--early_stopping", type=runs.EarlyStoppingOptions | None, default=None, help="Stop early; null: never"
         )
@@ -140,10 +84,17 @@ class SFTCLI(LightningCLI):
         """Checks what Lightning would take without a word; finds the checkpoint that is meant."""
         assert self.subcommand is not None
         config = self.config[self.subcommand]
+        failures.refuse_hidden({item.key: item.value for item in parsing.written(sys.argv[1:])})
         if config.trainer.use_distributed_sampler:
             raise UserError("trainer.use_distributed_sampler must be false: it would shuffle over our own order")
-        root = Path(config.trainer.default_root_dir or ".")
-        self.ckpt_path = parsing.find_checkpoint(config.get("ckpt_path"), root / runs.LOGS, self.subcommand)
+        slurm.check_launch()
+        logs, ckpt_path = Path(config.trainer.default_root_dir or ".") / runs.LOGS, config.get("ckpt_path")
+        own = slurm.own_run(logs) if self.subcommand == "fit" else None
+        found = None if own is None else checkpointing.find_last(logs, own)
+        if own is not None and (found is not None or ckpt_path == "last"):
+            self.ckpt_path = None if found is None else str(found)
+        else:
+            self.ckpt_path = parsing.find_checkpoint(ckpt_path, logs, self.subcommand)
         if "ckpt_path" in config:
             config.ckpt_path = self.ckpt_path
         if "weights_only" in config:
@@ -167,43 +118,37 @@ class SFTCLI(LightningCLI):
             one_step = {"devices": 1, "num_nodes": 1, "strategy": "auto", "max_steps": 2, "limit_val_batches": 0}
             quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
             return self._instantiate_trainer({**config.trainer, **one_step, **quiet, "default_root_dir": str(root)}, [])
-        first_step = (
-            checkpointing.step_of(Path(self.ckpt_path)) if self.ckpt_path and self.subcommand == "fit" else None
-        )
-        callbacks = [
-            runs.RunFolder(self.ckpt_path, first_step, self._save_config),
-            Checkpointer(config.checkpoint),
-            Throughput(),
-            FirstExample(),
-            Answers(),
-            HFExport(),
-            PredictionWriter(config.predict_output),
-        ]
-        if config.early_stopping is not None:
-            stop = config.early_stopping
-            callbacks.append(EarlyStopping(stop.monitor, patience=stop.patience, mode=stop.mode, strict=False))
+        files = CheckpointFiles(config.checkpoint.async_save)
+        callbacks = run_callbacks(config, self.ckpt_path, self.subcommand == "fit", files, self._save_config)
         trainer_config = dict(config.trainer)
-        trainer_config["plugins"] = [*_as_list(trainer_config.get("plugins")), AtomicCheckpointIO()]
+        trainer_config["plugins"] = slurm.plugins([*_as_list(trainer_config.get("plugins")), files])
         if trainer_config.get("logger") in (None, True):
             trainer_config["logger"] = runs.loggers(root)
         try:
-            return self._instantiate_trainer({**trainer_config, "default_root_dir": str(root), **kwargs}, callbacks)
+            trainer = self._instantiate_trainer({**trainer_config, "default_root_dir": str(root), **kwargs}, callbacks)
         except (TypeError, ValueError, MisconfigurationException) as error:
             raise UserError(f"trainer: {error}") from error
+        strategies.check(trainer.strategy)
+        slurm.check_devices(trainer)
+        return trainer
 
     def _save_config(self, path: Path) -> None:
         """The run's configuration, readable by every command."""
         config = self.config[self.subcommand].clone()
         for key in [key for key in vars(config) if key not in SHARED_KEYS]:
             config.pop(key)
-        self._parser(self.subcommand).save(config, str(path), skip_none=False, overwrite=True, skip_validation=True)
+        text = self._parser(self.subcommand).dump(config, skip_none=False, skip_validation=True)
+        path.write_text(failures.redact_yaml(text), encoding="utf-8")
 
     def before_fit(self) -> None:
         """Data work, before a process group exists; then the run's folder."""
         self._prepare("fit")
-        stop, validated = self.config_init["fit"].early_stopping, "validation" in self.datamodule.data.caches
-        if stop is not None:
-            stop.check(self.model.evaluation.metrics if self.model.evaluation else [], validated)
+        config, validated = self.config_init["fit"], "validation" in self.datamodule.data.caches
+        scores = self.model.evaluation.scores if self.model.evaluation else []
+        if config.early_stopping is not None:
+            runs.check_monitor("early_stopping", config.early_stopping, scores, validated)
+        if validated:
+            runs.check_monitor("checkpoint", config.checkpoint, scores, validated)
         if self.ckpt_path is not None:
             log.info("resumed %s at step %s", self.ckpt_path, checkpointing.step_of(Path(self.ckpt_path)))
 
@@ -218,12 +163,15 @@ class SFTCLI(LightningCLI):
     def before_predict(self) -> None:
         """As `before_fit`."""
         self._prepare("predict")
+        log.info("predict: %s prompts", len(self.datamodule.predict_prompts))
 
     def _prepare(self, stage: str) -> None:
         self.datamodule.prepare(stage)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, runs.RunFolder):
                 callback.claim(self.trainer)
+                if stage == "fit" and callback.folder is not None:
+                    slurm.remember(callback.folder)
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -238,6 +186,7 @@ NOT_HERE = (
     "across ranks is zero",  # no validation set
     "treespec, LeafSpec",  # Lightning with torch 2.13
     "deprecated",  # of jsonargparse, by Lightning
+    "The `srun` command is available",  # where it is needed and not used, that is an error of ours
 )
 """Advice of libraries that does not apply."""
 
@@ -246,7 +195,7 @@ def _quiet() -> None:
     """Our own log lines on the terminal, plain; of the libraries what is a warning and applies here."""
     if not log.handlers:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(failures.RedactingFormatter("%(message)s"))
         log.addHandler(handler)
     log.setLevel(logging.INFO if rank_zero_only.rank == 0 else logging.ERROR)  # type: ignore[attr-defined]
     log.propagate = False
@@ -288,6 +237,5 @@ def main(args: list[str] | None = None) -> None:
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(1)
+    except Exception as error:
+        failures.end(error)

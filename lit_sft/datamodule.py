@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from functools import cached_property, lru_cache
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
 from torch.utils.data import DataLoader, Dataset
 
+from lit_sft import interrupts
 from lit_sft.data.cache import ExampleCache
 from lit_sft.data.collate import collate
-from lit_sft.data.packing import Packs, best_fit_decreasing, one_per_pack
+from lit_sft.data.packing import Packs, one_per_pack, pack_examples, refill
 from lit_sft.data.sampling import PositionSampler, StepOrder
 from lit_sft.dataset import SFTData
-from lit_sft.prompts import Asked, prompt_batches
+from lit_sft.model.generate import GenerationOptions
+from lit_sft.prompts import Prompt, deal
 from lit_sft.types import Batch, Prompts, UserError
 
 if TYPE_CHECKING:
@@ -33,15 +36,19 @@ QUESTIONS = [
 
 
 class MicroBatches(Dataset[Batch]):
-    """Forward passes of one rank, by (epoch, number); holds no state, so workers need none."""
+    """Forward passes of one rank, by (epoch, number); holds no state but what follows from these."""
 
     def __init__(self, cache: ExampleCache, packs: Packs, order: StepOrder, rank: int) -> None:
         self.cache, self.packs, self.order, self.rank = cache, packs, order, rank
 
     def __getitem__(self, position: tuple[int, int]) -> Batch:
-        epoch, batch = position
-        packs = self.order.packs(epoch, batch, self.rank)
-        return collate([self.cache[int(index)] for pack in packs for index in self.packs[pack]])
+        packs = self._of_epoch(position[0]) if self.order.shuffle else self.packs
+        chosen = self.order.packs(*position, self.rank)
+        return collate([self.cache[int(index)] for pack in chosen for index in packs[pack]])
+
+    @lru_cache(maxsize=1)  # noqa: B019 - lives as long as the loader
+    def _of_epoch(self, epoch: int) -> Packs:
+        return refill(self.packs, self.order.seed, epoch)
 
 
 class SFTDataModule(L.LightningDataModule):
@@ -123,6 +130,8 @@ class SFTDataModule(L.LightningDataModule):
         self.orders: dict[str, StepOrder] = {}
         self.packs: dict[str, Packs] = {}
         self.sampler: PositionSampler | None = None
+        self.predicted: set[int] = set()
+        """Prompts of `predict` that an earlier run has answered."""
         self.position = (0, 0)
         """(epoch, optimizer steps done in it) to go on from."""
 
@@ -145,11 +154,8 @@ class SFTDataModule(L.LightningDataModule):
     def pack(self, name: str) -> Packs:
         """Which examples of a data set share a row."""
         lengths = self.data.caches[name].lengths
-        return (
-            best_fit_decreasing(lengths, self.options.max_length)
-            if self.options.packing
-            else one_per_pack(len(lengths))
-        )
+        packing, max_length = self.options.packing, self.options.max_length
+        return pack_examples(lengths, max_length) if packing else one_per_pack(len(lengths))
 
     def setup(self, stage: str) -> None:
         """Fixes the order of examples for this number of ranks, and with it Lightning's accumulation."""
@@ -181,7 +187,9 @@ class SFTDataModule(L.LightningDataModule):
         trainer.accumulate_grad_batches = order.accumulation
         if trainer._val_check_time_interval is None:  # type: ignore[attr-defined]
             trainer.val_check_interval = order.between_steps(
-                trainer.val_check_interval, order.limited_batches(trainer.limit_train_batches)
+                trainer.val_check_interval,
+                order.limited_batches(trainer.limit_train_batches),
+                each_epoch=trainer.check_val_every_n_epoch is not None,
             )
         if self.total_steps < 1:
             raise UserError(
@@ -242,30 +250,28 @@ class SFTDataModule(L.LightningDataModule):
             batch_size=None,
             pin_memory=not on_cpu,
             num_workers=(0 if on_cpu else 2) if workers == "auto" else workers,
+            worker_init_fn=interrupts.shield_worker,
         )
 
     # ------------------------------------------------------------------ prompts
 
-    def question_prompts(self) -> list[Prompts]:
-        """`questions`, the same on every rank."""
-        return prompt_batches([(self.data.question(text), None) for text in self.options.questions], self.data.renderer)
-
-    def evaluation_prompts(self, stage: str, num_samples: int) -> list[Prompts]:
-        """The first rows of the validation (test) set without their last answer; this rank's share, as many batches
-        on each.
-        """
-        rows = self.data.rows["validation" if stage == "val" else "test"]
-        return self._prompts(self.data.asked(rows, num_samples))
+    @cached_property
+    def predict_prompts(self) -> list[Prompt]:
+        """What `predict` answers, in the order of its file."""
+        return self.data.asked_by_predict()
 
     def predict_dataloader(self) -> DataLoader:
-        """Prompts of this rank; fillers (index -1) keep the number of batches equal on all ranks."""
-        asked = self.data.asked_by_predict()
-        self.num_predictions = len(asked)
-        return DataLoader(self._prompts(asked), batch_size=None)  # type: ignore[arg-type]
-
-    def _prompts(self, asked: Sequence[Asked]) -> list[Prompts]:
+        """This rank's share of the prompts that are not in `predicted`."""
         assert self.trainer is not None
-        return prompt_batches(asked, self.data.renderer, self.trainer.global_rank, self.trainer.world_size)
+        generation = self.trainer.lightning_module.generation
+        batches = self.dealt(self.predict_prompts, generation, done=self.predicted)  # type: ignore[arg-type]
+        return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+
+    def dealt(self, prompts: Sequence[Prompt], options: GenerationOptions, done: Collection[int] = ()) -> list[Prompts]:
+        """This rank's batches of some prompts (see `prompts.deal`)."""
+        assert self.trainer is not None
+        ranks = (self.trainer.global_rank, self.trainer.world_size)
+        return deal(prompts, options, self.tokenizer.pad_token_id, *ranks, done)  # type: ignore[arg-type]
 
     # ------------------------------------------------------------------ position
 
@@ -275,13 +281,12 @@ class SFTDataModule(L.LightningDataModule):
         if "train" not in self.orders:
             return {}
         order, done = self.orders["train"], self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        epoch, (steps, rest) = self.trainer.current_epoch, divmod(done, order.accumulation)
+        epoch, steps = self.trainer.current_epoch, -(-done // order.accumulation)
         at_end = done >= self.trainer.num_training_batches  # fewer than in the order with trainer.limit_train_batches
-        assert rest == 0 or at_end, "checkpoints are saved between optimizer steps only"
+        assert done % order.accumulation == 0 or at_end, "checkpoints are saved between optimizer steps only"
         return {
-            "position": [epoch + 1, 0] if at_end else [epoch, steps],
-            "accumulation": order.accumulation,
-            "data": self.data.caches["train"].path.name,
+            "position": [epoch + 1, 0] if at_end and not self.trainer.validating else [epoch, steps],
+            "data": self.data.fingerprint(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -292,9 +297,6 @@ class SFTDataModule(L.LightningDataModule):
         """
         if "train" not in self.orders:
             return
-        if state["data"] != self.data.caches["train"].path.name and not self.options.allow_other_data:
-            raise UserError(
-                "the checkpoint was made with other data, template, tokenizer or options that change the examples: "
-                "restore them, or set resume.allow_other_data to true"
-            )
+        if not self.options.allow_other_data:
+            self.data.check_same(state["data"])
         self.position = (state["position"][0], state["position"][1])

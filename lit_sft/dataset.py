@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from lit_sft import demo
-from lit_sft.build import model_directory
+from lit_sft.build import tokenizer_directory
 from lit_sft.data import formats, sources
 from lit_sft.data.cache import ExampleCache
 from lit_sft.data.render import Renderer
 from lit_sft.data.templates import resolve_chat_template
 from lit_sft.data.turns import ChatTemplate
 from lit_sft.model import load, tokens
-from lit_sft.prepare import Preparation, num_duplicates, num_overlapping
-from lit_sft.prompts import Asked
+from lit_sft.prepare import Preparation, Reading, num_overlapping
+from lit_sft.prompts import Asked, Prompt, encode
 from lit_sft.types import Conversation, Message, UserError
 
 if TYPE_CHECKING:
@@ -50,11 +52,12 @@ class SFTData:
         self.rows: dict[str, Rows] = {}
         self.caches: dict[str, ExampleCache] = {}
         self._told: set[str] = set()
+        """Sources whose format, and data sets whose sources were logged."""
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The one tokenizer, of the model, with `add_tokens`."""
-        path = model_directory(self.options.model_name_or_path, self.options.revision)
+        path = tokenizer_directory(self.options.model_name_or_path, self.options.revision)
         tokenizer = load.load_tokenizer(path, trust_remote_code=self.options.trust_remote_code)
         tokens.add_tokens(tokenizer, self.options.add_tokens or [])
         return tokenizer
@@ -93,18 +96,16 @@ class SFTData:
             if name in self.rows and name not in self.caches:
                 rows = self.rows[name]
                 self.caches[name] = self.preparation(rows).cached(rows, self._cache_dir(), name, self._num_workers())
-                self._report_copies(name)
+                self._report_overlap(name)
                 self.__dict__.pop("stop_ids", None)  # the property is computed anew
         if stage in ("validate", "test") and needed[0] not in self.caches:
             either = " or data.val_size" if stage == "validate" else ""
             raise UserError(f"data.{needed[0]}{either} is not set: `{stage}` has nothing to evaluate")
 
-    def _report_copies(self, name: str) -> None:
-        if copies := num_duplicates(self.caches[name], self.rows[name]):
-            log.info("%s: %s examples are exact copies of another", name, f"{copies:,}")
+    def _report_overlap(self, name: str) -> None:
         if name == "validation" and "train" in self.caches:
             if overlap := num_overlapping(self.caches["train"], self.caches[name]):
-                log.warning("validation: %s examples are in the training set too", f"{overlap:,}")
+                log.warning("validation: %s rows are in the training set too", f"{overlap:,}")
 
     def _open_rows(self, names: Sequence[str]) -> None:
         options = self.options
@@ -118,6 +119,40 @@ class SFTData:
                 rows = self.rows["train"]
                 train, validation = sources.split_rows(len(rows), options.val_size, options.seed, rows.origins)
                 self.rows |= {"train": sources.subset(rows, train), "validation": sources.subset(rows, validation)}
+        for name in names:
+            if name in self.rows and len(counts := self.rows[name].counts()) > 1 and f"data.{name}" not in self._told:
+                self._told.add(f"data.{name}")
+                log.info("%s: %s", name, ", ".join(f"{rows:,} rows of {source}" for source, rows in counts))
+
+    def fingerprint(self) -> dict[str, Any]:
+        """The training examples as a hash, and by the names of the settings all that decides them and their order."""
+        rows, options = self.rows["train"], self.options
+        parts = self.preparation(rows).identity(rows)
+        order = {"packing": options.packing, "global_batch_size": options.global_batch_size, "seed": options.seed}
+        return {
+            "examples": self.caches["train"].fingerprint,
+            "settings": _readable({**parts.pop("renderer"), **parts}),
+            "order": _readable(order),
+        }
+
+    def check_same(self, saved: dict[str, Any]) -> None:
+        """Refuses to go on with other examples, or in another order, than those of a checkpoint.
+
+        Args:
+            saved: What `fingerprint` returned then.
+
+        Raises:
+            UserError: Says which setting differs.
+        """
+        now = self.fingerprint()
+        changed = _differences(saved["order"], now["order"])
+        if saved["examples"] != now["examples"]:
+            changed += _differences(saved["settings"], now["settings"])
+        if changed:
+            raise UserError(
+                f"the checkpoint was made with other examples or in another order: {'; '.join(changed)}: restore that, "
+                "or set resume.allow_other_data to true"
+            )
 
     def open(self, name: str) -> Rows:
         """The rows of one data set.
@@ -131,17 +166,34 @@ class SFTData:
         return self.rows[name]
 
     def preparation(self, rows: Rows) -> Preparation:
-        """How the rows of a data set become examples, its format decided."""
-        options = self.options
-        format = options.format
+        """How the rows of a data set become examples, the format of each source decided."""
+        members = sources.by_source(rows)
+        readings = {number: self._reading(member, len(members) == 1) for number, member in members.items()}
+        mapping = self.options.column_mapping
+        if mapping and all(reading.column_mapping is None for reading in readings.values()):
+            raise UserError(f"`data.column_mapping` names {', '.join(mapping)}, which no source of {rows.name} has")
+        keys = ("prompt_template", "system_prompt", "on_bad_row", "max_length", "overlong")
+        return Preparation(self.renderer, readings, **{key: getattr(self.options, key) for key in keys})
+
+    def _reading(self, rows: Rows, is_alone: bool) -> Reading:
+        """Of one source. In a mixture a column mapping is for the members that have its columns."""
+        format, mapping = self.options.format, self.options.column_mapping
+        if not (first := rows.head(20)):  # all are bad: the first says why
+            self._refuse(rows, 0)
+        if not is_alone and not {column for row in first for column in row}.intersection(mapping or ()):
+            mapping = None
         if format == "auto":
-            first = rows.head(20)
-            format, reason = formats.detect_format(first, options.column_mapping, options.prompt_template)
+            format, reason = formats.detect_format(first, mapping, self.options.prompt_template)
             if rows.name not in self._told:
                 self._told.add(rows.name)
                 log.info("%s: %s", rows.name, reason)
-        keys = ("column_mapping", "prompt_template", "system_prompt", "on_bad_row", "max_length", "overlong")
-        return Preparation(self.renderer, format, **{key: getattr(options, key) for key in keys})
+        return Reading(format, mapping)
+
+    def _refuse(self, rows: Rows, index: int) -> None:
+        try:
+            rows[index]
+        except UserError as error:
+            raise UserError(f"{rows.where(index)}: {error}") from error
 
     def _source_options(self) -> dict[str, Any]:
         return {"builtin": demo.rows, "seed": self.options.seed, "cache_dir": self._cache_dir() / "sources"}
@@ -165,20 +217,48 @@ class SFTData:
         system = self.options.system_prompt
         return Conversation((*([Message("system", system)] if system else []), Message("user", text)))
 
-    def asked_by_predict(self) -> list[Asked]:
+    def questions(self) -> list[Prompt]:
+        """`data.questions`."""
+        return encode(self._listed(self.options.questions, "data.questions"), self.renderer)
+
+    def asked_by_predict(self) -> list[Prompt]:
         """What `predict` answers: `data.predict`, or else `data.questions`."""
         spec = self.options.questions if self.options.predict is None else self.options.predict
         if not spec:
             raise UserError("there is nothing to predict: set data.predict to a file or to a list of questions")
         if isinstance(spec, list) and all(isinstance(text, str) for text in spec):
-            return [(self.question(text), None) for text in spec]
+            return encode(self._listed(spec, "data.predict"), self.renderer)
         rows = sources.open_rows(spec, split="test", key="data.predict", **self._source_options())
         return self.asked(rows, self.options.max_samples)
 
-    def asked(self, rows: Rows, count: int | None) -> list[Asked]:
+    def asked(self, rows: Rows, count: int | None) -> list[Prompt]:
         """The first `count` rows (None: all), and the last answer of each."""
         preparation = self.preparation(rows)
-        count = len(rows) if count is None else min(count, len(rows))
-        conversations = (preparation.conversation(rows, index, need_answer=False) for index in range(count))
-        # whole conversations: the prompt is the one that the answer is trained behind, with the same template switch
-        return [(conversation, formats.conversation_to_prompt(conversation)[1]) for conversation in conversations]
+        asked = []
+        for index in range(len(rows) if count is None else min(count, len(rows))):
+            conversation = preparation.conversation(rows, index, need_answer=False)
+            # the whole of it: the prompt is the one that the answer is trained behind, with the same template switch
+            reference = formats.conversation_to_prompt(conversation)[1]
+            asked.append(Asked(conversation, reference, rows.where(index)))
+        return encode(asked, self.renderer)
+
+    def _listed(self, questions: Sequence[str], key: str) -> list[Asked]:
+        return [Asked(self.question(text), None, f"{key}[{n}]") for n, text in enumerate(questions)]
+
+
+def _readable(parts: Mapping[str, Any]) -> dict[str, str]:
+    """Settings as short texts: long ones are hashed."""
+    texts = {key: json.dumps(value, sort_keys=True, ensure_ascii=False) for key, value in parts.items()}
+    return {
+        key: text if len(text) <= 80 else "#" + hashlib.sha256(text.encode()).hexdigest()[:12]
+        for key, text in texts.items()
+    }
+
+
+def _differences(saved: Mapping[str, str], current: Mapping[str, str]) -> list[str]:
+    """What differs, as `max_length (2048, now 1024)`."""
+    return [
+        f"{key} ({saved.get(key, 'unset')}, now {current.get(key, 'unset')})"
+        for key in sorted(saved.keys() | current.keys())
+        if saved.get(key) != current.get(key)
+    ]

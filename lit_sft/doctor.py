@@ -24,10 +24,24 @@ from lit_sft.display import console
 from lit_sft.model import load, memory
 from lit_sft.model.loss import CHUNK_ELEMENTS
 from lit_sft.module import SFTModule
-from lit_sft.prepare import Counts, num_duplicates, num_overlapping
+from lit_sft.prepare import Counts, num_overlapping
 from lit_sft.types import UserError
 
 GIB = 2**30
+LABELS = {
+    "rows_read": "rows read",
+    "rows_kept": "rows kept",
+    "dropped": "rows dropped",
+    "trained_token_share": "tokens trained",
+    "stop_tokens": "stop tokens trained",
+    "duplicates": "rows that are copies",
+    "overlap": "validation rows in train",
+    "pack_fill": "packs filled",
+    "steps_per_epoch": "steps per epoch",
+    "tokens_per_step": "tokens per step",
+    "memory": "memory expected",
+}
+"""What `--output json` prints, beside warnings and errors, and how people read it. null: not reached, or not used."""
 BARS = 12
 
 
@@ -50,20 +64,20 @@ def doctor(
     Returns:
         The exit code: 1 if there is an error, else 0; warnings do not fail.
     """
-    report: dict[str, Any] = {"warnings": [], "errors": []}
-    lengths = np.zeros(0, dtype=np.int64)
+    report: dict[str, Any] = {**dict.fromkeys(LABELS), "warnings": [], "errors": []}
+    lengths, step = np.zeros(0, dtype=np.int64), None
     try:
         datamodule.prepare("fit")
         lengths = datamodule.data.caches["train"].lengths
         report |= _examine_data(datamodule, report)
         report["memory"] = _expect_memory(trainer, module, datamodule, report)
-        report["step"] = _try_step(trainer, module, datamodule)
+        step = _try_step(trainer, module, datamodule)
     except (UserError, torch.OutOfMemoryError) as error:
         report["errors"].append(" ".join(str(error).split()))
     if output == "json":
         print(json.dumps(report))
     else:
-        _show(report, lengths)
+        _show(report, lengths, step)
     if histogram is not None and len(lengths):
         draw_histogram(lengths, Path(histogram))
     return 1 if report["errors"] else 0
@@ -83,10 +97,9 @@ def _examine_data(datamodule: SFTDataModule, report: dict[str, Any]) -> dict[str
         first = [cache[index][0][:2].tolist() for index in range(min(len(cache), 100))]
         if any(ids == [tokenizer.bos_token_id] * 2 for ids in first):
             report["errors"].append("examples begin with two BOS tokens: remove bos_token from data.chat_template")
-    duplicates = num_duplicates(cache, data.rows["train"])
     overlap = num_overlapping(cache, data.caches["validation"]) if "validation" in data.caches else 0
     if overlap:
-        warnings.append(f"{overlap} validation examples are in the training set too")
+        warnings.append(f"{overlap:,} validation rows are in the training set too")
     packs = datamodule.pack("train")
     steps = -(-len(packs) // options.global_batch_size)
     return {
@@ -95,7 +108,7 @@ def _examine_data(datamodule: SFTDataModule, report: dict[str, Any]) -> dict[str
         "dropped": dict(counts.dropped),
         "trained_token_share": counts.trained_tokens / max(1, counts.tokens),
         "stop_tokens": tokenizer.convert_ids_to_tokens(counts.stop_ids),
-        "duplicates": duplicates,
+        "duplicates": counts.duplicates,
         "overlap": overlap,
         "pack_fill": float(packs.num_tokens(cache.lengths).mean() / options.max_length) if options.packing else None,
         "steps_per_epoch": steps,
@@ -103,9 +116,8 @@ def _examine_data(datamodule: SFTDataModule, report: dict[str, Any]) -> dict[str
     }
 
 
-def _expect_memory(
-    trainer: L.Trainer, module: SFTModule, datamodule: SFTDataModule, report: dict[str, Any]
-) -> dict[str, int]:
+def needed_memory(trainer: L.Trainer, module: SFTModule, datamodule: SFTDataModule) -> memory.MemoryEstimate:
+    """What a step of this run is expected to need on a device."""
     options, precision = module.options, trainer.precision
     config = load.load_config(
         model_directory(options.model_name_or_path, options.revision), trust_remote_code=options.trust_remote_code
@@ -116,7 +128,7 @@ def _expect_memory(
     packs, lengths = datamodule.pack("train"), datamodule.data.caches["train"].lengths
     parameter = [torch.nn.Parameter(torch.zeros(1))]
     is_adam = "betas" in options.optimizer(parameter).defaults
-    expected = memory.estimate(
+    return memory.estimate(
         config,
         num_parameters=total,
         num_trained=trained,
@@ -128,6 +140,12 @@ def _expect_memory(
         adapted=is_adapted(options),
         chunk_elements=CHUNK_ELEMENTS,
     )
+
+
+def _expect_memory(
+    trainer: L.Trainer, module: SFTModule, datamodule: SFTDataModule, report: dict[str, Any]
+) -> dict[str, int]:
+    expected = needed_memory(trainer, module, datamodule)
     device = trainer.strategy.root_device
     available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
     if expected.total > available:
@@ -135,14 +153,19 @@ def _expect_memory(
             f"the step needs about {expected.total / GIB:.1f} GiB and {available / GIB:.1f} GiB are free: lower "
             "data.micro_batch_size or data.max_length, or set model.gradient_checkpointing or model.lora"
         )
-    checkpoint = (0 if is_adapted(options) else total * stored) + expected.optimizer
-    room = shutil.disk_usage(Path(trainer.default_root_dir)).free
+    checkpoint = (0 if is_adapted(module.options) else expected.weights) + expected.optimizer
+    room = shutil.disk_usage(_existing(Path(trainer.default_root_dir))).free
     if 3 * checkpoint > room:
         report["errors"].append(
             f"three checkpoints take {3 * checkpoint / GIB:.1f} GiB, the disk has {room / GIB:.1f} GiB: free some, or "
             "set trainer.default_root_dir to another disk"
         )
     return {**asdict(expected), "total": expected.total, "available": available}
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or what of its path is there before the first run."""
+    return next(place for place in (folder, *folder.absolute().parents) if place.exists())
 
 
 def _free_memory() -> int:
@@ -189,16 +212,15 @@ class FullestFirst(Callback):
         trainer.accumulate_grad_batches = 1
 
 
-def _show(report: dict[str, Any], lengths: np.ndarray) -> None:
+def _show(report: dict[str, Any], lengths: np.ndarray, step: dict[str, float] | None) -> None:
     screen = console()
     table = Table(title="doctor", show_header=False)
-    for key, value in report.items():
-        if key == "memory":
-            value = ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in value.items())
-        elif isinstance(value, float):
-            value = f"{value:,.3f}"
-        if key not in ("warnings", "errors"):
-            table.add_row(key, str(value))
+    for key, label in LABELS.items():
+        if report[key] is not None:
+            table.add_row(label, _readable(key, report[key]))
+    if step is not None:
+        peak, seconds = f"{step['peak_bytes'] / GIB:.2f} GiB more than before", step["seconds_with_loading"]
+        table.add_row("one step, longest batch", f"loss {step['loss']:.3f}, {peak}, {seconds:.0f} s with loading")
     screen.print(table)
     if len(lengths):
         counts, edges = np.histogram(lengths, bins=BARS)
@@ -209,6 +231,16 @@ def _show(report: dict[str, Any], lengths: np.ndarray) -> None:
             screen.print(f"{name[:-1]}: {text}", style=style, markup=False, highlight=False)
     if not report["errors"]:
         screen.print("ready to run", style="bold green")
+
+
+def _readable(key: str, value: Any) -> str:
+    if key == "memory":
+        return "\n".join(f"{size / GIB:7.2f} GiB {name}" for name, size in value.items())
+    if key in ("trained_token_share", "pack_fill"):
+        return f"{value:.1%}"
+    if isinstance(value, dict):
+        return "\n".join(f"{count:,}: {reason}" for reason, count in value.items()) or "none"
+    return ", ".join(value) if isinstance(value, list) else f"{value:,.0f}"
 
 
 def draw_histogram(lengths: np.ndarray, path: Path, size: tuple[int, int] = (800, 400)) -> None:

@@ -1,49 +1,58 @@
-"""Functions that turn counts and texts into figures, and what is computed at validation."""
+"""Figures from counts and texts: token metrics of a data set, and how near answers come to their references."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import MeanMetric
+from torchmetrics import Metric
+from torchmetrics.functional.text import chrf_score, rouge_score, sacre_bleu_score, squad
 
-from lit_sft.types import UserError
+from lit_sft.types import LossOutput
 
-THINKING = re.compile(r"<think>.*?</think>", re.DOTALL)
+METRICS = ("exact_match", "rouge", "bleu", "chrf", "token_f1")
+"""Of texts."""
 
-
-@dataclass
-class EvaluationOptions:
-    """Greedy answers to held-out prompts, compared with their references at validation and test."""
-
-    metrics: list[Literal["exact_match"]] = field(default_factory=lambda: ["exact_match"])
-    """What is computed; logged as `val/<name>` and `test/<name>`."""
-    num_samples: int = 64
-    """Rows of the validation (test) set that are answered, from its start."""
-    every_n_validations: int = 1
-    """Answer at every n-th validation."""
-    answer_regex: str | None = None
-    """What is compared: the last match (its first group) in both texts. None compares whole texts."""
-
-    def __post_init__(self) -> None:
-        for name in ("num_samples", "every_n_validations"):
-            if getattr(self, name) < 1:
-                raise UserError(f"model.evaluation.{name} is {getattr(self, name)}, it must be at least 1")
-        try:
-            re.compile(self.answer_regex or "")
-        except re.error as error:
-            raise UserError(f"model.evaluation.answer_regex {self.answer_regex!r} does not compile: {error}") from error
+THINKING = re.compile(r"<think>.*?(?:</think>|\Z)|\A(?:(?!<think>).)*</think>", re.DOTALL)
+"""A block of thoughts; also one that the answer's length cut off, and one that the prompt had opened."""
+_CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+_WORD = re.compile(rf"[{_CJK}]|(?:(?![{_CJK}])[^\W_])+")
+_ROUGE = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}
 
 
-class Perplexity(MeanMetric):
-    """exp of the weighted mean of token losses."""
+class TokenMetrics(Metric):
+    """Loss, perplexity and accuracy, averaged over all targets of all ranks."""
 
-    def compute(self) -> Tensor:
-        """[]."""
-        return torch.exp(super().compute())
+    full_state_update = False
+    loss_sum: Tensor
+    num_targets: Tensor
+    num_correct: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("loss_sum", "num_targets", "num_correct"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, output: LossOutput) -> None:
+        """Adds the sums of a batch."""
+        self.loss_sum += output.loss_sum
+        self.num_targets += output.num_targets
+        self.num_correct += output.num_correct
+
+    def compute(self) -> dict[str, Tensor]:
+        """[] fp32 by name."""
+        num_targets = self.num_targets.clamp(min=1)
+        loss = self.loss_sum / num_targets
+        values = {"loss": loss, "perplexity": loss.exp(), "token_accuracy": self.num_correct / num_targets}
+        return {name: value.float() for name, value in values.items()}
+
+
+def without_thinking(text: str) -> str:
+    """The text that a reader is meant to see."""
+    return THINKING.sub("", text).strip()
 
 
 def extract_answer(text: str, answer_regex: str | None) -> str:
@@ -52,7 +61,7 @@ def extract_answer(text: str, answer_regex: str | None) -> str:
 
     Thinking blocks are removed first; commas inside numbers are dropped from a match, so that `1,000` equals `1000`.
     """
-    text = THINKING.sub("", text).strip()
+    text = without_thinking(text)
     if answer_regex is None:
         return text
     matches = list(re.finditer(answer_regex, text))
@@ -60,12 +69,66 @@ def extract_answer(text: str, answer_regex: str | None) -> str:
         return text
     last = matches[-1]
     answer = last.group(1) if last.re.groups else last.group(0)
-    return re.sub(r"(?<=\d),(?=\d)", "", answer).strip().rstrip(".")
+    return re.sub(r"(?<=\d),(?=\d)", "", answer or "").strip().rstrip(".")
 
 
 def exact_match(prediction: str, reference: str, answer_regex: str | None = None) -> bool:
     """Whether the answers taken from both texts are the same string."""
     return extract_answer(prediction, answer_regex) == extract_answer(reference, answer_regex)
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words without punctuation; of Chinese and Japanese, which have no spaces, every character."""
+    return _WORD.findall(text.lower())
+
+
+def score_names(metrics: Iterable[str]) -> list[str]:
+    """Names of the scores that these metrics give."""
+    return [name for metric in metrics for name in (_ROUGE if metric == "rouge" else (metric,))]
+
+
+def text_scores(
+    metrics: Sequence[str], predictions: Sequence[str], references: Sequence[str], answer_regex: str | None
+) -> dict[str, float]:
+    """How near predictions come to their references, one each; 0 is not at all, 1 is the same.
+
+    Args:
+        metrics: What to compute; torchmetrics does all but the comparison of strings.
+        predictions: At least one.
+        references: As many.
+        answer_regex: For the exact match (see `extract_answer`); the other metrics take the texts without thoughts.
+
+    Returns:
+        Score by name, `rouge_1`, `rouge_2` and `rouge_l` (F measures) for rouge.
+    """
+    assert predictions and len(predictions) == len(references)
+    scores: dict[str, float] = {}
+    ours, theirs = [without_thinking(p) for p in predictions], [without_thinking(r) for r in references]
+    for metric in metrics:
+        if metric == "exact_match":
+            hits = [exact_match(p, r, answer_regex) for p, r in zip(predictions, references, strict=True)]
+            scores[metric] = sum(hits) / len(hits)
+        elif metric == "rouge":  # rougeLsum is left out: it needs a download
+            found = rouge_score(ours, theirs, normalizer=str, tokenizer=words, rouge_keys=tuple(_ROUGE.values()))
+            scores |= {name: float(found[f"{key}_fmeasure"]) for name, key in _ROUGE.items()}
+        elif metric == "bleu":  # of the corpus, as sacrebleu computes it
+            tokenize: Any = "zh" if re.search(f"[{_CJK}]", "".join(theirs)) else "13a"
+            scores[metric] = float(sacre_bleu_score(ours, [[text] for text in theirs], tokenize=tokenize))
+        elif metric == "chrf":
+            score: Any = chrf_score(ours, [[text] for text in theirs], n_word_order=0)
+            scores[metric] = float(score)
+        else:
+            scores[metric] = _token_f1(ours, theirs)
+    return scores
+
+
+def _token_f1(predictions: Sequence[str], references: Sequence[str]) -> float:
+    """Mean overlap of words, as SQuAD counts it (arXiv:1606.05250)."""
+    ours: Any = [{"prediction_text": " ".join(words(p)), "id": str(n)} for n, p in enumerate(predictions)]
+    theirs: Any = [
+        {"answers": {"answer_start": [0], "text": [" ".join(words(r))]}, "id": str(n)} for n, r in enumerate(references)
+    ]
+    return float(squad(ours, theirs)["f1"]) / 100
 
 
 def flops_per_token(num_parameters: int, num_trainable: int) -> int:

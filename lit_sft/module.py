@@ -8,21 +8,21 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
-from torchmetrics import MeanMetric
 
-from lit_sft import optim
-from lit_sft.build import base_name, build_model, check_options, is_adapted
-from lit_sft.metrics import EvaluationOptions, Perplexity, exact_match
-from lit_sft.model import load, memory, parallel
-from lit_sft.model.adapters import LoraConfig, check_trained, lift_trained
+from lit_sft import answering, optim
+from lit_sft.build import base_name, build_model, check_options
+from lit_sft.evaluation import EvaluationOptions
+from lit_sft.metrics import TokenMetrics
+from lit_sft.model import frozen, memory, parallel
+from lit_sft.model.adapters import LoraConfig, lift_trained
 from lit_sft.model.export import export_hf
-from lit_sft.model.generate import GenerationOptions, decode_completion, generate
+from lit_sft.model.generate import GenerationOptions, stop_token_ids
 from lit_sft.model.loss import CausalLMLoss, LossOptions
+from lit_sft.seeding import seed_all
 from lit_sft.types import Batch, LossOutput, Prompts, UserError
 
 if TYPE_CHECKING:
@@ -87,16 +87,16 @@ class SFTModule(L.LightningModule):
         self.options = SimpleNamespace(**options)
         self.generation, self.evaluation = generation, evaluation
         check_options(self.options)
-        self.strict_loading = not is_adapted(self.options)  # an adapter checkpoint does not carry the frozen base
+        self.strict_loading = False  # `on_load_checkpoint` compares, in one line
         self.model: CausalLMLoss | None = None
         self.__dict__["adapter"] = None  # past `nn.Module`: it is no submodule, its layers live in `model`
         self.saved_stop_ids: list[int] = []
         self.loss_scale = 1.0
         self.window: Tensor = torch.zeros(3, dtype=torch.float64)
         """Since the last optimizer step on this rank, then over all ranks: loss sum, targets, tokens."""
-        self.num_validations = 0
-        kinds = {"loss": MeanMetric(), "perplexity": Perplexity(), "token_accuracy": MeanMetric()}
-        self.metrics: Any = nn.ModuleDict(kinds)
+        self.guard: Callable[[Optimizer, Tensor, Tensor], None] = lambda optimizer, window, norm: None
+        self.metrics = TokenMetrics()
+        self.between_answers: Callable[[], None] = lambda: None
 
     # ------------------------------------------------------------------ the model
 
@@ -106,20 +106,21 @@ class SFTModule(L.LightningModule):
             return
         if self.trainer.strategy.root_device.type == "cpu":
             memory.keep_freed_memory()
-        model, adapter = build_model(self.options, self.trainer.precision)
         if self.options.quantization and isinstance(self.trainer.strategy, (FSDPStrategy, ModelParallelStrategy)):
             raise UserError("model.quantization: 4-bit weights are not sharded; set trainer.strategy to ddp or auto")
+        sharded = isinstance(self.trainer.strategy, ModelParallelStrategy) and self.trainer.world_size > 1
+        model, adapter = build_model(self.options, self.trainer.precision, sharded=sharded)
         if isinstance(self.trainer.strategy, FSDPStrategy):
-            parallel.wrap_layers_with_fsdp(self.trainer.strategy.kwargs, model.lm)
+            parallel.wrap_layers_with_fsdp(self.trainer.strategy, model.lm)
         self.loss_scale = 1.0 / 1024 if self.trainer.precision.startswith("16") else 1.0
-        self.model = model
+        self.model, self.base = model, frozen.base_of(model.lm, self.options.init, self.options.seed)
         self.__dict__["adapter"] = adapter
 
-    def shard(self, mesh: Any, cpu_offload: bool) -> None:
+    def shard(self, mesh: Any, **options: bool) -> None:
         """Shards the model over a data-parallel mesh; called by our FSDP2 strategy after `configure_model`."""
         assert self.model is not None
         dtype = torch.bfloat16 if "bf16" in self.trainer.precision else torch.float32
-        parallel.apply_fsdp2(self.model, self.model.lm, mesh, dtype, cpu_offload)
+        parallel.apply_fsdp2(self.model, self.model.lm, mesh, dtype, **options)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """As torch does it; but adapters stay in fp32 over a base that `bf16-true` casts."""
@@ -137,11 +138,10 @@ class SFTModule(L.LightningModule):
         return self.model(**inputs, count_correct=count_correct)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Begins an optimizer step: an empty window; dropout from (seed, step, rank), so that resuming is exact."""
+        """Begins an optimizer step: an empty window; what is random depends on (seed, step, rank) only."""
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             self.window = torch.zeros_like(self.window)
-            key = [self.options.seed, self.trainer.global_step, self.trainer.global_rank]
-            torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+            seed_all(self.options.seed, self.trainer.global_step, self.trainer.global_rank)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The *sum* of token losses; `on_before_optimizer_step` turns the gradient into that of the mean, once."""
@@ -156,15 +156,13 @@ class SFTModule(L.LightningModule):
         """Gradient of the sum -> gradient of the mean over all targets of the global batch.
 
         Undoes Lightning's division by `accumulate_grad_batches` (also in the last, partial window: Lightning #20350)
-        and the
-        mean over ranks of DDP and FSDP, and divides once by the number of targets. Runs before clipping. Exact for any
-        split.
+        and the mean over ranks of DDP and FSDP, and divides once by the number of targets. Runs before clipping.
         """
         self.window = self.trainer.strategy.reduce(self.window, reduce_op="sum")
         num_targets = self.window[1].clamp(min=1)  # without a target all gradients are 0
         scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / (num_targets * self.loss_scale)
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        torch._foreach_mul_(gradients, scale.to(torch.float32))
+        torch._foreach_mul_(gradients, scale.to(gradients[0].device, torch.float32))  # offloaded ones are on the CPU
         self.log("train/loss", (self.window[0] / num_targets).float(), prog_bar=True)
 
     def configure_gradient_clipping(
@@ -183,6 +181,7 @@ class SFTModule(L.LightningModule):
             if limit < float("inf"):
                 nn.utils.clip_grads_with_norm_(parameters, limit, norm)
         self.log("train/grad_norm", norm)
+        self.guard(optimizer, self.window, norm)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over two parameter groups, and the schedule by optimizer step."""
@@ -196,59 +195,19 @@ class SFTModule(L.LightningModule):
 
     # ------------------------------------------------------------------ evaluation
 
-    def _evaluation_step(self, batch: Batch) -> None:
-        output = self(batch, count_correct=True)
-        num_targets = output.num_targets.clamp(min=1)
-        for name, total in (
-            ("loss", output.loss_sum),
-            ("perplexity", output.loss_sum),
-            ("token_accuracy", output.num_correct),
-        ):
-            self.metrics[name].update(total.float() / num_targets, weight=output.num_targets.float())
-
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Adds a batch to the token-weighted averages."""
-        self._evaluation_step(batch)
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Adds a batch to the token-weighted averages."""
-        self._evaluation_step(batch)
+        """Adds a batch to the averages over all targets; answers are scored by the callback `Evaluation`."""
+        self.metrics.update(self(batch, count_correct=True))
 
     def on_validation_epoch_end(self) -> None:
-        """Logs the averages and, every n-th time, the generation metrics."""
-        self.num_validations += 1
-        due = self.evaluation is not None and (self.num_validations - 1) % self.evaluation.every_n_validations == 0
-        self._log_evaluation("val", generation=due)
+        """Logs the averages."""
+        stage = "test" if self.trainer.testing else "val"
+        for name, value in self.metrics.compute().items():
+            self.log(f"{stage}/{name}", value, prog_bar=name == "loss", sync_dist=True)
+        self.metrics.reset()
 
-    def on_test_epoch_end(self) -> None:
-        """Logs the averages and the generation metrics."""
-        self._log_evaluation("test", generation=self.evaluation is not None)
-
-    def _log_evaluation(self, stage: str, generation: bool) -> None:
-        for name, metric in self.metrics.items():
-            self.log(f"{stage}/{name}", metric.compute(), prog_bar=name == "loss", sync_dist=True)
-            metric.reset()
-        if generation:
-            for name, score in self.generation_scores(stage).items():
-                self.log(f"{stage}/{name}", score, prog_bar=True, sync_dist=True)
-
-    def generation_scores(self, stage: str) -> dict[str, Tensor]:
-        """Answers the first rows of the validation (test) set and compares; over all ranks, all of which must call it.
-
-        Args:
-            stage: `val` or `test`.
-
-        Returns:
-            Score [] by name of the metric.
-        """
-        assert self.evaluation is not None
-        score = MeanMetric().to(self.device)
-        for prompts in self.trainer.datamodule.evaluation_prompts(stage, self.evaluation.num_samples):  # type: ignore[attr-defined]
-            answers = zip(prompts["index"], self.answer(prompts), prompts["references"], strict=True)
-            for index, answer, reference in answers:
-                hit = reference is not None and exact_match(answer, reference, self.evaluation.answer_regex)
-                score.update(float(hit), weight=float(index >= 0 and reference is not None))
-        return {"exact_match": score.compute()}
+    test_step = validation_step
+    on_test_epoch_end = on_validation_epoch_end
 
     # ------------------------------------------------------------------ generation
 
@@ -258,56 +217,44 @@ class SFTModule(L.LightningModule):
         assert self.model is not None
         datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
         extra = {*self.saved_stop_ids, *datamodule.stop_ids}
-        return load.stop_token_ids(datamodule.tokenizer, self.model.lm.generation_config, extra)
+        return stop_token_ids(datamodule.tokenizer, self.model.lm.generation_config, extra)
 
-    def answer(self, prompts: Prompts) -> list[str]:
-        """The text of each completion. Under sharding every rank must make the same number of calls."""
+    def answer(self, prompts: Prompts, options: GenerationOptions | None = None) -> list[list[str]]:
+        """The answers to each prompt (see `answering.answer`), with `model.generation` unless told otherwise."""
         assert self.model is not None
-        tokenizer, stop_ids = self.trainer.datamodule.tokenizer, self.stop_ids  # type: ignore[attr-defined]
-        completions = generate(
-            self.model.lm,
-            prompts["input_ids"].to(self.device),
-            prompts["attention_mask"].to(self.device),
-            options=self.generation,
-            stop_ids=stop_ids,
-            pad_id=tokenizer.pad_token_id,
-            synced=isinstance(self.trainer.strategy, (FSDPStrategy, ModelParallelStrategy)),
-            entry=self.model.generate,
-        )
-        return [decode_completion(tokenizer, ids, stop_ids) for ids in completions]
+        tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
+        sharded = isinstance(self.trainer.strategy, (FSDPStrategy, ModelParallelStrategy))
+        how = {"options": options or self.generation, "stop_ids": self.stop_ids, "seed": self.options.seed}
+        return answering.answer(self.model, tokenizer, prompts, synced=sharded, **how)
 
     def predict_step(self, batch: Prompts, batch_idx: int) -> list[dict[str, Any]]:
-        """One record per prompt: index, prompt, prediction, and the reference where the data has one."""
-        records = []
-        rows = zip(batch["index"], batch["texts"], self.answer(batch), batch["references"], strict=True)
-        for index, text, prediction, reference in rows:
-            record: dict[str, Any] = {"index": index, "prompt": text, "prediction": prediction}
-            records.append(record if reference is None else {**record, "reference": reference})
-        return [record for record in records if record["index"] >= 0]
+        """One record per prompt (see `answering.records`)."""
+        return answering.records(batch, self.answer(batch))
 
     # ------------------------------------------------------------------ checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Drops the frozen base of an adapter; remembers how answers end."""
-        if is_adapted(self.options):
-            trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-            checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
-        checkpoint["stop_ids"] = self.stop_ids
+        """Leaves out what is frozen, and remembers what that was; and how answers end."""
+        checkpoint |= {"base": self.base, "stop_ids": self.stop_ids}
+        if self.base is not None:
+            checkpoint["state_dict"] = frozen.trained(self, checkpoint["state_dict"])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes back how answers end; refuses another adapter's tensors."""
-        if is_adapted(self.options):
-            check_trained(self, checkpoint["state_dict"])
+        """Refuses what does not belong to this model; takes back how answers end."""
+        if "state_dict" in checkpoint:  # Lightning's FSDP strategy has taken it out
+            frozen.check_fits(self, checkpoint["state_dict"])
+        frozen.check_base(checkpoint["base"], self.base)
         self.saved_stop_ids = checkpoint["stop_ids"]
 
     # ------------------------------------------------------------------ export
 
-    def export(self, output_dir: Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
+    def export(self, output_dir: Path, state_dict: Mapping[str, Tensor] | None = None, check: Any = None) -> None:
         """Writes a Hugging Face directory: weights or adapter, tokenizer, chat template, stop tokens.
 
         Args:
             output_dir: Where to.
             state_dict: Whole weights of `model` by name, where they are sharded.
+            check: As in `export_hf`.
         """
         assert self.model is not None
         datamodule, options = self.trainer.datamodule, self.options  # type: ignore[attr-defined]
@@ -321,4 +268,5 @@ class SFTModule(L.LightningModule):
             if options.init == "random" or options.add_tokens
             else base_name(options.model_name_or_path),
             state_dict=None if state_dict is None else {k.removeprefix("lm."): v for k, v in state_dict.items()},
+            check=check,
         )

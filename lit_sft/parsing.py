@@ -20,7 +20,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
-from lit_sft import checkpointing, runs
+from lit_sft import checkpointing, failures, runs
 from lit_sft.types import UserError
 
 UNKNOWN_KEY = re.compile(
@@ -80,7 +80,7 @@ class OneLineParser(LightningArgumentParser):
         """Ends the program with exit code 2."""
         args = sys.argv[1:]
         known = set(known_keys(self.commands.get(args[0] if args else "", self), written(args)))
-        rank_zero_only(print)(f"error: {one_line(message, args, known)}", file=sys.stderr)
+        rank_zero_only(print)(failures.redact(f"error: {one_line(message, args, known)}"), file=sys.stderr)
         sys.exit(2)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from tqdm import tqdm
 
 from lit_sft.data.cache import (
@@ -33,9 +34,9 @@ from lit_sft.types import Conversation, Example, UserError
 
 log = logging.getLogger(__name__)
 
-CACHE_VERSION = 3
+CACHE_VERSION = 4
 """Raise it when formats, rendering or the cache's layout change what a cache holds."""
-CHUNK_ROWS = 500
+CHUNK_ROWS = 200
 """Rows rendered and tokenized together."""
 ROWS_PER_WORKER = 1000
 """For fewer, a process costs more than it saves."""
@@ -60,13 +61,20 @@ class Chunk(NamedTuple):
     """What was wrong with rows, each with its place."""
 
 
+class Reading(NamedTuple):
+    """How the rows of one source are read."""
+
+    format: str
+    column_mapping: Mapping[str, str] | None
+
+
 @dataclass(frozen=True)
 class Preparation:
     """Everything that decides which examples a row becomes."""
 
     renderer: Renderer
-    format: str
-    column_mapping: Mapping[str, str] | None
+    readings: Mapping[int, Reading]
+    """By source: the members of a mixture may have different formats."""
     prompt_template: str | None
     system_prompt: str | None
     on_bad_row: Literal["error", "skip"]
@@ -79,11 +87,12 @@ class Preparation:
         Raises:
             UserError: With the file and the row before what is wrong with it.
         """
+        reading = self.readings[rows.source_of(index)]
         try:
             return to_conversation(
                 rows[index],
-                format=self.format,
-                column_mapping=self.column_mapping,
+                format=reading.format,
+                column_mapping=reading.column_mapping,
                 prompt_template=self.prompt_template,
                 system_prompt=self.system_prompt,
                 need_answer=need_answer,
@@ -146,6 +155,7 @@ class Preparation:
         good = {index: item for index, item in parsed.items() if isinstance(item, Conversation)}
         for conversation in good.values():
             counts.placeholders.update(find_placeholders(conversation))
+            counts.blank.update(conversation.blank)
         rendered = dict(zip(good, self.renderer.render(list(good.values()), list(good)), strict=True))
         for index, item in parsed.items():
             result = item if isinstance(item, UserError) else rendered[index]
@@ -178,21 +188,24 @@ class Preparation:
             example, input_ids=ids, loss_mask=mask, stop_ids=tuple(i for i in example.stop_ids if i in trained)
         )
 
-    def key(self, rows: Rows) -> str:
-        """A hash of all that decides the examples: data by content, tokenizer, template and options."""
+    def identity(self, rows: Rows) -> dict[str, Any]:
+        """All that decides the examples, as plain JSON values: data by content, tokenizer, template and options."""
         import tokenizers
         import transformers
 
-        options = {k: v for k, v in vars(self).items() if k != "renderer"}
-        return cache_key(
-            {
-                "cache": CACHE_VERSION,
-                "rows": rows.fingerprint,
-                "renderer": self.renderer.fingerprint(),
-                "libraries": [transformers.__version__, tokenizers.__version__],
-                **{k: dict(v) if isinstance(v, Mapping) else v for k, v in options.items()},
-            }
-        )
+        options = {k: v for k, v in vars(self).items() if k not in ("renderer", "readings")}
+        return {
+            "cache": CACHE_VERSION,
+            "rows": rows.fingerprint,
+            "readings": [(source, *reading) for source, reading in self.readings.items()],
+            "renderer": self.renderer.fingerprint(),
+            "libraries": [transformers.__version__, tokenizers.__version__],
+            **options,
+        }
+
+    def key(self, rows: Rows) -> str:
+        """A hash of all that decides the examples."""
+        return cache_key(self.identity(rows))
 
     def cached(self, rows: Rows, cache_dir: Path, name: str, num_workers: int = 1) -> ExampleCache:
         """The examples of a data set, from the cache or made now: by global rank 0, while the others wait.
@@ -230,6 +243,7 @@ class Preparation:
     def _write(self, path: Path, rows: Rows, num_workers: int) -> ExampleCache:
         counts = Counts()
         meta: dict[str, Any] = {}
+        of_rows: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.uint64]]] = []
 
         def blocks() -> Iterator[Block]:
             num_skipped = 0
@@ -239,11 +253,15 @@ class Preparation:
             with tqdm(desc="tokenizing", total=len(rows), unit=" rows", leave=False, disable=None) as bar:
                 for chunk in map_in_order(partial(self._chunk, rows), chunks, workers):
                     counts.add(chunk.counts)
+                    of_rows.append(_row_hashes(chunk.block))
                     for message in chunk.skipped[: max(0, SHOWN_SKIPS - num_skipped)]:
                         log.warning("skipped: %s", message)
                     num_skipped += len(chunk.skipped)
                     bar.update(chunk.counts.rows_read)
                     yield chunk.block
+            if of_rows:
+                kept, hashes = (np.concatenate(arrays) for arrays in zip(*of_rows, strict=True))
+                counts.duplicates = _num_duplicates(rows.origins[kept], hashes)
             meta.update(vars(counts))  # not `asdict`, which breaks a Counter
 
         started = time.monotonic()
@@ -252,12 +270,20 @@ class Preparation:
         return cache
 
 
-def num_duplicates(cache: ExampleCache, rows: Rows) -> int:
-    """Examples that are exact copies of an earlier one; rows that a mixture repeats on purpose do not count."""
-    _, first = np.unique(rows.origins[cache.rows] * (int(cache.parts.max()) + 1) + cache.parts, return_index=True)
-    return len(first) - len(np.unique(cache.hashes[first]))
-
-
 def num_overlapping(train: ExampleCache, validation: ExampleCache) -> int:
-    """Validation examples that are in the training set too."""
-    return int(np.isin(validation.hashes, train.hashes).sum())
+    """Validation rows that are in the training set too."""
+    return int(np.isin(_row_hashes(validation)[1], _row_hashes(train)[1]).sum())
+
+
+def _num_duplicates(origins: npt.NDArray[np.int64], hashes: npt.NDArray[np.uint64]) -> int:
+    """Rows whose examples are exact copies of an earlier row's; what a mixture repeats on purpose does not count."""
+    distinct = np.unique(origins, return_index=True)[1]
+    return len(distinct) - len(np.unique(hashes[distinct]))
+
+
+def _row_hashes(examples: Block | ExampleCache) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint64]]:
+    """Rows that have examples, and a hash of all examples of each."""
+    first = np.flatnonzero(np.diff(examples.rows, prepend=-1))
+    parts = np.uint64(2) * examples.parts.astype(np.uint64) + np.uint64(1)  # odd, so no hash loses bits
+    hashes = examples.hashes * parts
+    return examples.rows[first], np.bitwise_xor.reduceat(hashes, first) if len(first) else hashes

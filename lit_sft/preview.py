@@ -14,7 +14,7 @@ from lit_sft.data.sources import limit
 from lit_sft.dataset import SFTData
 from lit_sft.display import coloured_tokens, console
 from lit_sft.prepare import Counts
-from lit_sft.types import Conversation, UserError
+from lit_sft.types import Conversation, Message, UserError
 
 log = logging.getLogger(__name__)
 
@@ -56,13 +56,25 @@ def preview(data: SFTData, num_rows: int, output: Literal["rich", "json"]) -> No
 
 
 def _conversations_table(conversations: list[Conversation]) -> Table:
-    table = Table(title="Rows", show_lines=True)
+    table = Table(title="Rows, turn by turn", show_lines=True)
     for name in ("User", "Assistant"):
         table.add_column(name, ratio=1, overflow="fold")
     for conversation in conversations:
-        asked = "\n".join(m.content for m in conversation.messages if m.role != "assistant") or (
-            conversation.text or ""
-        )
-        answered = "\n".join(m.content for m in conversation.messages if m.role == "assistant")
-        table.add_row(Text(asked), Text(answered))
+        asked = [] if conversation.text is None else [conversation.text]
+        for message in conversation.messages:
+            if message.role == "assistant":
+                table.add_row(Text("\n".join(asked)), Text(_said(message)))
+                asked = []
+            else:
+                asked.append(message.content if message.role == "user" else f"[{message.role}] {message.content}")
+        if asked:  # a plain text, or a question that nobody answered
+            table.add_row(Text("\n".join(asked)), "")
+        table.add_section()
     return table
+
+
+def _said(message: Message) -> str:
+    """What an assistant wrote in one turn: reasoning, answer, calls."""
+    calls = (f"[call] {json.dumps(call['function'], ensure_ascii=False)}" for call in message.tool_calls or ())
+    reasoning = f"[reasoning] {message.reasoning_content}" if message.reasoning_content else ""
+    return "\n".join(filter(None, (reasoning, message.content, *calls)))

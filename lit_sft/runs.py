@@ -6,11 +6,10 @@ import csv
 import logging
 import os
 import re
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import lightning as L
 from lightning.fabric.loggers.logger import rank_zero_experiment
@@ -39,22 +38,29 @@ class EarlyStoppingOptions:
     mode: Literal["min", "max"] = "min"
     """Whether smaller or larger is better."""
 
-    def check(self, metrics: Sequence[str], validated: bool) -> None:
-        """Whether the scalar is logged at all; Lightning would find out after an epoch.
 
-        Args:
-            metrics: Names of the generation metrics.
-            validated: Whether there is a validation set.
+def check_monitor(group: str, options: Any, scores: Sequence[str], validated: bool) -> None:
+    """Whether a scalar is logged at all, and better in the direction that is said; else a run shows it when it is over.
 
-        Raises:
-            UserError: It is not.
-        """
-        names = ("loss", "perplexity", "token_accuracy", *metrics) if validated else ()
-        known = ["train/loss", *(f"val/{name}" for name in names)]
-        if self.monitor not in known:
-            raise UserError(
-                f"early_stopping.monitor {self.monitor} is not logged by this run, which logs {', '.join(known)}"
-            )
+    Args:
+        group: The settings' name.
+        options: With `monitor` and `mode`.
+        scores: Names of the scores of answers.
+        validated: Whether there is a validation set.
+
+    Raises:
+        UserError: It is not.
+    """
+    larger = [f"val/{name}" for name in ("token_accuracy", *scores)] if validated else []
+    known = ["train/loss", *(["val/loss", "val/perplexity"] if validated else []), *larger]
+    if options.monitor not in known:
+        raise UserError(f"{group}.monitor {options.monitor} is not logged by this run, which logs {', '.join(known)}")
+    mode = "max" if options.monitor in larger else "min"
+    if options.mode != mode:
+        better = "larger" if mode == "max" else "smaller"
+        raise UserError(
+            f"{group}.mode is {options.mode}, but {better} is better for {options.monitor}: set it to {mode}"
+        )
 
 
 @dataclass
@@ -63,6 +69,8 @@ class ResumeOptions:
 
     allow_other_data: bool = False
     """Go on although data, template or tokenizer are not those of the checkpoint."""
+    max_restarts: int = 50
+    """A SLURM job that was started again this often is not requeued any more."""
 
 
 def run_folder(ckpt_path: str | Path) -> Path | None:
@@ -71,11 +79,63 @@ def run_folder(ckpt_path: str | Path) -> Path | None:
     return folder if (folder / CONFIG).is_file() else None
 
 
+class MetricsFile(ExperimentWriter):
+    """Lightning's metrics.csv, which goes on with the file it finds and is whole whenever the run is killed.
+
+    Args:
+        log_dir: The run's folder.
+        first_step: Rows from this step on were logged after the checkpoint that a run resumes from; they are dropped.
+    """
+
+    def __init__(self, log_dir: str, first_step: int | None) -> None:
+        super().__init__(log_dir)
+        rows = _read_rows(Path(self.metrics_file_path))
+        self.rows = [row for row in rows if first_step is None or row.get("step", 0) < first_step]
+        self._record(self.rows)
+        if self.rows or rows:
+            self._replace(self.rows)
+
+    def has(self, step: int, names: Iterable[str]) -> bool:
+        """Whether a row of this step with these columns is there."""
+        return any(row.get("step") == step and set(names) <= row.keys() for row in self.rows)
+
+    @override
+    def save(self) -> None:
+        """Appends; rewrites where there is a new column."""
+        rows, self.metrics = self.metrics, []
+        if not rows:
+            return
+        self.rows += rows
+        if self._record(rows):
+            self._replace(self.rows)
+        else:
+            with open(self.metrics_file_path, "a", newline="") as file:
+                csv.DictWriter(file, self.metrics_keys).writerows(rows)
+
+    def _record(self, rows: list[dict[str, float]]) -> bool:
+        """Whether there are columns that were not there before."""
+        new = set().union(*rows) - set(self.metrics_keys)
+        self.metrics_keys = sorted({*self.metrics_keys, *new})
+        return bool(new)
+
+    def _replace(self, rows: list[dict[str, float]]) -> None:
+        aside = Path(f"{self.metrics_file_path}.tmp")
+        with aside.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self.metrics_keys)
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(aside, self.metrics_file_path)
+
+    @override
+    def _check_log_dir_exists(self) -> None:
+        """Lightning would delete the file."""
+
+
 class AppendingCSVLogger(CSVLogger):
-    """Lightning's CSV logger, which deletes the file it finds; this one goes on with it.
+    """Lightning's CSV logger with our file.
 
     Attributes:
-        first_step: Rows from this step on were logged after the checkpoint that a run resumes from; they are dropped.
+        first_step: The step that a resumed run starts with.
     """
 
     first_step: int | None = None
@@ -83,28 +143,21 @@ class AppendingCSVLogger(CSVLogger):
     @property
     @override
     @rank_zero_experiment
-    def experiment(self) -> ExperimentWriter:
-        if self._experiment is None:
-            path = Path(self.log_dir) / ExperimentWriter.NAME_METRICS_FILE
-            rows = _read_rows(path, self.first_step)
-            path.unlink(missing_ok=True)
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", ".*exists and is not empty.*")
-                writer = super().experiment
-            writer.metrics = rows + writer.metrics
-            writer.save()
-        return super().experiment
+    def experiment(self) -> MetricsFile:
+        if not isinstance(self._experiment, MetricsFile):
+            self._experiment = MetricsFile(self.log_dir, self.first_step)
+        return self._experiment
 
 
-def _read_rows(path: Path, first_step: int | None) -> list[dict[str, float]]:
+def _read_rows(path: Path) -> list[dict[str, float]]:
+    """All rows but one that was cut off within."""
     if not path.is_file():
         return []
-    with path.open(newline="") as file:
-        rows = [
-            {key: _number(value) for key, value in row.items() if value not in ("", None)}
-            for row in csv.DictReader(file)
-        ]
-    return [row for row in rows if first_step is None or row.get("step", 0) < first_step]
+    lines = path.read_text().splitlines(keepends=True)
+    return [
+        {key: _number(value) for key, value in row.items() if value not in ("", None)}
+        for row in csv.DictReader(line for line in lines if line.endswith("\n"))
+    ]
 
 
 def _number(text: str) -> float:
@@ -115,6 +168,43 @@ def _number(text: str) -> float:
 def loggers(root: Path) -> list[TensorBoardLogger | AppendingCSVLogger]:
     """TensorBoard and CSV in one folder; which one, `RunFolder` decides when all ranks are there."""
     return [TensorBoardLogger(str(root), name=LOGS), AppendingCSVLogger(str(root), name=LOGS)]
+
+
+class LastRow(Callback):
+    """Remembers in checkpoints what was logged last: that of a step is written before its row, and a run that is
+    killed in between gets the row when it goes on. Comes after all callbacks that log.
+    """
+
+    def __init__(self) -> None:
+        self.row: dict[str, float] = {}
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"row": self.row}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.row = state_dict["row"]
+
+    @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        logged, loop = trainer._logger_connector, trainer.fit_loop
+        if logged.should_update_logs and not loop._should_accumulate():
+            values = {name: float(value) for name, value in logged.metrics["log"].items()}
+            self.row = {**values, "epoch": trainer.current_epoch, "step": loop.epoch_loop._batches_that_stepped}
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        row = dict(self.row)
+        step = int(row.pop("step", -1))
+        files = [logger.experiment for logger in trainer.loggers if isinstance(logger, AppendingCSVLogger)]
+        if not row or not trainer.is_global_zero or not files or files[0].has(step, row.keys()):
+            return
+        for logger in trainer.loggers:
+            logger.log_metrics(row, step)
+            logger.save()
 
 
 class RunFolder(Callback):
@@ -129,6 +219,7 @@ class RunFolder(Callback):
     def __init__(self, ckpt_path: str | None, first_step: int | None, save_config: Callable[[Path], None]) -> None:
         self.ckpt_path, self.first_step, self.save_config = ckpt_path, first_step, save_config
         self.folder: Path | None = None
+        self.config = ""
 
     def claim(self, trainer: L.Trainer) -> None:
         """Chooses the folder on rank 0; before `trainer.fit`, which opens the loggers before any callback is asked."""
@@ -141,9 +232,14 @@ class RunFolder(Callback):
         if trainer.is_global_zero:
             if stage == "fit":
                 self.save_config(folder / CONFIG)
+                self.config = (folder / CONFIG).read_text()
             log.info("run folder: %s", os.path.relpath(folder))
         else:
             self._use(folder, trainer)
+
+    @override
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["config"] = self.config
 
     def _use(self, folder: Path, trainer: L.Trainer) -> None:
         self.folder = folder

@@ -57,6 +57,8 @@ class Conversation:
     """JSON schemas of the functions the assistant may call, passed to the template."""
     text: str | None = None
     """Plain text without turns (`format: text`): all of it is trained."""
+    blank: tuple[str, ...] = ()
+    """Fields of `data.prompt_template` that are empty in this row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +149,8 @@ class Prompts(TypedDict):
     """B user-facing prompts: the last user turn, not the rendered template."""
     references: list[str | None]
     """B expected answers where the data has them."""
+    number: int
+    """Position of the first prompt, -1 for a filler: tells batches apart where tokens are drawn."""
 
 
 class LossOutput(NamedTuple):

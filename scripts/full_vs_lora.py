@@ -29,7 +29,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "dora": {"model.optimizer.init_args.lr": 1e-3, "model.lora": {**LORA, "use_dora": True}},
     "qlora": {"model.optimizer.init_args.lr": 1e-3, "model.lora": LORA, "model.quantization": "nf4"},
 }
-"""Settings by name; ten times the learning rate for adapters, as is usual."""
+"""Settings by name; adapters take ten times the learning rate of whole weights."""
 
 
 def settings(options: argparse.Namespace, root: Path) -> dict[str, Any]:

@@ -34,8 +34,8 @@ def chat_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
     return rows
 
 
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+def write_rows(path: Path, rows: list[dict[str, Any]], ensure_ascii: bool = False) -> str:
+    path.write_text("".join(json.dumps(row, ensure_ascii=ensure_ascii) + "\n" for row in rows), encoding="utf-8")
     return str(path)
 
 

@@ -11,13 +11,13 @@ from tiny import tiny_gpt2, tiny_llama, tiny_qwen3
 from lit_sft.model.adapters import (
     LoraConfig,
     apply_lora,
-    check_trained,
     is_adapter_dir,
     load_adapter,
     merge,
     merge_error,
     set_trainable,
 )
+from lit_sft.model.frozen import check_fits
 from lit_sft.types import UserError
 
 IDS = torch.arange(5, 29).reshape(2, 12)
@@ -170,11 +170,11 @@ def test_layers_and_exclusions_are_honoured():
 
 def test_a_state_that_does_not_fit_is_refused():
     state = trained(apply_lora(tiny_llama(), LoraConfig(r=2)))
-    check_trained(apply_lora(tiny_llama(), LoraConfig(r=2), seed=9), state)
-    with pytest.raises(UserError, match="set model.lora.r"):
-        check_trained(apply_lora(tiny_llama(), LoraConfig(r=4)), state)
-    with pytest.raises(UserError, match="the checkpoint holds 28 trained tensors and the model 4"):
-        check_trained(apply_lora(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"])), state)
+    check_fits(apply_lora(tiny_llama(), LoraConfig(r=2), seed=9), state)
+    with pytest.raises(UserError, match=r"lora_A.* is \[2, .* in the checkpoint and \[4, "):
+        check_fits(apply_lora(tiny_llama(), LoraConfig(r=4)), state)
+    with pytest.raises(UserError, match="lora_A.* is in the checkpoint only"):
+        check_fits(apply_lora(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"])), state)
 
 
 # ------------------------------------------------------------------------------------------------------------ merge

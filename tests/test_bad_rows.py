@@ -4,9 +4,13 @@ import gzip
 import json
 
 import pytest
+from chat_templates import renderer_of, tokenizer_of
+from running import write_rows
 
+from lit_sft.data.counts import Counts
 from lit_sft.data.formats import detect_format, to_conversation
 from lit_sft.data.sources import limit, open_rows, split_rows
+from lit_sft.prepare import Preparation, Reading
 from lit_sft.types import UserError
 
 USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
@@ -130,6 +134,63 @@ def test_rows(name):
     with pytest.raises(UserError) as caught:
         to_conversation(row, format=format)
     one_line(caught, words)
+
+
+TEMPLATES = {
+    "two users in a row": ("gemma", chat(USER, USER, ANSWER), ["roles must alternate", "merge neighbouring turns"]),
+    "system refused": (
+        "gemma",
+        chat({"role": "system", "content": "x"}, USER, ANSWER),
+        ["System", "remove"],
+    ),
+    "answer stops early": ("chatml", says("a <|im_end|> b"), ["turn 2", "'<|im_end|>' before its end", "remove it"]),
+    "call not written": ("chatml", calls(name="add", arguments="{}"), ["turn 2", "'add'", "data.chat_template"]),
+    "turn left open": ("glm-4", chat(USER, ANSWER), ["turn 2", "open", "data.chat_template"]),
+    "no reasoning": ("deepseek-r1", chat(USER, ANSWER), ["turn 2", "no reasoning", "reasoning_content"]),
+    "length": ("chatml", asks("word " * 200), ["data.max_length 128", "data.overlong"]),
+    "ten megabytes": ("chatml", asks("ab " * 3_500_000), ["data.max_length 128", "data.overlong"]),
+}
+
+
+def preparation_of(family, format, **options):
+    """Of a file with a good row, a bad one and a good one."""
+    renderer = renderer_of(tokenizer_of(family))
+    settings = {"on_bad_row": "error", "max_length": 128, "overlong": "error", **options}
+    return Preparation(renderer, {0: Reading(format, None)}, None, None, **settings)
+
+
+GOOD = {
+    "messages": chat(USER, ANSWER)[1],
+    "sharegpt": share(HUMAN, GPT)[1],
+    "alpaca": alpaca()[1],
+    "prompt_completion": PAIR,
+    "text": {"text": "hi"},
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_in_a_file(name, tmp_path):
+    """One line that names file and line; with `skip` it is counted, and the rows around it are kept."""
+    (format, row), *words = ROWS[name]
+    rows = open_rows(write_rows(tmp_path / "a.jsonl", [GOOD[format], row, GOOD[format]], ensure_ascii=True))
+    with pytest.raises(UserError) as caught:
+        preparation_of("chatml", format).examples(rows, Counts())
+    one_line(caught, ["a.jsonl line 2: ", *words])
+    counts = Counts()
+    assert [e.row for e in preparation_of("chatml", format, on_bad_row="skip").examples(rows, counts)] == [0, 2]
+    assert (counts.rows_read, counts.rows_kept, sum(counts.dropped.values())) == (3, 2, 1)
+
+
+@pytest.mark.parametrize(("family", "row", "words"), TEMPLATES.values(), ids=TEMPLATES)
+def test_rows_that_a_template_does_not_take(family, row, words, tmp_path):
+    format, bad = row
+    rows = open_rows(write_rows(tmp_path / "a.jsonl", [bad]))
+    with pytest.raises(UserError) as caught:
+        preparation_of(family, format).examples(rows, Counts())
+    one_line(caught, ["a.jsonl line 1: ", *words])
+    counts = Counts()
+    assert preparation_of(family, format, on_bad_row="skip", overlong="drop").examples(rows, counts) == []
+    assert sum(counts.dropped.values()) == counts.rows_read == 1
 
 
 @pytest.mark.parametrize(("row", "settings", "words"), SETTINGS.values(), ids=SETTINGS)

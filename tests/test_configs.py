@@ -1,8 +1,12 @@
 """Every recipe in configs/ runs as it is written, on a tiny model and a few rows in place of what is fetched."""
 
+import json
+import subprocess
+import sys
+
 import pytest
 import yaml
-from running import REPOSITORY, chat_rows, run, scalars, version, write_rows
+from running import REPOSITORY, chat_rows, environment, run, scalars, version, write_rows
 from tiny import save_tiny
 
 from lit_sft import parsing
@@ -50,6 +54,9 @@ def test_recipe_runs(path, place, tmp_path):
     """Two optimizer steps and the export; every setting of the file that is not replaced is that of the run."""
     _, model, rows = place
     written = dict(flat(yaml.safe_load(path.read_text())))
+    if "data.prompt_template" in written:
+        texts = [{"instruction": "Add", "input": f"{n} + 1", "output": str(n + 1)} for n in range(160)]
+        rows = write_rows(tmp_path / "alpaca.jsonl", texts)
     replaced = {**SMALL, "trainer.default_root_dir": tmp_path, "data.cache_dir": tmp_path / "cache"}
     for key, substitute in {"model.model_name_or_path": model, "data.train": rows}.items():
         if not str(written[key]).startswith("builtin:"):
@@ -93,3 +100,45 @@ def test_the_packed_variant_differs_in_packing_only():
     plain, packed = dict(flat(recipe("qwen"))), dict(flat(recipe("qwen_packed")))
     assert packed.pop("data.packing") is True and plain.pop("data.packing") is False
     assert packed == plain
+
+
+def test_the_pair_of_formats():
+    """The values of the courses, and nothing but the template differs."""
+    first, second = (dict(flat(recipe(f"format_{name}"))) for name in ("instruction", "question"))
+    assert first.pop("data.prompt_template") == "指令：{instruction}\n输入：{input}\n回答："
+    assert second.pop("data.prompt_template") == "问题：{input}\n回答："
+    assert first == second
+    expected = {
+        "trainer.max_steps": 30,
+        "model.optimizer.init_args.lr": 5e-5,
+        "model.lr_schedule.warmup_steps": 3,
+        "data.chat_template": "raw",
+        "data.train_on": "all",
+        "data.max_length": 512,
+        "data.micro_batch_size": 2,
+        "data.global_batch_size": 2,
+    }
+    assert first.items() >= expected.items()
+
+
+@pytest.mark.slow
+def test_formats_are_compared(place, tmp_path):
+    """Both losses of both formats, on a tiny model; rows without an input are counted."""
+    rows = [{"instruction": "Add", "input": f"{n} + 1" if n else "", "output": str(n + 1)} for n in range(40)]
+    command = [sys.executable, "scripts/compare_formats.py", "--data", write_rows(tmp_path / "rows.jsonl", rows)]
+    command += [
+        "--model",
+        place[1],
+        "--trainer.accelerator=cpu",
+        "--trainer.max_steps=4",
+        "--trainer.val_check_interval=4",
+    ]
+    command += [f"--data.cache_dir={tmp_path / 'cache'}"]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert (result.pop("rows"), result.pop("rows_without_input")) == (40, 1)
+    assert set(result) == {"format_instruction", "format_question"}
+    for losses in result.values():
+        assert 0 < losses["eval_loss"] < 7 and 0 < losses["answer_loss"] < 7
+        assert losses["eval_loss"] != losses["answer_loss"]

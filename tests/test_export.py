@@ -13,7 +13,8 @@ from tiny import save_tiny, tiny_gpt2, tiny_llama, tiny_qwen3, tiny_tokenizer
 from lit_sft.model import attention
 from lit_sft.model.adapters import LoraConfig, apply_lora, load_adapter, merge
 from lit_sft.model.export import export_hf, verify_export
-from lit_sft.model.load import load_model, load_tokenizer, stop_token_ids
+from lit_sft.model.generate import stop_token_ids
+from lit_sft.model.load import load_model, load_tokenizer
 from lit_sft.types import UserError
 
 PROBES = [[5, 6, 7, 8], [100, 90, 80]]
@@ -227,13 +228,13 @@ def test_other_peoples_files_and_the_base_are_not_replaced(tmp_path):
 
 def test_verification_notices_a_difference(tmp_path):
     export(tiny_llama(seed=0), tmp_path / "hf")
-    with pytest.raises(RuntimeError, match="the logits of the export .* are off"):
+    with pytest.raises(UserError, match="the logits of the export .* are off"):
         verify_export(tmp_path / "hf", tiny_llama(seed=1), tiny_tokenizer(), PROBES)
-    with pytest.raises(RuntimeError, match="the tokenizer of the export"):
+    with pytest.raises(UserError, match="the tokenizer of the export"):
         verify_export(tmp_path / "hf", tiny_llama(seed=0), tiny_tokenizer(bos_token="<s>"), PROBES)
     config = read(tmp_path / "hf", "generation_config.json")
     (tmp_path / "hf" / "generation_config.json").write_text(json.dumps(config | {"suppress_tokens": list(range(200))}))
-    with pytest.raises(RuntimeError, match="the answers of the export"):
+    with pytest.raises(UserError, match="the answers of the export"):
         verify_export(tmp_path / "hf", tiny_llama(seed=0), tiny_tokenizer(), PROBES)
 
 

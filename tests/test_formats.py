@@ -198,8 +198,23 @@ def test_placeholders_are_found_and_left():
     row = {"prompt": "who? {name}", "completion": "I am {{name}} by {{ author }}"}
     conversation = to_conversation(row, format="prompt_completion")
     assert conversation.messages[1].content == "I am {{name}} by {{ author }}"
-    assert find_placeholders(conversation) == {"{{name}}", "{{author}}"}
-    assert find_placeholders(Conversation((), text="{{x}} {y}")) == {"{{x}}"}
+    assert find_placeholders(conversation) == {"{name}", "{{name}}", "{{author}}"}
+    text = "{{x}} I am {name}, of {company}."
+    assert find_placeholders(Conversation((), text=text)) == {"{{x}}", "{name}", "{company}"}
+
+
+@pytest.mark.parametrize(
+    "text", [r"\frac{num}{den} \begin{enumerate}", "`${temp}`", "f'Error: {mae}'", "{x} {1}", '{"a": 1}', "f{name}"]
+)
+def test_braces_of_code_and_formulas_are_no_placeholders(text):
+    assert find_placeholders(Conversation((), text=text)) == set()
+
+
+def test_empty_fields_of_a_prompt_template_are_noted():
+    row = {"instruction": "Add", "input": "", "output": "2"}
+    conversation = to_conversation(row, format="prompt_completion", prompt_template="{instruction}: {input}")
+    assert conversation.blank == ("input",)
+    assert to_conversation(row, format="alpaca").blank == ()
 
 
 def test_prompts_for_predict():

@@ -144,15 +144,39 @@ def test_modes_come_back_after_an_error():
     assert lm.training and lm.model.layers[0].training and lm.generation_config is own
 
 
-def test_autocast_does_not_touch_fp32_weights():
-    lm = tiny_llama(**WILD)
-    expected = answers(lm)
-    dtypes = set()
-    lm.lm_head.register_forward_hook(lambda module, inputs, output: dtypes.add(output.dtype))
+def test_autocast_to_bf16_casts_the_weights_once():
+    """They are those of a bf16 model while it answers, and afterwards the very same fp32 tensors."""
+    lm, inside, half = tiny_llama(**WILD), [], tiny_llama(**WILD)
+    for parameter in half.parameters():  # and not the rotary frequencies, which no checkpoint has in bf16
+        parameter.data = parameter.data.to(torch.bfloat16)
+    expected = answers(half)
+    before = {name: (p.data_ptr(), p.detach().clone()) for name, p in lm.named_parameters()}
+
+    def entry(**arguments):
+        inside.append(({p.dtype for p in lm.parameters()}, torch.is_autocast_enabled("cpu")))
+        return lm.generate(**arguments)
+
     with torch.autocast("cpu", torch.bfloat16):
-        assert answers(lm) == expected
+        assert answers(lm, entry=entry) == expected != answers(tiny_llama(**WILD))
         assert torch.is_autocast_enabled("cpu")
-    assert dtypes == {torch.float32}
+    assert inside == [({torch.bfloat16}, False)]
+    for name, parameter in lm.named_parameters():
+        assert parameter.data_ptr() == before[name][0] and torch.equal(parameter, before[name][1]), name
+
+
+@pytest.mark.parametrize("synced", [False, True])
+def test_other_weights_stay_as_they_are_stored(synced):
+    """Under autocast to fp16, where they may overflow; and where sharding has its own type for them."""
+    lm, inside = tiny_llama(**WILD), []
+
+    def entry(synced_gpus, **arguments):
+        inside.append({p.dtype for p in lm.parameters()})
+        return lm.generate(**arguments)
+
+    expected = answers(lm)
+    with torch.autocast("cpu", torch.bfloat16 if synced else torch.float16):
+        assert answers(lm, entry=entry, synced=synced) == expected
+    assert inside == [{torch.float32}]
 
 
 def test_fp32_adapters_over_a_bf16_base_answer():

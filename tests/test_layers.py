@@ -7,14 +7,15 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "lit_sft"
 RANK = {
-    "types": 0,
-    "data": 1, "model": 1, "optim": 1, "metrics": 1, "demo": 1,
-    "display": 2, "prepare": 2, "prompts": 2, "build": 2,
-    "dataset": 3,
-    "module": 4, "datamodule": 4, "callbacks": 4, "strategies": 4, "checkpointing": 4, "runs": 4, "slurm": 4,
-    "preview": 5, "doctor": 5, "parsing": 5, "exporting": 5,
-    "cli": 6,
-    "__main__": 7,
+    "types": 0, "interrupts": 0,
+    "data": 1, "model": 1, "optim": 1, "metrics": 1, "seeding": 1, "flops": 1, "demo": 1,
+    "display": 2, "failures": 2, "prepare": 2, "prompts": 2, "build": 2,
+    "dataset": 3, "answering": 3, "evaluation": 4,
+    "module": 5, "datamodule": 5, "callbacks": 5, "checkpointing": 5, "runs": 5, "slurm": 5,
+    "strategies": 6, "preview": 6, "doctor": 6, "parsing": 6, "exporting": 6, "comparing": 6, "stopping": 6,
+    "trainer": 7,
+    "cli": 8,
+    "__main__": 9,
 }  # fmt: skip
 LIGHTNING_FROM = RANK["module"]
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")

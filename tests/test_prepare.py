@@ -20,7 +20,7 @@ from lit_sft.data.counts import Counts
 from lit_sft.data.render import Renderer
 from lit_sft.data.workers import map_in_order
 from lit_sft.datamodule import SFTDataModule
-from lit_sft.prepare import num_duplicates, num_overlapping
+from lit_sft.prepare import num_overlapping
 from lit_sft.types import UserError
 
 
@@ -144,6 +144,31 @@ def test_placeholders_are_counted_by_row_and_stay(prepared):
     assert "I am {{name}}" in data.tokenizer.decode(examples(data)[1][0])
 
 
+def test_empty_fields_of_a_template_are_counted(prepared):
+    rows = [{"instruction": "Add", "input": text, "output": "2"} for text in ("1+1", "", "")]
+    with log_lines() as lines:
+        data = prepared(rows, prompt_template="{instruction} {input}:", chat_template="raw")
+    assert counts(data).blank == {"input": 2}
+    assert "train: 2 rows: input of data.prompt_template is empty" in lines
+
+
+def test_members_of_a_mixture_have_formats_of_their_own(model, tmp_path):
+    """Each is detected; a column mapping is for the member that has its columns; rows of each are counted."""
+    alpaca, pair = {"instruction": "Hello", "output": "world"}, {"question": "Hello", "answer": "fine"}
+    spec = [write_rows(tmp_path / f"{n}.jsonl", rows) for n, rows in enumerate(([A, B], [alpaca], [pair]))]
+    mapping = {"question": "prompt", "answer": "completion"}
+    options = {"model_name_or_path": model, "cache_dir": str(tmp_path), "column_mapping": mapping}
+    with log_lines() as lines:
+        data = SFTDataModule(train=spec, **options).data
+        data.prepare("fit")
+    assert counts(data).rows_kept == 4
+    readings = data.preparation(data.rows["train"]).readings
+    assert [readings[n].format for n in range(3)] == ["messages", "alpaca", "prompt_completion"]
+    assert f"train: 2 rows of {spec[0]}, 1 rows of {spec[1]}, 1 rows of {spec[2]}" in lines
+    with pytest.raises(UserError, match="`data.column_mapping` names question, answer, which no source"):
+        SFTDataModule(train=spec[:2], **options).data.prepare("fit")
+
+
 # ---------------------------------------------------------------------------------------------------- length
 
 
@@ -207,8 +232,8 @@ A, B, C = chat("Hello", "world"), chat("How are you?", "fine"), chat("Is it?", "
 def test_copies_are_counted(prepared):
     with log_lines() as lines:
         data = prepared([A, B, A, A])
-    assert num_duplicates(data.caches["train"], data.rows["train"]) == 2
-    assert "train: 2 examples are exact copies of another" in lines
+    assert counts(data).duplicates == 2
+    assert "train: 2 rows are exact copies of another" in lines
 
 
 def test_rows_that_a_mixture_repeats_are_no_copies(model, tmp_path):
@@ -217,14 +242,28 @@ def test_rows_that_a_mixture_repeats_are_no_copies(model, tmp_path):
     data = SFTDataModule(train=[{"path": path, "weight": 3.0}], **options).data
     data.prepare("fit")
     assert len(data.caches["train"]) == 9
-    assert num_duplicates(data.caches["train"], data.rows["train"]) == 1
+    assert counts(data).duplicates == 1
+
+
+def test_a_row_of_several_examples_is_one_copy(prepared, tmp_path):
+    """Templates that rewrite history make an example of each turn; half a row in common is no copy."""
+    turns = [*A["messages"], *B["messages"]]
+    long, other = {"messages": turns}, {"messages": [*A["messages"], *C["messages"]]}
+    template = CHATML.replace(
+        "message['content']", "('' if message.role == 'assistant' and not loop.last else message.content)"
+    )
+    options = {"chat_template": template, "validation": write_rows(tmp_path / "validation.jsonl", [long, other, C])}
+    data = prepared([long, A, long, C, long], **options)
+    assert (len(data.caches["train"]), counts(data).notes["per_turn"]) == (8, 3)
+    assert counts(data).duplicates == 2
+    assert num_overlapping(data.caches["train"], data.caches["validation"]) == 2
 
 
 def test_overlap_with_validation_is_counted(prepared, tmp_path):
     with log_lines() as lines:
         data = prepared([A, B], validation=write_rows(tmp_path / "validation.jsonl", [B, C]))
     assert num_overlapping(data.caches["train"], data.caches["validation"]) == 1
-    assert "validation: 1 examples are in the training set too" in lines
+    assert "validation: 1 rows are in the training set too" in lines
 
 
 # ---------------------------------------------------------------------------------------------------- the cache
@@ -452,8 +491,8 @@ def test_giving_up_in_between_leaves_no_process():
 def test_memory_does_not_grow_with_rows(tmp_path):
     numbers = np.arange(1000)
     block = Block(
-        np.full(1000, 2), numbers, numbers.astype(np.int32), numbers.astype(np.uint64), np.zeros(2000, np.int32),
-        np.ones(2000, np.uint8),
+        np.full(1000, 2), numbers, numbers.astype(np.int32), numbers.astype(np.uint64), numbers.astype(np.uint32),
+        np.zeros(2000, np.int32), np.ones(2000, np.uint8),
     )  # fmt: skip
     peaks = []
 

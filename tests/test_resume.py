@@ -6,16 +6,18 @@ Runs are killed for real (SIGKILL, in a child process), at a named place of the 
 import csv
 import multiprocessing
 import os
+import random
 import resource
 import shutil
 import signal
+import time
 
 import pytest
 import torch
-from running import arguments, chat_rows, final_weights, run, scalars, version, write_rows
+from running import REPOSITORY, arguments, chat_rows, final_weights, run, scalars, version, write_rows
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from terminal import log_lines, refused
-from tiny import save_tiny, tiny_gpt2
+from tiny import save_tiny, tiny_gpt2, tiny_llama
 
 from lit_sft import checkpointing
 
@@ -158,6 +160,8 @@ def test_validation_comes_between_two_steps(place, uninterrupted, tmp_path, caps
     assert rows(uninterrupted(trainer__val_check_interval=0.4)) == rows(uninterrupted(**WITHIN))
     args = arguments(*place[1:], tmp_path / "runs", **TWO_EPOCHS, trainer__val_check_interval=12)
     assert "trainer.val_check_interval 12" in refused(capsys, "fit", args)
+    args = arguments(*place[1:], tmp_path / "runs", **TWO_EPOCHS, trainer__val_check_interval=80)
+    assert "trainer.val_check_interval 80 counts forward passes, but an epoch has 33" in refused(capsys, "fit", args)
 
 
 def test_validation_by_the_clock(place, tmp_path):
@@ -198,11 +202,12 @@ def test_one_more_epoch(place, uninterrupted, tmp_path):
 SLOW = [pytest.param(what, marks=pytest.mark.slow) for what in ("lora dropout", "packing", "workers")]
 
 
-@pytest.mark.parametrize("what", ["dropout", *SLOW])
+@pytest.mark.parametrize("what", ["dropout", "in the background", *SLOW])
 def test_kinds_of_runs(what, place, uninterrupted, tmp_path):
     """Random numbers go on too."""
     options = {
         "dropout": {"model__model_name_or_path": place[0] / "gpt2"},
+        "in the background": {"checkpoint__async_save": True},
         "lora dropout": {"model__lora": {"r": 4, "lora_dropout": 0.2}},
         "packing": {"data__packing": True, "data__global_batch_size": 4},
         "workers": {"data__num_workers": 2},
@@ -211,7 +216,8 @@ def test_kinds_of_runs(what, place, uninterrupted, tmp_path):
         save_tiny(place[0] / "gpt2", tiny_gpt2(resid_pdrop=0.2, embd_pdrop=0.2, attn_pdrop=0.2))
     root = tmp_path / "runs"
     kill(place, root, "on_train_batch_start", 3, **options)
-    assert resume(place, root, **options) == 3
+    newest = (2, 3) if what == "in the background" else (3,)  # the third may not be complete
+    assert resume(place, root, **options) in newest
     assert_same_run(root, uninterrupted(**options))
 
 
@@ -235,28 +241,92 @@ def test_another_split_of_the_work(step, before, after, place, uninterrupted, tm
         assert row.get("train/num_tokens") == other.get("train/num_tokens")  # the same examples in every step
 
 
+DDP = {"trainer__devices": 2, "trainer__strategy": "ddp"}
+FSDP2 = {"trainer__devices": 2, "trainer__strategy": "fsdp2"}
+ONE_FILE = {"class_path": "lit_sft.strategies.FSDP2Strategy", "init_args": {"save_distributed_checkpoint": False}}
+RANKS = {
+    "1 to 2": ({}, DDP, 3),
+    "2 to 1, at the end of an epoch": (DDP, {}, 5),
+    "2 to 4, another micro-batch": ({**DDP, "data__micro_batch_size": 4}, {**DDP, "trainer__devices": 4}, 3),
+    "2 shards to 1": (FSDP2, {}, 3),
+    "2 shards to 4": (FSDP2, {**FSDP2, "trainer__devices": 4}, 5),
+    "one file to 2 shards": (DDP, FSDP2, 3),
+    "shards in one file": ({**FSDP2, "trainer__strategy": ONE_FILE}, {}, 3),
+}
+
+
+@pytest.fixture(scope="module")
+def left_alone(place):
+    """A copy of the folder of a run on several ranks that kept all its checkpoints; one run for each set of options."""
+    done = {}
+
+    def get(root, **overrides):
+        key = str(overrides)
+        if key not in done:
+            done[key] = place[0] / f"ranks_{len(done)}"
+            options = {**TWO_EPOCHS, "checkpoint__keep_last": 9, **overrides}
+            run("fit", arguments(*place[1:], done[key], **options), subprocesses=True)
+        shutil.copytree(done[key], root, symlinks=True)
+
+    return get
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
-@pytest.mark.parametrize("step", [3, 5])
-def test_another_number_of_ranks(before, after, step, place, uninterrupted, tmp_path):
+@pytest.mark.parametrize(("before", "after", "step"), RANKS.values(), ids=RANKS)
+def test_another_number_of_ranks(before, after, step, place, uninterrupted, left_alone, tmp_path):
+    """The same examples in every step, and the same losses but for rounding."""
     root = tmp_path / "runs"
-    _, model, train = place
-
-    def args(devices, **overrides):
-        return arguments(model, train, root, **{**TWO_EPOCHS, "trainer__devices": devices, **overrides})
-
-    run("fit", args(before, checkpoint__keep_last=9), subprocesses=True)
+    left_alone(root, **before)
     forget_after(root, step)
-    assert f"at step {step}" in run("fit", [*args(after), "--ckpt_path=last"], subprocesses=True)
+    assert saved(root)[f"step={step:06d}.ckpt"].is_dir() == (before is FSDP2)
+    args = [*arguments(*place[1:], root, **{**TWO_EPOCHS, **after}), "--ckpt_path=last"]
+    assert f"at step {step}" in run("fit", args, subprocesses=True)
     assert not version(root, 1).exists()
     for row, other in zip(rows(root), rows(uninterrupted()), strict=True):
         assert row == pytest.approx(other, rel=1e-5)
+    weights, others = final_weights(root), final_weights(uninterrupted())
+    assert weights.keys() == others.keys()
+    assert all(torch.allclose(weights[name], others[name], rtol=1e-4, atol=1e-6) for name in others)
 
 
 def forget_after(root, step):
     for name, path in saved(root).items():
         if name.startswith("step=") and checkpointing.step_of(path) > step:
-            path.unlink()
+            checkpointing.files.remove(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("async_save", [False, True])
+def test_killed_at_random_moments(async_save, place, tmp_path, monkeypatch):
+    """Small; `scripts/crash_test.py` does it as long as you like."""
+    monkeypatch.syspath_prepend(REPOSITORY / "scripts")
+    from crash_test import Run, differences
+
+    def process(run):
+        record = [{"class_path": "crash_test.RecordRows", "init_args": {"folder": str(run.root / "rows")}}]
+        options = {"data__global_batch_size": 2, "checkpoint__async_save": async_save, "trainer__callbacks": record}
+        target = multiprocessing.get_context(START).Process(
+            target=fit, args=(place, run.root, "--ckpt_path=last"), kwargs=options
+        )
+        target.start()
+        return target
+
+    reference, killed = Run(tmp_path / "reference", []), Run(tmp_path / "killed", [])
+    started = time.monotonic()
+    whole = process(reference)
+    whole.join()
+    seconds, generator, kills = time.monotonic() - started, random.Random(async_save), 0
+    assert whole.exitcode == 0
+    for _ in range(7):
+        attempt = process(killed)
+        attempt.join(generator.uniform(0.1, 0.6) * seconds)
+        attempt.kill()
+        attempt.join()
+        kills += attempt.exitcode != 0
+    last = process(killed)
+    last.join()
+    assert last.exitcode == 0 and kills >= 3
+    assert list(differences(killed, reference)) == []
 
 
 # ---------------------------------------------------------------------------------------------------- one folder
@@ -339,20 +409,78 @@ def _run_with_small_files(place, root):
 
 
 OTHER = {
-    "rows": {"data__max_samples": 30},
-    "template": {"data__system_prompt": "Be brief."},
-    "length": {"data__max_length": 64},
+    "rows": ({"data__max_samples": 30}, 'rows ("'),
+    "template": ({"data__system_prompt": "Be brief."}, 'system_prompt (null, now "Be brief.")'),
+    "length": ({"data__max_length": 64}, "max_length (128, now 64)"),
+    "batch": ({"data__global_batch_size": 4}, "global_batch_size (8, now 4)"),
+    "packing": ({"data__packing": True}, "packing (false, now true)"),
+    "seed": ({"data__val_size": None, "seed_everything": 2}, "seed (1, now 2)"),
 }
 
 
-@pytest.mark.parametrize("other", OTHER.values(), ids=OTHER)
-def test_other_data_is_refused(other, place, uninterrupted, tmp_path, capsys):
+@pytest.mark.parametrize(("other", "said"), OTHER.values(), ids=OTHER)
+def test_other_data_is_refused(other, said, place, uninterrupted, tmp_path, capsys):
     root = tmp_path / "runs"
     shutil.copytree(uninterrupted(), root, symlinks=True)
     args = [*arguments(*place[1:], root, **{**TWO_EPOCHS, "trainer__max_epochs": 3, **other}), "--ckpt_path=last"]
-    assert "resume.allow_other_data" in refused(capsys, "fit", args)
+    line = refused(capsys, "fit", args)
+    assert "resume.allow_other_data" in line and said in line
     run("fit", [*args, "--resume.allow_other_data=true"])
-    assert len(rows(root)) > len(rows(uninterrupted()))
+    assert len(scalars(root, "train/loss")) > len(scalars(uninterrupted(), "train/loss"))
+
+
+def test_the_same_examples_by_another_setting(place, uninterrupted, tmp_path):
+    """What does not change an example does not stop a run."""
+    root = tmp_path / "runs"
+    kill(place, root, "on_train_batch_start", 3)
+    assert resume(place, root, data__max_length=127) == 3
+    assert_same_run(root, uninterrupted())
+
+
+FROZEN = {
+    "lora": {"model__lora": {"r": 4}},
+    "a part": {"model__trainable": [r"layers\.1\.mlp"]},
+}
+
+
+@pytest.mark.parametrize("kind", FROZEN)
+def test_what_is_frozen_comes_from_its_base(kind, place, uninterrupted, tmp_path, capsys):
+    """It is not in the checkpoint; it may lie elsewhere, but it must be the same."""
+    root, options = tmp_path / "runs", FROZEN[kind]
+    kill(place, root, "on_train_batch_start", 3, **options)
+    names = torch.load(saved(root)["step=000003.ckpt"], weights_only=True)["state_dict"].keys()
+    assert all("lora_" in name or "layers.1.mlp" in name for name in names)
+    other = save_tiny(tmp_path / "other", tiny_llama(seed=5))
+    args = [*arguments(other, place[2], root, **TWO_EPOCHS, **options), "--ckpt_path=last"]
+    assert "over another base" in refused(capsys, "fit", args)
+    shutil.copytree(place[1], tmp_path / "moved")
+    assert resume(place, root, **options, model__model_name_or_path=tmp_path / "moved") == 3
+    assert_same_run(root, uninterrupted(**options))
+
+
+def test_another_model_is_refused_in_one_line(place, uninterrupted, tmp_path, capsys):
+    root = tmp_path / "runs"
+    shutil.copytree(uninterrupted(), root, symlinks=True)
+    for name, model in (("wide", tiny_llama(intermediate_size=96)), ("deep", tiny_llama(num_hidden_layers=3))):
+        args = arguments(save_tiny(tmp_path / name, model), place[2], root, **TWO_EPOCHS)
+        assert "the checkpoint does not fit the model" in refused(capsys, "fit", [*args, "--ckpt_path=last"])
+
+
+@pytest.mark.parametrize("loss", ["row", "half a row"])
+def test_a_row_that_the_kill_has_swallowed_comes_back(loss, place, uninterrupted, tmp_path):
+    """The checkpoint of a step is there before the step's row in metrics.csv."""
+    root = tmp_path / "runs"
+    kill(place, root, "on_train_batch_start", 3)
+    path = version(root) / "metrics.csv"
+    *others, last = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(others) + ("" if loss == "row" else last[:-9]))
+    assert resume(place, root) == 3
+    assert_same_run(root, uninterrupted())
+
+
+def test_a_checkpoint_knows_its_settings(uninterrupted):
+    checkpoint = torch.load(saved(uninterrupted())["last.ckpt"], weights_only=True)
+    assert checkpoint["config"] == (version(uninterrupted()) / "config.yaml").read_text()
 
 
 def test_plain_torch_reads_a_checkpoint(uninterrupted):

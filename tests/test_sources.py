@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from lit_sft.data.sources import Rows, files, hub, limit, open_rows, split_rows, subset
+from lit_sft.data.sources import Rows, by_source, files, hub, limit, open_rows, split_rows, subset
 from lit_sft.types import UserError
 
 ROWS = [{"prompt": f"é {i}", "completion": "x\ny" * i} for i in range(5)]
@@ -250,6 +250,35 @@ def test_limit(tmp_path):
     assert limit(subset(rows, [4, 3, 2]), 2).where(1).endswith("line 4")
 
 
+def test_limit_takes_of_each_member_in_proportion(tmp_path):
+    rows = mixture(tmp_path)  # 25 + 4 + 10
+    for count, expected in ((8, [5, 1, 2]), (39, [25, 4, 10]), (1, [1, 0, 0])):
+        few = limit(rows, count)
+        assert [n for _, n in few.counts()] == expected and len(few) == count
+        assert read(few) == read(limit(mixture(tmp_path), count))
+    assert read(limit(rows, 8))[:5] == read(rows)[:5]
+
+
+def test_a_mixture_of_every_kind(tmp_path, monkeypatch):
+    """File, glob, directory, saved data set and hub id, split by seed: every row of each once, and where it stands."""
+    cache_hub_data(tmp_path / "hub", monkeypatch)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    for name in ("file.jsonl", "glob/1.jsonl", "glob/2.jsonl", "folder/train.jsonl", "folder/test.jsonl"):
+        write(tmp_path / name)
+    datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
+    places = ["file.jsonl", "glob/*.jsonl", "folder", "saved"]
+    rows = open_rows([{"path": str(tmp_path / name), "weight": 2.0} for name in places] + ["me/tiny"])
+    n = len(ROWS)
+    assert [count for _, count in rows.counts()] == [2 * n, 4 * n, 2 * n, 2 * n, n]
+    train, validation = (subset(rows, chosen) for chosen in split_rows(len(rows), 0.2, 1, rows.origins))
+    assert not set(train.origins) & set(validation.origins)
+    assert sorted({*train.origins, *validation.origins}) == list(range(6 * n))
+    members = by_source(rows)
+    assert [len(member) for member in members.values()] == [2 * n, 4 * n, 2 * n, 2 * n, n]
+    assert members[4].name == "me/tiny" and read(members[4]) == ROWS
+    assert [rows.source_of(i) for i in (0, 2 * n, 11 * n - 1)] == [0, 1, 4]
+
+
 def cache_hub_data(root, monkeypatch):
     """What `datasets` leaves in its cache after it loaded `me/tiny` from the hub."""
     folder = root / "me___tiny" / "default" / "0.0.0" / "abc"
@@ -281,6 +310,7 @@ def refuse(*_, **__):
 
 def test_hub_ids_fail_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub, "HUB_SECONDS", 0.1)
     for answer, words in ((refuse, "Name or service not known"), (lambda *_, **__: time.sleep(5), "no answer within")):
         monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", answer)

@@ -1,8 +1,23 @@
 """What happens around the training loop: one file per concern, none of which knows another."""
 
 from lit_sft.callbacks.answers import Answers, FirstExample
+from lit_sft.callbacks.evaluation import Evaluation
+from lit_sft.callbacks.failing import FailTogether
+from lit_sft.callbacks.guard import FaultOptions, Guard
 from lit_sft.callbacks.hf_export import HFExport
+from lit_sft.callbacks.logs import KeepFolder
 from lit_sft.callbacks.predictions import PredictionWriter
 from lit_sft.callbacks.throughput import Throughput
 
-__all__ = ["Answers", "FirstExample", "HFExport", "PredictionWriter", "Throughput"]
+__all__ = [
+    "Answers",
+    "Evaluation",
+    "FailTogether",
+    "FaultOptions",
+    "FirstExample",
+    "Guard",
+    "HFExport",
+    "KeepFolder",
+    "PredictionWriter",
+    "Throughput",
+]

@@ -77,13 +77,13 @@ class Throughput(Callback):
         self.num_tokens = tokens + self.num_tokens
         pl_module.log("train/tokens_per_second", (tokens / seconds).float(), prog_bar=True)
         pl_module.log("train/trained_tokens_per_second", (targets / seconds).float())
-        pl_module.log("train/num_tokens", self.num_tokens.double())
+        pl_module.log("train/num_tokens", torch.as_tensor(self.num_tokens).double())
         pl_module.log("train/data_wait", self.waited / seconds)
         pl_module.log("train/peak_memory_gb", peak_memory(pl_module.device) / 1e9)
         assert self.cost is not None
         # Squares of this rank stand for those of the others.
         operations = self.cost.of(tokens, targets, self.squares * trainer.world_size)
-        pl_module.log("train/mfu", (operations / (seconds * self.peak)).float())
+        pl_module.log("train/mfu", torch.as_tensor(operations / (seconds * self.peak)).float())
         if trainer.world_size > 1 and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             own = torch.tensor(self.tokens / seconds, device=pl_module.device)
             least, most = trainer.strategy.all_gather(own).aminmax()

@@ -13,8 +13,10 @@ import os
 import shutil
 import tempfile
 import time
+import zlib
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,8 +28,10 @@ from lit_sft.types import Example, UserError
 log = logging.getLogger(__name__)
 
 META = "meta.json"
-COLUMNS = {"ends.i64": 8, "rows.i64": 8, "parts.i32": 4, "hashes.u64": 8}
-"""Files with one number per example -> its bytes. `ends` are the ends of the examples in the files of `TOKENS`."""
+COLUMNS = {"ends.i64": 8, "rows.i64": 8, "parts.i32": 4, "hashes.u64": 8, "sums.u32": 4}
+"""Files with one number per example -> its bytes. `ends` are the ends of the examples in the files of `TOKENS`; `sums`
+are checksums, compared whenever an example is read (10 microseconds for 2,048 tokens), so that no start waits for it.
+"""
 TOKENS = {"input_ids.i32": 4, "loss_mask.u8": 1}
 """Files with one number per token, likewise."""
 FAILURE_SECONDS = 60
@@ -58,12 +62,13 @@ class ExampleCache:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.meta: dict[str, Any] = json.loads((path / META).read_text())
+        self.meta: dict[str, Any] = _read_meta(path / META)
         self._ends: npt.NDArray[np.int64] = _map(path / "ends.i64", np.int64)
         self.lengths: npt.NDArray[np.int64] = np.diff(self._ends, prepend=0)
         self.rows: npt.NDArray[np.int64] = _map(path / "rows.i64", np.int64)
         self.parts: npt.NDArray[np.int32] = _map(path / "parts.i32", np.int32)
         self.hashes: npt.NDArray[np.uint64] = _map(path / "hashes.u64", np.uint64)
+        self._sums: npt.NDArray[np.uint32] = _map(path / "sums.u32", np.uint32)
         self._input_ids: npt.NDArray[np.int32] = _map(path / "input_ids.i32", np.int32)
         self._loss_mask: npt.NDArray[np.uint8] = _map(path / "loss_mask.u8", np.uint8)
         num_tokens = int(self._ends[-1]) if len(self._ends) else 0
@@ -73,6 +78,14 @@ class ExampleCache:
             if (path / name).stat().st_size != size:
                 raise OSError(f"{path / name} is not {size} bytes long")
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of all examples: their token ids, which of them are trained, and the order."""
+        digest = hashlib.blake2b(digest_size=12)
+        for column in (self.lengths, self.hashes, self._loss_mask):
+            digest.update(np.ascontiguousarray(column).data)
+        return digest.hexdigest()
+
     def __reduce__(self) -> tuple[type[ExampleCache], tuple[Path]]:
         return ExampleCache, (self.path,)  # workers map the file themselves instead of getting a copy
 
@@ -80,10 +93,32 @@ class ExampleCache:
         return len(self._ends)
 
     def __getitem__(self, index: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8], int]:
-        """(input_ids [T], loss_mask [T], row) of an example; the arrays are views of the file."""
+        """(input_ids [T], loss_mask [T], row) of an example; the arrays are views of the file.
+
+        Raises:
+            UserError: They are not what was written.
+        """
         end = int(self._ends[index])
         span = slice(end - int(self.lengths[index]), end)
-        return self._input_ids[span], self._loss_mask[span], int(self.rows[index])
+        ids, mask, row = self._input_ids[span], self._loss_mask[span], int(self.rows[index])
+        if _checksum(ids, mask, row) != self._sums[index]:
+            raise UserError(f"the cache {self.path} is damaged at example {index}: remove it, and it is made anew")
+        return ids, mask, row
+
+
+def _checksum(ids: npt.NDArray[np.int32], mask: npt.NDArray[np.uint8], row: int) -> int:
+    return zlib.crc32(mask.data, zlib.crc32(ids.data, row & 0xFFFFFFFF))
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    meta: dict[str, Any] = json.loads(path.read_text())
+    if not isinstance(meta, dict) or meta.pop("checksum", None) != zlib.crc32(json.dumps(meta).encode()):
+        raise ValueError("meta.json is not as it was written")
+    return meta
+
+
+def _write_meta(path: Path, meta: dict[str, Any]) -> None:
+    path.write_text(json.dumps({**meta, "checksum": zlib.crc32(json.dumps(meta).encode())}, indent=1))
 
 
 def _map(path: Path, dtype: type[np.generic]) -> npt.NDArray[Any]:
@@ -103,6 +138,8 @@ class Block(NamedTuple):
     """[N]."""
     hashes: npt.NDArray[np.uint64]
     """[N] of the token ids."""
+    sums: npt.NDArray[np.uint32]
+    """[N] of token ids, mask and row."""
     input_ids: npt.NDArray[np.int32]
     """[sum of lengths]."""
     loss_mask: npt.NDArray[np.uint8]
@@ -112,14 +149,17 @@ class Block(NamedTuple):
 def to_block(examples: Sequence[Example]) -> Block:
     """Puts examples one behind the other."""
     ids = [np.array(example.input_ids, dtype=np.int32) for example in examples]
+    masks = [np.array(example.loss_mask, dtype=np.uint8) for example in examples]
+    sums = [_checksum(a, mask, e.row) for a, mask, e in zip(ids, masks, examples, strict=True)]
     hashes = b"".join(hashlib.blake2b(array.data, digest_size=8).digest() for array in ids)
     return Block(
         lengths=np.array([len(array) for array in ids], dtype=np.int64),
         rows=np.array([example.row for example in examples], dtype=np.int64),
         parts=np.array([example.part for example in examples], dtype=np.int32),
         hashes=np.frombuffer(hashes, dtype=np.uint64),
+        sums=np.array(sums, dtype=np.uint32),
         input_ids=np.concatenate([np.empty(0, np.int32), *ids]),
-        loss_mask=np.frombuffer(b"".join(bytes(example.loss_mask) for example in examples), dtype=np.uint8),
+        loss_mask=np.concatenate([np.empty(0, np.uint8), *masks]),
     )
 
 
@@ -137,7 +177,7 @@ def write_cache(path: Path, blocks: Iterable[Block], meta: dict[str, Any]) -> Ex
                 arrays: tuple[npt.NDArray[Any], ...] = (ends, *block[1:])
                 for file, array in zip(files.values(), arrays, strict=True):
                     file.write(array.data)
-        (building / META).write_text(json.dumps(meta, indent=1))
+        _write_meta(building / META, meta)
         publish(building, path)
     finally:
         shutil.rmtree(building, ignore_errors=True)

@@ -13,6 +13,8 @@ class Counts:
     rows_read: int = 0
     rows_kept: int = 0
     """Together with the dropped ones these are all rows read."""
+    duplicates: int = 0
+    """Kept rows that are exact copies of an earlier one."""
     examples: int = 0
     tokens: int = 0
     trained_tokens: int = 0
@@ -25,7 +27,9 @@ class Counts:
     notes: Counter[str] = field(default_factory=Counter)
     """What had to be done to prove masks, or to keep a part of a row -> rows."""
     placeholders: Counter[str] = field(default_factory=Counter)
-    """Unfilled `{{name}}` -> rows."""
+    """Unfilled `{{name}}` or `{name}` -> rows."""
+    blank: Counter[str] = field(default_factory=Counter)
+    """Field of `data.prompt_template` -> rows in which it is empty."""
     stop_ids: list[int] = field(default_factory=list)
     """Stop tokens that are trained."""
     longest: int = 0
@@ -41,7 +45,7 @@ class Counts:
             else:
                 setattr(self, name, getattr(self, name) + value)
 
-    def lines(self, name: str) -> list[str]:
+    def lines(self, data: str) -> list[str]:
         """What is told in the terminal about a data set."""
         share = self.trained_tokens / max(1, self.tokens)
         text = [
@@ -49,12 +53,15 @@ class Counts:
             f"{self.tokens:,} tokens, {share:.0%} of them trained, the longest {self.longest:,}"
         ]
         text += [f"{n:,} rows dropped: {reason}" for reason, n in self.dropped.items()]
+        if self.duplicates:
+            text.append(f"{self.duplicates:,} rows are exact copies of another")
         if self.lost_trained_tokens:
             cut = f"; {self.truncated:,} examples truncated" if self.truncated else ""
             text.append(f"{self.lost_trained_tokens:,} target tokens lost to data.max_length{cut}")
         text += [f"{n:,} rows: {_describe(note)}" for note, n in self.notes.items()]
+        text += [f"{n:,} rows: {name} of data.prompt_template is empty" for name, n in self.blank.items()]
         text += [f"{n:,} rows with {key} as it stands: nothing fills it" for key, n in self.placeholders.items()]
-        return [f"{name}: {line}" for line in text]
+        return [f"{data}: {line}" for line in text]
 
 
 NOTES = {

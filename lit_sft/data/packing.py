@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
+
+ROUNDINGS = (64, 32, 16, 8, 4, 2)
+"""Tokens."""
+MANY = 100_000
+"""Examples, of which nearly all have others of their very length."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +25,8 @@ class Packs:
     """[N] indices of examples, pack by pack."""
     bounds: npt.NDArray[np.int64]
     """[P + 1] pack p holds `examples[bounds[p]:bounds[p + 1]]`."""
+    sizes: npt.NDArray[np.int64] | None = None
+    """[N] room that each example was given, at least its length: examples of one size can change places."""
 
     def __len__(self) -> int:
         return len(self.bounds) - 1
@@ -31,6 +38,37 @@ class Packs:
         """Tokens in each pack, [P]."""
         ends: npt.NDArray[np.int64] = np.concatenate([[0], np.cumsum(lengths[self.examples], dtype=np.int64)])
         return np.diff(ends[self.bounds])
+
+
+def refill(packs: Packs, seed: int, epoch: int) -> Packs:
+    """Packs of the same sizes for one epoch: the examples of each size change places at random.
+
+    So the number of packs and their fill stay, while what is trained together changes, as it does without packing.
+    Depends on (seed, epoch) only.
+    """
+    if packs.sizes is None:
+        return packs
+    order = np.random.default_rng([seed, epoch, 1]).permutation(len(packs.examples))
+    places = np.argsort(packs.sizes[packs.examples], kind="stable")
+    examples = np.empty_like(packs.examples)
+    examples[places] = order[np.argsort(packs.sizes[order], kind="stable")]
+    return replace(packs, examples=examples)
+
+
+def pack_examples(lengths: npt.NDArray[np.int64], max_length: int) -> Packs:
+    """Best-fit decreasing; lengths are rounded up as coarsely as that costs no pack, for `refill` to have a choice.
+
+    Args:
+        lengths: [N] tokens per example, each in 1..max_length.
+        max_length: Tokens that fit in a pack.
+    """
+    packs, best = best_fit_decreasing(lengths, max_length), lengths
+    for step in ROUNDINGS if len(lengths) < MANY else ():
+        sizes = np.minimum(-(-lengths // step) * step, max_length)
+        if len(coarse := best_fit_decreasing(sizes, max_length)) <= len(packs):
+            packs, best = coarse, sizes
+            break
+    return replace(packs, sizes=best)
 
 
 def one_per_pack(num_examples: int) -> Packs:

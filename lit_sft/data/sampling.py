@@ -93,19 +93,25 @@ class StepOrder:
             return self.batches_per_epoch
         return min(self.batches_per_epoch, limit) if isinstance(limit, int) else int(self.batches_per_epoch * limit)
 
-    def between_steps(self, interval: int | float, batches: int) -> int | float:
+    def between_steps(self, interval: int | float, batches: int, each_epoch: bool = True) -> int | float:
         """When to validate, in whole optimizer steps.
 
         Args:
             interval: Forward passes (int), or a share of the epoch (float; 1.0 is all of it).
             batches: Forward passes of the epoch.
+            each_epoch: Whether the interval is counted anew in each epoch, so that it must fit into one.
 
         Returns:
             Forward passes, or 1.0.
 
         Raises:
-            UserError: It ends within an optimizer step, from where a run could not go on.
+            UserError: It ends within an optimizer step, from where a run could not go on, or after the epoch.
         """
+        if isinstance(interval, int) and each_epoch and interval > batches:
+            raise UserError(
+                f"trainer.val_check_interval {interval} counts forward passes, but an epoch has {batches}: set it to "
+                "at most that, or to 1.0 for the end of each epoch"
+            )
         if isinstance(interval, int) and interval % self.accumulation:
             raise UserError(
                 f"trainer.val_check_interval {interval} counts forward passes, {self.accumulation} of which make an "

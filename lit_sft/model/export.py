@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +38,7 @@ def export_hf(
     base_name_or_path: str | None = None,
     dtype: torch.dtype | None = None,
     state_dict: Mapping[str, Tensor] | None = None,
+    check: Callable[[Path], None] | None = None,
 ) -> None:
     """Writes weights (or an adapter), tokenizer, chat template and generation config; all of it or nothing.
 
@@ -53,6 +54,7 @@ def export_hf(
         base_name_or_path: Of an adapter: hub id or directory of the base; None where it was made here.
         dtype: Type of the written weights of a whole model; None keeps theirs.
         state_dict: Full tensors by the names of the causal LM's own `state_dict()`, where the weights are sharded.
+        check: Called with the directory; if it raises, the directory goes and an earlier export is back.
 
     Raises:
         UserError: If the directory holds something that must not be replaced.
@@ -66,7 +68,7 @@ def export_hf(
     tokenizer = copy.deepcopy(tokenizer)
     if chat_template is not None:
         tokenizer.chat_template = chat_template
-    with _replaced_when_complete(target) as staging:
+    with _replaced_when_complete(target, check) as staging:
         if adapted:
             start = str(_peft_config(model).init_lora_weights)
             if base_name_or_path is None or start.startswith(_INIT_CHANGES_BASE):
@@ -98,26 +100,33 @@ def verify_export(
         probe_ids: Prompts as token ids.
 
     Raises:
-        RuntimeError: If they differ by more than rounding.
+        UserError: If they differ by more than rounding.
     """
     from transformers import AutoTokenizer
 
     reloaded, dtype = _reload(Path(output_dir), model), _stored_dtype(model)
     exact = dtype == _stored_dtype(reloaded)
     limit = 0.05 if not exact else 1e-5 if dtype == torch.float32 else 0.02
+    stops = json.loads((Path(output_dir) / "generation_config.json").read_text()).get("eos_token_id")
     with _evaluating(model):
         for ids in probe_ids:
             prompt = torch.tensor([list(ids)], device=model.device)
             expected, found = (m(input_ids=prompt).logits.float() for m in (model, reloaded))
             error = float((found - expected).abs().max() / expected.abs().max())
+            equal = torch.equal(found, expected)
             if not error <= limit:
-                raise RuntimeError(f"the logits of the export {output_dir} are off by {error:.2g} of their size")
-            # In 16 bits the two most likely tokens can be too close to call.
-            if exact and dtype == torch.float32 and _greedy(model, prompt) != _greedy(reloaded, prompt):
-                raise RuntimeError(f"the answers of the export {output_dir} differ from those of the model")
+                raise _not_equal(f"the logits of the export {output_dir} are off by {error:.2g} of their size")
+            # In 16 bits the two most likely tokens can be too close to call, unless not a bit differs.
+            is_close_call = not (equal or exact and dtype == torch.float32)
+            if not is_close_call and _greedy(model, prompt, stops) != _greedy(reloaded, prompt, stops):
+                raise _not_equal(f"the answers of the export {output_dir} differ from those of the model")
     text = tokenizer.decode(list(probe_ids[0]))
     if AutoTokenizer.from_pretrained(output_dir, local_files_only=True)(text).input_ids != tokenizer(text).input_ids:
-        raise RuntimeError(f"the tokenizer of the export {output_dir} differs from that of the model")
+        raise _not_equal(f"the tokenizer of the export {output_dir} differs from that of the model")
+
+
+def _not_equal(what: str) -> UserError:
+    return UserError(f"{what}: nothing was exported; report it with the model's name")
 
 
 def _is_adapted(model: Any) -> bool:
@@ -142,9 +151,9 @@ def _stored_dtype(model: Any) -> torch.dtype:
     return dtype
 
 
-def _greedy(model: Any, prompt: Tensor) -> list[int]:
+def _greedy(model: Any, prompt: Tensor, stops: int | list[int] | None) -> list[int]:
     lm = _causal_lm(model)
-    options: dict[str, Any] = dict(max_new_tokens=16, do_sample=False, pad_token_id=0)
+    options: dict[str, Any] = dict(max_new_tokens=16, do_sample=False, pad_token_id=0, eos_token_id=stops)
     answer: list[int] = lm.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **options)[0].tolist()
     return answer
 
@@ -221,7 +230,7 @@ def _check_target(target: Path, sources: Sequence[str | None]) -> None:
 
 
 @contextmanager
-def _replaced_when_complete(target: Path) -> Iterator[Path]:
+def _replaced_when_complete(target: Path, check: Callable[[Path], None] | None) -> Iterator[Path]:
     """A directory beside `target` that takes its place at the end, or vanishes after an error."""
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -232,6 +241,14 @@ def _replaced_when_complete(target: Path) -> Iterator[Path]:
         if target.exists():
             os.rename(target, old)
         os.rename(new, target)
+        try:
+            if check is not None:
+                check(target)
+        except BaseException:
+            os.rename(target, new)
+            if old.exists():
+                os.rename(old, target)
+            raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     from transformers import PreTrainedModel
 
@@ -117,11 +117,15 @@ def _mlp_forward(mlp: Any) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-def fuse_blocks(lm: PreTrainedModel) -> int:
+def fuse_blocks(lm: PreTrainedModel, known: Collection[str] | None = None) -> list[str]:
     """Replaces the forward passes of RMS norms and SiLU-gated MLPs in place; names of parameters stay.
 
+    Args:
+        lm: Causal LM.
+        known: Names of the modules that another rank has compared, where this one has no weights yet.
+
     Returns:
-        How many modules were replaced.
+        Names of the modules that were replaced.
     """
     feeding = {
         id(child)
@@ -129,17 +133,17 @@ def fuse_blocks(lm: PreTrainedModel) -> int:
         for name, child in module.named_children()
         if name in PRE_NORMS and {n for n, _ in module.named_children() if n.endswith("norm")} == PRE_NORMS
     }
-    replaced = 0
-    for module in lm.modules():
+    replaced = []
+    for name, module in lm.named_modules():
         if type(module).__name__.endswith("RMSNorm") and "variance_epsilon" in vars(module):
             width, forward = module.weight.shape[-1], _norm_forward(module, id(module) in feeding)
-        elif {"gate_proj", "up_proj", "down_proj", "act_fn"} <= {name for name, _ in module.named_children()}:
+        elif {"gate_proj", "up_proj", "down_proj", "act_fn"} <= {child for child, _ in module.named_children()}:
             width, forward = getattr(module.gate_proj, "in_features", 0), _mlp_forward(module)
         else:
             continue
-        if _same(module, forward, width):
+        if name in known if known is not None else _same(module, forward, int(width)):
             module.forward = forward  # type: ignore[method-assign, assignment]
-            replaced += 1
+            replaced.append(name)
     return replaced
 
 

@@ -5,7 +5,7 @@ Letters: B prompts, T tokens of the longest prompt, R answers per prompt.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from torch import Tensor
 from lit_sft.types import UserError
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass
@@ -56,6 +56,19 @@ class GenerationOptions:
 
 
 _SAMPLING = ("temperature", "top_p", "top_k", "num_return_sequences")
+
+
+def stop_token_ids(
+    tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None, extra: Iterable[int] = ()
+) -> list[int]:
+    """Every id that ends an answer: eos of tokenizer and generation config, and `extra` (ends of turn); sorted."""
+    stops = {int(token_id) for token_id in extra}
+    if tokenizer.eos_token_id is not None:
+        stops.add(int(tokenizer.eos_token_id))
+    eos = None if generation_config is None else generation_config.eos_token_id
+    if eos is not None:
+        stops.update([eos] if isinstance(eos, int) else map(int, eos))
+    return sorted(stops)
 
 
 def left_pad(prompt_ids: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
@@ -111,7 +124,7 @@ def generate(
     """
     _check_room(lm, int(attention_mask.sum(1).max()), options.max_new_tokens)
     run: Callable[..., Tensor] = entry if entry is not None else lm.generate  # type: ignore[assignment]
-    with _ready_to_generate(lm):
+    with _ready_to_generate(lm, cast=not synced):
         output = run(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -132,8 +145,13 @@ def decode_completion(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], st
     return text
 
 
+def context_length(config: PretrainedConfig) -> int | None:
+    """Tokens that a model can read; None where there is no limit, as in recurrent ones."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def _check_room(lm: PreTrainedModel, prompt_length: int, max_new_tokens: int) -> None:
-    context = getattr(lm.config.get_text_config(), "max_position_embeddings", None)  # recurrent models have no limit
+    context = context_length(lm.config)
     if context is not None and prompt_length + max_new_tokens > context:
         raise UserError(
             f"a prompt of {prompt_length} tokens and model.generation.max_new_tokens {max_new_tokens} exceed the "
@@ -161,22 +179,30 @@ def _generation_config(options: GenerationOptions, stop_ids: Sequence[int], pad_
 
 
 @contextmanager
-def _ready_to_generate(lm: PreTrainedModel) -> Iterator[None]:
+def _ready_to_generate(lm: PreTrainedModel, cast: bool) -> Iterator[None]:
     """Evaluation mode, no inherited generation settings, no autocast; everything is put back afterwards.
 
     Evaluation mode also switches gradient checkpointing off, which would forbid the cache of keys and values. Autocast
-    would cast every weight again for every token; without it the weights are used in the type they are stored in, which
-    for fp32 weights is exact.
+    would cast every weight again for every token; with `cast` they are cast once instead where it is to bf16, which
+    costs half of the weights in memory. Sharded ones are gathered in the type that sharding was told. In fp16 a model
+    that was trained in bf16 may overflow, so there the weights stay as they are stored.
     """
+    dtype = torch.get_autocast_dtype(lm.device.type)
+    cast = cast and torch.is_autocast_enabled(lm.device.type) and dtype == torch.bfloat16
+    stored = [(p, p.data) for p in lm.parameters() if p.dtype == torch.float32] if cast else []
     # `generate` fills what a config leaves open from this one: repetition penalties, say, or a length.
     own_generation_config = lm.generation_config
     training = [module for module in lm.modules() if module.training]
     lm.generation_config = _new_generation_config()
     lm.train(False)
+    for parameter, weight in stored:
+        parameter.data = weight.to(dtype)
     try:
         with torch.autocast(lm.device.type, enabled=False):
             yield
     finally:
+        for parameter, weight in stored:
+            parameter.data = weight
         lm.generation_config = own_generation_config
         for module in training:
             module.training = True

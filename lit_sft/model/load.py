@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,7 +12,7 @@ import torch
 from lit_sft.types import UserError
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 HUB_TIMEOUT_SECONDS = 3.0
 """How long the hub may take to say whether it has a model, before the local cache is asked instead."""
@@ -107,6 +106,7 @@ def load_model(
     trust_remote_code: bool = False,
     seed: int,
     quantization_config: Any = None,
+    on_meta: bool = False,
 ) -> PreTrainedModel:
     """Loads the causal LM, or builds it with random weights from its config.
 
@@ -121,6 +121,7 @@ def load_model(
         trust_remote_code: Whether Python files beside the weights may be run.
         seed: Seed of the random weights.
         quantization_config: transformers' config of how pretrained weights are quantized, or None.
+        on_meta: Build it without weights, on the meta device.
 
     Raises:
         UserError: If this is no causal LM, or if its weights cannot be read.
@@ -131,7 +132,10 @@ def load_model(
     if quantization_config is not None:  # on the CPU, from where the strategy moves it
         arguments |= {"quantization_config": quantization_config, "device_map": {"": "cpu"}}
     try:
-        model = _random_model(config, arguments, seed) if init == "random" else _pretrained_model(path, arguments)
+        if on_meta or init == "random":
+            model = _random_model(config, arguments, seed, "meta" if on_meta else "cpu")
+        else:
+            model = _pretrained_model(path, arguments)
     except (ImportError, ValueError) as error:
         if isinstance(error, UserError) or ("attn_implementation" not in str(error) and "Flash" not in str(error)):
             raise
@@ -140,17 +144,12 @@ def load_model(
     return model
 
 
-def stop_token_ids(
-    tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None, extra: Iterable[int] = ()
-) -> list[int]:
-    """Every id that ends an answer: eos of tokenizer and generation config, and `extra` (ends of turn); sorted."""
-    stops = {int(token_id) for token_id in extra}
-    if tokenizer.eos_token_id is not None:
-        stops.add(int(tokenizer.eos_token_id))
-    eos = None if generation_config is None else generation_config.eos_token_id
-    if eos is not None:
-        stops.update([eos] if isinstance(eos, int) else map(int, eos))
-    return sorted(stops)
+def read_generation_config(model: PreTrainedModel, path: str) -> None:
+    """Takes over the generation config of another directory, an adapter's say, where it has one."""
+    from transformers import GenerationConfig
+
+    if (Path(path) / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
 
 
 def _fetch(repo_id: str, revision: str | None, key: str) -> str:
@@ -251,11 +250,11 @@ def _check_causal(config: PretrainedConfig, path: str) -> None:
         raise UserError(f"{path} holds a {names[0]}, {remedy}")
 
 
-def _random_model(config: PretrainedConfig, arguments: dict[str, Any], seed: int) -> PreTrainedModel:
+def _random_model(config: PretrainedConfig, arguments: dict[str, Any], seed: int, device: str) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     factory: Any = AutoModelForCausalLM
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+    with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.default_generator.manual_seed(seed)
         model: PreTrainedModel = factory.from_config(config, **arguments)
     return model

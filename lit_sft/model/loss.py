@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CHUNK_ELEMENTS = 2**26
-"""Logits held at once (C x V) in compute type, 128 MiB in bf16. Every chunk adds to the whole gradient of the head,
-which costs as much as its product for 128 targets (V 49,152, a CPU), so chunks are few.
+"""Logits held at once (C x V) in compute type, 128 MiB in bf16. Every chunk adds to the whole gradient of the head, and
+that costs as much as its product for 128 targets (V 49,152, a CPU), so chunks are few.
 """
 PIECE_ELEMENTS = {"cpu": 2**21, "cuda": 2**24}
 """Logits of a chunk that are turned into gradients at once, in fp32. 8 MiB stay in a CPU's cache; on a GPU few launches
@@ -177,6 +177,8 @@ class CausalLMLoss(nn.Module):
         super().__init__()
         self.lm = lm
         self.options = options or LossOptions()
+        self.fused: list[str] = []
+        """Modules of the LM whose forward pass was replaced (see `fused`)."""
         self.separate_rows = False
         """Set where the model would mix examples of a pack: each becomes a padded row of its own."""
         head = lm.get_output_embeddings()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lit_sft.types import UserError
@@ -69,9 +70,17 @@ def apply_compile(lm: PreTrainedModel) -> None:
 
 
 def apply_fsdp2(
-    loss: nn.Module, lm: PreTrainedModel, mesh: DeviceMesh, compute_dtype: torch.dtype, cpu_offload: bool
+    loss: nn.Module,
+    lm: PreTrainedModel,
+    mesh: DeviceMesh,
+    compute_dtype: torch.dtype,
+    *,
+    cpu_offload: bool = False,
+    reshard_after_forward: bool = True,
 ) -> None:
     """Shards each block, then the rest (embedding, norm, head) with the module that computes the loss.
+
+    What is on the meta device on ranks other than 0 gets the values of rank 0.
 
     Args:
         loss: Module whose forward uses the head, so that it is gathered there.
@@ -79,6 +88,7 @@ def apply_fsdp2(
         mesh: Data-parallel mesh of one dimension.
         compute_dtype: Type of the gathered parameters; gradients are reduced in fp32.
         cpu_offload: Keep shards and optimizer state in host memory.
+        reshard_after_forward: Free a block's gathered parameters between its forward and its backward pass.
     """
     from torch.distributed.fsdp import (
         CPUOffloadPolicy,
@@ -91,12 +101,75 @@ def apply_fsdp2(
     options: dict[str, Any] = {
         "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32),
-        "offload_policy": CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
+        "offload_policy": CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if cpu_offload else OffloadPolicy(),
     }
+    whole = {name: tensor.detach() for name, tensor in _tensors(loss).items()}
     for layer in decoder_layers(lm):
-        fully_shard(layer, **options)
+        fully_shard(layer, reshard_after_forward=reshard_after_forward, **options)
     fully_shard(loss, **options)
     register_fsdp_forward_method(loss, "generate")
+    if mesh.size() > 1:
+        _fill_from_rank_zero(loss, whole, mesh, cpu_offload)
+
+
+def tell(value: Any) -> Any:
+    """The value of rank 0, on every rank. A collective call."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def follow_rank_zero(loss: nn.Module) -> None:
+    """Gives what was built on the meta device the types that rank 0 loaded. A collective call.
+
+    Raises:
+        UserError: On every rank, if rank 0 built something else than another, which it cannot fill then.
+    """
+    ours = _tensors(loss)
+    shapes = {name: tuple(tensor.shape) for name, tensor in ours.items()}
+    rank_zero_shapes, dtypes = tell((shapes, {name: tensor.dtype for name, tensor in ours.items()}))
+    strangers = {name for name, _ in shapes.items() ^ rank_zero_shapes.items()}
+    for name, module in loss.named_modules():  # tensors that are neither parameters nor buffers could not be filled
+        strangers |= {f"{name}.{key}" for key, value in vars(module).items() if _is_meta(value)}
+    everywhere: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everywhere, sorted(strangers))
+    if found := [name for names in everywhere for name in names]:
+        raise UserError(f"the model is built differently without its weights ({found[0]}): set trainer.strategy to ddp")
+    for name, tensor in ours.items():
+        tensor.data = tensor.data.to(dtypes[name])
+
+
+@torch.no_grad()
+def _fill_from_rank_zero(loss: nn.Module, whole: dict[str, Tensor], mesh: DeviceMesh, cpu_offload: bool) -> None:
+    """Gives every rank its shards of what rank 0 holds, one tensor after the other; buffers whole.
+
+    Args:
+        loss: The sharded module.
+        whole: Its tensors before sharding, by name; only those of rank 0 have values. Used up.
+        mesh: Data-parallel mesh.
+        cpu_offload: Whether shards live in host memory.
+    """
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if dist.get_rank() > 0:
+        loss.to_empty(device="cpu" if cpu_offload else mesh.device_type)
+    for name, tensor in _tensors(loss).items():
+        full = whole.pop(name)
+        full = torch.empty_like(full, device=mesh.device_type) if full.is_meta else full.to(mesh.device_type)
+        if isinstance(tensor, DTensor):
+            tensor.to_local().copy_(distribute_tensor(full.contiguous(), mesh, tensor.placements).to_local())
+        else:
+            dist.broadcast(full := full.contiguous(), src=0)
+            tensor.copy_(full)
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, those too that a state dict leaves out; tied ones once."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def _is_meta(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_meta
 
 
 def full_state_dict(module: nn.Module) -> dict[str, Tensor]:
@@ -109,9 +182,24 @@ def full_state_dict(module: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def wrap_layers_with_fsdp(strategy_options: dict[str, Any], lm: PreTrainedModel) -> None:
-    """Tells Lightning's FSDPStrategy (FSDP1) to wrap the decoder layers, unless the user gave a policy."""
+def wrap_layers_with_fsdp(strategy: Any, lm: PreTrainedModel) -> None:
+    """Completes Lightning's FSDPStrategy (FSDP1) where the user left it open: what is wrapped, and in which types.
+
+    Raises:
+        UserError: Weights of several types, which FSDP1 cannot shard together.
+    """
+    from torch.distributed.fsdp import MixedPrecision
     from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
-    strategy_options.setdefault("auto_wrap_policy", ModuleWrapPolicy({type(layer) for layer in decoder_layers(lm)}))
-    strategy_options.setdefault("use_orig_params", True)
+    if len(types := {str(parameter.dtype).removeprefix("torch.") for parameter in lm.parameters()}) > 1:
+        raise UserError(
+            f"trainer.strategy fsdp cannot shard {' and '.join(sorted(types))} weights together: set it to fsdp2, or "
+            "model.dtype to float32"
+        )
+    strategy.kwargs.setdefault("auto_wrap_policy", ModuleWrapPolicy({type(layer) for layer in decoder_layers(lm)}))
+    strategy.kwargs.setdefault("use_orig_params", True)
+    if strategy.mixed_precision is None and strategy.precision_plugin.precision == "bf16-mixed":
+        # Lightning would also reduce gradients and round the rotary frequencies in bf16.
+        strategy.mixed_precision = MixedPrecision(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, buffer_dtype=torch.float32
+        )

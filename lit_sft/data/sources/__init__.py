@@ -15,14 +15,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from glob import glob, has_magic
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lit_sft.data.sources.files import DATA_FILE, FilePart, dataset_part, open_file
+from lit_sft.data.sources.files import DATA_FILE, FilePart, _ArrowRows, _content_hash, open_file
 from lit_sft.data.sources.hub import load_hub, load_saved
-from lit_sft.data.sources.rows import Rows, join, limit, mix, split_rows, subset
+from lit_sft.data.sources.rows import Rows, by_source, join, limit, mix, split_rows, subset
 from lit_sft.types import UserError
 
-__all__ = ["Rows", "limit", "open_rows", "split_rows", "subset"]
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+__all__ = ["Rows", "by_source", "limit", "open_rows", "split_rows", "subset"]
 
 ENTRY_KEYS = ("path", "name", "split", "weight")
 NO_DATA = ("dataset_info.json", "dataset_infos.json")
@@ -125,7 +128,7 @@ class _Opener:
             rows = self.builtin(path.removeprefix("builtin:"), self.split)
             return [FilePart(path, hashlib.sha256(json.dumps(rows).encode()).hexdigest(), rows)]
         if any(os.path.isfile(os.path.join(place, name)) for name in ("state.json", "dataset_dict.json")):
-            return [dataset_part(path, load_saved(place, self.split, self.key), self.split)]
+            return [_dataset_part(path, load_saved(place, self.split, self.key), self.split)]
         if os.path.isdir(place):
             return [open_file(file, self.key, self.cache_dir) for file in self._files_of_split(place)]
         if os.path.exists(place):
@@ -137,7 +140,7 @@ class _Opener:
             return [open_file(file, self.key, self.cache_dir) for file in files]
         if DATA_FILE.search(path) or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", path):
             raise UserError(f"file not found: `{path}`; correct `{self.key}` (relative paths start at {os.getcwd()})")
-        return [dataset_part(path, load_hub(path, config, self.split, self.key), self.split)]
+        return [_dataset_part(path, load_hub(path, config, self.split, self.key), self.split)]
 
     def _files_of_split(self, folder: str) -> list[str]:
         """The data files in a folder by name; where names tell splits (train.jsonl, test/0.parquet), those of ours."""
@@ -160,3 +163,10 @@ class _Opener:
                 f"`{folder}` has files of ({names}), {self.split} is asked for; name files or a glob in `{self.key}`"
             )
         return splits[self.split]
+
+
+def _dataset_part(name: str, dataset: Dataset, split: str) -> FilePart:
+    """A data set that lies in Arrow files already; `split` tells apart slices of the same files."""
+    files = _content_hash(*(file["filename"] for file in dataset.cache_files))
+    told = repr((files, split, len(dataset), dataset.column_names))
+    return FilePart(name, hashlib.sha256(told.encode()).hexdigest(), _ArrowRows(dataset))

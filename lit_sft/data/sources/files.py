@@ -14,6 +14,7 @@ import re
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ DATA_FILE = re.compile(r"(\.jsonl|\.ndjson|\.json|\.csv|\.tsv|\.parquet|\.arrow)
 _CODECS = {".gz": "gzip", ".zst": "zstd"}
 _ROW_KEYS = ("messages", "conversations", "prompt", "completion", "tools")
 _BLOCK = 1 << 22
+_STARTED = time.time()  # what is older was not changed during the run
 
 
 @dataclass(frozen=True)
@@ -50,15 +52,10 @@ class FilePart:
     """N numbers: the line of each row, counted from 0, where the file has lines."""
 
     def __len__(self) -> int:
-        """Number of rows N."""
         return len(self.rows)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        """Row `i`.
-
-        Raises:
-            UserError: It cannot be read; the message does not say where, see `where`.
-        """
+        """Row `i`; a `UserError` where it cannot be read does not say where that is, see `where`."""
         if not isinstance(row := self.rows[i], dict):
             raise UserError(f"the row is a {type(row).__name__}, expected an object; repair or remove it")
         return row
@@ -69,15 +66,10 @@ class FilePart:
 
 
 def open_file(path: str, key: str, cache_dir: str | Path | None) -> FilePart:
-    """Open a json, jsonl, ndjson, csv, tsv, parquet or arrow file, also with .gz or .zst.
+    """Open a json, jsonl, ndjson, csv, tsv, parquet or arrow file, also with .gz or .zst; `UserError` if it is none.
 
-    Args:
-        path: The file.
-        key: The setting it comes from, such as `data.train`, for messages.
-        cache_dir: Where an unpacked or converted copy goes; by default beside the cache of `datasets`.
-
-    Raises:
-        UserError: It cannot be read as what its name says.
+    `key` is the setting it comes from, such as `data.train`, for messages. An unpacked or converted copy goes to
+    `cache_dir`, by default beside the cache of `datasets`.
     """
     import pyarrow as pa
 
@@ -91,7 +83,8 @@ def open_file(path: str, key: str, cache_dir: str | Path | None) -> FilePart:
         if found[1] == ".json" and (array := _read_json(plain)) is not None:
             return FilePart(path, fingerprint, array)
         starts, lines = _index_lines(plain)
-        return FilePart(path, fingerprint, _JsonLines(plain, fingerprint, starts, lines), lines)
+        own = fingerprint if plain == path else _content_hash(plain)
+        return FilePart(path, fingerprint, _JsonLines(plain, own, starts, lines), lines)
     except (OSError, ValueError, RecursionError, csv.Error, pa.ArrowException) as error:
         raise UserError(f"cannot read `{path}` (`{key}`): {_reason(error)}") from error
 
@@ -108,7 +101,6 @@ def _reason(error: Exception) -> str:
 
 class _Indexed(Protocol):
     def __len__(self) -> int: ...
-
     def __getitem__(self, i: int, /) -> Any: ...
 
 
@@ -126,7 +118,11 @@ class _JsonLines:
 
     def __getitem__(self, i: int) -> Any:
         start, end = self.starts[self.lines[i]], self.starts[self.lines[i] + 1]
-        line = os.pread(_handle(self.path, self.fingerprint).fileno(), end - start, start)
+        file = _handle(self.path, self.fingerprint).fileno()
+        is_old = (status := os.fstat(file)).st_mtime < _STARTED and status.st_size == self.starts[-1]
+        if not is_old and not _is_same(self.path, self.fingerprint, status.st_size, status.st_mtime_ns):
+            raise UserError("the file was changed during the run; restore it, or run anew")
+        line = os.pread(file, end - start, start)
         try:
             return json.loads(line.decode("utf-8-sig"))
         except UnicodeDecodeError as error:
@@ -140,6 +136,11 @@ class _JsonLines:
 @lru_cache(maxsize=64)
 def _handle(path: str, fingerprint: str) -> BinaryIO:
     return open(path, "rb", buffering=0)
+
+
+@lru_cache(maxsize=64)
+def _is_same(path: str, fingerprint: str, size: int, time_ns: int) -> bool:
+    return _content_hash(path) == fingerprint
 
 
 @dataclass(frozen=True, eq=False)
@@ -291,10 +292,3 @@ def _read_arrow(path: str) -> datasets.Dataset:
         return Dataset.from_file(path)
     except pa.ArrowInvalid:  # not the streaming kind of Arrow file that `datasets` writes
         return Dataset(InMemoryTable(pa.ipc.open_file(pa.memory_map(path)).read_all()))
-
-
-def dataset_part(name: str, dataset: datasets.Dataset, split: str) -> FilePart:
-    """A data set that lies in Arrow files already; `split` tells apart slices of the same files."""
-    files = _content_hash(*(file["filename"] for file in dataset.cache_files))
-    told = repr((files, split, len(dataset), dataset.column_names))
-    return FilePart(name, hashlib.sha256(told.encode()).hexdigest(), _ArrowRows(dataset))

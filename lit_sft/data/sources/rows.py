@@ -75,6 +75,10 @@ class Rows:
         """Columns of the first 100 rows."""
         return list({column: None for row in self.head(100) for column in row})
 
+    def source_of(self, i: int) -> int:
+        """Which of `sources` row `i` comes from."""
+        return 0 if len(self.sources) == 1 else int(subset(self, [i]).source_ids()[0])
+
     def source_ids(self) -> Index:
         """[N] int64: which of `sources` each row comes from."""
         part_ids = np.searchsorted(self._ends, self.origins, side="right")
@@ -130,15 +134,33 @@ def subset(rows: Rows, indices: npt.ArrayLike) -> Rows:
     return replace(rows, origins=rows.origins[np.asarray(indices, dtype=np.int64)])
 
 
+def by_source(rows: Rows) -> dict[int, Rows]:
+    """The rows of each member of a mixture that has any left, by its place in `Rows.sources`."""
+    if len(rows.sources) == 1:
+        return {0: rows}
+    ids = rows.source_ids()
+    return {int(n): replace(subset(rows, np.flatnonzero(ids == n)), name=rows.sources[n][0]) for n in np.unique(ids)}
+
+
 def limit(rows: Rows, count: int) -> Rows:
-    """The first `count` rows (`data.max_samples`); of a mixture these are rows of its first members.
+    """The first `count` rows (`data.max_samples`); of a mixture the first rows of each member, in proportion.
 
     Raises:
         UserError: `count` is not positive.
     """
     if count < 1:
         raise UserError(f"`data.max_samples` is {count}, expected at least 1 (or null for all rows)")
-    return subset(rows, np.arange(min(count, len(rows))))
+    count = min(count, len(rows))
+    if len(rows.sources) == 1:
+        return subset(rows, np.arange(count))
+    ids = rows.source_ids()
+    sizes = np.bincount(ids, minlength=len(rows.sources))
+    exact = sizes * count / len(rows)
+    shares = np.floor(exact).astype(np.int64)
+    largest_rests = np.argsort(shares - exact, kind="stable")[: count - shares.sum()]
+    shares[largest_rests] += 1
+    chosen = [np.flatnonzero(ids == source)[:share] for source, share in enumerate(shares)]
+    return subset(rows, np.sort(np.concatenate(chosen)))
 
 
 def split_rows(n: int, val_size: float, seed: int, origins: Index | None = None) -> tuple[Index, Index]:

@@ -2,12 +2,11 @@
 
 from lit_sft.model.adapters.lora import LoraConfig, apply_lora, is_adapter_dir, lift_trained, load_adapter
 from lit_sft.model.adapters.merging import dequantized, merge, merge_error
-from lit_sft.model.adapters.trained import check_trained, set_trainable
+from lit_sft.model.adapters.trained import set_trainable
 
 __all__ = [
     "LoraConfig",
     "apply_lora",
-    "check_trained",
     "dequantized",
     "is_adapter_dir",
     "lift_trained",

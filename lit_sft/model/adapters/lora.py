@@ -145,9 +145,9 @@ def load_adapter(
     if not is_adapter_dir(path) or not weights.is_file():
         raise UserError(f"{path} is no adapter directory (adapter_config.json and adapter_model.safetensors)")
     try:
-        config = PeftConfig.from_pretrained(path)
+        config: Any = PeftConfig.from_pretrained(path)
         if config.peft_type != "LORA":
-            raise UserError(f"the adapter {path} is {config.peft_type}; only LoRA and its relatives are known")
+            raise UserError(f"the adapter {path} is {config.peft_type.value}; only LoRA and its relatives are known")
         if base_name is not None:
             _check_base(path, config.base_model_name_or_path, base_name)
         with safe_open(weights, framework="pt") as file:

@@ -36,7 +36,7 @@ def merge(model: PeftModel, probe_ids: Tensor | None = None) -> PreTrainedModel:
     from peft.utils import ModulesToSaveWrapper
 
     before = None if probe_ids is None else _logits(model, probe_ids)
-    dtype = next(p.dtype for p in model.parameters() if not p.requires_grad)
+    dtype = _base_dtype(model)
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
             weight: Any = module.get_base_layer().weight
@@ -75,8 +75,9 @@ def dequantized(model: PeftModel) -> PeftModel:
 
     config: Any = model.peft_config["default"]
     trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    dtype = _base_dtype(model)
     base: Any = model.unload()
-    base.dequantize(base.dtype)
+    base.dequantize(dtype).to(dtype)  # peft leaves what is trained whole in its place, in fp32
     config.init_lora_weights = True  # values that follow; other starts would change the base
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="You are trying to modify a model with PEFT for a second time")
@@ -84,8 +85,12 @@ def dequantized(model: PeftModel) -> PeftModel:
     own = {name: p for name, p in again.named_parameters() if p.requires_grad}
     assert own.keys() == trained.keys()
     for name, value in trained.items():
-        own[name].data = value
+        own[name].data = value.to(dtype) if ".modules_to_save." in name else value
     return again  # type: ignore[no-any-return]
+
+
+def _base_dtype(model: nn.Module) -> torch.dtype:
+    return next(p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point())
 
 
 def _logits(model: nn.Module, input_ids: Tensor) -> Tensor:

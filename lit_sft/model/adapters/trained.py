@@ -1,11 +1,11 @@
-"""The trained part of a model: chosen by name, and compared with that of a checkpoint."""
+"""The trained part of a model, chosen by name."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
-from torch import Tensor, nn
+from torch import nn
 
 from lit_sft.types import UserError
 
@@ -31,27 +31,3 @@ def set_trainable(model: nn.Module, patterns: Iterable[str]) -> None:
             raise UserError(f"model.trainable: {pattern!r} matches no parameter; there are names such as {examples}")
         for parameter in found:
             parameter.requires_grad_(True)
-
-
-def check_trained(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Refuses trained tensors of a checkpoint that are not those of the model.
-
-    Args:
-        model: Its trained parameters are compared, by name and shape.
-        state: The trained tensors of a checkpoint; without them a place would keep its start values in silence.
-
-    Raises:
-        UserError: A name or a shape differs.
-    """
-    own = {name: parameter.shape for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if strangers := sorted(own.keys() ^ state.keys()):
-        raise UserError(
-            f"the checkpoint holds {len(state)} trained tensors and the model {len(own)}; {strangers[0]} is in one of "
-            "them only: set model.lora and model.add_tokens as they were in training"
-        )
-    for name, shape in own.items():
-        if shape != state[name].shape:
-            raise UserError(
-                f"{name} is {list(state[name].shape)} in the checkpoint and {list(shape)} in the model: set "
-                "model.lora.r and model.model_name_or_path as they were in training"
-            )

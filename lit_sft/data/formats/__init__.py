@@ -6,15 +6,17 @@ A key that is null counts as absent, because Arrow fills the fields that a row d
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
 from string import Formatter
-from textwrap import shorten
 from typing import Any
 
+from lit_sft.data.formats.placeholders import find_placeholders
+from lit_sft.data.formats.values import as_object, as_objects, check_text, kind, listed, required, typed
 from lit_sft.types import Conversation, Message, UserError
+
+__all__ = ["FORMATS", "conversation_to_prompt", "detect_format", "find_placeholders", "to_conversation"]
 
 FORMATS = ("messages", "sharegpt", "alpaca", "prompt_completion", "text")
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -29,7 +31,6 @@ _SPEAKER_ROLES = (
 )
 _TEXT_KEYS = ("name", "tool_call_id", "thinking", "reasoning", "reasoning_content")
 _ALIASES = {"thinking": "reasoning_content", "reasoning": "reasoning_content"}
-_TYPE_NAMES: dict[type, str] = {str: "a string", list: "a list", dict: "an object"}
 
 _Turn = tuple[str, Message]  # the key that the turn was read from, for error messages, and the turn
 
@@ -46,11 +47,11 @@ def detect_format(
         return "prompt_completion", "format prompt_completion, because `data.prompt_template` is set"
     columns = {name: None for row in rows for name in row}
     columns |= {name: value for row in rows for name, value in row.items() if value is not None}
-    columns = _object(_rename(columns, column_mapping), "rows")
+    columns = as_object(_rename(columns, column_mapping), "rows")
     first = next((name for name in _FIRST_COLUMNS if name in columns), None)
     if first is None:
         raise UserError(
-            f"no format fits the columns {_names(columns)}: {_names(FORMATS)} start from {_names(_FIRST_COLUMNS)}; see "
+            f"no format fits the columns {listed(columns)}: {listed(FORMATS)} start from {listed(_FIRST_COLUMNS)}; see "
             "`data.column_mapping` (such as {question: prompt, answer: completion}) and `data.format`"
         )
     return _FIRST_COLUMNS[first], f"format {_FIRST_COLUMNS[first]}, because the rows have the column `{first}`"
@@ -80,14 +81,14 @@ def to_conversation(
         UserError: The row does not fit; the message names neither file nor row number.
     """
     if format not in FORMATS:
-        raise UserError(f"`data.format` is {format!r}, expected one of auto, {_names(FORMATS)}")
+        raise UserError(f"`data.format` is {format!r}, expected one of auto, {listed(FORMATS)}")
     if prompt_template is not None and format not in ("alpaca", "prompt_completion"):
         raise UserError(f"`data.prompt_template` fills in columns, but `data.format` is {format}; unset one of them")
-    row = _object(_rename(row, column_mapping), "row")
+    row = as_object(_rename(row, column_mapping), "row")
     if format == "text":
-        if not (text := _typed(_get(row, "text"), str, "text")).strip():
+        if not (text := typed(required(row, "text"), str, "text")).strip():
             raise UserError("`text` is blank; remove the row")
-        _check_text(text, "text")
+        check_text(text, "text")
         return Conversation(messages=(), text=text)
     turns = _READERS[format](row) if prompt_template is None else _read_template(row, prompt_template)
     has_system = any(message.role in ("system", "developer") for _, message in turns)
@@ -98,7 +99,10 @@ def to_conversation(
     if not need_answer and turns and turns[-1][1] == Message("assistant", ""):
         turns = turns[:-1]
     _check_turns(turns, need_answer)
-    return Conversation(tuple(message for _, message in turns), _read_tools(row.get("tools") or []))
+    fields = () if prompt_template is None else _fields(prompt_template)
+    blank = tuple(name for name in fields if row[name] == "")
+    messages = tuple(message for _, message in turns)
+    return Conversation(messages, _read_tools(row.get("tools") or []), blank=blank)
 
 
 def conversation_to_prompt(conversation: Conversation) -> tuple[Conversation, str | None]:
@@ -108,40 +112,34 @@ def conversation_to_prompt(conversation: Conversation) -> tuple[Conversation, st
     return conversation, None
 
 
-def find_placeholders(conversation: Conversation) -> set[str]:
-    """The `{{name}}` marks that nobody filled in. They are trained as they stand, so the caller should warn."""
-    text = "\n".join((conversation.text or "", *(message.content for message in conversation.messages)))
-    return {f"{{{{{name}}}}}" for name in re.findall(r"\{\{\s*(\w+)\s*\}\}", text)}
-
-
 def _rename(row: Mapping[str, Any], column_mapping: Mapping[str, str] | None) -> dict[str, Any]:
     mapping = column_mapping or {}
     if missing := [column for column in mapping if column not in row]:
-        raise UserError(f"`data.column_mapping` names `{missing[0]}`, but the columns are {_names(row)}")
+        raise UserError(f"`data.column_mapping` names `{missing[0]}`, but the columns are {listed(row)}")
     renamed = {mapping.get(column, column): value for column, value in row.items()}
     if len(renamed) < len(row):
-        raise UserError(f"`data.column_mapping` gives two of the columns {_names(row)} one name; choose other names")
+        raise UserError(f"`data.column_mapping` gives two of the columns {listed(row)} one name; choose other names")
     return renamed
 
 
 def _read_turns(row: Mapping[str, Any], column: str, role: str = "", train: bool | None = None) -> list[_Turn]:
     """The list of turns in a column; with `role` a plain string is one turn of that role."""
-    value = _get(row, column)
+    value = required(row, column)
     if role and not isinstance(value, list):
         return [_turn(role, value, column)]
-    turns = enumerate(_typed(value, list, column))
+    turns = enumerate(typed(value, list, column))
     return [(key := f"{column}[{i}]", _message(turn, key, train)) for i, turn in turns]
 
 
 def _read_sharegpt(row: Mapping[str, Any]) -> list[_Turn]:
     turns = []
-    for i, value in enumerate(_typed(_get(row, "conversations"), list, "conversations")):
-        turn = _object(value, key := f"conversations[{i}]")
-        speaker = _get(turn, name := "from" if "from" in turn else "role", f"{key}.from")
+    for i, value in enumerate(typed(required(row, "conversations"), list, "conversations")):
+        turn = as_object(value, key := f"conversations[{i}]")
+        speaker = required(turn, name := "from" if "from" in turn else "role", f"{key}.from")
         if (role := _SPEAKER_ROLES.get(str(speaker))) is None:
-            raise UserError(f"`{key}.{name}` is {speaker!r:.40}, expected one of {_names(_SPEAKER_ROLES)}")
+            raise UserError(f"`{key}.{name}` is {speaker!r:.40}, expected one of {listed(_SPEAKER_ROLES)}")
         if "value" in turn:
-            turn["content"] = _typed(turn["value"], str, f"{key}.value")
+            turn["content"] = typed(turn["value"], str, f"{key}.value")
         if role == "function_call":
             role, turn["tool_calls"] = "assistant", turn.pop("content", None)
         turns.append((key, _message({**turn, "role": role}, key)))
@@ -150,11 +148,11 @@ def _read_sharegpt(row: Mapping[str, Any]) -> list[_Turn]:
 
 def _read_alpaca(row: Mapping[str, Any]) -> list[_Turn]:
     turns: list[_Turn] = []
-    for i, pair in enumerate(_typed(row.get("history", []), list, "history")):
+    for i, pair in enumerate(typed(row.get("history", []), list, "history")):
         if not isinstance(pair, list) or len(pair) != 2:
-            raise UserError(f"`history[{i}]` is {_kind(pair)}, expected a pair [question, answer]")
+            raise UserError(f"`history[{i}]` is {kind(pair)}, expected a pair [question, answer]")
         turns += [_turn("user", pair[0], f"history[{i}][0]"), _turn("assistant", pair[1], f"history[{i}][1]")]
-    parts = _typed(_get(row, "instruction"), str, "instruction"), _typed(row.get("input", ""), str, "input")
+    parts = typed(required(row, "instruction"), str, "instruction"), typed(row.get("input", ""), str, "input")
     turns.append(_turn("user", "\n".join(filter(None, parts)), "instruction"))
     return [*turns, _turn("assistant", row["output"], "output")] if "output" in row else turns
 
@@ -169,18 +167,25 @@ def _read_prompt_completion(row: Mapping[str, Any]) -> list[_Turn]:
 
 
 def _read_template(row: Mapping[str, Any], template: str) -> list[_Turn]:
+    fields = _fields(template)
+    for name in fields:
+        if not isinstance(value := required(row, name, f"data.prompt_template {{{name}}}"), str | int | float):
+            raise UserError(f"`{name}` is {kind(value)}, but `data.prompt_template` fills in strings and numbers")
+    answers = [name for name in _ANSWER_COLUMNS if name in row and name not in fields][:1]
+    prompt = _turn("user", template.format_map(row), "data.prompt_template")
+    return [prompt, *(_turn("assistant", row[name], name) for name in answers)]
+
+
+@lru_cache(maxsize=8)
+def _fields(template: str) -> tuple[str, ...]:
+    """Columns that a template fills in."""
     try:
         fields = {name: bool(spec or cast) for _, name, spec, cast in Formatter().parse(template) if name is not None}
     except ValueError as error:
         raise UserError(f"`data.prompt_template` is broken: {error}; write {{{{ and }}}} for plain braces") from None
     if not fields or any(formatted or re.search(r"^\d*$|[.\[\]]", name) for name, formatted in fields.items()):
         raise UserError("`data.prompt_template` needs plain {column} fields and nothing else in braces; {{ is a brace")
-    for name in fields:
-        if not isinstance(value := _get(row, name, f"data.prompt_template {{{name}}}"), str | int | float):
-            raise UserError(f"`{name}` is {_kind(value)}, but `data.prompt_template` fills in strings and numbers")
-    answers = [name for name in _ANSWER_COLUMNS if name in row and name not in fields][:1]
-    prompt = _turn("user", template.format_map(row), "data.prompt_template")
-    return [prompt, *(_turn("assistant", row[name], name) for name in answers)]
+    return tuple(fields)
 
 
 _READERS: dict[str, Callable[[dict[str, Any]], list[_Turn]]] = {
@@ -193,9 +198,9 @@ _READERS: dict[str, Callable[[dict[str, Any]], list[_Turn]]] = {
 
 def _message(value: object, key: str, train: bool | None = None) -> Message:
     """One turn in OpenAI's shape; `train` is what an assistant turn gets that has no `weight` or `train` of its own."""
-    raw = _object(value, key)
-    if (role := _get(raw, "role", f"{key}.role")) not in ROLES:
-        raise UserError(f"`{key}.role` is {role!r:.40}, expected one of {_names(ROLES)}")
+    raw = as_object(value, key)
+    if (role := required(raw, "role", f"{key}.role")) not in ROLES:
+        raise UserError(f"`{key}.role` is {role!r:.40}, expected one of {listed(ROLES)}")
     calls = _read_calls(raw.get("tool_calls", []), f"{key}.tool_calls")
     if calls and role != "assistant":
         raise UserError(f"`{key}.tool_calls` is in a {role} turn, but only the assistant calls tools")
@@ -203,26 +208,26 @@ def _message(value: object, key: str, train: bool | None = None) -> Message:
     if flag not in (None, 0, 1) or (flag and role != "assistant"):
         raise UserError(f"`{key}` ({role}) has the weight {flag!r:.40}, expected 0 or 1, and 1 only in assistant turns")
     train = None if role != "assistant" else train if flag is None else bool(flag)
-    texts = {_ALIASES.get(name, name): _typed(raw[name], str, f"{key}.{name}") for name in _TEXT_KEYS if name in raw}
-    content = raw.get("content", "") if calls else _get(raw, "content", f"{key}.content")
+    texts = {_ALIASES.get(name, name): typed(raw[name], str, f"{key}.{name}") for name in _TEXT_KEYS if name in raw}
+    content = raw.get("content", "") if calls else required(raw, "content", f"{key}.content")
     return Message(role, _content(content, f"{key}.content"), tool_calls=calls or None, train=train, **texts)
 
 
 def _content(value: object, key: str) -> str:
     if not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
-        return str(_typed(value, str, key))
+        return str(typed(value, str, key))
     for i, part in enumerate(value):
         if part.get("type") != "text":
             raise UserError(f"`{key}[{i}].type` is {part.get('type')!r:.40}, but only text is trained; remove the part")
-    return "".join(_typed(part.get("text"), str, f"{key}[{i}].text") for i, part in enumerate(value))
+    return "".join(typed(part.get("text"), str, f"{key}[{i}].text") for i, part in enumerate(value))
 
 
 def _read_calls(value: object, key: str) -> tuple[dict[str, Any], ...]:
     calls = []
-    for i, call in enumerate(_objects(value, key)):
-        function = _object(call.get("function", call), f"{key}[{i}].function")
-        name = _typed(_get(function, "name", f"{key}[{i}].name"), str, f"{key}[{i}].name")
-        arguments = _typed(function.get("arguments", {}), dict, f"{key}[{i}].arguments")
+    for i, call in enumerate(as_objects(value, key)):
+        function = as_object(call.get("function", call), f"{key}[{i}].function")
+        name = typed(required(function, "name", f"{key}[{i}].name"), str, f"{key}[{i}].name")
+        arguments = typed(function.get("arguments", {}), dict, f"{key}[{i}].arguments")
         identity = {"id": call["id"]} if "id" in call else {}
         calls.append({**identity, "type": "function", "function": {"name": name, "arguments": arguments}})
     return tuple(calls)
@@ -230,13 +235,13 @@ def _read_calls(value: object, key: str) -> tuple[dict[str, Any], ...]:
 
 def _read_tools(value: object) -> tuple[dict[str, Any], ...] | None:
     """Flat schemas are put into OpenAI's envelope, as inference servers do before they render the same template."""
-    tools = _objects(value, "tools")
-    _check_text(tools, "tools")
+    tools = as_objects(value, "tools")
+    check_text(tools, "tools")
     return tuple(tool if "function" in tool else {"type": "function", "function": tool} for tool in tools) or None
 
 
 def _turn(role: str, text: object, key: str) -> _Turn:
-    return key, Message(role, _typed(text, str, key))
+    return key, Message(role, typed(text, str, key))
 
 
 def _check_turns(turns: list[_Turn], need_answer: bool) -> None:
@@ -248,53 +253,6 @@ def _check_turns(turns: list[_Turn], need_answer: bool) -> None:
     if need_answer and all(message.role != "assistant" for _, message in spoken):
         raise UserError("a row without an answer: no assistant turn; see `data.column_mapping`, or remove the row")
     for key, message in turns:
-        _check_text(message.to_dict(), key)
+        check_text(message.to_dict(), key)
         if message.role in ("user", "assistant") and not message.content.strip() and not message.tool_calls:
             raise UserError(f"the {message.role} turn `{key}` is blank; fill it in or remove the row")
-
-
-def _get(row: Mapping[str, Any], name: str, key: str = "") -> Any:
-    if name not in row:
-        remedy = "repair the row" if "[" in key else "see `data.column_mapping`"
-        raise UserError(f"`{key or name}` is missing or null (there is: {_names(row)}); {remedy}")
-    return row[name]
-
-
-def _typed(value: Any, expected: type, key: str, *, single: bool = False) -> Any:
-    """`value`, if it has the type expected; lists and objects may be JSON strings, `single` takes x for [x]."""
-    if isinstance(value, str) and expected is not str:
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"`{key}` should be {_TYPE_NAMES[expected]}, but is a string, not JSON: {error}") from None
-    if single and isinstance(value, dict):
-        return [value]
-    if not isinstance(value, expected):
-        raise UserError(f"`{key}` is {_kind(value)}, expected {_TYPE_NAMES[expected]}")
-    return value
-
-
-def _object(value: object, key: str) -> dict[str, Any]:
-    return {name: item for name, item in _typed(value, dict, key).items() if item is not None}
-
-
-def _objects(value: object, key: str) -> list[dict[str, Any]]:
-    return [_object(item, f"{key}[{i}]") for i, item in enumerate(_typed(value, list, key, single=True))]
-
-
-def _check_text(value: object, key: str) -> None:
-    try:
-        json.dumps(value, ensure_ascii=False, default=str).encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"`{key}` has a lone surrogate {error.object[error.start]!a}, not text; remove it") from None
-
-
-def _names(names: Iterable[str]) -> str:
-    return shorten(", ".join(map(str, names)), 200) or "none"
-
-
-def _kind(value: object) -> str:
-    if isinstance(value, list) and value:
-        return f"a list of {type(value[0]).__name__}"
-    name = type(value).__name__
-    return "null" if value is None else f"an {name}" if name[0] in "aeiou" else f"a {name}"

@@ -1,0 +1,169 @@
+"""Answers to held-out prompts at validation and test: their scores, and the table of them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from typing_extensions import override
+
+from lit_sft.display import answers_markdown
+from lit_sft.evaluation import choose_prompts, evaluate
+from lit_sft.model.generate import GenerationOptions, context_length
+from lit_sft.prompts import Prompt
+from lit_sft.types import Prompts
+
+log = logging.getLogger(__name__)
+
+TABLE = "evaluation.jsonl"
+SETS = {"val": "validation", "test": "test"}
+SHOWN_ROWS, SHOWN_CHARACTERS = 16, 500
+"""Of the table in TensorBoard, which keeps every version of it."""
+
+
+class Evaluation(Callback):
+    """Answers the first rows of the validation (test) set greedily and logs `val/<score>`; before training, too."""
+
+    def __init__(self) -> None:
+        self.before: dict[str, float] = {}
+        """Scores before training."""
+        self.num_validations = 0
+        self.step = 0
+        """Of the checkpoint that is evaluated."""
+        self.prompts: dict[str, list[Prompt]] = {}
+        self.is_clean = False
+        """Whether rows of the table that a resumed run makes again were dropped."""
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"before": self.before, "num_validations": self.num_validations}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.before, self.num_validations = state_dict["before"], state_dict["num_validations"]
+
+    @override
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.step = checkpoint["global_step"]
+
+    @override
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._choose(trainer, pl_module, "val")
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.global_step == 0 and self.prompts.get("val"):
+            self.before = self._evaluate(trainer, pl_module, "val", 0)
+            for logger in trainer.loggers:
+                logger.log_metrics(self.before, step=0)
+
+    @override
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._choose(trainer, pl_module, "val")
+
+    @override
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._choose(trainer, pl_module, "test")
+
+    @override
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self.prompts["val"] or trainer.sanity_checking:
+            return
+        fitting = trainer.state.fn == "fit"
+        if fitting:
+            self.num_validations += 1
+            if (self.num_validations - 1) % pl_module.evaluation.every_n_validations:  # type: ignore[union-attr, operator]
+                for name in self.before:  # else early stopping takes an old score for one that did not improve
+                    trainer.callback_metrics.pop(name, None)
+                return
+        scores = self._evaluate(trainer, pl_module, "val", trainer.global_step if fitting else self.step)
+        pl_module.log_dict(scores, prog_bar=True)
+
+    @override
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.prompts["test"]:
+            pl_module.log_dict(self._evaluate(trainer, pl_module, "test", self.step), prog_bar=True)
+
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for name, before in self.before.items():
+            if name in trainer.callback_metrics:
+                log.info("%s: %.1f %% before, %.1f %% after", name, 100 * before, 100 * trainer.callback_metrics[name])
+
+    def _choose(self, trainer: Any, module: Any, stage: str) -> None:
+        """Once, before the first step or batch: a prompt or a metric that cannot be is known at once."""
+        data, options = trainer.datamodule.data, module.evaluation
+        if stage in self.prompts:
+            return
+        self.prompts[stage] = []
+        if options is not None and SETS[stage] in data.rows:
+            asked = data.asked(data.rows[SETS[stage]], options.num_samples)
+            room = (module.generation.max_new_tokens, context_length(module.model.lm.config))
+            self.prompts[stage], message = choose_prompts(asked, options, f"data.{SETS[stage]}", *room)
+            if message:
+                log.warning(message)
+
+    def _evaluate(self, trainer: Any, module: Any, stage: str, step: int) -> dict[str, float]:
+        """Scores by the names under which they are logged; the table is written."""
+        greedy = GenerationOptions(max_new_tokens=module.generation.max_new_tokens)
+        batches = trainer.datamodule.dealt(self.prompts[stage], greedy)
+
+        def answer(prompts: Prompts) -> list[list[str]]:
+            module.between_answers()
+            answers: list[list[str]] = module.answer(prompts, greedy)
+            return answers
+
+        scores, table = evaluate(batches, answer, module.evaluation)
+        folder = trainer.log_dir  # a collective call
+        if trainer.is_global_zero and folder is not None:
+            rows = [{"step": step, "stage": stage, **row} for row in table]
+            append(Path(folder) / TABLE, rows, None if self.is_clean else (stage, step))
+            self.is_clean = True
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    logger.experiment.add_text(f"evaluation/{stage}", markdown(table), step)
+        return {f"{stage}/{name}": score for name, score in scores.items()}
+
+
+def append(path: Path, rows: list[dict[str, Any]], replaced: tuple[str, int] | None) -> None:
+    """Adds lines to the table.
+
+    Args:
+        path: JSON lines.
+        rows: What is added.
+        replaced: (stage, step): lines of this stage from this step on are of a run that was stopped, and are dropped;
+            so is a last line that is torn.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if replaced is not None and path.is_file():
+        whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+        kept = [line for line in whole if not _is_replaced(json.loads(line), *replaced)]
+        aside = path.with_name(f".{path.name}.tmp")
+        aside.write_text("".join(kept), encoding="utf-8")
+        os.replace(aside, path)
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _is_replaced(row: dict[str, Any], stage: str, step: int) -> bool:
+    return row["stage"] == stage and row["step"] >= step
+
+
+def markdown(table: list[dict[str, Any]]) -> str:
+    """Prompt, answer and reference of the first rows, cut where they are long."""
+    shown = table[:SHOWN_ROWS]
+    columns = {title: [_cut(row.get(key, "")) for row in shown] for title, key in _COLUMNS.items()}
+    return answers_markdown([_cut(row["prompt"]) for row in shown], columns)
+
+
+_COLUMNS = {"answer": "prediction", "reference": "reference"}
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1] + "…"

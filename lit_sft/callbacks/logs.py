@@ -1,0 +1,45 @@
+"""The run's folder, when somebody removes it during the run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from typing_extensions import override
+
+log = logging.getLogger(__name__)
+
+
+class KeepFolder(Callback):
+    """Makes the run's folder anew where it was removed, before something is written into it: TensorBoard would go on
+    writing into a file that nobody can open.
+
+    Args:
+        config: Name of the file of settings, which tells whether the folder is there.
+        save_config: Writes it to a path.
+    """
+
+    def __init__(self, config: str, save_config: Callable[[Path], None]) -> None:
+        self.config, self.save_config = config, save_config
+
+    @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not trainer.is_global_zero or trainer.log_dir is None or trainer.fit_loop._should_accumulate():
+            return
+        path = Path(trainer.log_dir) / self.config
+        if path.exists():
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.save_config(path)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.close()
+                logger._experiment = None  # the next access opens a new file
+        log.warning("%s was removed during the run: made anew, what was logged before is lost", path.parent)

@@ -1,0 +1,186 @@
+"""Checkpoints: written aside, synced and renamed; found again, and recognized when they are torn."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.plugins import TorchCheckpointIO
+from torch import distributed
+from typing_extensions import override
+
+from lit_sft.checkpointing import files, shards
+from lit_sft.checkpointing.files import find_last, is_intact, step_of
+from lit_sft.checkpointing.schedule import Checkpointer, CheckpointOptions
+from lit_sft.types import UserError
+
+__all__ = [
+    "CheckpointFiles",
+    "CheckpointOptions",
+    "Checkpointer",
+    "find_last",
+    "is_intact",
+    "open_checkpoint",
+    "read_checkpoint",
+    "step_of",
+]
+
+
+class CheckpointFiles(TorchCheckpointIO):
+    """How Lightning writes and reads checkpoints. A state that is spread over ranks becomes a directory with a part of
+    each, everything else one file.
+
+    Args:
+        async_save: Write in a thread, from a copy in host memory, while training goes on.
+    """
+
+    def __init__(self, async_save: bool = False) -> None:
+        self.async_save = async_save
+        self._copy = shards.HostCopy()
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._group: Any = None
+
+    @staticmethod
+    def path(run_folder: Path, step: int) -> Path:
+        """Where the checkpoint of an optimizer step lies."""
+        return files.path_of(run_folder, step)
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any = None) -> None:
+        """Saves; on rank 0 only, or on all ranks where the state is sharded.
+
+        Args:
+            checkpoint: Tensors and plain values; DTensors are what is sharded.
+            path: File or directory to write.
+            storage_options: Arguments of `files.keep` for this checkpoint, once it is complete.
+
+        Raises:
+            UserError: It could not be written, or (in a thread) the one before it.
+        """
+        self.wait()
+        path, pieces = Path(path), None
+        if shards.is_sharded(checkpoint):
+            checkpoint, pieces = shards.cut(checkpoint)
+            if self._group is None:  # of its own, on the CPU: a thread uses it while the ranks train with another
+                self._group = distributed.new_group(backend="gloo")
+        self._agree(path, pieces, lambda: files.clear(path, is_folder=pieces is not None), only_first=True)
+        if not self.async_save:
+            self._write(checkpoint, pieces, path, storage_options)
+            return
+        checkpoint, pieces = self._copy([checkpoint, pieces])
+        self._thread = threading.Thread(target=self._write_or_fail, args=(checkpoint, pieces, path, storage_options))
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until nothing is being written any more.
+
+        Raises:
+            UserError: It could not be written.
+        """
+        self.teardown()
+        self.check()
+
+    def check(self) -> None:
+        """Notices, without waiting, that what was written in the thread has failed.
+
+        Raises:
+            UserError: It has.
+        """
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    @override
+    def teardown(self) -> None:
+        """Ends with the run, whatever became of it."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _write_or_fail(self, *args: Any) -> None:
+        try:
+            self._write(*args)
+        except BaseException as error:
+            self._error = error
+
+    def _write(self, checkpoint: Any, pieces: dict[str, shards.Piece] | None, path: Path, keep: Any) -> None:
+        aside = files.aside(path)
+
+        def write_own() -> None:
+            if pieces is None:
+                files.write(checkpoint, aside)
+                return
+            files.write(pieces, aside / files.PART.format(distributed.get_rank()))
+            if distributed.get_rank() == 0:
+                files.write(checkpoint, aside / files.STATE)
+
+        def finish() -> None:
+            files.put_in_place(path)
+            if keep is not None:
+                files.keep(path, **keep)
+
+        try:
+            self._agree(path, pieces, write_own)
+            self._agree(path, pieces, finish, only_first=True)
+        except BaseException:
+            files.remove(aside)
+            raise
+
+    def _agree(self, path: Path, pieces: Any, act: Callable[[], None], only_first: bool = False) -> None:
+        """Acts; where the state is sharded, on each rank (or the first), and raises on all of them if one failed."""
+        error = None
+        try:
+            with files.reported(path):
+                if pieces is None or not only_first or distributed.get_rank() == 0:
+                    act()
+        except UserError as failed:
+            error = failed
+        if pieces is not None:
+            errors: list[UserError | None] = [None] * distributed.get_world_size()
+            distributed.all_gather_object(errors, error, group=self._group)
+            error = next((failed for failed in errors if failed is not None), None)
+        if error is not None:
+            raise error
+
+    # ------------------------------------------------------------------ reading
+
+    @override
+    def load_checkpoint(
+        self, path: str | os.PathLike, map_location: Any = "cpu", weights_only: bool | None = True
+    ) -> dict[str, Any]:
+        return read_checkpoint(path)
+
+
+def open_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
+    """A checkpoint whose tensors stay in their files until they are used: `tensor[slices]` reads a part of one.
+
+    Raises:
+        UserError: It is not there, torn, or holds something else than tensors and plain values.
+    """
+    path = Path(path)
+    files.check(path)
+    if not path.is_dir():
+        return files.read(path)
+    parts = [files.read(part) for part in sorted(path.glob(files.PART.format("*")))]
+    try:
+        return shards.join(files.read(path / files.STATE), parts)
+    except ValueError as error:
+        raise UserError(f"--ckpt_path {path} is not complete: {error}") from error
+
+
+def read_checkpoint(path: str | os.PathLike, without: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A whole checkpoint on the CPU, whatever number of ranks wrote it.
+
+    Args:
+        path: A file or a directory.
+        without: Entries that are not read.
+
+    Raises:
+        UserError: It is not there, torn, or holds something else than tensors and plain values.
+    """
+    checkpoint = open_checkpoint(path)
+    return shards.whole({key: value for key, value in checkpoint.items() if key not in without})

@@ -1,0 +1,233 @@
+"""Checkpoints on disk: a file, or a directory of parts and a manifest. Whole or not there; found; kept or removed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import zipfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lit_sft.types import UserError
+
+log = logging.getLogger(__name__)
+
+FOLDER = "checkpoints"
+LAST = "last.ckpt"
+BEST = "best.ckpt"
+STATE = "state.pt"
+PART = "part-{}.pt"
+MANIFEST = "manifest.json"
+
+
+def path_of(run_folder: Path, step: int) -> Path:
+    """Where the checkpoint of an optimizer step lies."""
+    return run_folder / FOLDER / f"step={step:06d}.ckpt"
+
+
+def step_of(path: Path) -> int | None:
+    """The number of optimizer steps in a checkpoint's name."""
+    name = path.resolve().stem
+    return int(name.removeprefix("step=")) if name.startswith("step=") else None
+
+
+def aside(path: Path) -> Path:
+    """The name under which a checkpoint is written before it is complete; the same on all ranks."""
+    return path.with_name(f".{path.name}.tmp")
+
+
+# ---------------------------------------------------------------------------------------------------- writing
+
+
+@contextmanager
+def reported(path: Path) -> Iterator[None]:
+    """Tells in one line that a checkpoint could not be written.
+
+    Raises:
+        UserError: The disk is full, or cannot be written for another reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise _not_written(path, str(error.strerror)) from error
+    except RuntimeError as error:  # torch's writer reports a full disk this way
+        if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
+            raise
+        raise _not_written(path, "is the disk full?") from error
+
+
+def write(value: Any, path: Path) -> None:
+    """Writes tensors and plain values, and waits until the disk has them."""
+    with path.open("wb") as file:
+        torch.save(value, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_manifest(folder: Path) -> None:
+    """Lists the parts and their sizes; a directory without it is not complete."""
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    with (folder / MANIFEST).open("w") as file:
+        json.dump({"files": sizes}, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+    _sync_folder(folder)
+
+
+def clear(path: Path, is_folder: bool) -> None:
+    """Makes place for what is written aside; of a save that was killed nothing may be taken for a part of this one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if is_folder:
+        remove(aside(path))
+        aside(path).mkdir()
+
+
+def put_in_place(path: Path) -> None:
+    """Gives what was written aside its name. What bears that name already, from a run that went another way, goes."""
+    if aside(path).is_dir():
+        write_manifest(aside(path))
+    if path.is_dir() or path.exists() and aside(path).is_dir():  # only a file can be replaced in one step
+        remove(path)
+    os.replace(aside(path), path)
+    _sync_folder(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a directory; of a directory that is killed half-way no part bears the old name."""
+    if path.is_dir() and not path.is_symlink():
+        doomed = path.with_name(f".{path.name}.old")
+        shutil.rmtree(doomed, ignore_errors=True)
+        with suppress(FileNotFoundError):  # another rank was faster
+            os.replace(path, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def keep(path: Path, best: bool, keep_last: int) -> None:
+    """Points the links to a checkpoint that is complete, then drops those that are no longer kept.
+
+    Args:
+        path: The checkpoint.
+        best: Whether it is the best so far.
+        keep_last: Newest checkpoints that are kept, besides the best.
+    """
+    folder = path.parent
+    _make_newest(path)
+    for name in [LAST, *([BEST] if best else [])]:
+        link = aside(folder / name)
+        link.unlink(missing_ok=True)
+        link.symlink_to(path.name)
+        os.replace(link, folder / name)
+    kept = {os.readlink(folder / name) for name in (LAST, BEST) if (folder / name).is_symlink()}
+    for other in _newest_first(folder.glob("step=*.ckpt"))[keep_last:]:
+        if other.name not in kept:
+            remove(other)
+    for left in folder.glob(".step=*"):  # of saves that were killed
+        remove(left)
+
+
+def _make_newest(path: Path) -> None:
+    """Newer than all others of all runs, also where the clock was turned back meanwhile."""
+    others = [_time(other) for other in _all(path.parent.parent.parent, "version_*") if other != path]
+    if (latest := max(others, default=0)) >= _time(path):
+        os.utime(path, ns=(latest + 1, latest + 1))
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _not_written(path: Path, reason: str) -> UserError:
+    return UserError(f"the checkpoint {path} could not be written ({reason}); earlier ones are untouched")
+
+
+# ---------------------------------------------------------------------------------------------------- reading
+
+
+def read(path: Path) -> Any:
+    """Tensors and plain values, mapped from the file; never runs code.
+
+    Raises:
+        UserError: It holds something else.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--ckpt_path {path} cannot be read as a checkpoint of lit_sft: {reason}") from error
+
+
+def check(path: Path) -> None:
+    """Refuses a checkpoint that is not there or not complete.
+
+    Raises:
+        UserError: See above.
+    """
+    if not path.exists():
+        raise UserError(f"--ckpt_path {path}: there is no such checkpoint")
+    if not is_intact(path):
+        raise UserError(
+            f"--ckpt_path {path} is damaged; use an earlier one, or --ckpt_path last to take the newest that is whole"
+        )
+
+
+def is_intact(path: Path) -> bool:
+    """Whether a checkpoint is complete and unchanged: torch writes zip files, whose directory is at the end and names
+    all checksums; the manifest of a sharded one names all parts and their sizes.
+    """
+    try:
+        if not path.is_dir():
+            return _checksums_hold(path, _time(path), path.stat().st_size)
+        sizes = json.loads((path / MANIFEST).read_text())["files"]
+        parts = [path / name for name in sizes]
+        return STATE in sizes and all(
+            part.stat().st_size == sizes[part.name] and _checksums_hold(part, _time(part), sizes[part.name])
+            for part in parts
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+@lru_cache
+def _checksums_hold(path: Path, modified: int, size: int) -> bool:
+    """Of one zip file, read once in a process as long as it does not change."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
+def find_last(logs: Path, run: str = "version_*") -> Path | None:
+    """The newest intact checkpoint of any run below `lightning_logs`, or of one; torn ones are passed over with a
+    message.
+    """
+    for path in _newest_first(_all(logs, run)):
+        if is_intact(path):
+            return path
+        log.warning("%s is torn: passed over", path)
+    return None
+
+
+def _all(logs: Path, run: str) -> list[Path]:
+    return [path for path in logs.glob(f"{run}/{FOLDER}/step=*.ckpt") if not path.is_symlink()]
+
+
+def _newest_first(paths: Iterable[Path]) -> list[Path]:
+    return sorted(paths, key=lambda path: (_time(path), path.name), reverse=True)
+
+
+def _time(path: Path) -> int:
+    return path.stat().st_mtime_ns

@@ -1,0 +1,173 @@
+"""When checkpoints are saved, and where a run that goes on from one stands."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import lightning as L
+from lightning.pytorch.callbacks import Checkpoint
+from typing_extensions import override
+
+from lit_sft.types import UserError
+
+
+@dataclass
+class CheckpointOptions:
+    """When checkpoints are saved and how many are kept. One is always saved at the end of an epoch and of the run."""
+
+    every_n_train_steps: int | None = None
+    """Also after every n optimizer steps."""
+    every_n_minutes: float | None = 30
+    """Also when this much time has gone by since the last one."""
+    keep_last: int = 2
+    """Newest checkpoints that are kept, besides the best."""
+    monitor: str = "val/loss"
+    """Scalar by which the best checkpoint is chosen, where it is logged."""
+    mode: Literal["min", "max"] = "min"
+    """Whether smaller or larger is better."""
+    async_save: bool = False
+    """Write in the background, from a copy in host memory (as large as the checkpoint), while training goes on."""
+
+    def __post_init__(self) -> None:
+        for name in ("every_n_train_steps", "every_n_minutes", "keep_last"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise UserError(f"checkpoint.{name} is {value}, it must be positive (null turns a schedule off)")
+
+
+class Files(Protocol):
+    """What writes and reads, `CheckpointFiles`."""
+
+    def path(self, run_folder: Path, step: int) -> Path:
+        """Where the checkpoint of an optimizer step lies."""
+
+    def wait(self) -> None:
+        """Until nothing is being written any more; raises what failed."""
+
+    def check(self) -> None:
+        """Raises what has failed in the background."""
+
+    def teardown(self) -> None:
+        """Until nothing is being written any more."""
+
+
+class Checkpointer(Checkpoint):
+    """Saves between optimizer steps; keeps the newest few and the best, with `last.ckpt` and `best.ckpt` as links to
+    them.
+
+    Args:
+        options: When and how many.
+        files: What writes them; also the trainer's plugin.
+    """
+
+    def __init__(self, options: CheckpointOptions, files: Files) -> None:
+        self.options, self.files = options, files
+        self.best_score: float | None = None
+        self.best_step: int | None = None
+        self.saved_step: int | None = None
+        self.saved_at = time.monotonic()
+        self.improved = False
+        self.owed = False
+        """A save is due, but a validation comes first."""
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"best_score": self.best_score, "best_step": self.best_step}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best_score, self.best_step = state_dict["best_score"], state_dict["best_step"]
+
+    @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.files.check()
+        loop = trainer.fit_loop.epoch_loop
+        if loop._should_accumulate() or loop.batch_progress.is_last_batch:
+            return  # the last step of an epoch is saved when it ends
+        every = self.options.every_n_train_steps
+        due = every is not None and trainer.global_step % every == 0
+        if not due and self.options.every_n_minutes is not None:
+            late = time.monotonic() - self.saved_at > 60 * self.options.every_n_minutes
+            due = trainer.strategy.reduce_boolean_decision(late, all=False)
+        fetcher = trainer.fit_loop._data_fetcher
+        assert fetcher is not None
+        self.owed = self.owed or due
+        if self.owed and not loop._should_check_val_fx(fetcher):  # else a resumed run would leave the validation out
+            self.save(trainer)
+
+    @override
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        score = trainer.callback_metrics.get(self.options.monitor)
+        sign = 1 if self.options.mode == "min" else -1
+        if score is not None and (self.best_score is None or sign * float(score) < sign * self.best_score):
+            self.best_score, self.best_step, self.improved = float(score), trainer.global_step, True
+        self.owed = self.owed or self.improved
+        loop = trainer.fit_loop.epoch_loop
+        if self.owed and not loop._should_accumulate() and not loop.batch_progress.is_last_batch:
+            self.save(trainer)
+
+    @override
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.save(trainer)
+
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.saved_step != trainer.global_step:
+            self.save(trainer)
+        self.files.wait()
+
+    @override
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self.files.teardown()
+
+    @override
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Lightning counts micro-batches: with another number of ranks or accumulation, its counters are rewritten."""
+        state = checkpoint.get("SFTDataModule")
+        if trainer.state.fn != "fit" or not state:
+            return
+        _recount(checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"], state, trainer)
+
+    def save(self, trainer: L.Trainer) -> None:
+        """Saves the state of this step, then drops what is no longer kept. All ranks call it, between two steps.
+
+        Raises:
+            UserError: It could not be written; on all ranks.
+        """
+        folder = Path(trainer.strategy.broadcast(str(trainer.log_dir)))
+        path = self.files.path(folder, trainer.global_step)
+        if self.saved_step != trainer.global_step or self.improved:
+            keep = {"best": self.improved, "keep_last": self.options.keep_last}
+            checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+            error = None
+            try:
+                trainer.strategy.save_checkpoint(checkpoint, path, storage_options=keep)
+            except UserError as failed:
+                error = failed
+            if (error := trainer.strategy.broadcast(error)) is not None:
+                raise error
+        self.saved_step, self.saved_at = trainer.global_step, time.monotonic()
+        self.improved = self.owed = False
+
+
+def _recount(progress: dict[str, Any], state: Mapping[str, Any], trainer: L.Trainer) -> None:
+    """Rewrites the micro-batch counters of the epoch from (optimizer steps done in it); what is a batch apart stays
+    so.
+    """
+    order = trainer.datamodule.orders["train"]  # type: ignore[attr-defined]
+    steps = state["position"][1]
+    batches = order.batches_in_steps(steps) if steps else order.batches_per_epoch
+    batches = min(batches, order.limited_batches(trainer.limit_train_batches))
+    current = progress["current"]
+    shift = batches - current["ready"]
+    for part in (progress["current"], progress["total"]):
+        for key in ("ready", "started", "processed", "completed"):
+            part[key] += shift

@@ -1,0 +1,111 @@
+"""What a checkpoint holds of a model: all of it, or what is trained and a fingerprint of the frozen rest."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lit_sft.types import UserError
+
+SAMPLE = 4096
+"""Bytes of a sample of a weights file."""
+SAMPLES = 64
+"""Samples of a file, evenly spread; the header (names, types, shapes) is read besides."""
+
+
+def is_frozen(model: nn.Module) -> bool:
+    """Whether a part of it is not trained."""
+    return not all(parameter.requires_grad for parameter in model.parameters())
+
+
+def trained(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a state that are trained; a tied weight once."""
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {name: value for name, value in state.items() if name in names}
+
+
+def check_fits(model: nn.Module, saved: Mapping[str, Any]) -> None:
+    """Compares names and shapes of what is saved with those of the model.
+
+    Args:
+        model: All of it was saved, or, where a part is frozen, what is trained.
+        saved: Tensors by parameter name.
+
+    Raises:
+        UserError: One is in one of them only, or has another shape.
+    """
+    own = model.state_dict()
+    if is_frozen(model):
+        own = trained(model, own)
+    remedy = "set model.* as it was in training (config.yaml beside the checkpoints)"
+    if strangers := sorted(own.keys() ^ saved.keys()):
+        where = "checkpoint" if strangers[0] in saved else "model"
+        raise UserError(f"the checkpoint does not fit the model: {strangers[0]} is in the {where} only; {remedy}")
+    for name, value in saved.items():
+        if value.shape != own[name].shape:
+            raise UserError(
+                f"the checkpoint does not fit the model: {name} is {list(value.shape)} in the checkpoint and "
+                f"{list(own[name].shape)} in the model; {remedy}"
+            )
+
+
+def check_base(saved: str | None, current: str | None) -> None:
+    """Refuses trained weights over another frozen base than that of their training.
+
+    Args:
+        saved: Fingerprint of the base in the checkpoint; None where nothing was frozen.
+        current: Fingerprint of the base of the model.
+
+    Raises:
+        UserError: They differ.
+    """
+    if saved is not None and current is not None and saved != current:
+        raise UserError(
+            f"the checkpoint was trained over another base ({saved}, here {current}): set model.model_name_or_path, "
+            "model.revision and model.init to those of its run"
+        )
+
+
+def base_of(lm: Any, init: str, seed: int) -> str | None:
+    """Fingerprint of the frozen base of a causal LM, wherever its directory lies; None if nothing is frozen.
+
+    Args:
+        lm: As transformers loaded it, from `lm.name_or_path`.
+        init: `pretrained`, or `random`: then config and seed are the base.
+        seed: Of random weights.
+    """
+    if not is_frozen(lm):
+        return None
+    folder = Path(lm.name_or_path)
+    if init == "random":
+        return f"random, seed {seed}, config {_short(hashlib.sha256((folder / 'config.json').read_bytes()))}"
+    return f"weights {fingerprint(folder)}"
+
+
+def fingerprint(folder: Path) -> str:
+    """A hash of the weights in a directory.
+
+    Of each file it reads the size, the beginning (in safetensors the header: all names, types and shapes) and 64
+    samples of 4 KiB: training changes them all, and a model of any size takes milliseconds.
+    """
+    digest = hashlib.sha256()
+    files = [*folder.glob("*.safetensors"), *folder.glob("*.gguf")]
+    for path in sorted(files, key=lambda path: path.name):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            header = int.from_bytes(file.read(8), "little") if path.suffix == ".safetensors" else 0
+            file.seek(0)
+            digest.update(file.read(min(header, size) + SAMPLE))
+            for number in range(SAMPLES):
+                file.seek(max(0, size - SAMPLE) * number // (SAMPLES - 1))
+                digest.update(file.read(SAMPLE))
+    return _short(digest)
+
+
+def _short(digest: Any) -> str:
+    return str(digest.hexdigest()[:16])

@@ -1,0 +1,134 @@
+"""The trainer: Lightning's, with commands of our own, and with everything that happens around a run in its order."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback, EarlyStopping
+
+from lit_sft import checkpointing, doctor, exporting, preview, runs
+from lit_sft.callbacks import (
+    Answers,
+    Evaluation,
+    FailTogether,
+    FirstExample,
+    Guard,
+    HFExport,
+    KeepFolder,
+    PredictionWriter,
+    Throughput,
+)
+from lit_sft.checkpointing import Checkpointer, CheckpointFiles
+from lit_sft.datamodule import SFTDataModule
+from lit_sft.module import SFTModule
+from lit_sft.stopping import StopOnSignal
+
+log = logging.getLogger(__name__)
+
+
+class SFTTrainer(L.Trainer):
+    """Lightning's Trainer with the commands it does not have; LightningCLI makes a subcommand of every method listed
+    there.
+    """
+
+    def preview(
+        self, model: SFTModule, datamodule: SFTDataModule, num_rows: int = 3, output: Literal["rich", "json"] = "rich"
+    ) -> None:
+        """Show rows of the training set as the model will see them.
+
+        Args:
+            model: Not needed.
+            datamodule: Its training rows are shown.
+            num_rows: Rows to show.
+            output: For people (rich) or programs (json).
+        """
+        preview.preview(datamodule.data, num_rows, output)
+
+    def doctor(
+        self,
+        model: SFTModule,
+        datamodule: SFTDataModule,
+        output: Literal["rich", "json"] = "rich",
+        histogram: str | None = None,
+    ) -> None:
+        """Check data, steps, memory and disk before a run, with one real step; exit code 1 on an error.
+
+        Args:
+            model: Its settings are used.
+            datamodule: Its rows are examined.
+            output: For people (rich) or programs (json).
+            histogram: PNG file to write the length histogram to.
+        """
+        sys.exit(doctor.doctor(self, model, datamodule, output, histogram))
+
+    def export(
+        self,
+        model: SFTModule,
+        datamodule: SFTDataModule,
+        ckpt_path: str = "last",
+        output_dir: str = "hf",
+        merge_lora: bool = False,
+        dequantize: bool = False,
+    ) -> None:
+        """Turn a checkpoint into a Hugging Face directory.
+
+        Args:
+            model: The module that the checkpoint belongs to.
+            datamodule: Its tokenizer and template are exported along.
+            ckpt_path: Checkpoint, or `last`.
+            output_dir: Directory to write.
+            merge_lora: Merge the adapter into the base instead of writing an adapter directory.
+            dequantize: Merge over a 4-bit base too, whose values are then written in bf16.
+        """
+        exporting.export_checkpoint(self, model, datamodule, ckpt_path, Path(output_dir), merge_lora, dequantize)
+        log.info("exported: %s", output_dir)
+
+
+def run_callbacks(
+    config: Any, ckpt_path: str | None, is_fit: bool, files: CheckpointFiles, save_config: Callable[[Path], None]
+) -> list[Callback]:
+    """What happens around a run. Lightning calls them in this order, but those that save last.
+
+    Args:
+        config: Settings of the command.
+        ckpt_path: The checkpoint that the run goes on from, or that is evaluated.
+        is_fit: Whether it trains.
+        files: Writes the checkpoints.
+        save_config: Writes config.yaml.
+    """
+    first_step = checkpointing.step_of(Path(ckpt_path)) if ckpt_path and is_fit else None
+    checkpointer = Checkpointer(config.checkpoint, files)
+    callbacks: list[Callback] = [
+        FailTogether(doctor.needed_memory),
+        Guard(config.faults),
+        KeepFolder(runs.CONFIG, save_config),
+        runs.RunFolder(ckpt_path, first_step, save_config),
+        checkpointer,
+        Throughput(),
+        FirstExample(),
+        Evaluation(),
+        Answers(),
+        HFExport(),
+        PredictionWriter(config.predict_output),
+        runs.LastRow(),
+        StopOnSignal(_save_and_wait(checkpointer, files), config.resume.max_restarts),
+    ]
+    if config.early_stopping is not None:
+        stop = config.early_stopping
+        callbacks.append(EarlyStopping(stop.monitor, patience=stop.patience, mode=stop.mode, strict=False))
+    return callbacks
+
+
+def _save_and_wait(checkpointer: Checkpointer, files: CheckpointFiles) -> Callable[[L.Trainer], None]:
+    """For a run that leaves: what it saves is on disk before it does."""
+
+    def save(trainer: L.Trainer) -> None:
+        checkpointer.save(trainer)
+        files.wait()
+
+    return save

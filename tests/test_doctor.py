@@ -1,0 +1,83 @@
+"""`doctor`: what it reports about rows that are known, and what it fails on."""
+
+import json
+
+import pytest
+from running import arguments, run, write_rows
+from terminal import log_lines
+from tiny import save_tiny
+
+KEYS = [
+    "rows_read", "rows_kept", "dropped", "trained_token_share", "stop_tokens", "duplicates", "overlap", "pack_fill",
+    "steps_per_epoch", "tokens_per_step", "memory", "warnings", "errors",
+]  # fmt: skip
+
+
+def chat(question, answer):
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+ROWS = [chat("Hello", "world"), chat("Hello", "world"), chat("Is it?", "fine"), chat("long", "What is it? " * 60)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("doctor") / "model")
+
+
+def doctor(capsys, args):
+    """(exit code, what it printed)"""
+    capsys.readouterr()
+    with log_lines(), pytest.raises(SystemExit) as caught:
+        run("doctor", args)
+    return caught.value.code, capsys.readouterr().out
+
+
+def test_the_report_has_exactly_its_keys_and_counts_every_row(model, tmp_path, capsys):
+    train, validation = (write_rows(tmp_path / f"{n}.jsonl", rows) for n, rows in enumerate((ROWS, ROWS[1:3])))
+    picture = tmp_path / "lengths.png"
+    args = arguments(model, train, tmp_path / "runs", data__validation=validation)
+    code, out = doctor(capsys, [*args, "--output=json", f"--histogram={picture}"])
+    report = json.loads(out)
+    assert code == 0 and list(report) == KEYS and report["errors"] == []
+    assert (report["rows_read"], report["rows_kept"], sum(report["dropped"].values())) == (4, 3, 1)
+    assert (report["duplicates"], report["overlap"], report["stop_tokens"]) == (1, 2, ["<|im_end|>"])
+    assert report["steps_per_epoch"] == 1 and 0 < report["pack_fill"] < 1 and 0 < report["trained_token_share"] < 1
+    assert {"weights", "gradients", "optimizer", "activations", "logits", "total", "available"} == set(report["memory"])
+    assert any("exact copies" in text for text in report["warnings"])
+    assert any("in the training set too" in text for text in report["warnings"])
+    assert any("pad and eos are one token" in text for text in report["warnings"])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_people_can_read_it(model, tmp_path, capsys):
+    code, out = doctor(capsys, arguments(model, write_rows(tmp_path / "a.jsonl", ROWS), tmp_path / "runs"))
+    assert code == 0 and "ready to run" in out
+    for words in (
+        "rows read",
+        "longer than data.max_length 128",
+        "GiB weights",
+        "tokens \u2588",
+        "one step",
+        "warning: ",
+    ):
+        assert words in out, words
+
+
+@pytest.mark.parametrize("output", ["rich", "json"])
+def test_an_error_is_exit_code_1_and_a_remedy(output, model, tmp_path, capsys):
+    rows = write_rows(tmp_path / "a.jsonl", [ROWS[0], {"messages": []}])
+    code, out = doctor(capsys, [*arguments(model, rows, tmp_path / "runs"), f"--output={output}"])
+    assert code == 1 and "a.jsonl line 2" in out.replace("\n", "") and "remove the row" in out.replace("\n", " ")
+    assert "ready" not in out
+    if output == "json":
+        assert list(json.loads(out)) == KEYS and json.loads(out)["rows_read"] is None
+
+
+def test_two_bos_are_an_error(tmp_path, capsys):
+    from tiny import CHATML, tiny_llama, tiny_tokenizer
+
+    tokenizer = tiny_tokenizer(bos_token="<|bos|>", chat_template="{{ bos_token }}{{ bos_token }}" + CHATML)
+    model = save_tiny(tmp_path / "model", tiny_llama(len(tokenizer)), tokenizer)
+    code, out = doctor(capsys, arguments(model, write_rows(tmp_path / "a.jsonl", ROWS), tmp_path / "runs"))
+    assert code == 1 and "two BOS" in out

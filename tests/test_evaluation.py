@@ -1,0 +1,198 @@
+"""Answers that are scored: the same on any number of ranks, as a monitor, and the table of them."""
+
+import csv
+import json
+import re
+
+import pytest
+from running import arguments, chat_rows, run, scalars, version, write_rows
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from terminal import log_lines, refused
+from tiny import save_tiny
+
+from lit_sft.callbacks import evaluation as callback
+from lit_sft.evaluation import EvaluationOptions, choose_prompts
+from lit_sft.prompts import Prompt
+from lit_sft.types import UserError
+
+ALL = ["exact_match", "rouge", "bleu", "chrf", "token_f1"]
+SCORES = ["exact_match", "rouge_1", "rouge_2", "rouge_l", "bleu", "chrf", "token_f1"]
+KNOWN = ["one two three four five six", "Hello world", "你好", "the answer is not short at all"]
+
+
+def row(question, answer):
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A model that knows four of seven answers, and its evaluation after training."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    model = save_tiny(folder / "model")
+    learned = [row(f"say {number}", answer) for number, answer in enumerate(KNOWN)]
+    held_out = [*learned, row("say", "one two three"), row("what", "Hello you"), row("say 7", "four five six")]
+    train, rows = write_rows(folder / "train.jsonl", learned), write_rows(folder / "rows.jsonl", held_out)
+    options = {"data__validation": rows, "data__packing": False, "data__global_batch_size": 4}
+    options |= {"data__micro_batch_size": 4, "model__generation__max_new_tokens": 40, "model__optimizer__lr": 0.01}
+    options |= {"model__evaluation": {"metrics": ALL, "num_samples": 7}, "trainer__max_epochs": 60}
+    options |= {"trainer__check_val_every_n_epoch": 30}
+    run("fit", arguments(model, train, folder / "runs", **options))
+    return folder
+
+
+def validate(place, root, *args, command="validate"):
+    """The scalars and the table of an evaluation of the learned weights."""
+    hf = version(place / "runs") / "hf"
+    own = [f"--trainer.default_root_dir={root}", f"--model.model_name_or_path={hf}", *args]
+    options = {"model__evaluation": {"metrics": ALL, "num_samples": 7}, "model__generation__max_new_tokens": 40}
+    rows = place / "rows.jsonl"
+    base = arguments(str(hf), "none.jsonl", root, data__validation=rows, data__test=rows, **options)
+    run(command, [*base, *own], subprocesses=any("devices=2" in arg for arg in args))
+    with (version(root) / "metrics.csv").open() as file:
+        (values,) = [
+            {k: float(v) for k, v in line.items() if k.startswith(("val", "test"))} for line in csv.DictReader(file)
+        ]
+    return values, table(root)
+
+
+def table(root):
+    return [json.loads(line) for line in (version(root) / "evaluation.jsonl").read_text().splitlines()]
+
+
+def test_scores_of_a_fit(place):
+    """Before, half way and after; four of seven answers are known in the end."""
+    for name in SCORES:
+        values = scalars(place / "runs", f"val/{name}")
+        assert len(values) == 3 and all(0 <= value <= 1 for value in values), name
+        assert values[0] < values[2], name
+    assert scalars(place / "runs", "val/exact_match")[2] == pytest.approx(4 / 7)
+    rows = table(place / "runs")
+    assert [(line["step"], line["stage"], line["index"]) for line in rows] == [
+        (step, "val", index) for step in (0, 30, 60) for index in range(7)
+    ]
+    assert rows[14:18] == [
+        {"step": 60, "stage": "val", "index": n, "prompt": f"say {n}", "prediction": answer, "reference": answer}
+        for n, answer in enumerate(KNOWN)
+    ]
+
+
+def test_test_has_its_own_names(place, tmp_path):
+    values, rows = validate(place, tmp_path / "one", command="test")
+    assert {f"test/{name}" for name in (*SCORES, "loss", "perplexity", "token_accuracy")} <= set(values)
+    assert values["test/exact_match"] == pytest.approx(4 / 7) and rows[0]["stage"] == "test"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_ranks_score_as_one(place, tmp_path, strategy):
+    """Seven rows: one rank has one fewer, and answers end at different steps."""
+    values, rows = validate(place, tmp_path / "one")
+    more = ("--trainer.devices=2", f"--trainer.strategy={strategy}")
+    others, other_rows = validate(place, tmp_path / "two", *more)
+    assert other_rows == rows and len(rows) == 7
+    for name in SCORES:
+        assert others[f"val/{name}"] == values[f"val/{name}"], name
+    assert 0.5 < values["val/exact_match"] < 1
+    assert others["val/loss"] == pytest.approx(values["val/loss"], rel=1e-5)
+
+
+def test_the_table_in_tensorboard_is_bounded(place):
+    events = EventAccumulator(str(version(place / "runs")), size_guidance={"tensors": 0}).Reload()
+    texts = [e.tensor_proto.string_val[0].decode() for e in events.Tensors("evaluation/val/text_summary")]
+    assert len(texts) == 3 and texts[2].count("| 你好 |") == 1 and len(texts[2].splitlines()) == 2 + 7
+    text = callback.markdown([{"prompt": "p" * 9999, "prediction": "a" * 9999, "reference": "<b>"}] * 999)
+    assert len(text.splitlines()) == 2 + callback.SHOWN_ROWS
+    assert "&lt;b&gt;" in text and len(text) < 3 * callback.SHOWN_ROWS * (callback.SHOWN_CHARACTERS + 50)
+
+
+def test_a_resumed_run_writes_its_rows_once(tmp_path):
+    path = tmp_path / "evaluation.jsonl"
+    kept = {"step": 1, "stage": "val", "index": 0}
+    late, other = {"step": 2, "stage": "val", "index": 0}, {"step": 9, "stage": "test", "index": 0}
+    path.write_text("".join(json.dumps(line) + "\n" for line in (kept, late, other)) + '{"step": 3, "st')
+    callback.append(path, [late], ("val", 2))
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [kept, other, late]
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_scores_choose_the_best_and_stop_early(place, tmp_path, every):
+    """Without learning the first score stays the best; what was not measured is no validation without improvement."""
+    options = {"data__validation": place / "rows.jsonl", "model__optimizer__lr": 0.0, "trainer__max_epochs": 20}
+    options |= {"model__evaluation": {"metrics": ["chrf"], "num_samples": 3, "every_n_validations": every}}
+    options |= {"early_stopping": {"monitor": "val/chrf", "patience": 2, "mode": "max"}, "data__packing": False}
+    options |= {"checkpoint__monitor": "val/chrf", "checkpoint__mode": "max", "data__global_batch_size": 4}
+    run("fit", arguments(str(place / "model"), str(place / "train.jsonl"), tmp_path / "runs", **options))
+    assert len(scalars(tmp_path / "runs", "val/loss")) == 1 + 2 * every
+    assert len(scalars(tmp_path / "runs", "val/chrf")) == 1 + 3  # and before
+    best = version(tmp_path / "runs") / "checkpoints" / "best.ckpt"
+    assert best.resolve().name == "step=000001.ckpt"
+
+
+def bad(place, root, **options):
+    return arguments(
+        str(place / "model"), str(place / "train.jsonl"), root, data__validation=place / "rows.jsonl", **options
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"early_stopping__monitor": "val/exact"}, "early_stopping.monitor val/exact is not logged .* val/bleu"),
+        ({"checkpoint__monitor": "val/bleau"}, "checkpoint.monitor val/bleau is not logged"),
+        ({"early_stopping__monitor": "val/bleu"}, "early_stopping.mode is min, but larger is better for val/bleu"),
+        ({"checkpoint__mode": "max"}, "checkpoint.mode is max, but smaller is better for val/loss"),
+    ],
+)
+def test_monitors_and_expressions_that_cannot_be(place, tmp_path, capsys, options, words):
+    options = {"model__evaluation": {"metrics": ["bleu"]}, **options}
+    message = refused(capsys, "fit", bad(place, tmp_path / "runs", **options))
+    assert re.search(words, message), message
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "words"),
+    [
+        ({"metrics": ["blue"]}, "model.evaluation.metrics: there is no blue, only exact_match, rouge"),
+        ({"answer_regex": "(a"}, "model.evaluation.answer_regex '(a' does not compile: missing )"),
+    ],
+)
+def test_what_cannot_be_computed(place, tmp_path, capsys, evaluation, words):
+    assert words in refused(capsys, "fit", bad(place, tmp_path / "runs", model__evaluation=evaluation), code=2)
+
+
+def test_rows_without_references(place, tmp_path, capsys):
+    """Refused where a metric was asked for; else said, and the run goes on."""
+    rows = write_rows(tmp_path / "text.jsonl", [{"text": "one two three"}] * 4)
+    texts = {"data__validation": rows, "data__max_samples": 4}
+    asked = {"model__evaluation": {"metrics": ["exact_match"]}}
+    args = arguments(str(place / "model"), rows, tmp_path / "runs", **texts, **asked)
+    assert "ends with an answer to compare with; set model.evaluation to null" in refused(capsys, "fit", args)
+    with log_lines() as lines:
+        run("fit", arguments(str(place / "model"), rows, tmp_path / "runs", **texts, model__evaluation={}))
+    assert sum("no answers are scored" in line for line in lines) == 1
+
+
+def test_prompts_without_room_are_not_scored():
+    prompts = [Prompt([5] * length, "x", "y", f"rows.jsonl line {length}") for length in (3, 90, 95)]
+    kept, message = choose_prompts(prompts, EvaluationOptions(), "data.test", 10, 100)
+    assert kept == prompts[:2] and "1 of 3 prompts" in message and "rows.jsonl line 95" in message
+    assert choose_prompts(prompts, EvaluationOptions(), "data.test", 10, None) == (prompts, "")
+
+
+@pytest.mark.parametrize("wrong", [{"num_samples": 0}, {"every_n_validations": 0}, {"metrics": []}])
+def test_wrong_options(wrong):
+    with pytest.raises(UserError, match=f"model.evaluation.{next(iter(wrong))}"):
+        EvaluationOptions(**wrong)
+
+
+def test_training_goes_on_as_without_evaluation(tmp_path):
+    """Answers leave weights, modes and random state as they were."""
+    model, rows = save_tiny(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl", chat_rows(12))
+    losses = []
+    for number, evaluation in enumerate((None, {"metrics": ["token_f1"], "num_samples": 3})):
+        root = tmp_path / f"runs{number}"
+        options = {"data__val_size": 4, "data__global_batch_size": 4, "trainer__max_epochs": 2, "data__packing": False}
+        options |= {"model__lora": {"r": 2, "lora_dropout": 0.5}, "trainer__precision": "bf16-mixed"}
+        run("fit", arguments(model, rows, root, model__evaluation=evaluation, **options))
+        losses.append(scalars(root, "train/loss"))
+    assert losses[0] == losses[1]
