@@ -26,16 +26,20 @@ class KeepFolder(Callback):
 
     def __init__(self, config: str, save_config: Callable[[Path], None]) -> None:
         self.config, self.save_config = config, save_config
+        self.folder: Path | None = None
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        folder = trainer.log_dir  # a collective call
+        self.folder = None if folder is None or not trainer.is_global_zero else Path(folder)
 
     @override
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not trainer.is_global_zero or trainer.log_dir is None or trainer.fit_loop._should_accumulate():
+        if self.folder is None or trainer.fit_loop._should_accumulate() or (self.folder / self.config).exists():
             return
-        path = Path(trainer.log_dir) / self.config
-        if path.exists():
-            return
+        path = self.folder / self.config
         path.parent.mkdir(parents=True, exist_ok=True)
         self.save_config(path)
         for logger in trainer.loggers:
