@@ -27,12 +27,13 @@ class FSDP2Strategy(ModelParallelStrategy):
     def __init__(self, cpu_offload: bool = False, save_distributed_checkpoint: bool = True) -> None:
         super().__init__(save_distributed_checkpoint=save_distributed_checkpoint)
         self.cpu_offload = cpu_offload
-        self.checkpoint_io = CheckpointFiles()
 
     @override
     def setup_environment(self) -> None:
         self._data_parallel_size = self.num_nodes * self.num_processes
         self._tensor_parallel_size = 1
+        if self._checkpoint_io is None:  # no plugin
+            self._checkpoint_io = CheckpointFiles()
         super().setup_environment()
 
     @override
