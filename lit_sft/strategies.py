@@ -47,7 +47,6 @@ class FSDP2Strategy(ModelParallelStrategy):
         self.cpu_offload = cpu_offload
         self.reshard_after_forward = reshard_after_forward
         self.sync_every_micro_batch = sync_every_micro_batch
-        self.checkpoint_io = CheckpointFiles()
 
     @property
     def _sharded(self) -> Any:
@@ -59,6 +58,8 @@ class FSDP2Strategy(ModelParallelStrategy):
     def setup_environment(self) -> None:
         self._data_parallel_size = self.num_nodes * self.num_processes
         self._tensor_parallel_size = 1
+        if self._checkpoint_io is None:  # no plugin
+            self._checkpoint_io = CheckpointFiles()
         super().setup_environment()
 
     @override

@@ -80,7 +80,7 @@ def run(command: str, args: list[str], subprocesses: bool = False, timeout: floa
         timeout=timeout,
         env=environment(),
     )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    assert done.returncode == 0, f"exit code {done.returncode}\n" + done.stdout[-3000:] + done.stderr[-6000:]
     return done.stdout + done.stderr
 
 
