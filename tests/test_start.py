@@ -6,7 +6,7 @@ import sys
 import pytest
 from running import REPOSITORY, environment
 
-HEAVY = {"peft", "datasets", "bitsandbytes", "tensorboard", "transformers.modeling_utils"}
+HEAVY = {"peft", "datasets", "bitsandbytes", "tensorboard"}
 PROGRAM = """
 import sys
 from lit_sft.cli import main
