@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import resource
 import shutil
 import time
@@ -26,6 +27,8 @@ from lit_sft.model.loss import CHUNK_ELEMENTS
 from lit_sft.module import SFTModule
 from lit_sft.prepare import Counts, num_overlapping
 from lit_sft.types import UserError
+
+log = logging.getLogger(__name__)
 
 GIB = 2**30
 LABELS = {
@@ -72,6 +75,8 @@ def doctor(
         report |= _examine_data(datamodule, report)
         report["memory"] = _expect_memory(trainer, module, datamodule, report)
         step = _try_step(trainer, module, datamodule)
+        took, expected = step["peak_bytes"] / GIB, report["memory"]["total"] / GIB
+        log.info(f"memory of a real step: {took:.2f} GiB, expected {expected:.2f} GiB")
     except (UserError, torch.OutOfMemoryError) as error:
         report["errors"].append(" ".join(str(error).split()))
     if output == "json":
@@ -139,6 +144,7 @@ def needed_memory(trainer: L.Trainer, module: SFTModule, datamodule: SFTDataModu
         gradient_checkpointing=bool(options.gradient_checkpointing),
         adapted=is_adapted(options),
         chunk_elements=CHUNK_ELEMENTS,
+        on_cpu=trainer.strategy.root_device.type == "cpu",
     )
 
 

@@ -27,7 +27,6 @@ from lit_sft.types import Batch, LossOutput, Prompts, UserError
 
 if TYPE_CHECKING:
     from lightning.pytorch.utilities.types import OptimizerLRScheduler
-    from peft import PeftModel
 
 
 class SFTModule(L.LightningModule):
@@ -57,7 +56,7 @@ class SFTModule(L.LightningModule):
         seed: Seed of random weights and adapters.
     """
 
-    adapter: PeftModel | None
+    adapter: Any  # a PeftModel; jsonargparse would import peft to read that name, a fifth of the time of `--help`
 
     def __init__(
         self,

@@ -15,6 +15,9 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 PIECE_ELEMENTS = 2**21
 """As in the loss."""
 
+CPU_SCRATCH = 200_000_000
+"""Bytes of code and kernels' scratch that came with the first steps of SmolLM2-135M, full and with LoRA."""
+
 
 @dataclass(frozen=True)
 class MemoryEstimate:
@@ -44,6 +47,7 @@ def estimate(
     gradient_checkpointing: bool,
     adapted: bool = False,
     chunk_elements: int,
+    on_cpu: bool = False,
 ) -> MemoryEstimate:
     """Adds up what a step holds at its peak: when the forward pass has ended, with the gradients of the step before.
 
@@ -62,6 +66,7 @@ def estimate(
         gradient_checkpointing: Only block inputs are kept, and one block at a time is recomputed.
         adapted: Low-rank adapters over a frozen base.
         chunk_elements: Logits that the loss holds at once.
+        on_cpu: Count what the process itself grows by, too.
     """
     text = config.get_text_config()
     hidden, layers, vocabulary = text.hidden_size, text.num_hidden_layers, text.vocab_size
@@ -80,7 +85,7 @@ def estimate(
         weights=num_parameters * stored_bytes + copies,
         gradients=num_trained * 4,
         optimizer=num_trained * 4 * states_per_parameter,
-        activations=tokens * kept,
+        activations=tokens * kept + (CPU_SCRATCH if on_cpu else 0),
         logits=chunk * vocabulary * compute_bytes + 3 * 4 * PIECE_ELEMENTS + head,
     )
 
