@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-BUILTIN = "builtin:"
 QUESTIONS = [
     "Give me an 1-sentence introduction of LLM.",
     "Calculate 1+1-1",
@@ -62,8 +61,7 @@ class SFTDataModule(L.LightningDataModule):
         predict: Likewise, for `predict`; or a list of questions. null: `questions`.
         questions: Answered before training, at each validation and after it.
         format: `auto` decides from the columns.
-        chat_template: null: the tokenizer's own; a .jinja file; inline jinja; or `raw` (prompt and completion as they
-            are).
+        chat_template: null: the tokenizer's own; a .jinja file; inline jinja; or `raw` (no template).
         chat_template_kwargs: Passed to the template, in training and for prompts.
         system_prompt: Put before conversations that have none.
         column_mapping: {column: our name}, e.g. {question: prompt, answer: completion}.
