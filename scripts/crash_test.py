@@ -32,8 +32,10 @@ from typing_extensions import override
 from lit_sft.checkpointing import read_checkpoint
 
 ROWS = "rows"
-CLOCK = "train/tokens_per_second"
-"""The scalars that depend on it, `train/mfu` is another, are not compared."""
+CLOCK = {
+    f"train/{name}" for name in ("tokens_per_second", "trained_tokens_per_second", "mfu", "data_wait", "peak_memory_gb")
+}
+"""Scalars that differ between two runs, and are not compared."""
 
 
 class RecordRows(Callback):
@@ -108,9 +110,7 @@ class Run:
     def scalars(self) -> list[dict[str, str]]:
         """metrics.csv without what depends on the clock."""
         with (self.folder / "metrics.csv").open() as file:
-            return [
-                {k: v for k, v in row.items() if v and k not in (CLOCK, "train/mfu")} for row in csv.DictReader(file)
-            ]
+            return [{k: v for k, v in row.items() if v and k not in CLOCK} for row in csv.DictReader(file)]
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Those of the last checkpoint."""

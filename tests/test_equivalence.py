@@ -37,13 +37,13 @@ def cases():
     for name, variant in VARIANTS.items():
         marks = [pytest.mark.slow] if name.startswith(SLOW) or any(word in name for word in SLOW) else []
         for optimizer in ("sgd", *(["adamw"] if name in ADAMW else [])):
-            if name != variant.like and name not in ELSEWHERE and not (variant.needs_state and optimizer == "sgd"):
+            if name != variant.like and name not in ELSEWHERE:
                 yield pytest.param(name, optimizer, marks=marks, id=f"{name}-{optimizer}")
 
 
 @pytest.mark.parametrize(("name", "optimizer"), cases())
 def test_the_same_run(result, name, optimizer):
-    if (reason := missing(VARIANTS[name], optimizer)) is not None:
+    if (reason := missing(VARIANTS[name])) is not None:
         pytest.skip(reason)
     expected = result(VARIANTS[name].like, optimizer)
     assert len(expected.loss) == len(expected.grad_norm) >= 3

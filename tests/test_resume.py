@@ -23,7 +23,9 @@ from tiny import save_tiny, tiny_gpt2, tiny_llama
 from lit_sft import checkpointing
 
 START = "forkserver" if torch.cuda.is_available() else "fork"  # autograd's threads on a GPU do not survive a fork
-TIMED = "train/tokens_per_second"
+TIMED = {
+    f"train/{name}" for name in ("tokens_per_second", "trained_tokens_per_second", "mfu", "data_wait", "peak_memory_gb")
+}
 TWO_EPOCHS = {
     "data__packing": False,
     "data__global_batch_size": 8,  # 33 rows: 4 full steps and one of a single row, twice
@@ -98,7 +100,7 @@ def _run_until(place, root, hook, step, nth, overrides):
 def rows(root):
     """The lines of metrics.csv, without what depends on the clock."""
     with (version(root) / "metrics.csv").open() as file:
-        return [{k: float(v) for k, v in row.items() if v and k != TIMED} for row in csv.DictReader(file)]
+        return [{k: float(v) for k, v in row.items() if v and k not in TIMED} for row in csv.DictReader(file)]
 
 
 def saved(root):
@@ -190,6 +192,15 @@ def test_max_steps(step, place, uninterrupted, tmp_path):
     assert resume(place, root, **options) == step
     assert len(scalars(uninterrupted(**options), "train/loss")) == 7
     assert_same_run(root, uninterrupted(**options))
+
+
+@pytest.mark.parametrize("steps", [3, 7])
+def test_more_steps(steps, place, uninterrupted, tmp_path):
+    """A run that `max_steps` ended within an epoch goes on with it."""
+    root, constant = tmp_path / "runs", {"model__lr_schedule__type": "constant", "model__lr_schedule__warmup_steps": 0}
+    fit(place, root, trainer__max_steps=steps, **constant)
+    assert resume(place, root, trainer__max_steps=10, **constant) == steps
+    assert scalars(root, "train/loss") == scalars(uninterrupted(**constant), "train/loss")
 
 
 def test_one_more_epoch(place, uninterrupted, tmp_path):

@@ -130,11 +130,17 @@ class Checkpointer(Checkpoint):
 
     @override
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Lightning counts micro-batches: with another number of ranks or accumulation, its counters are rewritten."""
+        """Lightning counts micro-batches: with another number of ranks or accumulation, its counters are rewritten.
+        So is that of epochs, where `trainer.max_steps` ended one that now goes on.
+        """
         state = checkpoint.get("SFTDataModule")
         if trainer.state.fn != "fit" or not state:
             return
-        _recount(checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"], state, trainer)
+        loops = checkpoint["loops"]["fit_loop"]
+        _recount(loops["epoch_loop.batch_progress"], state, trainer)
+        if state["position"][1]:
+            for part in loops["epoch_progress"].values():
+                part["processed"] = part["completed"] = part["started"] - 1
 
     def save(self, trainer: L.Trainer) -> None:
         """Saves the state of this step, then drops what is no longer kept. All ranks call it, between two steps.
