@@ -101,12 +101,12 @@ class MetricsFile(ExperimentWriter):
 
     @override
     def save(self) -> None:
-        """Appends; rewrites where there is a new column."""
+        """Appends; rewrites where there is a new column, or no file."""
         rows, self.metrics = self.metrics, []
         if not rows:
             return
         self.rows += rows
-        if self._record(rows):
+        if self._record(rows) or not os.path.exists(self.metrics_file_path):  # it may have been removed
             self._replace(self.rows)
         else:
             with open(self.metrics_file_path, "a", newline="") as file:

@@ -143,6 +143,16 @@ def test_the_fingerprint_is_the_content(tmp_path):
     assert changed[3]["prompt"] == "è 3"
 
 
+@pytest.mark.parametrize("text", ['{"prompt": "b"}', "{}"], ids=["rewritten", "truncated"])
+def test_a_file_that_changes_while_it_is_read(text, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a"}')
+    rows = open_rows(str(path))
+    path.write_text(text)
+    with pytest.raises(UserError, match="was changed during the run"):
+        rows[0]
+
+
 def test_a_changed_file_is_converted_anew(tmp_path):
     path = write(tmp_path / "a.csv", "q\nold\n")
     assert open_rows(path, cache_dir=tmp_path)[0] == {"q": "old"}

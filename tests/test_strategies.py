@@ -30,7 +30,7 @@ def options(path, **changes):
     settings = dict(
         model_name_or_path=str(path), revision=None, trust_remote_code=False, init="pretrained", dtype="float32",
         trainable=None, attn_implementation="auto", gradient_checkpointing=False, compile=False, loss=LossOptions(),
-        lora=None, seed=3,
+        lora=None, adapter_name_or_path=None, quantization=None, add_tokens=None, neftune_noise_alpha=None, seed=3,
     )  # fmt: skip
     return SimpleNamespace(**{**settings, **changes})
 
@@ -105,6 +105,8 @@ CASES = {
     "adapters with magnitudes": ("llama", {"lora": LoraConfig(r=2, use_dora=True)}),
     "a head of its own": ("qwen3", {"lora": LoraConfig(r=2, modules_to_save=["embed_tokens", "lm_head"])}),
     "a part": ("llama", {"trainable": ["lm_head"]}),
+    "new tokens": ("qwen3", {"add_tokens": ["<|tool|>"]}),
+    "new tokens and adapters": ("qwen3", {"add_tokens": ["<|tool|>"], "lora": LoraConfig(r=2)}),
 }
 
 

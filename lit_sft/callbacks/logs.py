@@ -46,4 +46,4 @@ class KeepFolder(Callback):
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.close()
                 logger._experiment = None  # the next access opens a new file
-        log.warning("%s was removed during the run: made anew, what was logged before is lost", path.parent)
+        log.warning("%s was removed during the run: made anew, what TensorBoard had before is lost", path.parent)
