@@ -157,7 +157,7 @@ def test_monitors_and_expressions_that_cannot_be(place, tmp_path, capsys, option
     ],
 )
 def test_what_cannot_be_computed(place, tmp_path, capsys, evaluation, words):
-    assert words in refused(capsys, "fit", bad(place, tmp_path / "runs", model__evaluation=evaluation), code=2)
+    assert words in refused(capsys, "fit", bad(place, tmp_path / "runs", model__evaluation=evaluation))
 
 
 def test_rows_without_references(place, tmp_path, capsys):

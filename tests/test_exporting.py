@@ -69,7 +69,7 @@ def test_what_is_not_equal_is_not_exported(place, tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(export, "_reload", reload)
     run("export", [*ckpt, f"--output_dir={out}"])
     earlier = {path.name: path.read_bytes() for path in out.iterdir()}
-    monkeypatch.setattr(export, "_greedy", lambda model, prompt: [id(model)])
+    monkeypatch.setattr(export, "_greedy", lambda model, prompt, stops: [id(model)])
     assert "the answers of the export" in refused(capsys, "export", [*ckpt, f"--output_dir={out}"])
     assert {path.name: path.read_bytes() for path in out.iterdir()} == earlier
     assert [path.name for path in out.parent.iterdir()] == ["out"]

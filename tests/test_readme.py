@@ -31,7 +31,7 @@ CUT_SHORT = {
 }
 SHORTER = {"scripts/full_vs_lora.py": ["--minutes", "0.02", "--methods", "lora"]}
 LIMITS = "## Limits"
-KEY = re.compile(r"`((?:trainer|model|data|checkpoint|early_stopping|resume)\.[a-z_.]+)\b")
+KEY = re.compile(r"`((?:trainer|model|data|checkpoint|early_stopping|resume)\.(?!py`)[a-z_.]+)\b")
 
 
 class Step(NamedTuple):
