@@ -197,9 +197,9 @@ def _quiet() -> None:
         handler = logging.StreamHandler()
         handler.setFormatter(failures.RedactingFormatter("%(message)s"))
         log.addHandler(handler)
-    for handler in log.handlers:
-        if isinstance(handler, logging.StreamHandler) and isinstance(handler.formatter, failures.RedactingFormatter):
-            handler.stream = sys.stderr  # a program that calls us twice may have put another one in its place
+    for ours in log.handlers:
+        if isinstance(ours, logging.StreamHandler) and isinstance(ours.formatter, failures.RedactingFormatter):
+            ours.stream = sys.stderr  # a program that calls us twice may have put another one in its place
     log.setLevel(logging.INFO if rank_zero_only.rank == 0 else logging.ERROR)  # type: ignore[attr-defined]
     log.propagate = False
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
