@@ -147,7 +147,7 @@ def stored_dtype(dtype: str, precision: str, lora: bool) -> torch.dtype:
     if dtype != "auto":
         return getattr(torch, dtype)
     half = {"bf16": torch.bfloat16, "16": torch.float16}.get(precision.split("-")[0], torch.float32)
-    if precision.endswith("-true") and half != torch.float32:  # adapters too: Lightning casts all parameters
+    if precision.endswith("-true") and half != torch.float32 and not lora:  # adapters stay in fp32
         mixed = precision.replace("-true", "-mixed")
         log.warning("trainer.precision %s rounds most updates of trained weights away; %s keeps them", precision, mixed)
     return half if lora or precision.endswith("-true") else torch.float32

@@ -41,7 +41,7 @@ SHARED_KEYS = (
 
 
 class SFTCLI(LightningCLI):
-    """`python -m lit_sft {fit,validate,test,predict,preview,export}`."""
+    """`python -m lit_sft {fit,validate,test,predict,preview,doctor,export}`."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:

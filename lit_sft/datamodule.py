@@ -194,7 +194,7 @@ class SFTDataModule(L.LightningDataModule):
                 "this run has no optimizer step: check trainer.max_epochs, trainer.max_steps and "
                 "trainer.limit_train_batches"
             )
-        what = f"{len(packs):,} examples"
+        what = f"{len(packs):,} examples, without padding"
         if self.options.packing:
             fill = packs.num_tokens(self.data.caches["train"].lengths).mean() / self.options.max_length
             what = f"{len(packs):,} packs of {self.options.max_length} tokens, filled to {fill:.1%}"
