@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import resource
 import shutil
 import time
 from dataclasses import asdict, replace
@@ -18,7 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from rich.table import Table
 from typing_extensions import override
 
-from lit_sft.build import is_adapted, model_directory, stored_dtype
+from lit_sft.build import base_directory, is_adapted, model_directory, stored_dtype
 from lit_sft.data.packing import Packs
 from lit_sft.datamodule import SFTDataModule
 from lit_sft.display import console
@@ -124,9 +123,8 @@ def _examine_data(datamodule: SFTDataModule, report: dict[str, Any]) -> dict[str
 def needed_memory(trainer: L.Trainer, module: SFTModule, datamodule: SFTDataModule) -> memory.MemoryEstimate:
     """What a step of this run is expected to need on a device."""
     options, precision = module.options, trainer.precision
-    config = load.load_config(
-        model_directory(options.model_name_or_path, options.revision), trust_remote_code=options.trust_remote_code
-    )
+    path = base_directory(model_directory(options.model_name_or_path, options.revision))
+    config = load.load_config(path, trust_remote_code=options.trust_remote_code)
     total = memory.num_parameters(config)
     trained = 0 if is_adapted(options) else total  # adapters are small beside the rest
     stored = torch.finfo(stored_dtype(options.dtype, precision, is_adapted(options))).bits // 8
@@ -145,6 +143,7 @@ def needed_memory(trainer: L.Trainer, module: SFTModule, datamodule: SFTDataModu
         adapted=is_adapted(options),
         chunk_elements=CHUNK_ELEMENTS,
         on_cpu=trainer.strategy.root_device.type == "cpu",
+        quantized=options.quantization is not None,
     )
 
 
@@ -159,7 +158,7 @@ def _expect_memory(
             f"the step needs about {expected.total / GIB:.1f} GiB and {available / GIB:.1f} GiB are free: lower "
             "data.micro_batch_size or data.max_length, or set model.gradient_checkpointing or model.lora"
         )
-    checkpoint = (0 if is_adapted(module.options) else expected.weights) + expected.optimizer
+    checkpoint = expected.gradients + expected.optimizer  # trained weights are as large as their gradients
     room = shutil.disk_usage(_existing(Path(trainer.default_root_dir))).free
     if 3 * checkpoint > room:
         report["errors"].append(
@@ -184,17 +183,13 @@ def _free_memory() -> int:
 
 def _try_step(trainer: L.Trainer, module: SFTModule, datamodule: SFTDataModule) -> dict[str, float]:
     """Two optimizer steps on the fullest packs: from the second on, gradients and optimizer states are there, too."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    before = memory.resident()
     started = time.monotonic()
     trainer.callbacks.append(FullestFirst())  # type: ignore[attr-defined]
     trainer.fit(module, datamodule)
     device = trainer.strategy.root_device
     on_gpu = device.type == "cuda"
-    peak = (
-        torch.cuda.max_memory_allocated(device)
-        if on_gpu
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-    )
+    peak = torch.cuda.max_memory_allocated(device) if on_gpu else memory.resident(peak=True) - before
     return {
         "seconds_with_loading": time.monotonic() - started,
         "peak_bytes": peak,

@@ -97,6 +97,7 @@ class StopOnSignal(Checkpoint):
         if trainer.global_step >= trainer.datamodule.total_steps or trainer.should_stop:  # type: ignore[attr-defined]
             interrupts.wait(for_training=False)  # what is left is saved; it is finished
         elif self._look(trainer):
+            self.save(trainer)  # is saved; but it may still be on its way to the disk
             self._leave(trainer)
 
     @override

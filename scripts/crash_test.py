@@ -33,7 +33,16 @@ from lit_sft.checkpointing import read_checkpoint
 
 ROWS = "rows"
 CLOCK = {
-    f"train/{name}" for name in ("tokens_per_second", "trained_tokens_per_second", "mfu", "data_wait", "peak_memory_gb")
+    f"train/{name}"
+    for name in (
+        "tokens_per_second",
+        "tokens_per_second_min",
+        "tokens_per_second_max",
+        "trained_tokens_per_second",
+        "mfu",
+        "data_wait",
+        "peak_memory_gb",
+    )
 }
 """Scalars that differ between two runs, and are not compared."""
 

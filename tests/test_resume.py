@@ -24,7 +24,16 @@ from lit_sft import checkpointing, runs
 
 START = "forkserver" if torch.cuda.is_available() else "fork"  # autograd's threads on a GPU do not survive a fork
 TIMED = {
-    f"train/{name}" for name in ("tokens_per_second", "trained_tokens_per_second", "mfu", "data_wait", "peak_memory_gb")
+    f"train/{name}"
+    for name in (
+        "tokens_per_second",
+        "tokens_per_second_min",
+        "tokens_per_second_max",
+        "trained_tokens_per_second",
+        "mfu",
+        "data_wait",
+        "peak_memory_gb",
+    )
 }
 TWO_EPOCHS = {
     "data__packing": False,

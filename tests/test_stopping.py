@@ -23,7 +23,16 @@ from tiny import save_tiny, tiny_llama, tiny_tokenizer
 from lit_sft import interrupts
 
 TIMED = {
-    f"train/{name}" for name in ("tokens_per_second", "trained_tokens_per_second", "mfu", "data_wait", "peak_memory_gb")
+    f"train/{name}"
+    for name in (
+        "tokens_per_second",
+        "tokens_per_second_min",
+        "tokens_per_second_max",
+        "trained_tokens_per_second",
+        "mfu",
+        "data_wait",
+        "peak_memory_gb",
+    )
 }
 SETTINGS = {
     "data__packing": False,

@@ -77,12 +77,13 @@ class Evaluation(Callback):
             return
         fitting = trainer.state.fn == "fit"
         if fitting:
-            self.num_validations += 1
-            if (self.num_validations - 1) % pl_module.evaluation.every_n_validations:  # type: ignore[union-attr, operator]
+            if self.num_validations % pl_module.evaluation.every_n_validations:  # type: ignore[union-attr, operator]
+                self.num_validations += 1
                 for name in self.before:  # else early stopping takes an old score for one that did not improve
                     trainer.callback_metrics.pop(name, None)
                 return
         scores = self._evaluate(trainer, pl_module, "val", trainer.global_step if fitting else self.step)
+        self.num_validations += fitting  # not sooner: a signal may end the run in it, which then repeats it
         pl_module.log_dict(scores, prog_bar=True)
 
     @override

@@ -83,6 +83,8 @@ class FailTogether(Callback):
     def _memory_advice(self, trainer: L.Trainer, pl_module: L.LightningModule) -> str:
         """Which settings take less memory, of those that are not at their least."""
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        if "train" not in datamodule.data.caches:  # no training step: answers or a validation
+            return "lower data.micro_batch_size or model.generation.max_new_tokens, or shorten the prompts"
         data: Any = datamodule.options
         model: Any = pl_module.options
         knobs = [

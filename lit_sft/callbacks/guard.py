@@ -117,6 +117,7 @@ class Guard(Callback):
             UserError: This step, or the one before it, is wrong, and may not be left out.
         """
         assert self.trainer is not None
+        norm = norm.to(window.device)  # that of offloaded gradients is on the CPU
         self.judge()
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             norm = norm.nan_to_num(

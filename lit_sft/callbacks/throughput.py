@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from typing import Any
 
@@ -12,6 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
 from lit_sft.flops import StepCost, peak_flops, step_cost
+from lit_sft.model import memory
 
 
 class Throughput(Callback):
@@ -96,4 +96,4 @@ def peak_memory(device: torch.device) -> int:
     """Most bytes that were ever in use: allocated on a GPU, resident of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return memory.resident(peak=True)

@@ -39,6 +39,10 @@ class CheckpointFiles(TorchCheckpointIO):
 
     def __init__(self, async_save: bool = False) -> None:
         self.async_save = async_save
+        self.keep: dict[str, Any] | None = None
+        """Arguments of `files.keep` for the checkpoint that is saved next, once it is complete. Not `storage_options`,
+        which Lightning's FSDP strategy refuses.
+        """
         self._copy = shards.HostCopy()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -56,12 +60,13 @@ class CheckpointFiles(TorchCheckpointIO):
         Args:
             checkpoint: Tensors and plain values; DTensors are what is sharded.
             path: File or directory to write.
-            storage_options: Arguments of `files.keep` for this checkpoint, once it is complete.
+            storage_options: In place of `keep`.
 
         Raises:
             UserError: It could not be written, or (in a thread) the one before it.
         """
         self.wait()
+        keep, self.keep = storage_options or self.keep, None
         path, pieces = Path(path), None
         if shards.is_sharded(checkpoint):
             checkpoint, pieces = shards.cut(checkpoint)
@@ -69,10 +74,10 @@ class CheckpointFiles(TorchCheckpointIO):
                 self._group = distributed.new_group(backend="gloo")
         self._agree(path, pieces, lambda: files.clear(path, is_folder=pieces is not None), only_first=True)
         if not self.async_save:
-            self._write(checkpoint, pieces, path, storage_options)
+            self._write(checkpoint, pieces, path, keep)
             return
         checkpoint, pieces = self._copy([checkpoint, pieces])
-        self._thread = threading.Thread(target=self._write_or_fail, args=(checkpoint, pieces, path, storage_options))
+        self._thread = threading.Thread(target=self._write_or_fail, args=(checkpoint, pieces, path, keep))
         self._thread.start()
 
     def wait(self) -> None:

@@ -95,15 +95,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         head: Head,
         options: LossOptions,
         count_correct: bool,
+        needs_grad: bool,
     ) -> tuple[Tensor, Tensor]:
         compute_weight = weight.to(hidden.dtype)
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        # what torch says of the inputs it says without gradients too, in validation
+        needs_hidden, needs_weight, needs_bias = (needs_grad and needed for needed in ctx.needs_input_grad[:3])
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight and not len(targets) else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needs_bias else None
         loss_sum = torch.zeros((), dtype=torch.float32, device=hidden.device)
         num_correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
-        needs_grad = any(ctx.needs_input_grad[:3])
+        needs_grad = needs_hidden or needs_weight or needs_bias
         vocabulary = weight.shape[0]
         chunk = max(1, CHUNK_ELEMENTS // vocabulary)
         piece = max(1, PIECE_ELEMENTS.get(hidden.device.type, CHUNK_ELEMENTS) // vocabulary)
@@ -136,7 +138,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grads = (g if g is None else g.mul_(grad_loss) for g in ctx.saved_tensors)  # used once: no second copy
-        return (*grads, None, None, None, None)
+        return (*grads, None, None, None, None, None)
 
 
 def _losses_and_gradient(
@@ -236,6 +238,7 @@ class CausalLMLoss(nn.Module):
                 head,
                 self.options,
                 count_correct,
+                torch.is_grad_enabled(),
             )
         return LossOutput(loss_sum, keep.sum(), num_correct)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ import torch
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 """Numbers of two of glibc's settings (malloc.h)."""
 
-PIECE_ELEMENTS = 2**21
-"""As in the loss."""
+PIECE_ELEMENTS = {True: 2**21, False: 2**24}
+"""As in the loss, on a CPU and on a GPU."""
 
 CPU_SCRATCH = 200_000_000
 """Bytes of code and kernels' scratch that came with the first steps of SmolLM2-135M, full and with LoRA."""
@@ -48,6 +49,7 @@ def estimate(
     adapted: bool = False,
     chunk_elements: int,
     on_cpu: bool = False,
+    quantized: bool = False,
 ) -> MemoryEstimate:
     """Adds up what a step holds at its peak: when the forward pass has ended, with the gradients of the step before.
 
@@ -67,6 +69,7 @@ def estimate(
         adapted: Low-rank adapters over a frozen base.
         chunk_elements: Logits that the loss holds at once.
         on_cpu: Count what the process itself grows by, too.
+        quantized: The linear layers of the blocks are stored in 4 bits.
     """
     text = config.get_text_config()
     hidden, layers, vocabulary = text.hidden_size, text.num_hidden_layers, text.vocab_size
@@ -79,14 +82,18 @@ def estimate(
     block += (linear_inputs + 2 * (heads + kv) * head_dim + 2 * inner) * compute_bytes
     kept = layers * hidden * stored_bytes + block if gradient_checkpointing else layers * block
     copies = num_parameters * compute_bytes if compute_bytes < stored_bytes else 0
+    ends = vocabulary * hidden * (1 if text.tie_word_embeddings else 2)  # embedding and head
+    weights = num_parameters * stored_bytes + copies
+    if quantized:  # half a byte, and the scales
+        weights = ends * stored_bytes + int((num_parameters - ends) * 0.52)
     chunk = min(tokens, max(1, chunk_elements // vocabulary))
     head = 0 if adapted else vocabulary * hidden * (4 + compute_bytes)  # its gradient, and that of a chunk
     return MemoryEstimate(
-        weights=num_parameters * stored_bytes + copies,
+        weights=weights,
         gradients=num_trained * 4,
         optimizer=num_trained * 4 * states_per_parameter,
         activations=tokens * kept + (CPU_SCRATCH if on_cpu else 0),
-        logits=chunk * vocabulary * compute_bytes + 3 * 4 * PIECE_ELEMENTS + head,
+        logits=chunk * vocabulary * compute_bytes + 3 * 4 * PIECE_ELEMENTS[on_cpu] + head,
     )
 
 
@@ -98,6 +105,19 @@ def num_parameters(config: Any) -> int:
         model = AutoModelForCausalLM.from_config(config)
     model.tie_weights()
     return sum(p.numel() for p in model.parameters())
+
+
+def resident(peak: bool = False) -> int:
+    """Bytes of host memory that this process holds, or the most it ever held. Not `ru_maxrss` where it can be avoided:
+    a program inherits that of the one that started it.
+    """
+    if sys.platform == "linux":
+        name = "VmHWM" if peak else "VmRSS"
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+        return int(line.split()[1]) * 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def keep_freed_memory() -> None:
