@@ -129,11 +129,3 @@ def _token_f1(predictions: Sequence[str], references: Sequence[str]) -> float:
         {"answers": {"answer_start": [0], "text": [" ".join(words(r))]}, "id": str(n)} for n, r in enumerate(references)
     ]
     return float(squad(ours, theirs)["f1"]) / 100
-
-
-def flops_per_token(num_parameters: int, num_trainable: int) -> int:
-    """Matrix-product operations of one training token: 2 forward and 2 for the gradient by the input per weight, and 2
-    per
-    trained weight for its own gradient (Kaplan et al. 2020, arXiv:2001.08361, without attention scores).
-    """
-    return 4 * num_parameters + 2 * num_trainable

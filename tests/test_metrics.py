@@ -9,7 +9,6 @@ from lit_sft.metrics import (
     TokenMetrics,
     exact_match,
     extract_answer,
-    flops_per_token,
     score_names,
     text_scores,
     without_thinking,
@@ -83,8 +82,3 @@ def test_token_metrics_weigh_every_target():
     assert values == pytest.approx({"loss": 2.5, "perplexity": math.exp(2.5), "token_accuracy": 0.25})
     metric.reset()
     assert float(metric.compute()["loss"]) == 0
-
-
-def test_flops():
-    assert flops_per_token(100, 100) == 600
-    assert flops_per_token(100, 0) == 400

@@ -15,6 +15,7 @@ import time
 
 import pytest
 import torch
+from crash_test import CLOCK
 from running import REPOSITORY, arguments, chat_rows, final_weights, run, scalars, version, write_rows
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from terminal import log_lines, refused
@@ -23,18 +24,6 @@ from tiny import save_tiny, tiny_gpt2, tiny_llama
 from lit_sft import checkpointing, runs
 
 START = "forkserver" if torch.cuda.is_available() else "fork"  # autograd's threads on a GPU do not survive a fork
-TIMED = {
-    f"train/{name}"
-    for name in (
-        "tokens_per_second",
-        "tokens_per_second_min",
-        "tokens_per_second_max",
-        "trained_tokens_per_second",
-        "mfu",
-        "data_wait",
-        "peak_memory_gb",
-    )
-}
 TWO_EPOCHS = {
     "data__packing": False,
     "data__global_batch_size": 8,  # 33 rows: 4 full steps and one of a single row, twice
@@ -109,7 +98,7 @@ def _run_until(place, root, hook, step, nth, overrides):
 def rows(root):
     """The lines of metrics.csv, without what depends on the clock."""
     with (version(root) / "metrics.csv").open() as file:
-        return [{k: float(v) for k, v in row.items() if v and k not in TIMED} for row in csv.DictReader(file)]
+        return [{k: float(v) for k, v in row.items() if v and k not in CLOCK} for row in csv.DictReader(file)]
 
 
 def saved(root):

@@ -17,23 +17,12 @@ from pathlib import Path
 import pytest
 import torch
 from cluster import free_ports
+from crash_test import CLOCK
 from running import REPOSITORY, arguments, chat_rows, environment, final_weights, run, version, write_rows
 from tiny import save_tiny, tiny_llama, tiny_tokenizer
 
 from lit_sft import interrupts
 
-TIMED = {
-    f"train/{name}"
-    for name in (
-        "tokens_per_second",
-        "tokens_per_second_min",
-        "tokens_per_second_max",
-        "trained_tokens_per_second",
-        "mfu",
-        "data_wait",
-        "peak_memory_gb",
-    )
-}
 SETTINGS = {
     "data__packing": False,
     "data__global_batch_size": 8,  # accumulation 8; 33 rows: 4 full steps and one of a single row, twice
@@ -119,7 +108,7 @@ def code(process, timeout=300):
 def rows(root):
     """The lines of metrics.csv, without what depends on the clock."""
     with (version(root) / "metrics.csv").open() as file:
-        return [{k: float(v) for k, v in row.items() if v and k not in TIMED} for row in csv.DictReader(file)]
+        return [{k: float(v) for k, v in row.items() if v and k not in CLOCK} for row in csv.DictReader(file)]
 
 
 def assert_same_run(root, expected):
