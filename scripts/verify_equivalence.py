@@ -204,7 +204,9 @@ def fit(settings: dict[str, Any], nodes: int = 1) -> None:
         agent = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", "--nproc_per_node=1"]
         agent += ["--master_addr=127.0.0.1", f"--master_port={_free_port()}"]
         commands = [[*agent, f"--node_rank={node}", "-m", "lit_sft", *args] for node in range(nodes)]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
+    # What a run in this process may have left (Lightning sets LOCAL_RANK) would make the launcher wait for other ranks.
+    of_ranks = ("SLURM_", "RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "MASTER_")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(of_ranks)}
     running = [
         subprocess.Popen(
             command,
@@ -217,7 +219,7 @@ def fit(settings: dict[str, Any], nodes: int = 1) -> None:
     ]
     try:
         for process in running:
-            output, _ = process.communicate(timeout=600)
+            output, _ = process.communicate(timeout=300)
             assert process.returncode == 0, output[-4000:]
     finally:
         for process in running:

@@ -8,12 +8,23 @@ for name in [name for name in os.environ if name.startswith("SLURM_")]:
 
 import pytest  # noqa: E402
 
+OF_A_RANK = ("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
 
 @pytest.fixture(autouse=True)
 def no_process_group_is_left():
-    """A run of one rank under `fsdp2` opens one in this process; the next test would wait for others in it."""
+    """A run of one rank under `fsdp2` opens one in this process; the next test would wait for others in it.
+
+    Lightning also leaves LOCAL_RANK in the environment; a launcher that inherits it starts no other rank and waits.
+    """
+    before = {name: os.environ.get(name) for name in OF_A_RANK}
     yield
     from torch import distributed
 
     if distributed.is_initialized():
         distributed.destroy_process_group()
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
