@@ -161,16 +161,11 @@ class SFTDataModule(L.LightningDataModule):
         assert self.trainer is not None
         options, world_size = self.options, self.trainer.world_size
         for name in self.data.caches:
-            self.packs[name] = self.pack(name)
-            per_step = options.global_batch_size if name == "train" else options.micro_batch_size * world_size
-            self.orders[name] = StepOrder(
-                len(self.packs[name]),
-                per_step,
-                options.micro_batch_size,
-                world_size,
-                options.seed,
-                shuffle=name == "train",
-            )
+            self.packs[name] = packs = self.pack(name)
+            train, micro = name == "train", options.micro_batch_size
+            per_step = options.global_batch_size if train else micro * world_size
+            costs = packs.costs(self.data.caches[name].lengths) if train else None
+            self.orders[name] = StepOrder(len(packs), per_step, micro, world_size, options.seed, train, costs)
         if stage == "fit":
             self._setup_fit()
 

@@ -1,11 +1,13 @@
+import numpy as np
 import pytest
 
+from lit_sft.data.packing import TOKEN_COST, Packs, one_per_pack, pack_examples
 from lit_sft.data.sampling import PositionSampler, StepOrder
 from lit_sft.types import UserError
 
 
-def order(num_packs=19, global_batch_size=8, micro=1, world=1, seed=0, shuffle=True):
-    return StepOrder(num_packs, global_batch_size, micro, world, seed, shuffle)
+def order(num_packs=19, global_batch_size=8, micro=1, world=1, seed=0, shuffle=True, costs=None):
+    return StepOrder(num_packs, global_batch_size, micro, world, seed, shuffle, costs)
 
 
 def steps(o, epoch=0):
@@ -21,8 +23,30 @@ def steps(o, epoch=0):
 
 @pytest.mark.parametrize(("micro", "world"), [(1, 2), (2, 1), (2, 2), (1, 4), (4, 2), (8, 1)])
 @pytest.mark.parametrize("epoch", [0, 3])
-def test_the_same_steps_for_any_split(micro, world, epoch):
-    assert steps(order(micro=micro, world=world), epoch) == steps(order(), epoch)
+@pytest.mark.parametrize("costs", [None, np.arange(19.0) % 7])
+def test_the_same_steps_for_any_split(micro, world, epoch, costs):
+    assert steps(order(micro=micro, world=world, costs=costs), epoch) == steps(order(), epoch)
+
+
+def test_cost_of_a_pack_is_linear_in_tokens_and_in_squares_of_examples():
+    packs = Packs(np.array([2, 0, 1]), np.array([0, 1, 3]))
+    assert list(packs.costs(np.array([3, 4, 10]))) == [50 + 10 * TOKEN_COST, 4.5 + 8 + 7 * TOKEN_COST]
+    assert len(one_per_pack(0).costs(np.array([], dtype=np.int64))) == 0
+
+
+def test_what_runs_at_the_same_time_costs_about_the_same():
+    """Ranks wait for each other in each micro-batch: the slowest counts."""
+    lengths = np.random.default_rng(0).lognormal(5, 1, 4000).astype(np.int64).clip(1, 2048)
+
+    def waited(packs, micro, costs):
+        o = order(len(packs), 64, micro, 4, costs=costs)
+        work = packs.costs(lengths)
+        passes = [[work[o.packs(0, batch, rank)].sum() for rank in range(4)] for batch in range(o.batches_per_epoch)]
+        return 4 * sum(max(one) for one in passes) / work.sum() - 1
+
+    for packs, micro in ((pack_examples(lengths, 2048), 1), (one_per_pack(len(lengths)), 1), (one_per_pack(4000), 4)):
+        before, after = waited(packs, micro, None), waited(packs, micro, packs.costs(lengths))
+        assert after < 0.25 * before, (before, after)
 
 
 def test_every_pack_once_and_another_order_every_epoch():

@@ -13,6 +13,12 @@ MANY = 100_000
 """Examples, of which nearly all have others of their very length."""
 
 
+TOKEN_COST = 8192
+"""What a token costs outside of attention, in units of attending to one token: 6 times the hidden size, which is not
+known here; it matters only among packs of unequal numbers of tokens.
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class Packs:
     """P packs over N examples, as two flat arrays so that memory stays linear in the number of examples.
@@ -38,6 +44,14 @@ class Packs:
         """Tokens in each pack, [P]."""
         ends: npt.NDArray[np.int64] = np.concatenate([[0], np.cumsum(lengths[self.examples], dtype=np.int64)])
         return np.diff(ends[self.bounds])
+
+    def costs(self, lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """Relative cost of computing each pack, [P]: linear in its tokens, and in the squares of its examples' lengths.
+
+        The same for each `refill`, but for the rounding of sizes.
+        """
+        sizes = (lengths if self.sizes is None else self.sizes)[self.examples].astype(np.float64)
+        return np.add.reduceat(sizes * (sizes / 2 + TOKEN_COST), self.bounds[:-1]) if len(self) else sizes
 
 
 def refill(packs: Packs, seed: int, epoch: int) -> Packs:

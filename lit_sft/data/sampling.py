@@ -1,20 +1,21 @@
 """The global order: which pack is in which optimizer step, whatever the number of ranks, workers and micro-batches.
 
 The permutation depends on (seed, epoch) only. Optimizer step s of an epoch takes its packs [s * G, (s + 1) * G); the
-ranks share
-that slice micro-batch by micro-batch. With G = 8, 2 ranks and micro-batches of 2:
+ranks share that slice micro-batch by micro-batch. With G = 8, 2 ranks and micro-batches of 2:
 
     slice         p0 p1 | p2 p3 | p4 p5 | p6 p7
     micro-batch     0   |   0   |   1   |   1
     rank            0   |   1   |   0   |   1
 
-So a position is (epoch, optimizer steps done in it), and holds for any number of ranks.
+So a position is (epoch, optimizer steps done in it), and holds for any number of ranks. Ranks wait for each other, so
+where costs are known the slice is sorted by them first, and each micro-batch dealt out there and back (p0 p3 to one
+rank, p1 p2 to the other): what runs at the same time costs about the same. The sum over the step is that of the slice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
@@ -41,6 +42,8 @@ class StepOrder:
     world_size: int
     seed: int
     shuffle: bool = True
+    costs: npt.NDArray[np.float64] | None = field(default=None, compare=False, repr=False)
+    """[P] of `Packs.costs`, the same in every epoch; None leaves each slice in its order."""
 
     def __post_init__(self) -> None:
         per_pass = self.micro_batch_size * self.world_size
@@ -81,11 +84,18 @@ class StepOrder:
             rank: Rank, from 0.
         """
         step, micro = divmod(batch, self.accumulation)
-        start = step * self.global_batch_size + (micro * self.world_size + rank) * self.micro_batch_size
-        end = min(start + self.micro_batch_size, (step + 1) * self.global_batch_size, self.num_packs)
-        if not self.shuffle:
-            return list(range(start, end))
-        return [int(pack) for pack in permutation(self.num_packs, self.seed, epoch)[start:end]]
+        of_step = slice(step * self.global_batch_size, min((step + 1) * self.global_batch_size, self.num_packs))
+        if self.shuffle:
+            chosen = permutation(self.num_packs, self.seed, epoch)[of_step]
+        else:
+            chosen = np.arange(of_step.start, of_step.stop)
+        if self.costs is None:
+            start = (micro * self.world_size + rank) * self.micro_batch_size
+            return [int(pack) for pack in chosen[start : start + self.micro_batch_size]]
+        chosen = chosen[np.argsort(-self.costs[chosen], kind="stable")]
+        start, ranks = micro * self.world_size * self.micro_batch_size, self.world_size
+        mine = [start + row * ranks + (ranks - 1 - rank if row % 2 else rank) for row in range(self.micro_batch_size)]
+        return [int(chosen[place]) for place in mine if place < len(chosen)]
 
     def limited_batches(self, limit: int | float | None) -> int:
         """Forward passes of each rank in an epoch that ends after `limit` of them, or after that share of it."""
