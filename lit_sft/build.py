@@ -14,7 +14,7 @@ import torch
 
 from lit_sft import demo
 from lit_sft.model import adapters, attention, fused, load, neftune, parallel, quantization, tokens
-from lit_sft.model.loss import CausalLMLoss
+from lit_sft.model.loss import CausalLMLoss, pack_kwargs
 from lit_sft.types import UserError
 
 if TYPE_CHECKING:
@@ -224,7 +224,7 @@ def _build(options: SimpleNamespace, precision: str, on_meta: bool = False) -> t
     if not on_meta:
         model.check_head()
         model.fused = fused.fuse_blocks(lm)
-        model.separate_rows = not attention.packs_are_exact(lm)
+        model.separate_rows = not attention.packs_are_exact(lm, pack_kwargs)
     if model.separate_rows:
         log.warning("%s mixes packed examples: each gets a padded row of its own, exact but slower", type(lm).__name__)
     if options.neftune_noise_alpha is not None:

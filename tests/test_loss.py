@@ -9,7 +9,7 @@ from torch import nn
 
 from lit_sft.data.collate import collate
 from lit_sft.model import attention, loss
-from lit_sft.model.loss import CausalLMLoss, LossOptions
+from lit_sft.model.loss import CausalLMLoss, LossOptions, pack_kwargs
 from lit_sft.types import IGNORE_INDEX, UserError
 
 
@@ -93,9 +93,8 @@ def test_head_honours_what_the_config_says(config):
     for key, value in config.items():
         setattr(lm.config, key, value)
     model, inputs = CausalLMLoss(lm), batch()
-    hidden = lm.model(
-        input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], segment_lengths=inputs["lengths"]
-    )
+    examples = pack_kwargs(inputs["lengths"], torch.device("cpu"))
+    hidden = lm.model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], **examples)
     logits = (
         lm.lm_head(hidden.last_hidden_state)[0] * config.get("logit_scale", 1.0) / config.get("logits_scaling", 1.0)
     )

@@ -81,8 +81,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of token losses; the gradients are made in the forward pass, chunk by chunk, so that no logits are kept.
 
     Three matrix products per chunk, where recomputing the logits in the backward pass would take four. The method is
-    that of
-    Liger's fused linear cross-entropy (arXiv:2410.10989), in plain torch.
+    that of Liger's fused linear cross-entropy (arXiv:2410.10989), in plain torch.
     """
 
     @staticmethod
@@ -163,12 +162,20 @@ def _losses_and_gradient(
     return losses, grad
 
 
+def pack_kwargs(lengths: tuple[int, ...], device: torch.device) -> dict[str, Any]:
+    """What the layers hand down to attention about the S examples of a row, under transformers' names: a tensor and
+    one number, since torch.compile makes code anew for every length of a tuple.
+    """
+    bounds = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    bounds, longest = bounds.to(device, non_blocking=True), max(lengths)
+    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+
+
 class CausalLMLoss(nn.Module):
     """A Hugging Face causal LM together with its loss, so that sharding gathers the head where it is used.
 
     Logits exist for target positions only, a chunk at a time. Where the head is not a plain linear layer (an adapted
-    head, say)
-    or `check_head` finds that the model computes its logits differently, the model's own logits are used instead.
+    head, say) or `check_head` finds that the model computes its logits differently, its own logits are used instead.
 
     Args:
         lm: Causal LM, adapters already injected.
@@ -220,7 +227,7 @@ class CausalLMLoss(nn.Module):
             lengths = None
         inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
         if lengths is not None:
-            inputs["segment_lengths"] = lengths  # reaches `attention.packed_attention` through the layers' kwargs
+            inputs |= pack_kwargs(lengths, input_ids.device)  # reach attention through the layers' kwargs
         keep = labels != IGNORE_INDEX  # [B, T]
         targets = labels[keep]  # [N]
         if self.own_logits:
@@ -256,9 +263,7 @@ class CausalLMLoss(nn.Module):
 
     @torch.no_grad()
     def check_head(self) -> None:
-        """Compares both paths to the logits on a few tokens; where they differ, the model's own are used, with a
-        warning.
-        """
+        """Compares both paths to the logits on a few tokens: where they differ the model's own are used, and said."""
         if self.own_logits:
             return
         device = self.lm.get_output_embeddings().weight.device
@@ -291,7 +296,5 @@ def _rows_of_one(input_ids: Tensor, labels: Tensor, lengths: tuple[int, ...]) ->
 
 
 def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """Under autocast the type it chose; else the type of the weight (a norm kept in fp32 must not lift the head to
-    fp32).
-    """
+    """Under autocast the type it chose; else that of the weight (a norm kept in fp32 must not lift the head to it)."""
     return hidden.dtype if torch.is_autocast_enabled(hidden.device.type) else weight.dtype

@@ -64,7 +64,11 @@ def _keep_costly() -> Any:
 
 
 def apply_compile(lm: PreTrainedModel) -> None:
-    """Compiles every block in place (parameter names stay); lengths vary from batch to batch, so shapes are dynamic."""
+    """Compiles every block in place (parameter names stay); lengths vary from batch to batch, so shapes are dynamic.
+
+    All blocks share one piece of code for all packs. A second one is made where the first pack has as many tokens as
+    the block has features somewhere, which torch takes for the same number.
+    """
     for layer in decoder_layers(lm):
         layer.compile(dynamic=True)
 

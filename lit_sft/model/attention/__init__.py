@@ -19,16 +19,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_sft.model.attention import cpu
+
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 
 PACKED = "lit_sft_packed"
 """Name under which `packed_attention` is known to transformers."""
-
-SHORT = 192
-"""Tokens below which the CPU kernel cuts an example into its smallest blocks."""
 
 
 def packed_attention(
@@ -40,27 +41,29 @@ def packed_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    segment_lengths: tuple[int, ...] | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int = 0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention in transformers' interface; without `segment_lengths` (generation, say) it is the library's own SDPA.
+    """Attention in transformers' interface; without `cu_seq_lens_q` (generation, say) it is the library's own SDPA.
 
     Args:
         module: The attention layer.
         query: [1, H, T, K].
         key: [1, H_kv, T, K].
         value: [1, H_kv, T, K].
-        attention_mask: Given only outside of training; then `segment_lengths` must be None.
+        attention_mask: Given only outside of training; then `cu_seq_lens_q` must be None.
         dropout: Probability.
         scaling: Factor on the scores; None is 1 / sqrt(K).
         sliding_window: Tokens that a position sees, itself included.
-        segment_lengths: S lengths of the examples in the row, sum T.
+        cu_seq_lens_q: [S + 1] where the examples begin, and T.
+        max_length_q: Length of the longest example.
         **kwargs: What other implementations need.
 
     Returns:
         [1, T, H, K] and None in place of the weights.
     """
-    if segment_lengths is None or attention_mask is not None:
+    if cu_seq_lens_q is None or attention_mask is not None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(
@@ -75,78 +78,31 @@ def packed_attention(
             **kwargs,
         )
     if query.is_cuda and query.dtype != torch.float32 and not dropout:
-        return _varlen(query, key, value, segment_lengths, scaling, sliding_window), None
+        return _varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
     if torch.is_autocast_enabled(query.device.type):  # as autocast does for SDPA
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    whole = sliding_window is None or max(segment_lengths) <= sliding_window
-    if whole and not dropout and query.device.type == "cpu" and query.dtype in (torch.float32, torch.bfloat16):
-        out: Tensor = _CPUSegments.apply(query, key, value, segment_lengths, scaling)
+    if query.device.type == "cpu" and not dropout and query.dtype in (torch.float32, torch.bfloat16):
+        out: Tensor = cpu.packed_attention_cpu(query, key, value, cu_seq_lens_q, scaling, sliding_window)[0]
         return out, None
-    return _per_segment(query, key, value, segment_lengths, dropout, scaling, sliding_window), None
+    return _per_segment(query, key, value, cu_seq_lens_q, dropout, scaling, sliding_window), None
 
 
-class _CPUSegments(torch.autograd.Function):
-    """SDPA's own CPU kernel, example by example, straight into one result: no split, expanded key or concatenation is
-    kept. Short examples go backward in fp32: in bf16 that kernel takes four times as long for 64 or 128 tokens.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scaling: float | None
-    ) -> Tensor:
-        out = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
-        groups, norms = query.shape[1] // key.shape[1], []
-        parts = zip(out.split(lengths, dim=1), *(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
-        for place, q, k, v in parts:
-            k, v = _repeat_heads(k, groups), _repeat_heads(v, groups)
-            made, norm = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scaling)
-            place.copy_(made.transpose(1, 2))
-            norms.append(norm)
-        ctx.save_for_backward(query, key, value, out, *norms)
-        ctx.lengths, ctx.scaling = lengths, scaling
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out, *norms = ctx.saved_tensors
-        grads = [torch.empty_like(x) for x in (query, key, value)]
-        groups = query.shape[1] // key.shape[1]
-        by_example = (x.split(ctx.lengths, dim=2) for x in (*grads, grad.transpose(1, 2), query, key, value))
-        for *places, g, q, k, v, o, norm in zip(
-            *by_example, out.transpose(1, 2).split(ctx.lengths, dim=2), norms, strict=True
-        ):
-            inputs = [g, q, _repeat_heads(k, groups), _repeat_heads(v, groups), o]
-            if q.shape[2] < SHORT:
-                inputs = [x.float() for x in inputs]
-            dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                *inputs, norm, 0.0, True, scale=ctx.scaling
-            )
-            for place, made in zip(places, (dq, dk, dv), strict=True):
-                place.copy_(made if made.shape == place.shape else made.unflatten(1, (-1, groups)).sum(2))
-        return (*grads, None, None)
-
-
-def _repeat_heads(x: Tensor, groups: int) -> Tensor:
-    """[1, H_kv, L, K] -> [1, H, L, K]."""
-    return x if groups == 1 else x.repeat_interleave(groups, dim=1)
-
-
+@torch.compiler.disable
 def _per_segment(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    lengths: tuple[int, ...],
+    bounds: Tensor,
     dropout: float,
     scaling: float | None,
     sliding_window: int | None,
 ) -> Tensor:
-    """One call of SDPA per example: [1, H, T, K] -> [1, T, H, K]."""
-    parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
+    """One call of SDPA per example: [1, H, T, K] -> [1, T, H, K]. For dropout, and fp32 on a GPU."""
+    parts = zip(*(tensor.split(bounds.diff().tolist(), dim=2) for tensor in (query, key, value)), strict=True)
     outs = []
     for q, k, v in parts:
-        mask = _window_mask(q.shape[2], sliding_window, q.device)
+        mask = cpu.window_bias(q, sliding_window)
         out = F.scaled_dot_product_attention(
             q,
             k,
@@ -161,29 +117,18 @@ def _per_segment(
     return torch.cat(outs, dim=1)
 
 
-def _window_mask(length: int, sliding_window: int | None, device: torch.device) -> Tensor | None:
-    """[length, length] True where attention is allowed; None where plain causal attention is the same."""
-    if sliding_window is None or length <= sliding_window:
-        return None
-    position = torch.arange(length, device=device)
-    distance = position[:, None] - position[None, :]
-    return (distance >= 0) & (distance < sliding_window)
-
-
 def _varlen(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    lengths: tuple[int, ...],
+    bounds: Tensor,
+    longest: int,
     scaling: float | None,
     sliding_window: int | None,
 ) -> Tensor:
     """Torch's own variable-length flash attention (CUDA, 16 bit): [1, H, T, K] -> [1, T, H, K]."""
     from torch.nn.attention.varlen import varlen_attn
 
-    bounds = (
-        torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32).to(query.device, non_blocking=True)
-    )
     window = (-1 if sliding_window is None else sliding_window - 1, 0)
     out = varlen_attn(
         query[0].transpose(0, 1),
@@ -191,8 +136,8 @@ def _varlen(
         value[0].transpose(0, 1),
         bounds,
         bounds,
-        max(lengths),
-        max(lengths),
+        longest,
+        longest,
         scale=scaling,
         window_size=window,
         enable_gqa=query.shape[1] != key.shape[1],
@@ -244,27 +189,26 @@ def choose(config: Any, requested: str) -> str:
 
 
 @torch.no_grad()
-def packs_are_exact(lm: PreTrainedModel) -> bool:
+def packs_are_exact(lm: PreTrainedModel, pack_kwargs: Callable[..., dict[str, Any]]) -> bool:
     """Whether a row of two examples gives each the hidden states it has alone (state-space layers, say, do not)."""
     device = lm.device
     vocab_size = lm.config.get_text_config().vocab_size
-    lengths = (5, 7)
-    input_ids = torch.arange(3, 3 + sum(lengths), device=device)[None] % vocab_size
-    position_ids = torch.cat([torch.arange(n, device=device) for n in lengths])[None]
+    first, second = 5, 7
+    input_ids = torch.arange(3, 3 + first + second, device=device)[None] % vocab_size
+    position_ids = torch.cat([torch.arange(first, device=device), torch.arange(second, device=device)])[None]
     was_training = lm.training
     lm.eval()
+
+    def hidden(start: int, *lengths: int) -> Tensor:
+        inputs = {"input_ids": input_ids[:, start:], "position_ids": position_ids[:, start:], "use_cache": False}
+        made: Tensor = lm.base_model(**inputs, **pack_kwargs(lengths, device)).last_hidden_state
+        return made.float()
+
     try:
-        packed = lm.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False, segment_lengths=lengths)
+        ours, expected = hidden(0, first, second)[:, first:], hidden(first, second)
     except TypeError:  # an architecture that hands no keyword arguments down to its layers
-        lm.train(was_training)
         return False
-    alone = lm.base_model(
-        input_ids=input_ids[:, lengths[0] :],
-        position_ids=position_ids[:, lengths[0] :],
-        use_cache=False,
-        segment_lengths=lengths[1:],
-    )
-    lm.train(was_training)
-    ours, expected = packed.last_hidden_state[:, lengths[0] :].float(), alone.last_hidden_state.float()
-    tolerance = 1e-4 if alone.last_hidden_state.dtype == torch.float32 else 5e-2
+    finally:
+        lm.train(was_training)
+    tolerance = 1e-4 if lm.dtype == torch.float32 else 5e-2
     return torch.allclose(ours, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
