@@ -12,6 +12,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from lit_sft import interrupts
 
 NODES = ("node1", "node2")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "unshare")
-PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
+PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin"  # the job scripts call `python`
 CONF = """
 ClusterName=test
 SlurmctldHost=localhost(127.0.0.1)
