@@ -16,9 +16,13 @@ def no_process_group_is_left():
     """A run of one rank under `fsdp2` opens one in this process; the next test would wait for others in it.
 
     Lightning also leaves LOCAL_RANK in the environment; a launcher that inherits it starts no other rank and waits.
+    And a run that took itself for rank 1 leaves that number, with which later runs say nothing.
     """
-    before = {name: os.environ.get(name) for name in OF_A_RANK}
+    from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+    before, rank = {name: os.environ.get(name) for name in OF_A_RANK}, getattr(rank_zero_only, "rank", None)
     yield
+    rank_zero_only.rank = rank
     from torch import distributed
 
     if distributed.is_initialized():

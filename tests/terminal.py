@@ -22,10 +22,12 @@ def log_lines() -> Iterator[list[str]]:
 
     logger = logging.getLogger("lit_sft")
     others, logger.handlers = logger.handlers, [Keep()]
+    propagates = logger.propagate  # a run stops that; then pytest would put handlers here, and later runs none
     try:
         yield lines
     finally:
         logger.handlers = others
+        logger.propagate = propagates
 
 
 def refused(capsys: Any, command: str, args: list[str], code: int = 1) -> str:
