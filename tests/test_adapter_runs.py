@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from running import arguments, chat_rows, final_weights, run, scalars, version, write_rows
+from safetensors.torch import load_file
 from terminal import log_lines, refused
 from tiny import save_tiny, tiny_llama, tiny_qwen3, tiny_tokenizer
 
@@ -125,18 +126,28 @@ def test_noise_is_in_training_only(place, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["lora", "qlora"])
-def test_two_ranks_make_the_run_of_one(kind, place, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "strategy"), [("lora", "ddp"), ("qlora", "ddp"), ("adapter", "ddp"), ("adapter", "fsdp2")]
+)
+def test_two_ranks_make_the_run_of_one(kind, strategy, finished, place, tmp_path):
     options = {
         "lora": {"model__lora": LORA, "model__add_tokens": NEW},
         "qlora": {**QLORA, "trainer__precision": "32-true"},
+        "adapter": {"model__adapter_name_or_path": version(finished("lora")) / "hf"},
     }[kind]
     # SGD without clipping shows a gradient that is wrong by a factor
     options |= {"model__optimizer": "torch.optim.SGD", "trainer__gradient_clip_val": None}
     one = fit(place, tmp_path / "one", **options)
-    run("fit", settings(place, tmp_path / "two", trainer__devices=2, trainer__strategy="ddp", **options), True)
+    run("fit", settings(place, tmp_path / "two", trainer__devices=2, trainer__strategy=strategy, **options), True)
     two = final_weights(tmp_path / "two")
     assert one.keys() == two.keys()
+    if kind == "adapter":  # it went on from there, on every rank
+        before = final_weights(finished("lora"))
+        assert all(not torch.equal(value, before[name]) for name, value in two.items())
+        exported = load_file(version(tmp_path / "two") / "hf" / "adapter_model.safetensors")
+        for name, value in exported.items():
+            name = name.replace("base_model.model.", "model.lm.").replace(".weight", ".default.weight")
+            assert torch.equal(value, two[name])
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-6)
     losses = (torch.tensor(scalars(tmp_path / name, "train/loss")) for name in ("two", "one"))
