@@ -68,7 +68,7 @@ class ResumeOptions:
     """What a resumed run insists on."""
 
     allow_other_data: bool = False
-    """Go on although data, template or tokenizer are not those of the checkpoint."""
+    """Go on although data, template, tokenizer or `model.quantization` are not those of the checkpoint."""
     max_restarts: int = 50
     """A SLURM job that was started again this often is not requeued any more."""
 

@@ -49,8 +49,8 @@ def place(tmp_path_factory):
 
 def save_adapter(base, folder):
     """An adapter of the base that is not what a new one begins with; magnitudes and a module trained whole as well."""
-    model = apply_lora(load_model(str(base), init="pretrained", dtype=torch.float32, attn_implementation="sdpa", seed=0),
-                       LoraConfig(r=2, use_dora=True, modules_to_save=["model.norm"]))  # fmt: skip
+    lm = load_model(str(base), init="pretrained", dtype=torch.float32, attn_implementation="sdpa", seed=0)
+    model = apply_lora(lm, LoraConfig(r=2, use_dora=True, modules_to_save=["model.norm"]))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
