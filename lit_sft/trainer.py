@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback, EarlyStopping
+from typing_extensions import override
 
 from lit_sft import checkpointing, doctor, exporting, preview, runs
 from lit_sft.callbacks import (
@@ -35,6 +36,17 @@ class SFTTrainer(L.Trainer):
     """Lightning's Trainer with the commands it does not have; LightningCLI makes a subcommand of every method listed
     there.
     """
+
+    @override
+    def _run_stage(self) -> Any:
+        """As in Lightning, which leaves out all hooks of training where a resumed run has no step left: one that was
+        killed after its last checkpoint is exported still.
+        """
+        results = super()._run_stage()
+        for callback in self.callbacks if self.state.fn == "fit" else []:  # type: ignore[attr-defined]
+            if isinstance(callback, HFExport) and not callback.is_done:
+                callback.on_train_end(self, self.lightning_module)
+        return results
 
     def preview(
         self, model: SFTModule, datamodule: SFTDataModule, num_rows: int = 3, output: Literal["rich", "json"] = "rich"
