@@ -243,7 +243,7 @@ def _evaluated_adapter(lm: PreTrainedModel, folder: str, options: SimpleNamespac
             f"model.model_name_or_path {options.model_name_or_path} holds an adapter: set it to the base (and "
             "model.adapter_name_or_path to the adapter, to go on training it)"
         )
-    frozen.check_recorded_base(Path(folder), frozen.base_of(lm, options.init, options.seed), lm.name_or_path)
+    frozen.check_recorded_base(Path(folder), frozen.base_of(lm, options.init, options.seed), str(lm.name_or_path))
     adapter = adapters.load_adapter(lm, folder)
     load.read_generation_config(lm, folder)
     return adapter

@@ -12,7 +12,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 from typing_extensions import override
 
-from lit_sft import checkpointing, doctor, exporting, preview, runs
+from lit_sft import checkpointing, doctor, exporting, preview, runs, slurm
 from lit_sft.callbacks import (
     Answers,
     Evaluation,
@@ -21,6 +21,7 @@ from lit_sft.callbacks import (
     Guard,
     HFExport,
     KeepFolder,
+    LeaveFolder,
     PredictionWriter,
     Throughput,
 )
@@ -115,11 +116,12 @@ def run_callbacks(
     """
     first_step = checkpointing.step_of(Path(ckpt_path)) if ckpt_path and is_fit else None
     checkpointer = Checkpointer(config.checkpoint, files)
+    folder = runs.RunFolder(ckpt_path, first_step, save_config, slurm.job_id())
     callbacks: list[Callback] = [
         FailTogether(doctor.needed_memory),
         Guard(config.faults),
         KeepFolder(runs.CONFIG, save_config),
-        runs.RunFolder(ckpt_path, first_step, save_config),
+        folder,
         checkpointer,
         Throughput(),
         FirstExample(),
@@ -129,6 +131,7 @@ def run_callbacks(
         PredictionWriter(config.predict_output),
         runs.LastRow(),
         StopOnSignal(_save_and_wait(checkpointer, files), config.resume.max_restarts),
+        LeaveFolder(lambda: folder.folder),
     ]
     if config.early_stopping is not None:
         stop = config.early_stopping
