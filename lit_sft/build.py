@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lit_sft import demo
-from lit_sft.model import adapters, attention, fused, load, neftune, parallel, quantization, tokens
+from lit_sft.model import adapters, attention, frozen, fused, load, neftune, parallel, quantization, tokens
 from lit_sft.model.loss import CausalLMLoss, pack_kwargs
 from lit_sft.types import UserError
 
@@ -243,6 +243,7 @@ def _evaluated_adapter(lm: PreTrainedModel, folder: str, options: SimpleNamespac
             f"model.model_name_or_path {options.model_name_or_path} holds an adapter: set it to the base (and "
             "model.adapter_name_or_path to the adapter, to go on training it)"
         )
+    frozen.check_recorded_base(Path(folder), frozen.base_of(lm, options.init, options.seed), str(lm.name_or_path))
     adapter = adapters.load_adapter(lm, folder)
     load.read_generation_config(lm, folder)
     return adapter
@@ -262,7 +263,9 @@ def _choose_trained(lm: PreTrainedModel, path: str, options: SimpleNamespace, on
     if options.adapter_name_or_path is not None:
         folder = load.resolve(options.adapter_name_or_path, key="model.adapter_name_or_path", allow_adapter=True)
         log.info("adapter: goes on from %s", options.adapter_name_or_path)
-        return adapters.load_adapter(lm, folder, base_name=options.model_name_or_path, trainable=True)
+        name, base = options.model_name_or_path, frozen.base_of(lm, options.init, options.seed)
+        is_proved = frozen.check_recorded_base(Path(folder), base, name)
+        return adapters.load_adapter(lm, folder, base_name=None if is_proved else name, trainable=True)
     if options.trainable is not None:
         adapters.set_trainable(lm, options.trainable)
         ends = (lm.get_input_embeddings(), lm.get_output_embeddings())

@@ -142,14 +142,14 @@ class SFTCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Data work, before a process group exists; then the run's folder."""
-        self._prepare("fit")
+        folder = self._prepare("fit")
         config, validated = self.config_init["fit"], "validation" in self.datamodule.data.caches
         scores = self.model.evaluation.scores if self.model.evaluation else []
         if config.early_stopping is not None:
             runs.check_monitor("early_stopping", config.early_stopping, scores, validated)
         if validated:
             runs.check_monitor("checkpoint", config.checkpoint, scores, validated)
-        if self.ckpt_path is not None:
+        if self.ckpt_path is not None and folder is not None:
             log.info("resumed %s at step %s", self.ckpt_path, checkpointing.step_of(Path(self.ckpt_path)))
 
     def before_validate(self) -> None:
@@ -165,13 +165,17 @@ class SFTCLI(LightningCLI):
         self._prepare("predict")
         log.info("predict: %s prompts", len(self.datamodule.predict_prompts))
 
-    def _prepare(self, stage: str) -> None:
+    def _prepare(self, stage: str) -> Path | None:
+        """On rank 0 the folder of the run, unless another run trains in it."""
         self.datamodule.prepare(stage)
+        folder = None
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, runs.RunFolder):
-                callback.claim(self.trainer)
-                if stage == "fit" and callback.folder is not None:
-                    slurm.remember(callback.folder)
+                callback.claim(self.trainer, stage)
+                folder = callback.folder
+                if stage == "fit" and folder is not None:
+                    slurm.remember(folder)
+        return folder
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -112,7 +112,9 @@ class SFTModule(L.LightningModule):
         if isinstance(self.trainer.strategy, FSDPStrategy):
             parallel.wrap_layers_with_fsdp(self.trainer.strategy, model.lm)
         self.loss_scale = 1.0 / 1024 if self.trainer.precision.startswith("16") else 1.0
-        self.model, self.base = model, frozen.base_of(model.lm, self.options.init, self.options.seed)
+        is_partial = frozen.is_frozen(model.lm)
+        self.model = model
+        self.base = frozen.base_of(model.lm, self.options.init, self.options.seed) if is_partial else None
         self.__dict__["adapter"] = adapter
 
     def shard(self, mesh: Any, **options: bool) -> None:
@@ -234,7 +236,7 @@ class SFTModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leaves out what is frozen, and remembers what that was; and how answers end."""
-        checkpoint |= {"base": self.base, "stop_ids": self.stop_ids}
+        checkpoint |= {"base": self.base, "quantization": self.options.quantization, "stop_ids": self.stop_ids}
         if self.base is not None:
             checkpoint["state_dict"] = frozen.trained(self, checkpoint["state_dict"])
 
@@ -243,6 +245,11 @@ class SFTModule(L.LightningModule):
         if "state_dict" in checkpoint:  # Lightning's FSDP strategy has taken it out
             frozen.check_fits(self, checkpoint["state_dict"])
         frozen.check_base(checkpoint["base"], self.base)
+        # Answers, scores and merges over other bits than those of the training are asked for by name, and may be.
+        goes_on, datamodule = self.trainer.state.fn == "fit", self.trainer.datamodule  # type: ignore[attr-defined]
+        if goes_on and not datamodule.options.allow_other_data:
+            now = self.options.quantization
+            frozen.check_quantization(checkpoint.get("quantization", now), now)
         self.saved_stop_ids = checkpoint["stop_ids"]
 
     # ------------------------------------------------------------------ export
@@ -268,4 +275,5 @@ class SFTModule(L.LightningModule):
             else base_name(options.model_name_or_path),
             state_dict=None if state_dict is None else {k.removeprefix("lm."): v for k, v in state_dict.items()},
             check=check,
+            record_base=frozen.record_base,
         )

@@ -18,6 +18,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from typing_extensions import override
 
+from lit_sft import locking
 from lit_sft.prepare import global_rank
 from lit_sft.types import UserError
 
@@ -68,7 +69,7 @@ class ResumeOptions:
     """What a resumed run insists on."""
 
     allow_other_data: bool = False
-    """Go on although data, template or tokenizer are not those of the checkpoint."""
+    """Go on although data, template, tokenizer or `model.quantization` are not those of the checkpoint."""
     max_restarts: int = 50
     """A SLURM job that was started again this often is not requeued any more."""
 
@@ -214,21 +215,49 @@ class RunFolder(Callback):
         ckpt_path: The checkpoint that the run goes on from, or that it evaluates; its folder is used.
         first_step: The step that a resumed run starts with.
         save_config: Writes the configuration to a path.
+        job: Id of the SLURM job that the run is in.
     """
 
-    def __init__(self, ckpt_path: str | None, first_step: int | None, save_config: Callable[[Path], None]) -> None:
-        self.ckpt_path, self.first_step, self.save_config = ckpt_path, first_step, save_config
+    def __init__(
+        self,
+        ckpt_path: str | None,
+        first_step: int | None,
+        save_config: Callable[[Path], None],
+        job: str | None = None,
+    ) -> None:
+        self.ckpt_path, self.first_step, self.save_config, self.job = ckpt_path, first_step, save_config, job
         self.folder: Path | None = None
+        self.refusal: UserError | None = None
+        """Why rank 0 did not get the folder, before it could tell the others."""
         self.config = ""
 
-    def claim(self, trainer: L.Trainer) -> None:
-        """Chooses the folder on rank 0; before `trainer.fit`, which opens the loggers before any callback is asked."""
-        if global_rank() == 0:
-            self._use(self._choose(Path(trainer.default_root_dir)), trainer)
+    def claim(self, trainer: L.Trainer, stage: str) -> None:
+        """Chooses the folder on rank 0, and locks it where it is trained in; before `trainer.fit`, which opens the
+        loggers before any callback is asked.
+
+        Raises:
+            UserError: Another run trains in it. With several ranks `setup` raises that, on all of them.
+        """
+        if global_rank() > 0:
+            return
+        folder = self._choose(Path(trainer.default_root_dir))
+        try:
+            if stage == "fit":
+                locking.hold(folder, self.job)
+        except UserError as error:
+            if trainer.num_devices * trainer.num_nodes == 1:
+                raise
+            self.refusal = error
+            trainer.loggers = []  # which would write into it
+            return
+        self._use(folder, trainer)
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        folder = Path(trainer.strategy.broadcast(str(self.folder)))
+        chosen, refusal = trainer.strategy.broadcast((str(self.folder), self.refusal))
+        if refusal is not None:
+            raise refusal
+        folder = Path(chosen)
         if trainer.is_global_zero:
             if stage == "fit":
                 self.save_config(folder / CONFIG)

@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback, EarlyStopping
+from typing_extensions import override
 
-from lit_sft import checkpointing, doctor, exporting, preview, runs
+from lit_sft import checkpointing, doctor, exporting, preview, runs, slurm
 from lit_sft.callbacks import (
     Answers,
     Evaluation,
@@ -20,6 +21,7 @@ from lit_sft.callbacks import (
     Guard,
     HFExport,
     KeepFolder,
+    LeaveFolder,
     PredictionWriter,
     Throughput,
 )
@@ -35,6 +37,17 @@ class SFTTrainer(L.Trainer):
     """Lightning's Trainer with the commands it does not have; LightningCLI makes a subcommand of every method listed
     there.
     """
+
+    @override
+    def _run_stage(self) -> Any:
+        """As in Lightning, which leaves out all hooks of training where a resumed run has no step left: one that was
+        killed after its last checkpoint is exported still.
+        """
+        results = super()._run_stage()
+        for callback in self.callbacks if self.state.fn == "fit" else []:  # type: ignore[attr-defined]
+            if isinstance(callback, HFExport) and not callback.is_done:
+                callback.on_train_end(self, self.lightning_module)
+        return results
 
     def preview(
         self, model: SFTModule, datamodule: SFTDataModule, num_rows: int = 3, output: Literal["rich", "json"] = "rich"
@@ -103,11 +116,12 @@ def run_callbacks(
     """
     first_step = checkpointing.step_of(Path(ckpt_path)) if ckpt_path and is_fit else None
     checkpointer = Checkpointer(config.checkpoint, files)
+    folder = runs.RunFolder(ckpt_path, first_step, save_config, slurm.job_id())
     callbacks: list[Callback] = [
         FailTogether(doctor.needed_memory),
         Guard(config.faults),
         KeepFolder(runs.CONFIG, save_config),
-        runs.RunFolder(ckpt_path, first_step, save_config),
+        folder,
         checkpointer,
         Throughput(),
         FirstExample(),
@@ -117,6 +131,7 @@ def run_callbacks(
         PredictionWriter(config.predict_output),
         runs.LastRow(),
         StopOnSignal(_save_and_wait(checkpointer, files), config.resume.max_restarts),
+        LeaveFolder(lambda: folder.folder),
     ]
     if config.early_stopping is not None:
         stop = config.early_stopping

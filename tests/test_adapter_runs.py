@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from running import arguments, chat_rows, final_weights, run, scalars, version, write_rows
+from safetensors.torch import load_file
 from terminal import log_lines, refused
 from tiny import save_tiny, tiny_llama, tiny_qwen3, tiny_tokenizer
 
@@ -125,18 +126,28 @@ def test_noise_is_in_training_only(place, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["lora", "qlora"])
-def test_two_ranks_make_the_run_of_one(kind, place, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "strategy"), [("lora", "ddp"), ("qlora", "ddp"), ("adapter", "ddp"), ("adapter", "fsdp2")]
+)
+def test_two_ranks_make_the_run_of_one(kind, strategy, finished, place, tmp_path):
     options = {
         "lora": {"model__lora": LORA, "model__add_tokens": NEW},
         "qlora": {**QLORA, "trainer__precision": "32-true"},
+        "adapter": {"model__adapter_name_or_path": version(finished("lora")) / "hf"},
     }[kind]
     # SGD without clipping shows a gradient that is wrong by a factor
     options |= {"model__optimizer": "torch.optim.SGD", "trainer__gradient_clip_val": None}
     one = fit(place, tmp_path / "one", **options)
-    run("fit", settings(place, tmp_path / "two", trainer__devices=2, trainer__strategy="ddp", **options), True)
+    run("fit", settings(place, tmp_path / "two", trainer__devices=2, trainer__strategy=strategy, **options), True)
     two = final_weights(tmp_path / "two")
     assert one.keys() == two.keys()
+    if kind == "adapter":  # it went on from there, on every rank
+        before = final_weights(finished("lora"))
+        assert all(not torch.equal(value, before[name]) for name, value in two.items())
+        exported = load_file(version(tmp_path / "two") / "hf" / "adapter_model.safetensors")
+        for name, value in exported.items():
+            name = name.replace("base_model.model.", "model.lm.").replace(".weight", ".default.weight")
+            assert torch.equal(value, two[name])
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-6)
     losses = (torch.tensor(scalars(tmp_path / name, "train/loss")) for name in ("two", "one"))
@@ -229,17 +240,26 @@ def test_an_adapter_goes_on_where_it_was(name, finished, place, tmp_path):
 
 
 def test_an_adapter_of_another_base_is_refused(finished, place, tmp_path, capsys):
+    """One of ours knows the weights of its base; one of peft's, its name and the shapes of its tensors."""
     hf = version(finished("lora")) / "hf"
-    for name, build in (("other", tiny_qwen3), ("elsewhere/model", tiny_llama)):
-        save_tiny(tmp_path / name, build(len(tiny_tokenizer())))
-    other, elsewhere = tmp_path / "other", tmp_path / "elsewhere" / "model"
+    for name, model in (("other", {"seed": 1}), ("seeds/model", {"seed": 1}), ("wider/model", {"hidden_size": 64})):
+        save_tiny(tmp_path / name, tiny_qwen3(len(tiny_tokenizer()), **model))
+    other, seeds, wider = tmp_path / "other", tmp_path / "seeds" / "model", tmp_path / "wider" / "model"
+    shutil.copytree(hf, tmp_path / "of_peft")
+    (tmp_path / "of_peft" / "base_fingerprint.json").unlink()
+    of_peft = tmp_path / "of_peft"
 
     def message(base, adapter=hf):
         options = {"model__model_name_or_path": base, "model__adapter_name_or_path": adapter}
         return refused(capsys, "fit", settings(place, tmp_path / "runs", **options))
 
-    assert message(other).startswith(f"the adapter {hf} was trained over {place[1]}, not over {other}: set model.model")
-    assert message(elsewhere).startswith(f"the adapter {hf} ")  # its name is right, its tensors are not
+    for base in (other, seeds, wider):
+        said = message(base)
+        assert said.startswith(f"the adapter {hf} was trained over another base (weights ") and f"than {base} (" in said
+        assert "set model.model_name_or_path to that base" in said
+    renamed = f"the adapter {of_peft} was trained over {place[1]}, not over {other}: set model.model"
+    assert message(other, of_peft).startswith(renamed)
+    assert message(wider, of_peft).startswith(f"the adapter {of_peft} does not fit the base {wider}")
     assert "model.adapter_name_or_path: there is no directory" in message(place[1], tmp_path / "absent")
     assert "is no adapter directory" in message(place[1], place[1])
     shutil.copytree(hf, tmp_path / "prompts")
@@ -247,6 +267,39 @@ def test_an_adapter_of_another_base_is_refused(finished, place, tmp_path, capsys
     changed = {"peft_type": "IA3", "base_model_name_or_path": config["base_model_name_or_path"]}
     (tmp_path / "prompts" / "adapter_config.json").write_text(json.dumps(changed))
     assert "is IA3; only LoRA and its relatives are known" in message(place[1], tmp_path / "prompts")
+
+
+def test_the_base_of_an_adapter_may_be_called_otherwise(finished, place, tmp_path):
+    shutil.copytree(place[1], tmp_path / "renamed")
+    options = {"model__model_name_or_path": tmp_path / "renamed", "trainer__max_steps": 1}
+    fit(place, tmp_path / "runs", **options, model__adapter_name_or_path=version(finished("lora")) / "hf")
+
+
+def test_the_base_that_an_adapter_names_is_compared_too(finished, place, tmp_path, capsys):
+    """`predict` over an adapter directory, whose base was replaced by another one of the same shapes."""
+    adapter, base = tmp_path / "adapter", tmp_path / "model"
+    shutil.copytree(version(finished("lora")) / "hf", adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(base)}))
+    args = settings(place, tmp_path / "runs", model__model_name_or_path=adapter, data__predict=["abc"])
+    shutil.copytree(place[1], base)
+    run("predict", args)
+    save_tiny(base, tiny_qwen3(len(tiny_tokenizer()), seed=1))
+    assert f"the adapter {adapter} was trained over another base (weights " in refused(capsys, "predict", args)
+
+
+@pytest.mark.parametrize(("name", "kind", "was", "now"), [("lora", QLORA, "null", "nf4"), ("qlora", {}, "nf4", "null")])
+def test_a_resume_over_other_bits_is_refused(name, kind, was, now, finished, place, tmp_path, capsys):
+    shutil.copytree(finished(name), tmp_path / "runs", symlinks=True)
+    checkpoint = f"--ckpt_path={version(tmp_path / 'runs')}/checkpoints/last.ckpt"
+    options = {"model__lora": LORA, **kind, "trainer__max_steps": 4}
+    message = refused(capsys, "fit", [*settings(place, tmp_path / "runs", **options), checkpoint])
+    assert message.startswith(
+        f"the checkpoint was trained over its base with model.quantization {was}, now it is {now}"
+    )
+    assert len(scalars(tmp_path / "runs", "train/loss")) == 3
+    fit(place, tmp_path / "runs", checkpoint, **options, resume__allow_other_data=True)
+    assert len(scalars(tmp_path / "runs", "train/loss")) == 4
 
 
 def test_a_checkpoint_of_another_adapter_or_base_is_refused(finished, place, tmp_path, capsys):

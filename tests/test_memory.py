@@ -6,10 +6,12 @@ import subprocess
 import sys
 
 import pytest
-from running import REPOSITORY, arguments, environment, write_rows
+import torch
+from running import REPOSITORY, arguments, chat_rows, environment, run, write_rows
 from tiny import save_tiny, tiny_llama, tiny_tokenizer
 
-from lit_sft.model import memory
+from lit_sft.model import memory, quantization
+from lit_sft.model.load import load_model
 
 SMOLLM2 = {
     "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
@@ -46,6 +48,33 @@ def test_parts():
     assert expected(gradient_checkpointing=True).activations < full.activations
     frozen = expected(num_trained=0, adapted=True, stored_bytes=2)
     assert frozen.gradients == frozen.optimizer == 0 and frozen.weights == 2000 and frozen.logits < full.logits
+
+
+def test_a_4_bit_base(tmp_path, capsys):
+    """Half a byte and the scales for each weight of a linear layer: as much as bitsandbytes really takes."""
+    sizes = {**MIDDLE, "num_hidden_layers": 2}
+    path = save_tiny(tmp_path / "model", tiny_llama(**sizes), tiny_tokenizer())
+    options = {"init": "pretrained", "dtype": torch.bfloat16, "attn_implementation": "sdpa", "seed": 0}
+    lm = load_model(path, **options, quantization_config=quantization.nf4(torch.bfloat16))
+    in_4_bits = [p for p in lm.parameters() if p.dtype == torch.uint8]
+    assert len(in_4_bits) == 2 * 7
+    states = [p.quant_state for p in in_4_bits]
+    scales = [scale for state in states for scale in (state.absmax, state.state2.absmax)]
+    taken = num_bytes(in_4_bits) + num_bytes(scales)
+    ends = num_bytes([lm.get_input_embeddings().weight])  # tied
+    train = write_rows(tmp_path / "train.jsonl", chat_rows(4))
+    settings = {**BF16, "model__quantization": "nf4", "model__lora__r": 4, "data__global_batch_size": 2}
+    with pytest.raises(SystemExit) as end:
+        run("doctor", [*arguments(path, train, tmp_path / "run", **settings), "--output", "json"])
+    assert end.value.code == 0
+    weights = json.loads(capsys.readouterr().out.splitlines()[-1])["memory"]["weights"]
+    linear = sum(state.shape.numel() for state in states)
+    assert 0.5 < taken / linear < (weights - ends) / linear < 0.53
+    assert weights == pytest.approx(taken + ends, rel=0.01)
+
+
+def num_bytes(tensors):
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 @pytest.mark.slow

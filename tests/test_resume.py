@@ -143,6 +143,47 @@ def test_killed_twice(place, uninterrupted, tmp_path):
     assert_same_run(root, uninterrupted())
 
 
+def test_killed_in_the_final_export(place, uninterrupted, tmp_path):
+    """There is no step left; `hf/` is written all the same, and what the export left half-way is gone."""
+    root = tmp_path / "runs"
+    process = multiprocessing.get_context(START).Process(target=_run_until_exported, args=(place, root))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    assert not (version(root) / "hf").exists() and list(version(root).glob(".hf.*/new/model.safetensors"))
+    assert resume(place, root) == 10
+    assert_same_run(root, uninterrupted())
+    assert_same_export(root, uninterrupted())
+
+
+def _run_until_exported(place, root):
+    rename = os.rename
+
+    def renamed(source, target):
+        if str(target).endswith("/hf"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        rename(source, target)
+
+    os.rename = renamed
+    fit(place, root)
+
+
+def assert_same_export(root, expected):
+    found, whole = ({p.name: p.read_bytes() for p in (version(r) / "hf").iterdir()} for r in (root, expected))
+    assert found == whole
+    assert not list(version(root).glob(".hf.*"))
+
+
+@pytest.mark.slow
+def test_shards_are_exported_where_no_step_is_left(place, left_alone, tmp_path):
+    root = tmp_path / "runs"
+    left_alone(root, **FSDP2)
+    shutil.copytree(root, tmp_path / "whole", symlinks=True)
+    shutil.rmtree(version(root) / "hf")
+    run("fit", [*arguments(*place[1:], root, **{**TWO_EPOCHS, **FSDP2}), "--ckpt_path=last"], subprocesses=True)
+    assert_same_export(root, tmp_path / "whole")
+
+
 WITHIN = {"trainer__val_check_interval": 16}  # after steps 2 and 4 of each epoch
 
 

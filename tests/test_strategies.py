@@ -19,7 +19,8 @@ from torch.distributed.tensor import DTensor
 from lit_sft.build import build_model
 from lit_sft.checkpointing import read_checkpoint
 from lit_sft.model import parallel
-from lit_sft.model.adapters import LoraConfig
+from lit_sft.model.adapters import LoraConfig, apply_lora
+from lit_sft.model.load import load_model
 from lit_sft.model.loss import LossOptions
 from lit_sft.strategies import FSDP2Strategy
 from lit_sft.types import UserError
@@ -40,9 +41,21 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("strategies")
     for name, model in (("llama", tiny_llama()), ("qwen3", tiny_qwen3()), ("gpt2", tiny_gpt2())):
         save_tiny(folder / name, model)
+    save_adapter(folder / "qwen3", folder / "adapter")
     tiny_llama().config.save_pretrained(folder / "empty")
     write_rows(folder / "train.jsonl", chat_rows(37))
     return folder
+
+
+def save_adapter(base, folder):
+    """An adapter of the base that is not what a new one begins with; magnitudes and a module trained whole as well."""
+    lm = load_model(str(base), init="pretrained", dtype=torch.float32, attn_implementation="sdpa", seed=0)
+    model = apply_lora(lm, LoraConfig(r=2, use_dora=True, modules_to_save=["model.norm"]))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    model.save_pretrained(str(folder), save_embedding_layers=False)
 
 
 # ---------------------------------------------------------------------- which strategies there are
@@ -107,6 +120,7 @@ CASES = {
     "a part": ("llama", {"trainable": ["lm_head"]}),
     "new tokens": ("qwen3", {"add_tokens": ["<|tool|>"]}),
     "new tokens and adapters": ("qwen3", {"add_tokens": ["<|tool|>"], "lora": LoraConfig(r=2)}),
+    "an existing adapter": ("qwen3", {"dtype": "bfloat16", "adapter_name_or_path": "adapter"}),
 }
 
 
@@ -114,6 +128,8 @@ def check_loading(folder):
     """Every rank gets the values of rank 0, and holds none before."""
     mesh = torch.distributed.init_device_mesh("cpu", (2,))
     for case, (name, changes) in CASES.items():
+        if "adapter_name_or_path" in changes:
+            changes = {**changes, "adapter_name_or_path": str(folder / changes["adapter_name_or_path"])}
         settings = options(folder / name, **changes)
         alone, _ = build_model(settings, "32-true")
         expected = {key: tensor.detach().clone() for key, tensor in parallel._tensors(alone).items()}

@@ -5,7 +5,7 @@ from lit_sft.callbacks.evaluation import Evaluation
 from lit_sft.callbacks.failing import FailTogether
 from lit_sft.callbacks.guard import FaultOptions, Guard
 from lit_sft.callbacks.hf_export import HFExport
-from lit_sft.callbacks.logs import KeepFolder
+from lit_sft.callbacks.logs import KeepFolder, LeaveFolder
 from lit_sft.callbacks.predictions import PredictionWriter
 from lit_sft.callbacks.throughput import Throughput
 
@@ -18,6 +18,7 @@ __all__ = [
     "Guard",
     "HFExport",
     "KeepFolder",
+    "LeaveFolder",
     "PredictionWriter",
     "Throughput",
 ]

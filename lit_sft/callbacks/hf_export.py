@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from pathlib import Path
 
 import lightning as L
@@ -20,11 +21,17 @@ HF_FOLDER = "hf"
 class HFExport(Callback):
     """Writes `hf/`, a plain Hugging Face directory (weights or adapter), when training ends."""
 
+    def __init__(self) -> None:
+        self.is_done = False
+
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         state = full_state_dict(pl_module.model) if trainer.world_size > 1 else None  # type: ignore[arg-type]
         folder = Path(trainer.strategy.broadcast(str(trainer.log_dir))) / HF_FOLDER
         if trainer.is_global_zero:
+            for left in folder.parent.glob(f".{HF_FOLDER}.*"):  # of an export that was killed
+                shutil.rmtree(left, ignore_errors=True)
             pl_module.export(folder, state)  # type: ignore[operator]
             log.info("exported: %s", os.path.relpath(folder))
         trainer.strategy.barrier("export")
+        self.is_done = True

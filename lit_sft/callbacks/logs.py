@@ -1,4 +1,4 @@
-"""The run's folder, when somebody removes it during the run."""
+"""The run's folder: when somebody removes it during the run, and when the run leaves it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from typing_extensions import override
+
+from lit_sft import locking
 
 log = logging.getLogger(__name__)
 
@@ -47,3 +49,23 @@ class KeepFolder(Callback):
                 logger.experiment.close()
                 logger._experiment = None  # the next access opens a new file
         log.warning("%s was removed during the run: made anew, what TensorBoard had before is lost", path.parent)
+
+
+class LeaveFolder(Checkpoint):
+    """Unlocks the run's folder when nothing is written into it any more: as a `Checkpoint`, it is called last.
+
+    Args:
+        folder: Tells it, once it is chosen; on rank 0, where it was locked.
+    """
+
+    def __init__(self, folder: Callable[[], Path | None]) -> None:
+        self.folder = folder
+
+    @override
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if (folder := self.folder()) is not None:
+            locking.release(folder)
+
+    @override
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "fit")

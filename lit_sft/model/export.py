@@ -39,6 +39,7 @@ def export_hf(
     dtype: torch.dtype | None = None,
     state_dict: Mapping[str, Tensor] | None = None,
     check: Callable[[Path], None] | None = None,
+    record_base: Callable[[Path, Path], None] | None = None,
 ) -> None:
     """Writes weights (or an adapter), tokenizer, chat template and generation config; all of it or nothing.
 
@@ -55,6 +56,7 @@ def export_hf(
         dtype: Type of the written weights of a whole model; None keeps theirs.
         state_dict: Full tensors by the names of the causal LM's own `state_dict()`, where the weights are sharded.
         check: Called with the directory; if it raises, the directory goes and an earlier export is back.
+        record_base: Called with the directory of an adapter and that of its base, once both are written.
 
     Raises:
         UserError: If the directory holds something that must not be replaced.
@@ -70,13 +72,16 @@ def export_hf(
         tokenizer.chat_template = chat_template
     with _replaced_when_complete(target, check) as staging:
         if adapted:
-            start = str(_peft_config(model).init_lora_weights)
+            base, start = Path(lm.name_or_path), str(_peft_config(model).init_lora_weights)
             if base_name_or_path is None or start.startswith(_INIT_CHANGES_BASE):
-                _save_model(lm, _base_state(state), staging / "base", settings, None)
-                tokenizer.save_pretrained(staging / "base")
+                base = staging / "base"
+                _save_model(lm, _base_state(state), base, settings, None)
+                tokenizer.save_pretrained(base)
                 base_name_or_path = str(target.absolute() / "base")
             _save_adapter(model, state, staging, base_name_or_path)
             settings.save_pretrained(staging)
+            if record_base is not None:
+                record_base(staging, base)
         else:
             _save_model(lm, state, staging, settings, dtype)
         tokenizer.save_pretrained(staging)

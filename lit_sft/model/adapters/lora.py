@@ -130,7 +130,7 @@ def load_adapter(
     """Loads an adapter directory over its base model.
 
     Args:
-        model: The base.
+        model: The base; on the meta device it gets the modules and no values.
         path: The adapter directory.
         base_name: What the user calls the base; the adapter's own word for it must end in the same name.
         trainable: Whether the adapter will be trained further.
@@ -138,7 +138,7 @@ def load_adapter(
     Raises:
         UserError: If the adapter is not LoRA, or belongs to another model.
     """
-    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+    from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
     from safetensors import SafetensorError, safe_open
 
     weights = Path(path) / "adapter_model.safetensors"
@@ -152,8 +152,13 @@ def load_adapter(
             _check_base(path, config.base_model_name_or_path, base_name)
         with safe_open(weights, framework="pt") as file:
             saved = set(file.keys())
+        config.inference_mode = not trainable
         with _own_random_state(model, 0):  # peft draws start values before it reads the right ones
-            adapted = PeftModel.from_pretrained(model, path, is_trainable=trainable)
+            if model.device.type == "meta":  # there is no place for values, which come from rank 0
+                config.init_lora_weights = True
+                adapted: Any = get_peft_model(model, config)
+            else:
+                adapted = PeftModel.from_pretrained(model, path, is_trainable=trainable)
     except UserError:
         raise
     except (RuntimeError, ValueError, TypeError, SafetensorError) as error:
