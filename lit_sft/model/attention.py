@@ -12,15 +12,14 @@ Letters: B rows, H heads, T tokens, K head dimension, S examples.
 
 from __future__ import annotations
 
+import inspect
 import logging
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -74,16 +73,42 @@ def packed_attention(
             sliding_window=sliding_window,
             **kwargs,
         )
-    if query.is_cuda and query.dtype != torch.float32 and not dropout:
-        return _varlen(query, key, value, segment_lengths, scaling, sliding_window), None
-    if torch.is_autocast_enabled(query.device.type):  # as autocast does for SDPA
+    if torch.is_autocast_enabled(query.device.type):  # as autocast does for SDPA; rotary embeddings left fp32
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     whole = sliding_window is None or max(segment_lengths) <= sliding_window
-    if whole and not dropout and query.device.type == "cpu" and query.dtype in (torch.float32, torch.bfloat16):
-        out: Tensor = _CPUSegments.apply(query, key, value, segment_lengths, scaling)
-        return out, None
-    return _per_segment(query, key, value, segment_lengths, dropout, scaling, sliding_window), None
+    if flash_takes(query, value) and not dropout:
+        kernel, out = (
+            "torch's variable-length flash kernel",
+            _varlen(query, key, value, segment_lengths, scaling, sliding_window),
+        )
+    elif whole and not dropout and query.device.type == "cpu" and query.dtype in (torch.float32, torch.bfloat16):
+        kernel, out = "SDPA's CPU kernel", _CPUSegments.apply(query, key, value, segment_lengths, scaling)
+    else:
+        kernel = "SDPA, example by example"
+        out = _per_segment(query, key, value, segment_lengths, dropout, scaling, sliding_window)
+    if module.training and not torch.compiler.is_compiling():
+        _tell(kernel, query.device.type, str(query.dtype).removeprefix("torch."), query.shape[-1])
+    return out, None
+
+
+@lru_cache
+def _tell(kernel: str, device: str, dtype: str, head_size: int) -> None:
+    """Says once how a model that is trained attends."""
+    log.info("packed attention: %s (%s, %s, head size %s)", kernel, device, dtype, head_size)
+
+
+def flash_takes(query: Tensor, value: Tensor) -> bool:
+    """What torch's flash kernel computes: 16 bits, on NVIDIA GPUs from Ampere on, heads of one size up to 256."""
+    size = query.shape[-1]
+    return (
+        query.is_cuda
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and size == value.shape[-1]
+        and size <= 256
+        and size % 8 == 0
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
 
 
 class _CPUSegments(torch.autograd.Function):
@@ -181,6 +206,10 @@ def _varlen(
     """Torch's own variable-length flash attention (CUDA, 16 bit): [1, H, T, K] -> [1, T, H, K]."""
     from torch.nn.attention.varlen import varlen_attn
 
+    if query.shape[1] != key.shape[1] and not _varlen_takes_groups():
+        groups = query.shape[1] // key.shape[1]
+        key, value = _repeat_heads(key, groups), _repeat_heads(value, groups)
+    shared: dict[str, Any] = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
     bounds = (
         torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32).to(query.device, non_blocking=True)
     )
@@ -195,10 +224,18 @@ def _varlen(
         max(lengths),
         scale=scaling,
         window_size=window,
-        enable_gqa=query.shape[1] != key.shape[1],
+        **shared,
     )
     assert isinstance(out, Tensor)
     return out[None]
+
+
+@lru_cache
+def _varlen_takes_groups() -> bool:
+    """Whether heads may share keys and values; torch 2.11 may not know the argument."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def _packed_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
@@ -241,30 +278,3 @@ def choose(config: Any, requested: str) -> str:
         return "eager"
     register()
     return PACKED
-
-
-@torch.no_grad()
-def packs_are_exact(lm: PreTrainedModel) -> bool:
-    """Whether a row of two examples gives each the hidden states it has alone (state-space layers, say, do not)."""
-    device = lm.device
-    vocab_size = lm.config.get_text_config().vocab_size
-    lengths = (5, 7)
-    input_ids = torch.arange(3, 3 + sum(lengths), device=device)[None] % vocab_size
-    position_ids = torch.cat([torch.arange(n, device=device) for n in lengths])[None]
-    was_training = lm.training
-    lm.eval()
-    try:
-        packed = lm.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False, segment_lengths=lengths)
-    except TypeError:  # an architecture that hands no keyword arguments down to its layers
-        lm.train(was_training)
-        return False
-    alone = lm.base_model(
-        input_ids=input_ids[:, lengths[0] :],
-        position_ids=position_ids[:, lengths[0] :],
-        use_cache=False,
-        segment_lengths=lengths[1:],
-    )
-    lm.train(was_training)
-    ours, expected = packed.last_hidden_state[:, lengths[0] :].float(), alone.last_hidden_state.float()
-    tolerance = 1e-4 if alone.last_hidden_state.dtype == torch.float32 else 5e-2
-    return torch.allclose(ours, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
