@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lit_sft import demo
-from lit_sft.model import adapters, attention, frozen, fused, load, neftune, parallel, quantization, tokens
+from lit_sft.model import adapters, attention, exact, frozen, fused, load, neftune, parallel, quantization, tokens
 from lit_sft.model.loss import CausalLMLoss, pack_kwargs
 from lit_sft.types import UserError
 
@@ -182,10 +182,13 @@ def build_model(
         if is_rank_zero:  # the others must not wait for weights
             parallel.tell(str(error))
         raise
-    facts = parallel.tell((model.own_logits, model.separate_rows, model.fused, model.lm.generation_config))
+    lm = model.lm
+    attends = lm.config._attn_implementation
+    facts = parallel.tell((model.own_logits, model.separate_rows, model.fused, lm.generation_config, attends))
     if isinstance(facts, str):
         raise UserError(f"rank 0: {facts}")
-    model.own_logits, model.separate_rows, model.fused, model.lm.generation_config = facts
+    model.own_logits, model.separate_rows, model.fused, lm.generation_config, attends = facts
+    exact.attend_by(lm, attends)
     if not is_rank_zero:
         fused.fuse_blocks(model.lm, model.fused)
     parallel.follow_rank_zero(model)
@@ -213,20 +216,16 @@ def _build(options: SimpleNamespace, precision: str, on_meta: bool = False) -> t
     )
     adapter = _choose_trained(lm, path, options, on_meta) if path == named else _evaluated_adapter(lm, named, options)
     total, trained = lm.num_parameters(), lm.num_parameters(only_trainable=True)
+    if total < ONE_THREAD_BELOW and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+    model = CausalLMLoss(lm, options.loss)
+    if not on_meta:
+        check(model)
     log.info(
         f"model: {type(lm).__name__}, {total / 1e6:,.1f} M parameters in "
         f"{options.quantization or str(lm.dtype).removeprefix('torch.')}, "
         f"{trained / total:.1%} trained, attention {lm.config._attn_implementation}"
     )
-    if total < ONE_THREAD_BELOW and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)
-    model = CausalLMLoss(lm, options.loss)
-    if not on_meta:
-        model.check_head()
-        model.fused = fused.fuse_blocks(lm)
-        model.separate_rows = not attention.packs_are_exact(lm, pack_kwargs)
-    if model.separate_rows:
-        log.warning("%s mixes packed examples: each gets a padded row of its own, exact but slower", type(lm).__name__)
     if options.neftune_noise_alpha is not None:
         neftune.apply_neftune(model, lm.get_input_embeddings(), options.neftune_noise_alpha)
     if options.gradient_checkpointing:
@@ -234,6 +233,22 @@ def _build(options: SimpleNamespace, precision: str, on_meta: bool = False) -> t
     if options.compile:
         parallel.apply_compile(lm)
     return model.train(), adapter
+
+
+def check(model: CausalLMLoss) -> None:
+    """Compares our ways with the model's own on a few tokens; where they differ, its own are used, with a warning."""
+    lm, lost = model.lm, None
+    if lm.config._attn_implementation == attention.PACKED and (lost := exact.what_is_lost(lm, pack_kwargs)):
+        log.warning("%s needs %s: attention falls back to `eager`, exact but slower", type(lm).__name__, lost)
+        exact.attend_by(lm, "eager")
+    model.check_head()
+    model.fused = fused.fuse_blocks(lm)
+    # a window that is in the mask only may be cut at places of the row, not of the example
+    model.separate_rows = lost is not None or not exact.packs_are_exact(lm, pack_kwargs)
+    if model.separate_rows:
+        log.warning("%s: each example gets a padded row of its own, exact but slower than packs", type(lm).__name__)
+        if lm.config._attn_implementation == attention.PACKED:  # which makes no masks
+            exact.attend_by(lm, "sdpa")
 
 
 def _evaluated_adapter(lm: PreTrainedModel, folder: str, options: SimpleNamespace) -> PeftModel:

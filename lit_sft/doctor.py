@@ -24,6 +24,7 @@ from lit_sft.display import console
 from lit_sft.model import load, memory
 from lit_sft.model.loss import CHUNK_ELEMENTS
 from lit_sft.module import SFTModule
+from lit_sft.optim import bytes_per_parameter
 from lit_sft.prepare import Counts, num_overlapping
 from lit_sft.types import UserError
 
@@ -127,18 +128,16 @@ def needed_memory(trainer: L.Trainer, module: SFTModule, datamodule: SFTDataModu
     config = load.load_config(path, trust_remote_code=options.trust_remote_code)
     total = memory.num_parameters(config)
     trained = 0 if is_adapted(options) else total  # adapters are small beside the rest
-    stored = torch.finfo(stored_dtype(options.dtype, precision, is_adapted(options))).bits // 8
+    stored = stored_dtype(options.dtype, precision, is_adapted(options))
     packs, lengths = datamodule.pack("train"), datamodule.data.caches["train"].lengths
-    parameter = [torch.nn.Parameter(torch.zeros(1))]
-    is_adam = "betas" in options.optimizer(parameter).defaults
     return memory.estimate(
         config,
         num_parameters=total,
         num_trained=trained,
         tokens=int(packs.num_tokens(lengths).max()) * datamodule.options.micro_batch_size,
-        stored_bytes=stored,
+        stored_bytes=stored.itemsize,
         compute_bytes=2 if precision.startswith(("bf16", "16")) else 4,
-        states_per_parameter=2 if is_adam else 0,
+        optimizer_bytes=bytes_per_parameter(options.optimizer, stored),
         gradient_checkpointing=bool(options.gradient_checkpointing),
         adapted=is_adapted(options),
         chunk_elements=CHUNK_ELEMENTS,
@@ -209,7 +208,9 @@ class FullestFirst(Callback):
         parts *= 2
         datamodule.packs["train"] = Packs(np.concatenate(parts), np.cumsum([0, *map(len, parts)]))
         order = datamodule.orders["train"]
-        datamodule.orders["train"] = replace(order, num_packs=len(parts), global_batch_size=size, shuffle=False)
+        datamodule.orders["train"] = replace(
+            order, num_packs=len(parts), global_batch_size=size, shuffle=False, costs=None
+        )
         trainer.accumulate_grad_batches = 1
 
 

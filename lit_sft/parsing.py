@@ -30,6 +30,7 @@ UNKNOWN_KEY = re.compile(
 """How jsonargparse says that it does not know a key."""
 WRONG_VALUE = re.compile(r"Parser key [\"']([\w.]+)[\"']: ?(.*)$")
 WRONG_CLASS = re.compile(r"expects a function or a callable class: (.*?)\.? Got value")
+NOT_INSTALLED = re.compile(r"^No module named '(\w+)'$")
 GIVEN = re.compile(r".*(?:Got value|Given value|dot import path string): (.*)$")
 TYPE = re.compile(r"<class '(?:\w+\.)*(\w+)'>|typing\.Literal\[([^]]*)\]")
 WORDS = {
@@ -118,7 +119,9 @@ def one_line(message: str, args: list[str], known: set[str]) -> str:
         given = GIVEN.search(match[2])
         key, origin = _place(match[1], args, set(), given[1] if given else None)
         if reason := WRONG_CLASS.search(match[2]):
-            return f"{key} ({origin}): {reason[1]}"
+            missing = NOT_INSTALLED.search(reason[1])
+            remedy = f": `pip install {missing[1]}`, or choose another class" if missing else ""
+            return f"{key} ({origin}): {reason[1]}{remedy}"
         if given is None:
             return f"{key} ({origin}): {match[2].split(' - ')[0]}"
         return f"{key} ({origin}): got {given[1]}, expected {_expected(match[2])}"

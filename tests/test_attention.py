@@ -1,9 +1,11 @@
 import pytest
 import torch
+from terminal import log_lines
 from tiny import tiny_gpt2, tiny_llama, tiny_qwen3
 
-from lit_sft.model import attention, parallel
-from lit_sft.model.loss import pack_kwargs
+from lit_sft.build import check
+from lit_sft.model import attention, exact, parallel
+from lit_sft.model.loss import CausalLMLoss, pack_kwargs
 
 
 def hidden(lm, input_ids, lengths):
@@ -23,7 +25,7 @@ def test_an_example_in_a_pack_equals_the_example_alone(make):
     together = hidden(lm, input_ids, lengths).split(lengths, dim=1)
     for part, ids in zip(together, input_ids.split(lengths, dim=1), strict=True):
         torch.testing.assert_close(part, hidden(lm, ids, (ids.shape[1],)), rtol=1e-5, atol=1e-5)
-    assert attention.packs_are_exact(lm, pack_kwargs)
+    assert exact.packs_are_exact(lm, pack_kwargs)
 
 
 def test_the_same_as_transformers_own_mask_for_packs():
@@ -63,7 +65,7 @@ def test_gradients_are_those_of_separate_calls(window):
     made = []
     for run in (
         lambda *qkv: attention.cpu.packed_attention_cpu(*qkv, bounds, 0.3, window)[0],
-        lambda *qkv: attention._per_segment(*qkv, bounds, 0.0, 0.3, window),
+        lambda *qkv: attention._per_segment(*qkv, 0.0, bounds, 0.3, window),
     ):
         inputs = [x.clone().requires_grad_() for x in (query, key, value)]
         out = run(*inputs)
@@ -115,7 +117,7 @@ def test_a_state_space_model_is_found_out():
     lm = MambaForCausalLM(
         MambaConfig(vocab_size=320, hidden_size=16, num_hidden_layers=2, state_size=4, initializer_range=0.5)
     )
-    assert not attention.packs_are_exact(lm, pack_kwargs)
+    assert not exact.packs_are_exact(lm, pack_kwargs)
 
 
 def test_choose():
@@ -124,3 +126,126 @@ def test_choose():
     assert attention.choose(LlamaConfig(), "auto") == attention.PACKED
     assert attention.choose(LlamaConfig(), "sdpa") == "sdpa"
     assert attention.choose(Gemma2Config(), "auto") == "eager"  # its scores are soft-capped
+
+
+# ---------------------------------------------------------------------- what packed attention cannot do is found out
+
+SIZES = dict(
+    vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=8, initializer_range=0.3, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+LOST = {
+    "Llama": ({}, None),
+    "Qwen3": ({}, None),
+    "Mistral": ({"sliding_window": 4}, None),
+    "Gemma2": ({"sliding_window": 4, "attn_logit_softcapping": 5.0}, "scores"),
+    "GptOss": ({"num_local_experts": 2, "num_experts_per_tok": 1}, "scores"),  # sinks
+    "Phimoe": ({"sliding_window": 4, "num_local_experts": 2, "num_experts_per_tok": 1}, "a window of 4 tokens"),
+    "Mpt": ({"d_model": 32, "n_heads": 4, "n_layers": 2}, "mask of its own"),
+    "Bloom": ({"n_head": 4, "n_layer": 2}, "mask of its own"),
+}
+
+
+def small(name, attn_implementation="eager", **sizes):
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**{**SIZES, **sizes})
+    kind = getattr(transformers, f"{name}ForCausalLM")
+    return kind._from_config(config, attn_implementation=attn_implementation).eval()
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_what_is_lost(name):
+    sizes, expected = LOST[name]
+    attention.register()
+    lost = exact.what_is_lost(small(name, attention.PACKED, **sizes), pack_kwargs)
+    assert lost is None if expected is None else expected in lost
+
+
+def test_a_model_that_stumbles_is_one_of_them(monkeypatch):
+    attention.register()
+    lm = small("Llama", attention.PACKED)
+    monkeypatch.setattr(lm.model, "forward", lambda **inputs: inputs["attention_mask"].shape)
+    assert exact.what_is_lost(lm, pack_kwargs) == "attention code of its own"
+
+
+@pytest.mark.parametrize("name", [name for name in LOST if LOST[name][1]])
+def test_such_a_model_falls_back_aloud_and_is_exact(name):
+    """A row of three examples, two of them longer than the window, beside each alone in the model as it is."""
+    sizes, expected = LOST[name]
+    attention.register()
+    lm, lengths = small(name, attention.PACKED, **sizes), (9, 3, 6)
+    model = CausalLMLoss(lm)
+    with log_lines() as lines:
+        check(model)
+    assert lm.config._attn_implementation == "eager"
+    assert any(expected in line and "falls back to `eager`" in line for line in lines)
+    input_ids = torch.randint(3, 320, (1, 18), generator=torch.Generator().manual_seed(0))
+    labels = input_ids.roll(-1, 1)
+    position_ids = torch.cat([torch.arange(n) for n in lengths])[None]
+    ours = model.eval()(input_ids, labels, position_ids, lengths).loss_sum
+    own = small(name, **sizes)
+    alone = [
+        torch.nn.functional.cross_entropy(own(input_ids=ids, use_cache=False).logits[0], aims[0], reduction="sum")
+        for ids, aims in zip(input_ids.split(lengths, 1), labels.split(lengths, 1), strict=True)
+    ]
+    torch.testing.assert_close(ours, sum(alone), rtol=1e-4, atol=1e-4)
+
+
+# ---------------------------------------------------------------------- the kernel of GPUs, with a stand-in for it
+
+
+def reference(query, key, value, bounds, _, longest, __, *, scale=None, window_size=(-1, -1), enable_gqa=False):
+    """`varlen_attn` as torch documents it, in plain torch: [T, H, K] -> [T, H, K]."""
+    assert enable_gqa or query.shape[1] == key.shape[1]
+    assert bounds.dtype == torch.int32 and longest == int(bounds.diff().max())
+    left, right = window_size
+    outs = []
+    for start, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        q, k, v = (x[start:end].transpose(0, 1) for x in (query, key, value))
+        k, v = (x.repeat_interleave(q.shape[0] // x.shape[0], 0) for x in (k, v))
+        distance = torch.arange(end - start)[:, None] - torch.arange(end - start)
+        seen = (distance >= -right) & ((distance <= left) if left >= 0 else True)
+        scores = (q @ k.mT).float() * (scale or q.shape[-1] ** -0.5)
+        outs.append((scores.masked_fill(~seen, float("-inf")).softmax(-1).to(v.dtype) @ v).transpose(0, 1))
+    return torch.cat(outs)
+
+
+def without_groups(query, key, value, bounds, _, longest, __, *, scale=None, window_size=(-1, -1)):
+    """As an older torch has it."""
+    return reference(query, key, value, bounds, _, longest, __, scale=scale, window_size=window_size)
+
+
+@pytest.mark.parametrize("varlen", [reference, without_groups])
+@pytest.mark.parametrize("window", [None, 4])
+def test_the_flash_kernel_gets_lengths_window_and_groups(varlen, window, monkeypatch):
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
+    attention._varlen_takes_groups.cache_clear()
+    bounds = torch.tensor([0, 9, 12, 18], dtype=torch.int32)
+    query, key, value = (torch.randn(1, heads, 18, 8) for heads in (4, 2, 2))
+    ours = attention._varlen(query, key, value, 9, bounds, None, window)
+    expected = attention._per_segment(query, key, value, 0.0, bounds, None, window)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    monkeypatch.undo()
+    attention._varlen_takes_groups.cache_clear()
+
+
+def test_mixed_precision_reaches_the_flash_kernel(monkeypatch, caplog):
+    """Rotary embeddings lift query and key to fp32 under autocast, which must not keep the kernel away."""
+    caplog.set_level("INFO", "lit_sft")
+    lm, seen = tiny_qwen3().train(), []
+    attention.register()
+    lm.set_attn_implementation(attention.PACKED)
+    monkeypatch.setattr(attention, "flash_takes", lambda query, value: query.dtype == torch.bfloat16)
+    monkeypatch.setattr(attention, "_varlen", lambda q, k, v, *_: seen.append((q.dtype, k.dtype)) or q.transpose(1, 2))
+    attention._tell.cache_clear()
+    with log_lines() as lines, torch.autocast("cpu", torch.bfloat16):
+        hidden(lm, torch.arange(3, 10)[None], (3, 4))
+    assert seen == [(torch.bfloat16, torch.bfloat16)] * 2
+    assert lines == ["packed attention: torch's variable-length flash kernel (cpu, bfloat16, head size 16)"]
+
+
+def test_flash_takes_nothing_on_a_cpu():
+    query = torch.zeros(1, 4, 3, 64, dtype=torch.bfloat16)
+    assert not attention.flash_takes(query, query)

@@ -100,6 +100,9 @@ VALUES = {
     "model: {lora: 3}": "model.lora (FILE): got 3, expected keys with values or null",
     "model: {lora: {r: x}}": "model.lora.r (FILE): got x, expected a whole number",
     "model: {optimizer: {class_path: torch.optim.AdamWW}}": "module 'torch.optim' has no attribute 'AdamWW'",
+    "model: {optimizer: {class_path: not_there.optim.AdamW8bit}}": (
+        "model.optimizer (FILE): No module named 'not_there': `pip install not_there`, or choose another class"
+    ),
     "data: {model_name_or_path: gpt2}": "data.model_name_or_path (FILE): follows from model.model_name_or_path",
     "data: {seed: 3}": "data.seed (FILE): follows from int(seed_everything): leave it out",
 }

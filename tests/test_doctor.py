@@ -64,6 +64,14 @@ def test_people_can_read_it(model, tmp_path, capsys):
         assert words in out, words
 
 
+def test_an_optimizer_of_eight_bits_is_expected_to_take_less(model, tmp_path, capsys):
+    rows = write_rows(tmp_path / "a.jsonl", ROWS)
+    settings = {"model__optimizer": "bitsandbytes.optim.AdamW8bit"}
+    _, out = doctor(capsys, [*arguments(model, rows, tmp_path / "runs", **settings), "--output=json"])
+    expected = json.loads(out)["memory"]
+    assert expected["optimizer"] / expected["gradients"] == pytest.approx(2 / 4, abs=0.02)
+
+
 @pytest.mark.parametrize("output", ["rich", "json"])
 def test_an_error_is_exit_code_1_and_a_remedy(output, model, tmp_path, capsys):
     rows = write_rows(tmp_path / "a.jsonl", [ROWS[0], {"messages": []}])

@@ -34,7 +34,7 @@ def config(**sizes):
 
 def expected(**changes):
     settings = dict(
-        num_parameters=1000, num_trained=1000, tokens=10, stored_bytes=4, compute_bytes=2, states_per_parameter=2,
+        num_parameters=1000, num_trained=1000, tokens=10, stored_bytes=4, compute_bytes=2, optimizer_bytes=8,
         gradient_checkpointing=False, chunk_elements=2**20,
     )  # fmt: skip
     return memory.estimate(config(), **{**settings, **changes})

@@ -1,7 +1,11 @@
+from functools import partial
+
 import pytest
+import torch
+from bitsandbytes.optim import AdamW8bit
 from torch import nn
 
-from lit_sft.optim import ScheduleOptions, lr_factor, parameter_groups
+from lit_sft.optim import ScheduleOptions, bytes_per_parameter, lr_factor, parameter_groups
 from lit_sft.types import UserError
 
 
@@ -36,3 +40,17 @@ def test_no_weight_decay_for_norms_and_frozen_parameters_left_out():
     decay, no_decay = parameter_groups(model.named_parameters())
     assert [p.ndim for p in decay["params"]] == [2] and "weight_decay" not in decay
     assert [p.ndim for p in no_decay["params"]] == [1, 1, 1] and no_decay["weight_decay"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "dtype", "expected"),
+    [
+        (torch.optim.AdamW, torch.float32, 8),
+        (torch.optim.AdamW, torch.bfloat16, 4),
+        (AdamW8bit, torch.float32, 2),
+        (torch.optim.SGD, torch.float32, 0),
+        (partial(torch.optim.SGD, momentum=0.9), torch.float32, 4),
+    ],
+)
+def test_bytes_per_parameter(optimizer, dtype, expected):
+    assert bytes_per_parameter(optimizer, dtype) == pytest.approx(expected, abs=0.05)

@@ -32,6 +32,8 @@ TWO_EPOCHS = {
     "trainer__max_epochs": 2,
 }
 
+EIGHT_BITS = {"model__optimizer": "bitsandbytes.optim.AdamW8bit", "model__optimizer__lr": 1e-2}
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
@@ -253,12 +255,13 @@ def test_one_more_epoch(place, uninterrupted, tmp_path):
 SLOW = [pytest.param(what, marks=pytest.mark.slow) for what in ("lora dropout", "packing", "workers")]
 
 
-@pytest.mark.parametrize("what", ["dropout", "in the background", *SLOW])
+@pytest.mark.parametrize("what", ["dropout", "in the background", "8-bit optimizer", *SLOW])
 def test_kinds_of_runs(what, place, uninterrupted, tmp_path):
-    """Random numbers go on too."""
+    """Random numbers go on too, and so do moments of 8 bits."""
     options = {
         "dropout": {"model__model_name_or_path": place[0] / "gpt2"},
         "in the background": {"checkpoint__async_save": True},
+        "8-bit optimizer": EIGHT_BITS,
         "lora dropout": {"model__lora": {"r": 4, "lora_dropout": 0.2}},
         "packing": {"data__packing": True, "data__global_batch_size": 4},
         "workers": {"data__num_workers": 2},
@@ -270,6 +273,23 @@ def test_kinds_of_runs(what, place, uninterrupted, tmp_path):
     newest = (2, 3) if what == "in the background" else (3,)  # the third may not be complete
     assert resume(place, root, **options) in newest
     assert_same_run(root, uninterrupted(**options))
+
+
+def test_moments_of_eight_bits(place, uninterrupted):
+    """Those of matrices, that is; the decay is that of the parameter group, and `config.yaml` can be read again."""
+    root = uninterrupted(**EIGHT_BITS, model__optimizer__weight_decay=0.1)
+    checkpoint = checkpointing.read_checkpoint(version(root) / "checkpoints" / "last.ckpt")
+    (optimizer,) = checkpoint["optimizer_states"]
+    assert [group["weight_decay"] for group in optimizer["param_groups"]] == [0.1, 0.0]
+    (moments,) = {tuple(state) for state in optimizer["state"].values()}  # bitsandbytes wraps them, for FSDP
+    kinds = {
+        (state[moments[1]]["state1"].numel() >= 4096, state[moments[1]]["state1"].dtype)
+        for state in optimizer["state"].values()
+    }
+    assert kinds == {(True, torch.uint8), (False, torch.float32)}
+    losses = scalars(root, "train/loss")
+    assert losses[-1] < 0.8 * losses[0]
+    run("fit", ["--config", str(version(root) / "config.yaml"), "--trainer.max_steps=1"])
 
 
 SPLITS = {

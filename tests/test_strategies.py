@@ -75,6 +75,10 @@ def test_auto_is_one_device_or_ddp(devices, kind):
             ['--trainer.strategy={"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"}'],
             "exact loss average",
         ),
+        (
+            ["--trainer.strategy=fsdp2", "--model.optimizer=bitsandbytes.optim.AdamW8bit"],
+            "AdamW8bit of bitsandbytes does not take sharded weights",
+        ),
     ],
 )
 def test_refused_in_one_line(place, tmp_path, capsys, settings, message):

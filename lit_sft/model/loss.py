@@ -192,7 +192,7 @@ class CausalLMLoss(nn.Module):
         """Set where the model would mix examples of a pack: each becomes a padded row of its own."""
         head = lm.get_output_embeddings()
         # what peft trains as a whole, or some rows of it, it wraps around the original
-        self.own_logits = type(getattr(head, "original_module", head)) is not nn.Linear
+        self.own_logits = type(getattr(head, "original_module", head)) is not nn.Linear or lm.base_model is lm
         if self.own_logits:
             log.warning("The head of %s is not a plain linear layer: its own full logits are used.", type(lm).__name__)
 

@@ -44,7 +44,7 @@ def estimate(
     tokens: int,
     stored_bytes: int,
     compute_bytes: int,
-    states_per_parameter: int,
+    optimizer_bytes: float,
     gradient_checkpointing: bool,
     adapted: bool = False,
     chunk_elements: int,
@@ -64,7 +64,7 @@ def estimate(
         tokens: In one forward pass.
         stored_bytes: Per stored weight.
         compute_bytes: Per number that is computed with (2 under bf16 autocast, which also copies the weights).
-        states_per_parameter: Of the optimizer: 2 for Adam, 0 for plain SGD.
+        optimizer_bytes: What the optimizer remembers of each trained parameter: 8 for Adam in fp32, 0 for plain SGD.
         gradient_checkpointing: Only block inputs are kept, and one block at a time is recomputed.
         adapted: Low-rank adapters over a frozen base.
         chunk_elements: Logits that the loss holds at once.
@@ -90,8 +90,8 @@ def estimate(
     head = 0 if adapted else vocabulary * hidden * (4 + compute_bytes)  # its gradient, and that of a chunk
     return MemoryEstimate(
         weights=weights,
-        gradients=num_trained * 4,
-        optimizer=num_trained * 4 * states_per_parameter,
+        gradients=num_trained * stored_bytes,
+        optimizer=int(num_trained * optimizer_bytes),
         activations=tokens * kept + (CPU_SCRATCH if on_cpu else 0),
         logits=chunk * vocabulary * compute_bytes + 3 * 4 * PIECE_ELEMENTS[on_cpu] + head,
     )

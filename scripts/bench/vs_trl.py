@@ -19,22 +19,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from bench_data import trl_python  # noqa: E402
+import sides
 
-LR, WARMUP, HELD_OUT = 1e-4, 1, 64
-TRL_VENV = Path("~/.cache/lit_sft/trl-venv")
-LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+HELD_OUT = 64
 TRL_SETTINGS: dict[str, dict[str, Any]] = {
     "padded": {"per_device_train_batch_size": 8},
     "by_length": {"per_device_train_batch_size": 8, "train_sampling_strategy": "group_by_length"},
@@ -55,12 +49,12 @@ def main() -> None:
     parser.add_argument("--max_length", type=int, default=1024, help="tokens of a pack")
     parser.add_argument("--micro_batch_size", type=int, default=1, help="packs per forward pass")
     parser.add_argument("--trl", choices=TRL_SETTINGS, default="padded")
-    parser.add_argument("--only", choices=SIDES, help="measure one side only")
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=sides.SIDES, help="measure one side only")
+    parser.add_argument("--side", choices=sides.SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
-        print(json.dumps(SIDES[args.side](args)))
+        print(json.dumps((train_trl if args.side == "trl" else train_lit_sft)(args)))
         return
     if not (args.model / "config.json").is_file():
         parser.error(f"there is no model in {args.model}: run scripts/fetch_smollm2.py, or set --model")
@@ -72,13 +66,13 @@ def main() -> None:
 def compare(args: argparse.Namespace) -> dict[str, Any]:
     """All repetitions of both sides; medians and ratios."""
     tokens = write_rows(args)
-    python = {"lit_sft": sys.executable, "trl": trl_python(TRL_VENV.expanduser())}
-    if args.lora and subprocess.run([python["trl"], "-c", "import peft"], capture_output=True).returncode:
-        subprocess.run([python["trl"], "-m", "pip", "install", "--quiet", "peft"], check=True)
-    results: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES if args.only in (None, side)}
+    chosen = (args.only,) if args.only else sides.SIDES
+    python = sides.interpreters(chosen, sides.TRL_VENV, args.lora)
+    settings = {key: value for key, value in vars(args).items() if key not in ("side", "only", "repetitions")}
+    results: dict[str, list[dict[str, Any]]] = {side: [] for side in chosen}
     for repetition in range(args.repetitions):
         for side, done in results.items():
-            done.append(run_side(python[side], side, args))
+            done.append(sides.run_side(python[side], __file__, side, settings))
             done[-1]["val_loss"] = held_out_loss(args, side)
             print(f"{repetition + 1}. {side}: {json.dumps(done[-1])}", flush=True)
 
@@ -101,9 +95,7 @@ def write_rows(args: argparse.Namespace) -> int:
     datamodule = lit_sft_data(args)
     datamodule.prepare("fit")
     for name, cache in datamodule.data.caches.items():
-        with (args.work / f"{name}.jsonl").open("w") as file:
-            for input_ids, loss_mask, _ in (cache[index] for index in range(len(cache))):
-                file.write(json.dumps({"input_ids": input_ids.tolist(), "completion_mask": loss_mask.tolist()}) + "\n")
+        sides.write_trl_rows(args.work / f"{name}.jsonl", cache)
     return int(datamodule.data.caches["train"].lengths.sum())
 
 
@@ -121,18 +113,6 @@ def lit_sft_data(args: argparse.Namespace) -> Any:
         global_batch_size=max(1, round(8 * 206 / args.max_length)),
         cache_dir=str(args.work / "cache"),
     )
-
-
-def run_side(python: str, side: str, args: argparse.Namespace) -> dict[str, Any]:
-    """One training run in a process of its own."""
-    command = [python, __file__, "--side", side, "--work", str(args.work), "--data", str(args.data)]
-    command += ["--model", str(args.model), "--max_length", str(args.max_length), "--trl", args.trl]
-    command += ["--micro_batch_size", str(args.micro_batch_size), "--rows", str(args.rows)] + ["--lora"] * args.lora
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    if done.returncode:
-        sys.exit(f"error: the {side} side failed: {done.stderr[-4000:]}")
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
 
 
 class Meter:
@@ -155,12 +135,8 @@ def train_lit_sft(args: argparse.Namespace) -> dict[str, Any]:
     """Trains with lit_sft and saves the weights (or the adapter)."""
     import lightning as L
     from lightning.pytorch.callbacks import Callback
-    from torch.optim import AdamW
 
     from lit_sft.callbacks import Throughput
-    from lit_sft.model.adapters import LoraConfig
-    from lit_sft.module import SFTModule
-    from lit_sft.optim import ScheduleOptions
 
     class Clock(Callback):
         """Takes the time, and the memory before anything is saved."""
@@ -171,28 +147,8 @@ def train_lit_sft(args: argparse.Namespace) -> dict[str, Any]:
         def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
             self.result = self.meter.read(trainer.global_step)
 
-    module = SFTModule(
-        model_name_or_path=str(args.model),
-        lora=LoraConfig(**LORA) if args.lora else None,
-        optimizer=lambda parameters: AdamW(parameters, lr=LR, weight_decay=0.0),
-        lr_schedule=ScheduleOptions(warmup_steps=WARMUP),
-        evaluation=None,
-    )
-    clock = Clock()
-    trainer = L.Trainer(
-        accelerator="cpu",
-        precision="bf16-mixed",
-        max_epochs=1,
-        gradient_clip_val=1.0,
-        use_distributed_sampler=False,
-        limit_val_batches=0,
-        num_sanity_val_steps=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[Throughput(), clock],
-    )
+    module, clock = sides.lit_sft_module(args.model, args.lora), Clock()
+    trainer = sides.lit_sft_trainer("cpu", [Throughput(), clock])
     trainer.fit(module, lit_sft_data(args))
     module.export(args.work / "lit_sft")
     return clock.result
@@ -200,10 +156,9 @@ def train_lit_sft(args: argparse.Namespace) -> dict[str, Any]:
 
 def train_trl(args: argparse.Namespace) -> dict[str, Any]:
     """Trains with TRL and saves the weights (or the adapter)."""
-    import datasets
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTTrainer
 
     class Clock(TrainerCallback):
         """Takes the time, and the memory before anything is saved."""
@@ -214,38 +169,16 @@ def train_trl(args: argparse.Namespace) -> dict[str, Any]:
         def on_train_end(self, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
             self.result = self.meter.read(state.global_step)
 
-    peft_config = None
-    if args.lora:
-        from peft import LoraConfig
-
-        peft_config = LoraConfig(task_type="CAUSAL_LM", **LORA)
-    config = SFTConfig(
-        str(args.work / "trl-run"),
-        num_train_epochs=1,
-        learning_rate=LR,
-        lr_scheduler_type="cosine",
-        warmup_steps=WARMUP,
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        bf16=True,
-        use_cpu=True,
-        gradient_checkpointing=False,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        **{"max_length": args.max_length, **TRL_SETTINGS[args.trl]},
-    )
-    rows = datasets.load_dataset(
-        "json", data_files=str(args.work / "train.jsonl"), split="train", cache_dir=str(args.work / "trl-cache")
-    )
+    chosen = {"max_length": args.max_length, **TRL_SETTINGS[args.trl]}
+    config = sides.trl_config(args.work / "trl-run", num_train_epochs=1, use_cpu=True, **chosen)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16 if args.lora else torch.float32)
     clock = Clock()
     trainer = SFTTrainer(
         model,
         args=config,
-        train_dataset=rows,
+        train_dataset=sides.trl_rows(args.work / "train.jsonl"),
         processing_class=AutoTokenizer.from_pretrained(args.model),
-        peft_config=peft_config,
+        peft_config=sides.trl_lora() if args.lora else None,
         callbacks=[clock],
     )
     trainer.train()
@@ -258,7 +191,9 @@ def held_out_loss(args: argparse.Namespace, side: str) -> float:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(args.model if args.lora else args.work / side, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        args.model if args.lora else args.work / side, dtype=torch.float32
+    )
     if args.lora:
         from peft import PeftModel
 
@@ -273,9 +208,6 @@ def held_out_loss(args: argparse.Namespace, side: str) -> float:
             total += float(torch.nn.functional.cross_entropy(logits, input_ids[1:][kept], reduction="sum"))
             count += int(kept.sum())
     return round(total / count, 4)
-
-
-SIDES = {"lit_sft": train_lit_sft, "trl": train_trl}
 
 
 if __name__ == "__main__":

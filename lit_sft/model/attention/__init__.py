@@ -12,19 +12,16 @@ Letters: B rows, H heads, T tokens, K head dimension, S examples.
 
 from __future__ import annotations
 
+import inspect
 import logging
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_sft.model.attention import cpu
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -77,15 +74,38 @@ def packed_attention(
             sliding_window=sliding_window,
             **kwargs,
         )
-    if query.is_cuda and query.dtype != torch.float32 and not dropout:
-        return _varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
-    if torch.is_autocast_enabled(query.device.type):  # as autocast does for SDPA
+    if torch.is_autocast_enabled(query.device.type):  # as autocast does for SDPA; rotary embeddings left fp32
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    if query.device.type == "cpu" and not dropout and query.dtype in (torch.float32, torch.bfloat16):
-        out: Tensor = cpu.packed_attention_cpu(query, key, value, cu_seq_lens_q, scaling, sliding_window)[0]
-        return out, None
-    return _per_segment(query, key, value, cu_seq_lens_q, dropout, scaling, sliding_window), None
+    how = (cu_seq_lens_q, scaling, sliding_window)
+    if flash_takes(query, value) and not dropout:
+        kernel, out = "torch's variable-length flash kernel", _varlen(query, key, value, max_length_q, *how)
+    elif cpu.takes(query, value) and not dropout:
+        kernel, out = "SDPA's CPU kernel", cpu.packed_attention_cpu(query, key, value, *how)[0]
+    else:
+        kernel, out = "SDPA, example by example", _per_segment(query, key, value, dropout, *how)
+    if module.training and not torch.compiler.is_compiling():
+        _tell(kernel, query.device.type, str(query.dtype).removeprefix("torch."), query.shape[-1])
+    return out, None
+
+
+@lru_cache
+def _tell(kernel: str, device: str, dtype: str, head_size: int) -> None:
+    """Says once how a model that is trained attends."""
+    log.info("packed attention: %s (%s, %s, head size %s)", kernel, device, dtype, head_size)
+
+
+def flash_takes(query: Tensor, value: Tensor) -> bool:
+    """What torch's flash kernel computes: 16 bits, on NVIDIA GPUs from Ampere on, heads of one size up to 256."""
+    size = query.shape[-1]
+    return (
+        query.is_cuda
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and size == value.shape[-1]
+        and size <= 256
+        and size % 8 == 0
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
 
 
 @torch.compiler.disable
@@ -93,8 +113,8 @@ def _per_segment(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    bounds: Tensor,
     dropout: float,
+    bounds: Tensor,
     scaling: float | None,
     sliding_window: int | None,
 ) -> Tensor:
@@ -121,14 +141,18 @@ def _varlen(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    bounds: Tensor,
     longest: int,
+    bounds: Tensor,
     scaling: float | None,
     sliding_window: int | None,
 ) -> Tensor:
     """Torch's own variable-length flash attention (CUDA, 16 bit): [1, H, T, K] -> [1, T, H, K]."""
     from torch.nn.attention.varlen import varlen_attn
 
+    if query.shape[1] != key.shape[1] and not _varlen_takes_groups():
+        groups = query.shape[1] // key.shape[1]
+        key, value = cpu.repeat_heads(key, groups), cpu.repeat_heads(value, groups)
+    shared: dict[str, Any] = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
     window = (-1 if sliding_window is None else sliding_window - 1, 0)
     out = varlen_attn(
         query[0].transpose(0, 1),
@@ -140,10 +164,18 @@ def _varlen(
         longest,
         scale=scaling,
         window_size=window,
-        enable_gqa=query.shape[1] != key.shape[1],
+        **shared,
     )
     assert isinstance(out, Tensor)
     return out[None]
+
+
+@lru_cache
+def _varlen_takes_groups() -> bool:
+    """Whether heads may share keys and values; torch 2.11 may not know the argument."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def _packed_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
@@ -186,29 +218,3 @@ def choose(config: Any, requested: str) -> str:
         return "eager"
     register()
     return PACKED
-
-
-@torch.no_grad()
-def packs_are_exact(lm: PreTrainedModel, pack_kwargs: Callable[..., dict[str, Any]]) -> bool:
-    """Whether a row of two examples gives each the hidden states it has alone (state-space layers, say, do not)."""
-    device = lm.device
-    vocab_size = lm.config.get_text_config().vocab_size
-    first, second = 5, 7
-    input_ids = torch.arange(3, 3 + first + second, device=device)[None] % vocab_size
-    position_ids = torch.cat([torch.arange(first, device=device), torch.arange(second, device=device)])[None]
-    was_training = lm.training
-    lm.eval()
-
-    def hidden(start: int, *lengths: int) -> Tensor:
-        inputs = {"input_ids": input_ids[:, start:], "position_ids": position_ids[:, start:], "use_cache": False}
-        made: Tensor = lm.base_model(**inputs, **pack_kwargs(lengths, device)).last_hidden_state
-        return made.float()
-
-    try:
-        ours, expected = hidden(0, first, second)[:, first:], hidden(first, second)
-    except TypeError:  # an architecture that hands no keyword arguments down to its layers
-        return False
-    finally:
-        lm.train(was_training)
-    tolerance = 1e-4 if lm.dtype == torch.float32 else 5e-2
-    return torch.allclose(ours, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))

@@ -14,6 +14,12 @@ SHORT = 192
 """Tokens below which the CPU kernel cuts an example into its smallest blocks."""
 
 
+def takes(query: Tensor, value: Tensor) -> bool:
+    """Whether the kernel computes it: fp32 or bf16 on a CPU, heads of one size."""
+    known = query.dtype in (torch.float32, torch.bfloat16)
+    return query.device.type == "cpu" and known and query.shape[-1] == value.shape[-1]
+
+
 @torch.library.custom_op(
     "lit_sft::packed_attention_cpu",
     mutates_args=(),
@@ -34,7 +40,7 @@ def packed_attention_cpu(
     groups, lengths = query.shape[1] // key.shape[1], bounds.diff().tolist()
     inputs = (x.split(lengths, dim=2) for x in (query, key, value))
     for place, norm, q, k, v in zip(out.split(lengths, dim=1), norms.split(lengths, dim=2), *inputs, strict=True):
-        k, v, mask = _repeat_heads(k, groups), _repeat_heads(v, groups), window_bias(q, window)
+        k, v, mask = repeat_heads(k, groups), repeat_heads(v, groups), window_bias(q, window)
         made, made_norm = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, mask is None, attn_mask=mask, scale=scaling
         )
@@ -70,7 +76,7 @@ def _backward_op(
     groups, lengths = query.shape[1] // key.shape[1], bounds.diff().tolist()
     tensors = (*grads, grad.transpose(1, 2), query, key, value, out.transpose(1, 2), norms)
     for *places, g, q, k, v, o, norm in zip(*(x.split(lengths, dim=2) for x in tensors), strict=True):
-        inputs = [g, q, _repeat_heads(k, groups), _repeat_heads(v, groups), o]
+        inputs = [g, q, repeat_heads(k, groups), repeat_heads(v, groups), o]
         if q.shape[2] < SHORT:
             inputs = [x.float() for x in inputs]
         mask = window_bias(inputs[1], window)
@@ -101,7 +107,7 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
 packed_attention_cpu.register_autograd(_backward, setup_context=_keep)
 
 
-def _repeat_heads(x: Tensor, groups: int) -> Tensor:
+def repeat_heads(x: Tensor, groups: int) -> Tensor:
     """[1, H_kv, L, K] -> [1, H, L, K]."""
     return x if groups == 1 else x.repeat_interleave(groups, dim=1)
 

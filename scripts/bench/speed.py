@@ -1,0 +1,61 @@
+"""Tokens per second, FLOPs utilization and peak memory of a training run, counted alike for every trainer."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from lit_sft.flops import peak_flops, step_cost
+from lit_sft.model import memory
+
+
+class Speed:
+    """Tokens, time and memory between the warm-up and the last optimizer step of the process that trains."""
+
+    def __init__(self, device: torch.device, warm_steps: int) -> None:
+        self.device, self.warm_steps, self.on_gpu = device, warm_steps, device.type == "cuda"
+        self.before = memory.resident()
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats(device)
+        self.sums = torch.zeros(3, dtype=torch.int64, device=device)
+        """Tokens, targets, squares of the examples' lengths: on the device, so that nothing waits for it."""
+        self.began = 0.0
+
+    def add(self, batch: Any) -> None:
+        """Counts a forward pass, from ids, labels and positions [1, T]; 1 + 3 + 5 + ... is the square of a length."""
+        input_ids, labels, position_ids = batch["input_ids"], batch["labels"], batch["position_ids"]
+        tokens = torch.as_tensor(input_ids.numel(), device=labels.device)
+        sums = torch.stack([tokens, (labels >= 0).sum(), (2 * position_ids + 1).sum()])
+        self.sums += sums.to(self.device, non_blocking=True)
+
+    def step_ended(self, step: int) -> None:
+        """The clock starts at the end of the warm-up."""
+        if step == self.warm_steps:
+            self.sums.zero_()
+            self.began = self._now()
+
+    def _now(self) -> float:
+        if self.on_gpu:
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def read(self, lm: Any, steps: int) -> dict[str, Any]:
+        """At the end of the last step."""
+        seconds = self._now() - self.began
+        tokens, targets, squares = self.sums.tolist()
+        peak = torch.cuda.max_memory_allocated(self.device) if self.on_gpu else memory.resident(peak=True) - self.before
+        operations = step_cost(lm).of(tokens, targets, squares) / seconds
+        return {
+            "tokens_per_second": round(tokens / seconds, 1),
+            "mfu": round(operations / peak_flops(self.device, torch.bfloat16), 4),
+            "peak_gb": round(peak / 1e9, 3),
+            "seconds": round(seconds, 2),
+            "tokens": tokens,
+            "targets": targets,
+            "steps": steps - self.warm_steps,
+            "attention": lm.config._attn_implementation,
+            "device": torch.cuda.get_device_name(self.device) if self.on_gpu else "cpu",
+            "torch": torch.__version__,
+        }
