@@ -75,6 +75,33 @@ def test_gradients_are_those_of_separate_calls(window):
     torch.library.opcheck(attention.cpu.packed_attention_cpu, (*inputs, bounds, 0.3, window))
 
 
+@pytest.mark.parametrize(("kv_heads", "scaling"), [(1, None), (2, 0.3), (6, None)])
+def test_gradients_in_bf16_are_as_exact_as_those_of_sdpa(kv_heads, scaling):
+    """Against fp64, for examples of no block, of one and of several: our products beside the kernel's own backward."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = (40, attention.cpu.SHORT, attention.cpu.BLOCK, 2 * attention.cpu.BLOCK + 1)
+    bounds = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    inputs = [
+        (2 * torch.randn(1, heads, sum(lengths), 64, generator=generator)).bfloat16()
+        for heads in (6, kv_heads, kv_heads)
+    ]
+    grad = torch.randn(1, sum(lengths), 6, 64, generator=generator).bfloat16()
+
+    def gradients(run, dtype):
+        own = [x.to(dtype).requires_grad_() for x in inputs]
+        return torch.autograd.grad(run(*own), own, grad.to(dtype))
+
+    def by_sdpa(*qkv):
+        return attention._per_segment(*qkv, 0.0, bounds, scaling, None)
+
+    exact = gradients(by_sdpa, torch.float64)
+    made = gradients(lambda *qkv: attention.cpu.packed_attention_cpu(*qkv, bounds, scaling, None)[0], torch.bfloat16)
+    for ours, theirs, expected in zip(made, gradients(by_sdpa, torch.bfloat16), exact, strict=True):
+        for part in zip(*(x.split(lengths, dim=2) for x in (ours, theirs, expected)), strict=True):
+            error, usual = ((x.double() - part[2]).norm() / part[2].norm() for x in part[:2])
+            assert error < 2 * usual < 0.02
+
+
 def test_compiled_once_for_packs_of_any_number_of_examples(monkeypatch):
     """A tuple of lengths made code anew for each number of examples, until torch gave up compiling."""
     from torch._dynamo.testing import CompileCounterWithBackend
