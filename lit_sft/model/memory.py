@@ -130,4 +130,4 @@ def keep_freed_memory() -> None:
         library = ctypes.CDLL(None)
         if getattr(library, "mallopt", None) is not None:  # glibc
             library.mallopt(M_MMAP_MAX, 0)
-            library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+            library.mallopt(M_TRIM_THRESHOLD, -1)

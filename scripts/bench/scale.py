@@ -5,9 +5,9 @@
 
 On made-up rows: tokens per second and peak memory of a training step for packs of 512 to `--longest` tokens
 (`scripts/bench/step.py`), and seconds and peak memory of the preparation for 1,000 to `--most_rows` rows
-(`scripts/bench_data.py --second_start`). Then `fit` itself on one rank and on two, each with one thread and two packs of
-512 tokens per step: twice the work per step, so twice the tokens per second where a rank costs nothing. The last line
-is one JSON object.
+(`scripts/bench_data.py --second_start`). Then `fit` itself on one rank and on two, each with one thread and two packs
+of 512 tokens per step: twice the work per step, so twice the tokens per second where a rank costs nothing. The last
+line is one JSON object.
 """
 
 from __future__ import annotations

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import tempfile
 import time
@@ -32,6 +31,11 @@ HELD_OUT = 64
 TRL_SETTINGS: dict[str, dict[str, Any]] = {
     "padded": {"per_device_train_batch_size": 8},
     "by_length": {"per_device_train_batch_size": 8, "train_sampling_strategy": "group_by_length"},
+    "by_length_small": {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 4,
+        "train_sampling_strategy": "group_by_length",
+    },
     "small": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
     "padding_free": {"per_device_train_batch_size": 8, "padding_free": True, "max_length": None},
 }
@@ -46,9 +50,9 @@ def main() -> None:
     parser.add_argument("--lora", action="store_true", help="adapters instead of all weights")
     parser.add_argument("--rows", type=int, default=128, help="rows of the epoch")
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--max_length", type=int, default=1024, help="tokens of a pack")
+    parser.add_argument("--max_length", type=int, default=824, help="tokens of a pack, half of 8 rows")
     parser.add_argument("--micro_batch_size", type=int, default=1, help="packs per forward pass")
-    parser.add_argument("--trl", choices=TRL_SETTINGS, default="padded")
+    parser.add_argument("--trl", choices=TRL_SETTINGS, default="by_length")
     parser.add_argument("--only", choices=sides.SIDES, help="measure one side only")
     parser.add_argument("--side", choices=sides.SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
@@ -115,6 +119,12 @@ def lit_sft_data(args: argparse.Namespace) -> Any:
     )
 
 
+def peak_memory() -> int:
+    """Peak resident bytes of this process. Not `ru_maxrss`, which a child inherits from the process that starts it."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) * 1024
+
+
 class Meter:
     """Time from its making on, and memory, of the process that trains."""
 
@@ -126,7 +136,7 @@ class Meter:
         return {
             "seconds": round(time.perf_counter() - self.began, 2),
             "cpu_seconds": round(time.process_time() - self.processor, 2),
-            "memory": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 3),
+            "memory": round(peak_memory() / 1e9, 3),
             "steps": steps,
         }
 
