@@ -123,13 +123,14 @@ def _examine_data(datamodule: SFTDataModule, report: dict[str, Any]) -> dict[str
 
 def needed_memory(trainer: L.Trainer, module: SFTModule, datamodule: SFTDataModule) -> memory.MemoryEstimate:
     """What a step of this run is expected to need on a device."""
-    options, precision = module.options, trainer.precision
+    options, precision, lora = module.options, trainer.precision, module.options.lora
     path = base_directory(model_directory(options.model_name_or_path, options.revision))
     config = load.load_config(path, trust_remote_code=options.trust_remote_code)
     total = memory.num_parameters(config)
     trained = 0 if is_adapted(options) else total  # adapters are small beside the rest
     stored = stored_dtype(options.dtype, precision, is_adapted(options))
     packs, lengths = datamodule.pack("train"), datamodule.data.caches["train"].lengths
+    plain_lora = options.quantization is None and not (lora is not None and (lora.use_dora or lora.lora_dropout))
     return memory.estimate(
         config,
         num_parameters=total,
@@ -140,6 +141,7 @@ def needed_memory(trainer: L.Trainer, module: SFTModule, datamodule: SFTDataModu
         optimizer_bytes=bytes_per_parameter(options.optimizer, stored),
         gradient_checkpointing=bool(options.gradient_checkpointing),
         adapted=is_adapted(options),
+        input_copies=not plain_lora,
         chunk_elements=CHUNK_ELEMENTS,
         on_cpu=trainer.strategy.root_device.type == "cpu",
         quantized=options.quantization is not None,

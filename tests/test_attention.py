@@ -6,6 +6,7 @@ from tiny import tiny_gpt2, tiny_llama, tiny_qwen3
 from lit_sft.build import check
 from lit_sft.model import attention, exact, parallel
 from lit_sft.model.loss import CausalLMLoss, pack_kwargs
+from lit_sft.types import UserError
 
 
 def hidden(lm, input_ids, lengths):
@@ -218,6 +219,20 @@ def test_such_a_model_falls_back_aloud_and_is_exact(name):
         for ids, aims in zip(input_ids.split(lengths, 1), labels.split(lengths, 1), strict=True)
     ]
     torch.testing.assert_close(ours, sum(alone), rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_that_sees_what_follows_is_refused():
+    """Of its own loss, the mean over tokens it could read, nothing would tell."""
+    from transformers import BertConfig, BertLMHeadModel
+
+    sizes = {key: SIZES[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")}
+    attention.register()
+    for is_decoder in (True, False):
+        config = BertConfig(**sizes, intermediate_size=64, is_decoder=is_decoder)
+        lm = BertLMHeadModel._from_config(config, attn_implementation=attention.PACKED)
+        assert exact.is_causal(lm) or not is_decoder
+    with pytest.raises(UserError, match="BertLMHeadModel lets tokens see those that follow.*is_decoder"):
+        check(CausalLMLoss(lm))
 
 
 # ---------------------------------------------------------------------- the kernel of GPUs, with a stand-in for it

@@ -29,18 +29,25 @@ def loss_and_gradients(lm, **autocast):
     return output.loss_sum.detach(), {name: p.grad for name, p in lm.named_parameters() if p.grad is not None}
 
 
-def pair(make, adapt=False):
-    """The model as transformers writes it, and fused."""
+def pair(make, adapt=None):
+    """The model as transformers and peft write it, and fused."""
     plain = make()
     attention.register()
     plain.set_attn_implementation(attention.PACKED)
-    if adapt:
-        apply_lora(plain, LoraConfig(r=4, target_modules="all-linear"), seed=0)
+    if adapt is not None:
+        apply_lora(plain, LoraConfig(r=4, target_modules="all-linear", **adapt), seed=0)
+        for name, parameter in plain.named_parameters():
+            if "lora_B" in name:  # zeros hide what A does
+                torch.nn.init.normal_(parameter, std=0.1)
     ours = copy.deepcopy(plain)
     return plain, ours, fused.fuse_blocks(ours)
 
 
-@pytest.mark.parametrize("adapt", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "adapt",
+    [None, {}, {"use_rslora": True}, {"use_dora": True}],
+    ids=["full", "lora", "rslora", "dora"],
+)
 @pytest.mark.parametrize("make", [tiny_llama, tiny_qwen3])
 def test_the_same_loss_and_gradients(make, adapt):
     plain, ours, replaced = pair(make, adapt)
@@ -50,21 +57,25 @@ def test_the_same_loss_and_gradients(make, adapt):
     torch.testing.assert_close(our_gradients, gradients, rtol=1e-4, atol=1e-5)
 
 
-def test_the_same_rounding_under_autocast():
-    """The forward pass rounds where transformers does, so both are as far from fp32."""
-    plain, ours, _ = pair(tiny_llama)
-    exact, _ = loss_and_gradients(plain, enabled=False)
+@pytest.mark.parametrize("adapt", [None, {}], ids=["full", "lora"])
+def test_the_same_rounding_under_autocast(adapt):
+    """The forward pass rounds where transformers and peft do, or later, so both are as far from fp32."""
+    plain, ours, _ = pair(tiny_llama, adapt)
+    exact_loss, exact = loss_and_gradients(plain, enabled=False)
     plain.zero_grad()
-    (loss, gradients), (our_loss, our_gradients) = (loss_and_gradients(lm, enabled=True) for lm in (plain, ours))
-    torch.testing.assert_close(our_loss, loss, rtol=1e-3, atol=0)
-    assert abs(our_loss - exact) < 2 * abs(loss - exact) + 1e-2
-    for name, gradient in gradients.items():
-        assert (our_gradients[name] - gradient).norm() <= 3e-2 * gradient.norm(), name
+    errors = []
+    for lm in (plain, ours):
+        loss, gradients = loss_and_gradients(lm, enabled=True)
+        torch.testing.assert_close(loss, exact_loss, rtol=1e-3, atol=0)
+        errors.append([float((gradients[name] - exact[name]).norm() / exact[name].norm()) for name in exact])
+    assert max(errors[1]) < 1.5 * max(errors[0])
+    assert sum(errors[1]) < 1.1 * sum(errors[0])
 
 
-def test_less_is_kept():
+@pytest.mark.parametrize(("adapt", "share"), [(None, 0.75), ({}, 0.8)], ids=["full", "lora"])
+def test_less_is_kept(adapt, share):
     kept = []
-    for lm in pair(tiny_llama)[:2]:
+    for lm in pair(tiny_llama, adapt)[:2]:
         storages = {}
 
         def pack(tensor, storages=storages):
@@ -73,10 +84,25 @@ def test_less_is_kept():
 
         held = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
         with held, torch.autocast("cpu", torch.bfloat16):
-            lm.model(input_ids=batch()["input_ids"], use_cache=False)
+            lm.model(input_ids=batch((100, 150))["input_ids"], use_cache=False)
         weights = {p.untyped_storage().data_ptr() for p in lm.parameters()}
         kept.append(sum(size for place, size in storages.items() if place not in weights))
-    assert kept[1] < 0.75 * kept[0], kept
+    assert kept[1] < share * kept[0], kept
+
+
+def test_adapters_that_are_off_or_merged_stay_off_and_merged():
+    _, ours, replaced = pair(tiny_llama, {})
+    layer = ours.model.layers[0].self_attn.q_proj
+    assert "model.layers.0.self_attn.q_proj" in replaced
+    x = torch.randn(2, 3, layer.in_features)
+    adapted, base = layer(x), layer.base_layer(x)
+    assert not torch.allclose(adapted, base)
+    layer.enable_adapters(False)
+    torch.testing.assert_close(layer(x), base, rtol=0, atol=0)
+    layer.enable_adapters(True)
+    layer.merge()
+    torch.testing.assert_close(layer(x), adapted)
+    assert torch.equal(layer(x), layer.base_layer(x))
 
 
 def test_what_computes_something_else_stays():

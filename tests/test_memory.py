@@ -47,6 +47,7 @@ def test_parts():
     assert expected(tokens=20).activations == 2 * full.activations
     assert expected(gradient_checkpointing=True).activations < full.activations
     frozen = expected(num_trained=0, adapted=True, stored_bytes=2)
+    assert frozen.activations < expected(adapted=True, input_copies=True).activations
     assert frozen.gradients == frozen.optimizer == 0 and frozen.weights == 2000 and frozen.logits < full.logits
 
 

@@ -35,6 +35,17 @@ def packs_are_exact(lm: PreTrainedModel, pack_kwargs: PackKwargs) -> bool:
 
 
 @torch.no_grad()
+def is_causal(lm: PreTrainedModel) -> bool:
+    """Whether hidden states stay the same when a later token changes (those of BERT without `is_decoder` do not)."""
+    input_ids, _ = _inputs(lm)
+    position_ids = torch.arange(input_ids.shape[1], device=lm.device)[None]
+    changed = input_ids.clone()
+    changed[:, -1] = 1 - changed[:, -1].clamp(max=1)  # 0, or 1 where it was 0
+    before, after = (_states(lm, ids, position_ids)[:, :-1] for ids in (input_ids, changed))
+    return _close(before, after)
+
+
+@torch.no_grad()
 def what_is_lost(lm: PreTrainedModel, pack_kwargs: PackKwargs) -> str | None:
     """What the chosen attention function leaves out of what the model asks for; None if nothing.
 

@@ -1,10 +1,10 @@
-"""Norms and gated activations of a decoder block, each in one step that keeps less for the backward pass.
+"""Norms, gated activations and adapted linear layers of a decoder block, each in one step that keeps less for backward.
 
-Transformers writes both as chains of element-wise operations, and under autocast as many copies in fp32 and bf16. The
-arithmetic here is the same, the forward pass rounds where theirs does; only less is written, cast and kept. A module
-that computes anything else than expected, by a comparison on a few numbers, stays as it is.
+Transformers and peft write them as chains of operations, and under autocast as many copies in fp32 and bf16. The
+arithmetic here is the same, the forward pass rounds where theirs does or later; only less is written, cast and kept. A
+module that computes anything else than expected, by a comparison on a few numbers, stays as it is.
 
-Letters: T tokens, D hidden size, I size between the gated products.
+Letters: T tokens, D hidden size, I size between the gated products, R rank of an adapter.
 """
 
 from __future__ import annotations
@@ -92,6 +92,38 @@ class _GatedDown(torch.autograd.Function):
         return torch.ops.aten.silu_backward(grad * up, gate), activated.mul_(grad), grad_weight
 
 
+class _LoraLinear(torch.autograd.Function):
+    """`x @ weight.T + scaling * x @ A.T @ B.T` over a frozen weight; keeps its input as it came, once for all layers
+    that read it (q, k and v), where peft keeps a copy for each, and adds the adapter to the output within its product,
+    where peft writes the output three times more.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
+    ) -> Tensor:
+        ctx.adapter_dtype, ctx.scaling = a.dtype, scaling
+        weight, a, b = (w.to(x.dtype) for w in (weight, a, b))  # as autocast does
+        rows = x.flatten(0, -2)
+        low = rows @ a.T  # [T, R]
+        ctx.save_for_backward(x, weight, a, b, low)
+        out = F.linear(rows, weight, None if bias is None else bias.to(x.dtype))
+        return out.addmm_(low, b.T, alpha=scaling).unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, a, b, low = ctx.saved_tensors
+        rows, grad = x.flatten(0, -2), grad.flatten(0, -2)
+        grad_low = grad @ b  # [T, R]
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad @ weight).addmm_(grad_low, a, alpha=ctx.scaling).view_as(x)
+        grad_a = (grad_low.T @ rows).to(ctx.adapter_dtype).mul_(ctx.scaling)
+        grad_b = (grad.T @ low).to(ctx.adapter_dtype).mul_(ctx.scaling)
+        return grad_x, None, None, grad_a, grad_b, None
+
+
 def _norm_forward(norm: Any, feeds_linear: bool) -> Callable[[Tensor], Tensor]:
     def forward(hidden_states: Tensor) -> Tensor:
         kind = hidden_states.device.type
@@ -117,8 +149,36 @@ def _mlp_forward(mlp: Any) -> Callable[[Tensor], Tensor]:
     return forward
 
 
+def _lora_forward(layer: Any) -> Callable[..., Tensor]:
+    plain = layer.forward
+
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        base, name, autocast = layer.base_layer, _plain_adapter(layer), torch.is_autocast_enabled(x.device.type)
+        if name is None or args or kwargs:
+            return plain(x, *args, **kwargs)  # type: ignore[no-any-return]
+        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+        if not autocast and not x.dtype == base.weight.dtype == a.dtype:  # fp32 adapters compute in fp32
+            return plain(x)  # type: ignore[no-any-return]
+        x = x.to(torch.get_autocast_dtype(x.device.type)) if autocast else x
+        out: Tensor = _LoraLinear.apply(x, base.weight, base.bias, a, b, layer.scaling[name])
+        return out
+
+    return forward
+
+
+def _plain_adapter(layer: Any) -> str | None:
+    """Name of the one adapter of a layer of peft that computes nothing else than LoRA; None as soon as it does."""
+    base, names = layer.base_layer, layer.active_adapters
+    if len(names) != 1 or names[0] not in layer.lora_A or layer.disable_adapters or layer.merged:
+        return None
+    name = names[0]
+    adds_only = name not in layer.lora_variant and type(layer.lora_dropout[name]) is nn.Identity
+    frozen = type(base) is nn.Linear and not any(p.requires_grad for p in base.parameters())
+    return name if adds_only and frozen and layer.lora_B[name].bias is None else None
+
+
 def fuse_blocks(lm: PreTrainedModel, known: Collection[str] | None = None) -> list[str]:
-    """Replaces the forward passes of RMS norms and SiLU-gated MLPs in place; names of parameters stay.
+    """Replaces the forward passes of RMS norms, SiLU-gated MLPs and LoRA layers in place; names of parameters stay.
 
     Args:
         lm: Causal LM.
@@ -139,6 +199,8 @@ def fuse_blocks(lm: PreTrainedModel, known: Collection[str] | None = None) -> li
             width, forward = module.weight.shape[-1], _norm_forward(module, id(module) in feeding)
         elif {"gate_proj", "up_proj", "down_proj", "act_fn"} <= {child for child, _ in module.named_children()}:
             width, forward = getattr(module.gate_proj, "in_features", 0), _mlp_forward(module)
+        elif (type(module).__module__, type(module).__name__) == ("peft.tuners.lora.layer", "Linear"):
+            width, forward = module.in_features, _lora_forward(module)
         else:
             continue
         if name in known if known is not None else _same(module, forward, int(width)):

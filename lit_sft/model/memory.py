@@ -47,6 +47,7 @@ def estimate(
     optimizer_bytes: float,
     gradient_checkpointing: bool,
     adapted: bool = False,
+    input_copies: bool = False,
     chunk_elements: int,
     on_cpu: bool = False,
     quantized: bool = False,
@@ -55,7 +56,7 @@ def estimate(
 
     What a block keeps per token is counted in the code of a Llama-like one: two inputs of norms in the type of the
     residual stream; their outputs, query, key, value, the attention's output, and the two factors of the MLP in compute
-    type. Adapters keep a copy of the input of each linear layer instead of the norms' outputs.
+    type. Adapters keep the product of the two factors, too.
 
     Args:
         config: Of the model (its text part is used).
@@ -67,6 +68,7 @@ def estimate(
         optimizer_bytes: What the optimizer remembers of each trained parameter: 8 for Adam in fp32, 0 for plain SGD.
         gradient_checkpointing: Only block inputs are kept, and one block at a time is recomputed.
         adapted: Low-rank adapters over a frozen base.
+        input_copies: Every adapted layer keeps a copy of its input, as peft has it: what is not plain LoRA does.
         chunk_elements: Logits that the loss holds at once.
         on_cpu: Count what the process itself grows by, too.
         quantized: The linear layers of the blocks are stored in 4 bits.
@@ -77,7 +79,9 @@ def estimate(
     kv = getattr(text, "num_key_value_heads", None) or heads
     head_dim = getattr(text, "head_dim", None) or hidden // heads
     inner = getattr(text, "intermediate_size", None) or 4 * hidden
-    linear_inputs = 5 * hidden + heads * head_dim + 2 * inner if adapted else 2 * hidden
+    linear_inputs = 2 * hidden + (inner if adapted else 0)
+    if input_copies:
+        linear_inputs = 5 * hidden + heads * head_dim + 2 * inner
     block = 2 * hidden * stored_bytes
     block += (linear_inputs + 2 * (heads + kv) * head_dim + 2 * inner) * compute_bytes
     kept = layers * hidden * stored_bytes + block if gradient_checkpointing else layers * block
