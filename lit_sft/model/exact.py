@@ -31,18 +31,17 @@ def packs_are_exact(lm: PreTrainedModel, pack_kwargs: PackKwargs) -> bool:
     except TypeError:  # an architecture that hands no keyword arguments down to its layers
         return False
     alone = _states(lm, input_ids[:, first:], position_ids[:, first:], **pack_kwargs(LENGTHS[1:], lm.device))
-    return _close(packed[:, first:], alone)
+    return _close(packed[:, first:], alone, tolerance=0.1)  # what leaks may reach the first few tokens only
 
 
 @torch.no_grad()
 def is_causal(lm: PreTrainedModel) -> bool:
-    """Whether hidden states stay the same when a later token changes (those of BERT without `is_decoder` do not)."""
+    """Whether hidden states stay the same when later tokens change (those of BERT without `is_decoder` do not)."""
     input_ids, _ = _inputs(lm)
-    position_ids = torch.arange(input_ids.shape[1], device=lm.device)[None]
-    changed = input_ids.clone()
-    changed[:, -1] = 1 - changed[:, -1].clamp(max=1)  # 0, or 1 where it was 0
-    before, after = (_states(lm, ids, position_ids)[:, :-1] for ids in (input_ids, changed))
-    return _close(before, after)
+    position_ids, first = torch.arange(input_ids.shape[1], device=lm.device)[None], LENGTHS[0]
+    changed = torch.cat([input_ids[:, :first], input_ids[:, first:] // 2], dim=1)
+    before, after = (_states(lm, ids, position_ids)[:, :first] for ids in (input_ids, changed))
+    return _close(before, after, tolerance=0.03)  # the same computation twice
 
 
 @torch.no_grad()
@@ -71,7 +70,7 @@ def what_is_lost(lm: PreTrainedModel, pack_kwargs: PackKwargs) -> str | None:
     attend_by(lm, "eager")
     expected = _states(lm, input_ids, position_ids)
     attend_by(lm, name)
-    return None if _close(ours, expected) else "scores or a mask of its own kind"
+    return None if _close(ours, expected, tolerance=0.25) else "scores or a mask of its own kind"
 
 
 def attend_by(lm: PreTrainedModel, name: str) -> None:
@@ -116,9 +115,15 @@ def _noting_windows(name: str, windows: set[int]) -> Iterator[None]:
 
 
 def _inputs(lm: PreTrainedModel) -> tuple[Tensor, Tensor]:
-    """Token ids and positions of two examples in a row, [1, T] each."""
-    input_ids = torch.arange(3, 3 + sum(LENGTHS), device=lm.device)[None] % lm.config.get_text_config().vocab_size
-    return input_ids, torch.cat([torch.arange(length, device=lm.device) for length in LENGTHS])[None]
+    """Token ids and positions of two examples in a row, [1, T] each.
+
+    Drawn from the whole vocabulary: after ids that follow each other, special tokens often, the rounding of bf16 grew
+    to 65 % of some of SmolLM2's states, after such ids to 7 %.
+    """
+    vocabulary = lm.config.get_text_config().vocab_size
+    input_ids = torch.randint(vocabulary, (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(0))
+    position_ids = torch.cat([torch.arange(length, device=lm.device) for length in LENGTHS])
+    return input_ids.to(lm.device), position_ids[None]
 
 
 def _states(lm: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, **kwargs: Any) -> Tensor:
@@ -133,8 +138,14 @@ def _states(lm: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, **kwar
     return states
 
 
-def _close(ours: Tensor, expected: Tensor) -> bool:
-    """As close as the type in which the model computes allows."""
-    tolerance = 1e-4 if expected.dtype == torch.float32 else 5e-2
+def _close(ours: Tensor, expected: Tensor, tolerance: float) -> bool:
+    """As close as the type in which the model computes allows: [B, T, D] both; `tolerance` is for 16 bits.
+
+    What 16 bits round away grows from layer to layer, to 3 % of a state in SmolLM2 on average; biases or sinks left out
+    change states by 40 to 80 %.
+    """
+    if expected.dtype == torch.float32:
+        return torch.allclose(ours, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
     ours, expected = ours.float(), expected.float()
-    return torch.allclose(ours, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
+    differences = (ours - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-6)
+    return bool(differences.mean() < tolerance)  # nan is not close

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Numbers of two of glibc's settings (malloc.h)."""
 
 PIECE_ELEMENTS = {True: 2**21, False: 2**24}
@@ -133,5 +133,5 @@ def keep_freed_memory() -> None:
     if sys.platform == "linux":
         library = ctypes.CDLL(None)
         if getattr(library, "mallopt", None) is not None:  # glibc
-            library.mallopt(M_MMAP_MAX, 0)
+            library.mallopt(M_MMAP_THRESHOLD, 32 * 2**20)  # the most it takes; larger blocks would leave gaps
             library.mallopt(M_TRIM_THRESHOLD, -1)
