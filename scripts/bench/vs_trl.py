@@ -39,7 +39,7 @@ TRL_SETTINGS: dict[str, dict[str, Any]] = {
     "small": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
     "padding_free": {"per_device_train_batch_size": 8, "padding_free": True, "max_length": None},
 }
-"""Eight rows per optimizer step in each: so many that both sides take as many steps."""
+"""Eight rows per optimizer step in each: so many that both sides take as many steps (lit_sft with 3 packs of 512)."""
 
 
 def main() -> None:
@@ -50,9 +50,9 @@ def main() -> None:
     parser.add_argument("--lora", action="store_true", help="adapters instead of all weights")
     parser.add_argument("--rows", type=int, default=128, help="rows of the epoch")
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--max_length", type=int, default=824, help="tokens of a pack, half of 8 rows")
+    parser.add_argument("--max_length", type=int, default=512, help="tokens of a pack")
     parser.add_argument("--micro_batch_size", type=int, default=1, help="packs per forward pass")
-    parser.add_argument("--trl", choices=TRL_SETTINGS, default="by_length")
+    parser.add_argument("--trl", choices=TRL_SETTINGS, default="by_length_small")
     parser.add_argument("--only", choices=sides.SIDES, help="measure one side only")
     parser.add_argument("--side", choices=sides.SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
