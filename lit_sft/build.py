@@ -239,17 +239,15 @@ def check(model: CausalLMLoss) -> None:
     """Compares our ways with the model's own on a few tokens; where they differ, its own are used, with a warning.
 
     Raises:
-        UserError: The model lets tokens see those that follow.
+        UserError: The model is not causal.
     """
     lm, lost = model.lm, None
     if lm.config._attn_implementation == attention.PACKED and (lost := exact.what_is_lost(lm, pack_kwargs)):
         log.warning("%s needs %s: attention falls back to `eager`, exact but slower", type(lm).__name__, lost)
         exact.attend_by(lm, "eager")
     if not exact.is_causal(lm):
-        raise UserError(
-            f"{type(lm).__name__} lets tokens see those that follow, so it would only learn to copy them: take a "
-            "causal language model, or set is_decoder to true in its config.json if it has that key"
-        )
+        cure = "take a causal language model, or set is_decoder to true in its config.json if it has that key"
+        raise UserError(f"{type(lm).__name__} lets tokens see those that follow: {cure}")
     model.check_head()
     model.fused = fused.fuse_blocks(lm)
     # a window that is in the mask only may be cut at places of the row, not of the example

@@ -52,11 +52,7 @@ def estimate(
     on_cpu: bool = False,
     quantized: bool = False,
 ) -> MemoryEstimate:
-    """Adds up what a step holds at its peak: when the forward pass has ended, with the gradients of the step before.
-
-    What a block keeps per token is counted in the code of a Llama-like one: two inputs of norms in the type of the
-    residual stream; their outputs, query, key, value, the attention's output, and the two factors of the MLP in compute
-    type. Adapters keep the product of the two factors, too.
+    """Adds up what a step holds when its forward pass has ended, with the gradients of the step before.
 
     Args:
         config: Of the model (its text part is used).
@@ -65,40 +61,45 @@ def estimate(
         tokens: In one forward pass.
         stored_bytes: Per stored weight.
         compute_bytes: Per number that is computed with (2 under bf16 autocast, which also copies the weights).
-        optimizer_bytes: What the optimizer remembers of each trained parameter: 8 for Adam in fp32, 0 for plain SGD.
+        optimizer_bytes: Remembered of each trained parameter: 8 for Adam in fp32, 0 for plain SGD.
         gradient_checkpointing: Only block inputs are kept, and one block at a time is recomputed.
         adapted: Low-rank adapters over a frozen base.
-        input_copies: Every adapted layer keeps a copy of its input, as peft has it: what is not plain LoRA does.
+        input_copies: Every adapted layer keeps a copy of its input, as in peft: what is not plain LoRA does.
         chunk_elements: Logits that the loss holds at once.
         on_cpu: Count what the process itself grows by, too.
         quantized: The linear layers of the blocks are stored in 4 bits.
     """
     text = config.get_text_config()
     hidden, layers, vocabulary = text.hidden_size, text.num_hidden_layers, text.vocab_size
-    heads = text.num_attention_heads
-    kv = getattr(text, "num_key_value_heads", None) or heads
-    head_dim = getattr(text, "head_dim", None) or hidden // heads
-    inner = getattr(text, "intermediate_size", None) or 4 * hidden
-    linear_inputs = 2 * hidden + (inner if adapted else 0)
-    if input_copies:
-        linear_inputs = 5 * hidden + heads * head_dim + 2 * inner
-    block = 2 * hidden * stored_bytes
-    block += (linear_inputs + 2 * (heads + kv) * head_dim + 2 * inner) * compute_bytes
+    block = 2 * hidden * stored_bytes + _block_numbers(text, adapted, input_copies) * compute_bytes
     kept = layers * hidden * stored_bytes + block if gradient_checkpointing else layers * block
-    copies = num_parameters * compute_bytes if compute_bytes < stored_bytes else 0
-    ends = vocabulary * hidden * (1 if text.tie_word_embeddings else 2)  # embedding and head
-    weights = num_parameters * stored_bytes + copies
+    weights = num_parameters * (stored_bytes + (compute_bytes if compute_bytes < stored_bytes else 0))
     if quantized:  # half a byte, and the scales
+        ends = vocabulary * hidden * (1 if text.tie_word_embeddings else 2)  # embedding and head
         weights = ends * stored_bytes + int((num_parameters - ends) * 0.52)
-    chunk = min(tokens, max(1, chunk_elements // vocabulary))
+    logits = min(tokens, max(1, chunk_elements // vocabulary)) * vocabulary * compute_bytes
     head = 0 if adapted else vocabulary * hidden * (4 + compute_bytes)  # its gradient, and that of a chunk
     return MemoryEstimate(
         weights=weights,
         gradients=num_trained * stored_bytes,
         optimizer=int(num_trained * optimizer_bytes),
         activations=tokens * kept + (CPU_SCRATCH if on_cpu else 0),
-        logits=chunk * vocabulary * compute_bytes + 3 * 4 * PIECE_ELEMENTS[on_cpu] + head,
+        logits=logits + 3 * 4 * PIECE_ELEMENTS[on_cpu] + head,
     )
+
+
+def _block_numbers(text: Any, adapted: bool, input_copies: bool) -> int:
+    """Numbers in compute type that a Llama-like block keeps per token, beside the two inputs of its norms: the norms'
+    outputs, query, key, value, the attention's output, the two factors of the MLP; with adapters their product, too.
+    """
+    hidden, heads = text.hidden_size, text.num_attention_heads
+    kv = getattr(text, "num_key_value_heads", None) or heads
+    head_dim = getattr(text, "head_dim", None) or hidden // heads
+    inner = getattr(text, "intermediate_size", None) or 4 * hidden
+    linear_inputs = 2 * hidden + inner * adapted
+    if input_copies:
+        linear_inputs = 5 * hidden + heads * head_dim + 2 * inner
+    return int(linear_inputs + 2 * (heads + kv) * head_dim + 2 * inner)
 
 
 def num_parameters(config: Any) -> int:
