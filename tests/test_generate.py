@@ -186,6 +186,15 @@ def test_fp32_adapters_over_a_bf16_base_answer():
     assert answers(lm) == expected  # fresh adapters change nothing
 
 
+def test_a_frozen_head_is_not_copied_for_every_prompt():
+    lm, contiguous = tiny_llama().requires_grad_(False), []
+    plain = lm.lm_head.forward
+    lm.lm_head.forward = lambda x: contiguous.append(x.is_contiguous()) or plain(x)
+    answers(lm)
+    assert len(contiguous) == 12 and all(contiguous)
+    assert not lm.lm_head._forward_pre_hooks
+
+
 def test_the_entry_is_called_in_place_of_generate():
     lm = tiny_llama(**WILD)
     calls = []

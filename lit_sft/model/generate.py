@@ -197,10 +197,16 @@ def _ready_to_generate(lm: PreTrainedModel, cast: bool) -> Iterator[None]:
     lm.train(False)
     for parameter, weight in stored:
         parameter.data = weight.to(dtype)
+    # Without gradients torch copies the weight for every prompt if its input is a slice, as the last states of the
+    # prompts are (3.6 GB for 64 prompts of SmolLM2, frozen): https://github.com/pytorch/pytorch/issues/186148.
+    head = lm.get_output_embeddings()
+    hook = head and head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
     try:
         with torch.autocast(lm.device.type, enabled=False):
             yield
     finally:
+        if hook is not None:
+            hook.remove()
         for parameter, weight in stored:
             parameter.data = weight
         lm.generation_config = own_generation_config
