@@ -9,7 +9,7 @@ import torch
 
 from lit_sft.checkpointing import read_checkpoint
 from lit_sft.datamodule import QUESTIONS, SFTDataModule
-from lit_sft.model import adapters
+from lit_sft.model import adapters, fused
 from lit_sft.model.export import verify_export
 from lit_sft.module import SFTModule
 from lit_sft.types import UserError
@@ -43,6 +43,7 @@ def export_checkpoint(
     checkpoint = read_checkpoint(ckpt_path, without=("optimizer_states",))
     module.on_load_checkpoint(checkpoint)
     module.load_state_dict(checkpoint["state_dict"], strict=False)
+    fused.unfuse_blocks(module.model.lm, module.model.fused)  # as in plain transformers: equal weights, equal bits
     data = datamodule.data
     probes = [data.renderer.prompt(data.question(text)) for text in QUESTIONS]
     if merge_lora:
@@ -50,6 +51,6 @@ def export_checkpoint(
             raise UserError("--merge_lora true, but the checkpoint has no adapter: leave it out")
         plain = module.adapter if module.options.quantization is None else adapters.dequantized(module.adapter)
         module.model.lm, module.adapter = adapters.merge(plain, torch.tensor(probes[:1])), None
-    module.model.lm.set_attn_implementation("sdpa")  # as plain transformers will run it
+    module.model.lm.set_attn_implementation("sdpa")
     trained = module.adapter or module.model.lm
     module.export(output_dir, check=lambda folder: verify_export(folder, trained, datamodule.tokenizer, probes))

@@ -90,6 +90,13 @@ def test_less_is_kept(adapt, share):
     assert kept[1] < share * kept[0], kept
 
 
+def test_unfused_it_is_the_same_bit_for_bit():
+    plain, ours, replaced = pair(tiny_llama, {})
+    fused.unfuse_blocks(ours, replaced)
+    inputs = {"input_ids": batch()["input_ids"], "use_cache": False}
+    assert torch.equal(ours.bfloat16()(**inputs).logits, plain.bfloat16()(**inputs).logits)
+
+
 def test_adapters_that_are_off_or_merged_stay_off_and_merged():
     _, ours, replaced = pair(tiny_llama, {})
     layer = ours.model.layers[0].self_attn.q_proj

@@ -92,6 +92,7 @@ def test_the_adapters_over_dequantized_weights_are_the_same_model(source, config
     before = logits(model)
     again = dequantized(model)
     assert {p.dtype for p in again.parameters() if not p.requires_grad} == {torch.bfloat16}
+    assert {b.dtype for b in again.buffers()} == {torch.float32}  # rotary frequencies in bf16 would be others
     assert merge_error(before, logits(again)) < 0.02
     merged = merge(again, probe_ids=IDS)
     assert "quantization_config" not in merged.config.to_dict()

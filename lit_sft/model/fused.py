@@ -209,6 +209,12 @@ def fuse_blocks(lm: PreTrainedModel, known: Collection[str] | None = None) -> li
     return replaced
 
 
+def unfuse_blocks(lm: PreTrainedModel, names: Collection[str]) -> None:
+    """Gives the modules that `fuse_blocks` named their own forward passes back, which round otherwise in 16 bits."""
+    for name in names:
+        del lm.get_submodule(name).forward
+
+
 @torch.no_grad()
 def _same(module: nn.Module, forward: Callable[[Tensor], Tensor], width: int) -> bool:
     """Whether both give the same for a few numbers."""

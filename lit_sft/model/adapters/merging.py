@@ -77,7 +77,9 @@ def dequantized(model: PeftModel) -> PeftModel:
     trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     dtype = _base_dtype(model)
     base: Any = model.unload()
-    base.dequantize(dtype).to(dtype)  # peft leaves what is trained whole in its place, in fp32
+    base.dequantize(dtype)
+    for parameter in base.parameters():  # peft leaves what is trained whole in its place, in fp32
+        parameter.data = parameter.data.to(dtype)  # and not buffers: rotary frequencies in bf16 are others
     config.init_lora_weights = True  # values that follow; other starts would change the base
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="You are trying to modify a model with PEFT for a second time")
