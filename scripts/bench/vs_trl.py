@@ -9,7 +9,7 @@ the two taking turns, median of the repetitions. What is timed lies between the 
 step; what is loaded, tokenized or saved is not. Memory is the peak of the whole process up to there. The held-out loss
 is computed afterwards by one function, in fp32, from what either side has learned.
 
-lit_sft  packs of `--max_length` tokens.
+lit_sft  packs of `--max_length` tokens, by default as many as the longest row has.
 TRL      the fastest of `TRL_SETTINGS` on a CPU (`--trl NAME` takes another): its loss is chunked by itself.
 
 The last line is one JSON object.
@@ -39,7 +39,7 @@ TRL_SETTINGS: dict[str, dict[str, Any]] = {
     "small": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
     "padding_free": {"per_device_train_batch_size": 8, "padding_free": True, "max_length": None},
 }
-"""Eight rows per optimizer step in each: so many that both sides take as many steps (lit_sft with 3 packs of 512)."""
+"""Eight rows per optimizer step in each: so many that both sides take as many steps (lit_sft with 2 packs of 824)."""
 
 
 def main() -> None:
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--lora", action="store_true", help="adapters instead of all weights")
     parser.add_argument("--rows", type=int, default=128, help="rows of the epoch")
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--max_length", type=int, default=512, help="tokens of a pack")
+    parser.add_argument("--max_length", type=int, default=824, help="tokens of a pack, at least those of a row")
     parser.add_argument("--micro_batch_size", type=int, default=1, help="packs per forward pass")
     parser.add_argument("--trl", choices=TRL_SETTINGS, default="by_length_small")
     parser.add_argument("--only", choices=sides.SIDES, help="measure one side only")
@@ -113,6 +113,7 @@ def lit_sft_data(args: argparse.Namespace) -> Any:
         val_size=HELD_OUT,
         model_name_or_path=str(args.model),
         max_length=args.max_length,
+        overlong="error",  # neither side may train less than the other, nor less than is said
         micro_batch_size=args.micro_batch_size,
         global_batch_size=max(1, round(8 * 206 / args.max_length)),
         cache_dir=str(args.work / "cache"),
