@@ -74,19 +74,11 @@ def fingerprint(options: SimpleNamespace, precision: str, ckpt_path: str | None)
         ckpt_path: Checkpoint whose weights are used, if any.
     """
     path = model_directory(options.model_name_or_path, options.revision)
-    files = [ckpt_path] if ckpt_path else sorted(map(str, Path(path).glob("*.safetensors")))
+    folders = dict.fromkeys([Path(path), Path(base_directory(path))])  # of an adapter, and of its base
+    weights = [str(file) for folder in folders for kind in ("*.safetensors", "*.gguf") for file in folder.glob(kind)]
+    files = [ckpt_path] if ckpt_path else sorted(weights)
     stats = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
-    names = (
-        "init",
-        "dtype",
-        "attn_implementation",
-        "lora",
-        "adapter_name_or_path",
-        "quantization",
-        "add_tokens",
-        "generation",
-        "seed",
-    )
+    names = "init dtype attn_implementation lora adapter_name_or_path quantization add_tokens generation seed".split()
     return {name: repr(getattr(options, name)) for name in names} | {
         "model": path,
         "files": stats,
@@ -214,7 +206,7 @@ def _build(options: SimpleNamespace, precision: str, on_meta: bool = False) -> t
         quantization_config=None if options.quantization is None else quantization.nf4(dtype),
         on_meta=on_meta,
     )
-    adapter = _choose_trained(lm, path, options, on_meta) if path == named else _evaluated_adapter(lm, named, options)
+    adapter = choose_trained(lm, path, options, on_meta) if path == named else _evaluated_adapter(lm, named, options)
     total, trained = lm.num_parameters(), lm.num_parameters(only_trainable=True)
     if total < ONE_THREAD_BELOW and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
@@ -271,7 +263,7 @@ def _evaluated_adapter(lm: PreTrainedModel, folder: str, options: SimpleNamespac
     return adapter
 
 
-def _choose_trained(lm: PreTrainedModel, path: str, options: SimpleNamespace, on_meta: bool) -> PeftModel | None:
+def choose_trained(lm: PreTrainedModel, path: str, options: SimpleNamespace, on_meta: bool) -> PeftModel | None:
     """Makes room for new tokens; then decides what is trained: adapters, which are returned, a part, or all."""
     new_ids: list[int] = []
     if options.add_tokens:

@@ -6,9 +6,9 @@ import json
 import logging
 import shutil
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
 import numpy as np
@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from rich.table import Table
 from typing_extensions import override
 
-from lit_sft.build import base_directory, is_adapted, model_directory, stored_dtype
+from lit_sft.build import base_directory, choose_trained, is_adapted, model_directory, stored_dtype
 from lit_sft.data.packing import Packs
 from lit_sft.datamodule import SFTDataModule
 from lit_sft.display import console
@@ -27,6 +27,9 @@ from lit_sft.module import SFTModule
 from lit_sft.optim import bytes_per_parameter
 from lit_sft.prepare import Counts, num_overlapping
 from lit_sft.types import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -124,28 +127,44 @@ def _examine_data(datamodule: SFTDataModule, report: dict[str, Any]) -> dict[str
 def needed_memory(trainer: L.Trainer, module: SFTModule, datamodule: SFTDataModule) -> memory.MemoryEstimate:
     """What a step of this run is expected to need on a device."""
     options, precision, lora = module.options, trainer.precision, module.options.lora
-    path = base_directory(model_directory(options.model_name_or_path, options.revision))
-    config = load.load_config(path, trust_remote_code=options.trust_remote_code)
-    total = memory.num_parameters(config)
-    trained = 0 if is_adapted(options) else total  # adapters are small beside the rest
-    stored = stored_dtype(options.dtype, precision, is_adapted(options))
+    lm, total = _without_weights(options)
+    adapted, data = is_adapted(options), datamodule.options
+    stored = stored_dtype(options.dtype, precision, adapted)
     packs, lengths = datamodule.pack("train"), datamodule.data.caches["train"].lengths
     plain_lora = options.quantization is None and not (lora is not None and (lora.use_dora or lora.lora_dropout))
     return memory.estimate(
-        config,
+        lm.config,
         num_parameters=total,
-        num_trained=trained,
-        tokens=int(packs.num_tokens(lengths).max()) * datamodule.options.micro_batch_size,
+        num_trained=lm.num_parameters(only_trainable=True),
+        tokens=int(packs.num_tokens(lengths).max()) * data.micro_batch_size,
         stored_bytes=stored.itemsize,
         compute_bytes=2 if precision.startswith(("bf16", "16")) else 4,
-        optimizer_bytes=bytes_per_parameter(options.optimizer, stored),
-        gradient_checkpointing=bool(options.gradient_checkpointing),
-        adapted=is_adapted(options),
+        optimizer_bytes=bytes_per_parameter(options.optimizer, torch.float32 if adapted else stored),
+        gradient_checkpointing=options.gradient_checkpointing,
+        accumulates=data.global_batch_size > data.micro_batch_size * trainer.world_size,
+        adapted=adapted,
         input_copies=not plain_lora,
         chunk_elements=CHUNK_ELEMENTS,
         on_cpu=trainer.strategy.root_device.type == "cpu",
         quantized=options.quantization is not None,
     )
+
+
+def _without_weights(options: Any) -> tuple[PreTrainedModel, int]:
+    """The model on the meta device, with what is trained of it; and the parameters of its base."""
+    path = base_directory(model_directory(options.model_name_or_path, options.revision))
+    lm = load.load_model(
+        path,
+        init=options.init,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        trust_remote_code=options.trust_remote_code,
+        seed=0,
+        on_meta=True,
+    )
+    total = lm.num_parameters()
+    choose_trained(lm, path, options, on_meta=True)
+    return lm, total
 
 
 def _expect_memory(
@@ -159,14 +178,13 @@ def _expect_memory(
             f"the step needs about {expected.total / GIB:.1f} GiB and {available / GIB:.1f} GiB are free: lower "
             "data.micro_batch_size or data.max_length, or set model.gradient_checkpointing or model.lora"
         )
-    checkpoint = expected.gradients + expected.optimizer  # trained weights are as large as their gradients
     room = shutil.disk_usage(_existing(Path(trainer.default_root_dir))).free
-    if 3 * checkpoint > room:
+    if 3 * expected.checkpoint > room:
         report["errors"].append(
-            f"three checkpoints take {3 * checkpoint / GIB:.1f} GiB, the disk has {room / GIB:.1f} GiB: free some, or "
-            "set trainer.default_root_dir to another disk"
+            f"three checkpoints take {3 * expected.checkpoint / GIB:.1f} GiB, the disk has {room / GIB:.1f} GiB: free "
+            "some, or set trainer.default_root_dir to another disk"
         )
-    return {**asdict(expected), "total": expected.total, "available": available}
+    return {**expected.parts, "total": expected.total, "available": available}
 
 
 def _existing(folder: Path) -> Path:
@@ -183,7 +201,7 @@ def _free_memory() -> int:
 
 
 def _try_step(trainer: L.Trainer, module: SFTModule, datamodule: SFTDataModule) -> dict[str, float]:
-    """Two optimizer steps on the fullest packs: from the second on, gradients and optimizer states are there, too."""
+    """Two optimizer steps on the fullest packs: at the second the optimizer's state is there, too."""
     before = memory.resident()
     started = time.monotonic()
     trainer.callbacks.append(FullestFirst())  # type: ignore[attr-defined]
@@ -199,7 +217,9 @@ def _try_step(trainer: L.Trainer, module: SFTModule, datamodule: SFTDataModule) 
 
 
 class FullestFirst(Callback):
-    """Leaves two optimizer steps of one forward pass: the fullest packs, which need the most memory."""
+    """Leaves two optimizer steps of one forward pass, or of two where the run accumulates gradients: the fullest packs,
+    which need the most memory.
+    """
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -207,13 +227,14 @@ class FullestFirst(Callback):
         packs, size = datamodule.packs["train"], datamodule.options.micro_batch_size
         tokens = packs.num_tokens(datamodule.data.caches["train"].lengths)
         parts = [packs[int(index)] for index in np.argsort(-tokens, kind="stable")[:size]]
-        parts *= 2
+        passes = min(2, datamodule.orders["train"].accumulation)
+        parts *= 2 * passes
         datamodule.packs["train"] = Packs(np.concatenate(parts), np.cumsum([0, *map(len, parts)]))
         order = datamodule.orders["train"]
         datamodule.orders["train"] = replace(
-            order, num_packs=len(parts), global_batch_size=size, shuffle=False, costs=None
+            order, num_packs=len(parts), global_batch_size=size * passes, shuffle=False, costs=None
         )
-        trainer.accumulate_grad_batches = 1
+        trainer.accumulate_grad_batches = passes
 
 
 def _show(report: dict[str, Any], lengths: np.ndarray, step: dict[str, float] | None) -> None:

@@ -71,7 +71,7 @@ def choose_prompts(
         what = f"none of the first {len(prompts)} rows of {key} ends with an answer to compare with"
         if options.metrics is not None:
             raise UserError(f"model.evaluation.metrics {options.computed}: {what}; set model.evaluation to null")
-        return [], f"{what}: no answers are scored"
+        return [], f"{what}, so no answers are scored"
     kept = [prompt for prompt in prompts if fits(prompt, max_new_tokens, context)]
     if len(kept) == len(prompts):
         return kept, ""

@@ -49,8 +49,11 @@ def export_checkpoint(
     if merge_lora:
         if module.adapter is None:
             raise UserError("--merge_lora true, but the checkpoint has no adapter: leave it out")
-        plain = module.adapter if module.options.quantization is None else adapters.dequantized(module.adapter)
-        module.model.lm, module.adapter = adapters.merge(plain, torch.tensor(probes[:1])), None
+        plain, probe = module.adapter, torch.tensor(probes[:1])
+        before = adapters.logits(plain, probe)
+        if module.options.quantization is not None:
+            plain = adapters.dequantized(plain)
+        module.model.lm, module.adapter = adapters.merge(plain, probe, before), None
     module.model.lm.set_attn_implementation("sdpa")
     trained = module.adapter or module.model.lm
     module.export(output_dir, check=lambda folder: verify_export(folder, trained, datamodule.tokenizer, probes))

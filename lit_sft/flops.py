@@ -5,6 +5,7 @@ Letters: W weights of matrix products, V vocabulary, D hidden size.
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass
 from functools import lru_cache
@@ -93,7 +94,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         name = torch.cuda.get_device_name(device)
         for part, value in DATASHEET.items():
-            if part in name:
+            if re.search(rf"\b{part}\b", name):  # an L40 is no L4
                 return value
     size = 1024 if device.type == "cpu" else 8192
     left, right = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))

@@ -147,10 +147,10 @@ class SFTModule(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The *sum* of token losses; `on_before_optimizer_step` turns the gradient into that of the mean, once."""
         output = self(batch)
-        sums = (output.loss_sum.detach(), output.num_targets, sum(batch["lengths"]) if batch["rows"][0] >= 0 else 0)
-        self.window = self.window.to(self.device) + torch.stack(
-            [torch.as_tensor(s, device=self.device).double() for s in sums]
-        )
+        self.window = self.window.to(self.device)
+        self.window[0] += output.loss_sum.detach()
+        self.window[1] += output.num_targets  # numbers of the host: nothing is copied, nor waited for
+        self.window[2] += sum(batch["lengths"]) if batch["rows"][0] >= 0 else 0
         return output.loss_sum * self.loss_scale
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -183,6 +183,11 @@ class SFTModule(L.LightningModule):
                 nn.utils.clip_grads_with_norm_(parameters, limit, norm)
         self.log("train/grad_norm", norm)
         self.guard(optimizer, self.window, norm)
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        """As in Lightning, which then keeps the gradients through the next forward pass, a validation or a save."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        optimizer.zero_grad(set_to_none=True)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over two parameter groups, and the schedule by optimizer step."""

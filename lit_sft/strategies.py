@@ -151,7 +151,8 @@ def register() -> None:
 
 
 def check(strategy: Strategy) -> None:
-    """Refuses strategies under which the gradient would not be the mean over all targets.
+    """Refuses strategies under which the gradient would not be the mean over all targets; DDP's gradients lie in the
+    buffers that are summed over the ranks, where it would keep a second copy of all.
 
     Raises:
         UserError: It is none of ours.
@@ -161,3 +162,5 @@ def check(strategy: Strategy) -> None:
             f"trainer.strategy {type(strategy).__name__} is not known to give the exact loss average: set it to auto, "
             "ddp, fsdp2 or fsdp"
         )
+    if isinstance(strategy, DDPStrategy):
+        strategy._ddp_kwargs.setdefault("gradient_as_bucket_view", True)

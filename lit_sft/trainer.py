@@ -23,6 +23,7 @@ from lit_sft.callbacks import (
     KeepFolder,
     LeaveFolder,
     PredictionWriter,
+    Progress,
     Throughput,
 )
 from lit_sft.checkpointing import Checkpointer, CheckpointFiles
@@ -133,6 +134,8 @@ def run_callbacks(
         StopOnSignal(_save_and_wait(checkpointer, files), config.resume.max_restarts),
         LeaveFolder(lambda: folder.folder),
     ]
+    if Progress.is_wanted(config.trainer):
+        callbacks.append(Progress())
     if config.early_stopping is not None:
         stop = config.early_stopping
         callbacks.append(EarlyStopping(stop.monitor, patience=stop.patience, mode=stop.mode, strict=False))

@@ -128,6 +128,8 @@ class Batch(TypedDict):
     """[1, T] int64."""
     labels: Tensor
     """[1, T] int64, already shifted: the id that position t must predict, or IGNORE_INDEX."""
+    target_positions: Tensor
+    """[N] int64: where labels are ids; found on the host, as a GPU would have to stop and tell their number."""
     position_ids: Tensor
     """[1, T] int64, restarting at 0 with every example."""
     lengths: tuple[int, ...]
@@ -159,6 +161,6 @@ class LossOutput(NamedTuple):
     loss_sum: Tensor
     """[] fp32, carries the gradient."""
     num_targets: Tensor
-    """[] int64."""
+    """[] int64, on the host."""
     num_correct: Tensor
     """[] int64: targets that are the arg max of the logits; 0 where it was not asked for."""

@@ -3,8 +3,8 @@
     python scripts/tune.py --memory_gb 8 --config configs/smollm2_135m.yaml --data.train alpaca_en_demo.json
 
 Takes what `fit` takes. Every candidate runs a few real steps in a process of its own (`scripts/bench/step.py`). The
-micro-batch doubles as long as it divides `data.global_batch_size`, fits and is faster; checkpointing is tried from the
-largest that fits on. The last line is one JSON object with the best settings, as `fit` takes them.
+micro-batch doubles as long as it divides `data.global_batch_size`, fits and is faster; checkpointing and compile are
+tried from the largest that fits on. The last line is one JSON object with the best settings, as `fit` takes them.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 STEP = Path(__file__).parent / "bench" / "step.py"
 
 
@@ -25,7 +27,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--memory_gb", type=float, required=True, help="most that may be used, in GB (1e9 bytes)")
     parser.add_argument("--largest", type=int, default=64, help="largest micro-batch to try")
-    parser.add_argument("--compile", action="store_true", help="try model.compile, too (needs a C++ compiler on a CPU)")
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=torch.cuda.is_available(),
+        help="try model.compile, too; on by default where there is a GPU (a CPU needs a C++ compiler for it)",
+    )
     args, settings = parser.parse_known_args()
     tried = list(candidates(args, settings))
     fitting = [result for result in tried if result["peak_gb"] <= args.memory_gb]
@@ -36,10 +43,13 @@ def main() -> None:
 
 
 def candidates(args: argparse.Namespace, settings: list[str]) -> Iterator[dict[str, Any]]:
-    """Results of one candidate after the other; a larger one is tried only where the smaller one fits."""
+    """One result after the other: a larger micro-batch only where the smaller one fits, and what takes less memory only
+    from the largest on that did.
+    """
+    largest = 1
     for checkpointing in ("false", "selective", "full"):
         for compiled in ("false", "true") if args.compile else ("false",):
-            size, before = 1, 0.0
+            size, before = largest, 0.0
             while size <= args.largest:
                 chosen = {
                     "data.micro_batch_size": str(size),
@@ -50,7 +60,10 @@ def candidates(args: argparse.Namespace, settings: list[str]) -> Iterator[dict[s
                 if result is None:
                     break
                 yield result
-                if result["peak_gb"] > args.memory_gb or result["tokens_per_second"] < 1.02 * before:
+                if result["peak_gb"] > args.memory_gb:
+                    break
+                largest = max(largest, size)
+                if result["tokens_per_second"] < 1.02 * before:
                     break
                 size, before = 2 * size, result["tokens_per_second"]
 

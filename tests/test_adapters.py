@@ -224,6 +224,14 @@ def test_a_merge_that_changes_the_answers_is_refused(monkeypatch):
         merge(model, probe_ids=IDS)
 
 
+def test_a_merge_is_compared_with_what_was_trained():
+    """Not with the model that is merged, where that is another: one out of a 4-bit base."""
+    model = shake(apply_lora(tiny_llama(), LoraConfig()))
+    trained = logits(model)
+    with pytest.raises(UserError, match="merging changes the logits by 0.5 of their size"):
+        merge(model, probe_ids=IDS, trained=2 * trained)
+
+
 # -------------------------------------------------------------------------------------------------------- directory
 
 
@@ -285,6 +293,9 @@ def test_ranks_differ_by_pattern_and_patterns_that_fit_nothing_are_refused():
     for wrong in (dict(rank_pattern={"down": 5}), dict(alpha_pattern={"lm_head": 5})):
         with pytest.raises(UserError, match="is the name of no adapted module"):
             apply_lora(tiny_llama(), LoraConfig(**wrong))
+    for key in ("rank_pattern", "alpha_pattern"):
+        with pytest.raises(UserError, match=rf"model.lora.{key}: 'q_proj\(' is no regular expression: missing \)"):
+            apply_lora(tiny_llama(), LoraConfig(**{key: {"q_proj(": 4}}))
     with pytest.raises(UserError, match="model.lora.rank_pattern is .*; every value must be at least 1"):
         LoraConfig(rank_pattern={"q_proj": 0})
 

@@ -72,6 +72,25 @@ def test_an_optimizer_of_eight_bits_is_expected_to_take_less(model, tmp_path, ca
     assert expected["optimizer"] / expected["gradients"] == pytest.approx(2 / 4, abs=0.02)
 
 
+@pytest.mark.parametrize(
+    ("settings", "trained"),
+    [
+        ({"model__trainable": ["lm_head"]}, 320 * 32),
+        ({"model__lora": {"r": 2, "target_modules": ["q_proj"]}}, 2 * 2 * (32 + 32)),
+        (
+            {"model__lora": {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}},
+            2 * 2 * (32 + 32) + 320 * 32,
+        ),
+    ],
+    ids=str,
+)
+def test_what_is_trained_is_counted(settings, trained, model, tmp_path, capsys):
+    rows = write_rows(tmp_path / "a.jsonl", ROWS)
+    code, out = doctor(capsys, [*arguments(model, rows, tmp_path / "runs", **settings), "--output=json"])
+    expected = json.loads(out)["memory"]
+    assert code == 0 and expected["gradients"] == 4 * trained and expected["optimizer"] == 8 * trained
+
+
 @pytest.mark.parametrize("output", ["rich", "json"])
 def test_an_error_is_exit_code_1_and_a_remedy(output, model, tmp_path, capsys):
     rows = write_rows(tmp_path / "a.jsonl", [ROWS[0], {"messages": []}])

@@ -170,6 +170,9 @@ def test_rows_without_references(place, tmp_path, capsys):
     with log_lines() as lines:
         run("fit", arguments(str(place / "model"), rows, tmp_path / "runs", **texts, model__evaluation={}))
     assert sum("no answers are scored" in line for line in lines) == 1
+    follow = {"model__evaluation": {}, "early_stopping": {"monitor": "val/exact_match", "mode": "max"}}
+    line = refused(capsys, "fit", arguments(str(place / "model"), rows, tmp_path / "runs", **texts, **follow))
+    assert line.startswith("val/exact_match is monitored, but none of the first 4 rows of data.validation"), line
 
 
 def test_prompts_without_room_are_not_scored():

@@ -5,7 +5,7 @@ import torch
 from bitsandbytes.optim import AdamW8bit
 from torch import nn
 
-from lit_sft.optim import ScheduleOptions, bytes_per_parameter, lr_factor, parameter_groups
+from lit_sft.optim import ScheduleOptions, bytes_per_parameter, lr_factor, parameter_groups, prefer_fused
 from lit_sft.types import UserError
 
 
@@ -40,6 +40,20 @@ def test_no_weight_decay_for_norms_and_frozen_parameters_left_out():
     decay, no_decay = parameter_groups(model.named_parameters())
     assert [p.ndim for p in decay["params"]] == [2] and "weight_decay" not in decay
     assert [p.ndim for p in no_decay["params"]] == [1, 1, 1] and no_decay["weight_decay"] == 0.0
+
+
+def test_adam_runs_as_one_kernel_unless_the_user_chose():
+    parameters = [nn.Parameter(torch.ones(2))]
+    for make, fused in (
+        (torch.optim.AdamW, True),
+        (torch.optim.Adam, True),
+        (partial(torch.optim.AdamW, foreach=True), None),
+        (partial(torch.optim.AdamW, differentiable=True), None),
+        (torch.optim.SGD, None),
+    ):
+        optimizer = make(parameters)
+        prefer_fused(optimizer)
+        assert optimizer.param_groups[0]["fused"] == optimizer.defaults["fused"] == fused, make
 
 
 @pytest.mark.parametrize(

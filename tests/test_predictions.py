@@ -7,13 +7,15 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from running import REPOSITORY, arguments, chat_rows, environment, run, version, write_rows
 from terminal import log_lines, refused
-from tiny import save_tiny
+from tiny import save_tiny, tiny_llama
 
 from lit_sft import prompts
+from lit_sft.build import fingerprint
 
 ROWS = 400
 
@@ -177,6 +179,18 @@ def test_an_adapter_directory_answers_as_its_run(place, tmp_path):
         run("predict", [*args, f"--predict_output={tmp_path / name}"])
     ours, by_name, base = ((tmp_path / name).read_text() for name in "abc")
     assert ours == by_name != base
+
+
+def test_other_weights_of_an_adapters_base_are_other_answers(place, tmp_path):
+    base = save_tiny(tmp_path / "base")
+    lora = {"model__lora": {"r": 4}, "data__max_samples": 8}
+    run("fit", arguments(base, str(place / "rows.jsonl"), tmp_path / "runs", **lora))
+    names = "init dtype attn_implementation lora adapter_name_or_path quantization add_tokens generation seed revision"
+    options = SimpleNamespace(**dict.fromkeys(names.split()), model_name_or_path=str(version(tmp_path / "runs") / "hf"))
+    before = fingerprint(options, "32-true", None)
+    assert before == fingerprint(options, "32-true", None)
+    save_tiny(base, tiny_llama(seed=7))
+    assert before != fingerprint(options, "32-true", None)
 
 
 def test_an_adapter_whose_base_is_gone(place, tmp_path, capsys):

@@ -2,7 +2,7 @@
 
 Commands run in a directory of their own, where the files they name exist, tiny. Of a command only this is changed:
 what it would take from the hub is replaced by these files, runs are cut to a few steps, and 8 devices are 2 CPU ranks.
-Several ranks, and the demo, are marked slow. `scripts/setup.sh test` is not run: it is what runs this.
+Several ranks, the demo, and what runs beside TRL are marked slow. `scripts/setup.sh test` is not run: it runs this.
 """
 
 import json
@@ -29,7 +29,12 @@ CUT_SHORT = {
     "model.generation.max_new_tokens": 4,
     "data.cache_dir": "cache",
 }
-SHORTER = {"scripts/full_vs_lora.py": ["--minutes", "0.02", "--methods", "lora"]}
+SHORTER = {
+    "scripts/full_vs_lora.py": ["--minutes", "0.02", "--methods", "lora"],
+    "scripts/compare_with_trl.py": ["--seeds", "1", "--epochs", "1"],
+}
+FETCHING = re.compile(r"scripts/(verify_|compare_with_trl)")
+"""Scripts that make an environment with TRL."""
 LIMITS = "## Limits"
 KEY = re.compile(r"`((?:trainer|model|data|checkpoint|early_stopping|resume)\.(?!py`)[a-z_.]+)\b")
 
@@ -43,7 +48,7 @@ class Step(NamedTuple):
 
     @property
     def is_slow(self) -> bool:
-        return self.text == DEMO or "--trainer.devices" in self.text or "scripts/verify_" in self.text
+        return self.text == DEMO or "--trainer.devices" in self.text or bool(FETCHING.search(self.text))
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:

@@ -22,7 +22,7 @@ from lit_sft.model import parallel
 from lit_sft.model.adapters import LoraConfig, apply_lora
 from lit_sft.model.load import load_model
 from lit_sft.model.loss import LossOptions
-from lit_sft.strategies import FSDP2Strategy
+from lit_sft.strategies import FSDP2Strategy, check
 from lit_sft.types import UserError
 
 
@@ -65,6 +65,13 @@ def save_adapter(base, folder):
 def test_auto_is_one_device_or_ddp(devices, kind):
     trainer = L.Trainer(accelerator="cpu", devices=devices, strategy="auto", logger=False, enable_checkpointing=False)
     assert type(trainer.strategy) is kind
+
+
+def test_ddp_keeps_gradients_once():
+    for chosen, expected in (({}, True), ({"gradient_as_bucket_view": False}, False)):
+        strategy = DDPStrategy(**chosen)
+        check(strategy)
+        assert strategy._ddp_kwargs["gradient_as_bucket_view"] is expected
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,35 @@ def test_a_run_logs_speed_and_cost(tmp_path):
     assert tokens == sorted(tokens) and tokens[0] > 0
 
 
+@pytest.mark.slow
+def test_ranks_log_their_spread(tmp_path):
+    model, rows = save_tiny(tmp_path / "model"), write_rows(tmp_path / "train.jsonl", chat_rows(24))
+    root = tmp_path / "run"
+    settings = {"data__packing": False, "data__global_batch_size": 8, "trainer__devices": 2, "trainer__strategy": "ddp"}
+    run("fit", arguments(model, rows, root, **settings), subprocesses=True)
+    least, most, wait = (
+        scalars(root, f"train/{name}") for name in ("tokens_per_second_min", "tokens_per_second_max", "data_wait_max")
+    )
+    assert len(least) == len(most) == len(wait) == 3
+    assert all(0 < a <= b for a, b in zip(least, most, strict=True)) and all(0 < share < 1 for share in wait)
+    assert max(b / a for a, b in zip(least, most, strict=True)) > 1.001  # rows of other lengths
+
+
+@pytest.mark.parametrize(("name", "peak"), [("NVIDIA L4", 121e12), ("NVIDIA H100 80GB HBM3", 989e12)])
+def test_peak_of_the_datasheet(name, peak, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    peak_flops.cache_clear()
+    assert peak_flops(torch.device("cuda"), torch.bfloat16) == peak
+    peak_flops.cache_clear()
+
+
+def test_no_datasheet_by_half_of_a_name(monkeypatch):
+    """An L40 is no L4: its peak would be measured, which needs one."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L40")
+    with pytest.raises((AssertionError, RuntimeError)):
+        peak_flops(torch.device("cuda"), torch.bfloat16)
+
+
 def test_operations_are_those_of_the_products():
     """Against torch's own counter: forward and backward of plain logits, where every position has a target."""
     from torch.utils.flop_counter import FlopCounterMode

@@ -14,6 +14,8 @@ from typing_extensions import override
 from lit_sft.answering import records
 from lit_sft.display import answers_markdown, answers_table, coloured_tokens, console
 from lit_sft.evaluation import gathered
+from lit_sft.model.generate import context_length
+from lit_sft.prompts import check_room
 
 
 class FirstExample(Callback):
@@ -44,6 +46,11 @@ class Answers(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict["before"]:
             self.columns["before"] = state_dict["before"]
+
+    @override
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        questions, context = trainer.datamodule.data.questions(), context_length(pl_module.model.lm.config)  # type: ignore[attr-defined]
+        check_room(questions, pl_module.generation.max_new_tokens, context)  # now, and not when the run is over
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

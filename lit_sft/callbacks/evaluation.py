@@ -17,7 +17,7 @@ from lit_sft.display import answers_markdown
 from lit_sft.evaluation import choose_prompts, evaluate
 from lit_sft.model.generate import GenerationOptions, context_length
 from lit_sft.prompts import Prompt
-from lit_sft.types import Prompts
+from lit_sft.types import Prompts, UserError
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,11 @@ class Evaluation(Callback):
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._choose(trainer, pl_module, "val")
+        message = self._choose(trainer, pl_module, "val")
+        options = pl_module.evaluation
+        scores = {f"val/{name}" for name in options.scores} if options and not self.prompts["val"] else set()  # type: ignore[union-attr]
+        if lost := scores & {_monitored(callback) for callback in trainer.callbacks}:  # type: ignore[attr-defined]
+            raise UserError(f"{lost.pop()} is monitored, but {message}: monitor val/loss")
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -97,11 +101,11 @@ class Evaluation(Callback):
             if name in trainer.callback_metrics:
                 log.info("%s: %.1f %% before, %.1f %% after", name, 100 * before, 100 * trainer.callback_metrics[name])
 
-    def _choose(self, trainer: Any, module: Any, stage: str) -> None:
-        """Once, before the first step or batch: a prompt or a metric that cannot be is known at once."""
-        data, options = trainer.datamodule.data, module.evaluation
+    def _choose(self, trainer: Any, module: Any, stage: str) -> str:
+        """Once, before the first step or batch: a prompt or a metric that cannot be is known at once. What is told."""
+        data, options, message = trainer.datamodule.data, module.evaluation, ""
         if stage in self.prompts:
-            return
+            return message
         self.prompts[stage] = []
         if options is not None and SETS[stage] in data.rows:
             asked = data.asked(data.rows[SETS[stage]], options.num_samples)
@@ -109,6 +113,7 @@ class Evaluation(Callback):
             self.prompts[stage], message = choose_prompts(asked, options, f"data.{SETS[stage]}", *room)
             if message:
                 log.warning(message)
+        return message
 
     def _evaluate(self, trainer: Any, module: Any, stage: str, step: int) -> dict[str, float]:
         """Scores by the names under which they are logged; the table is written."""
@@ -130,6 +135,11 @@ class Evaluation(Callback):
                 if isinstance(logger, TensorBoardLogger):
                     logger.experiment.add_text(f"evaluation/{stage}", markdown(table), step)
         return {f"{stage}/{name}": score for name, score in scores.items()}
+
+
+def _monitored(callback: Callback) -> str | None:
+    """The scalar that a callback follows: early stopping, and what keeps the best checkpoint."""
+    return getattr(callback, "monitor", None) or getattr(getattr(callback, "options", None), "monitor", None)
 
 
 def append(path: Path, rows: list[dict[str, Any]], replaced: tuple[str, int] | None) -> None:

@@ -90,7 +90,7 @@ class FailTogether(Callback):
         knobs = [
             f"lower data.micro_batch_size ({data.micro_batch_size})" if data.micro_batch_size > 1 else "",
             f"lower data.max_length ({data.max_length})",
-            "" if model.gradient_checkpointing else "set model.gradient_checkpointing to true",
+            "" if model.gradient_checkpointing in (True, "full") else "set model.gradient_checkpointing to true",
             "set model.lora" if model.lora is None else "",
             "set trainer.strategy to fsdp2 on more devices" if trainer.world_size == 1 else "",
         ]

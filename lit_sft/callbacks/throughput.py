@@ -21,7 +21,8 @@ class Throughput(Callback):
     with a loss; `train/num_tokens`: since the run began; `train/mfu`: share of the devices' peak that the model's own
     operations make up; `train/data_wait`: share of the step before its batches were there; `train/peak_memory_gb`: of
     the device, or of the process on a CPU. With several ranks, `train/tokens_per_second_min` and `_max`: of the ranks
-    with the fewest and the most tokens, at the steps that are logged.
+    with the fewest and the most tokens, and `train/data_wait_max`: of the one that waited longest, at the steps that
+    are logged.
     """
 
     def __init__(self) -> None:
@@ -78,17 +79,19 @@ class Throughput(Callback):
         pl_module.log("train/tokens_per_second", (tokens / seconds).float(), prog_bar=True)
         pl_module.log("train/trained_tokens_per_second", (targets / seconds).float())
         pl_module.log("train/num_tokens", torch.as_tensor(self.num_tokens).double())
-        pl_module.log("train/data_wait", self.waited / seconds)
-        pl_module.log("train/peak_memory_gb", peak_memory(pl_module.device) / 1e9)
+        # Lightning would copy plain numbers to the device, and wait for it.
+        pl_module.log("train/data_wait", torch.tensor(self.waited / seconds))
+        pl_module.log("train/peak_memory_gb", torch.tensor(peak_memory(pl_module.device) / 1e9))
         assert self.cost is not None
         # Squares of this rank stand for those of the others.
         operations = self.cost.of(tokens, targets, self.squares * trainer.world_size)
         pl_module.log("train/mfu", torch.as_tensor(operations / (seconds * self.peak)).float())
         if trainer.world_size > 1 and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            own = torch.tensor(self.tokens / seconds, device=pl_module.device)
-            least, most = trainer.strategy.all_gather(own).aminmax()
-            pl_module.log("train/tokens_per_second_min", least)
-            pl_module.log("train/tokens_per_second_max", most)
+            own = torch.tensor([self.tokens / seconds, self.waited / seconds], device=pl_module.device)
+            speeds, waits = trainer.strategy.all_gather(own).unbind(-1)
+            pl_module.log("train/tokens_per_second_min", speeds.min())
+            pl_module.log("train/tokens_per_second_max", speeds.max())
+            pl_module.log("train/data_wait_max", waits.max())
         self._begin()
 
 

@@ -40,6 +40,7 @@ def collate(examples: Sequence[Tokens]) -> Batch:
     return Batch(
         input_ids=torch.from_numpy(input_ids)[None],
         labels=torch.from_numpy(labels)[None],
+        target_positions=torch.from_numpy(np.flatnonzero(labels != IGNORE_INDEX)),
         position_ids=torch.from_numpy(position_ids)[None],
         lengths=lengths,
         rows=tuple(row for _, _, row in examples),

@@ -243,6 +243,7 @@ def _replaced_when_complete(target: Path, check: Callable[[Path], None] | None) 
     new.mkdir()
     try:
         yield new
+        _sync(new)
         if target.exists():
             os.rename(target, old)
         os.rename(new, target)
@@ -256,6 +257,14 @@ def _replaced_when_complete(target: Path, check: Callable[[Path], None] | None) 
             raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _sync(directory: Path) -> None:
+    """Has all of it on disk before it takes the place of what was there: a machine that fails then loses neither."""
+    for path in (*directory.rglob("*"), directory):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
 
 
 def _reload(directory: Path, model: PreTrainedModel | PeftModel) -> Any:

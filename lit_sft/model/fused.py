@@ -108,7 +108,8 @@ class _LoraLinear(torch.autograd.Function):
         low = rows @ a.T  # [T, R]
         ctx.save_for_backward(x, weight, a, b, low)
         out = F.linear(rows, weight, None if bias is None else bias.to(x.dtype))
-        return out.addmm_(low, b.T, alpha=scaling).unflatten(0, x.shape[:-1])
+        # not in place: selective checkpointing may keep the product
+        return torch.addmm(out, low, b.T, alpha=scaling).unflatten(0, x.shape[:-1])
 
     @staticmethod
     @torch.autograd.function.once_differentiable

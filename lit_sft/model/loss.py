@@ -212,6 +212,7 @@ class CausalLMLoss(nn.Module):
         position_ids: Tensor,
         lengths: tuple[int, ...] | None = None,
         count_correct: bool = False,
+        target_positions: Tensor | None = None,
     ) -> LossOutput:
         """Sums the losses of all targets; labels are already shifted.
 
@@ -221,37 +222,37 @@ class CausalLMLoss(nn.Module):
             position_ids: [B, T], restarting with every example.
             lengths: Lengths of the examples that lie end to end in the one row; None where rows are not packed.
             count_correct: Also count the targets that are the arg max.
+            target_positions: [N] flat positions of these ids; None: they are looked for, and a GPU is waited for.
         """
         if lengths is not None and self.separate_rows:
             input_ids, labels, position_ids = _rows_of_one(input_ids, labels, lengths)
-            lengths = None
+            lengths = target_positions = None
         inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
         if lengths is not None:
             inputs |= pack_kwargs(lengths, input_ids.device)  # reach attention through the layers' kwargs
-        keep = labels != IGNORE_INDEX  # [B, T]
-        targets = labels[keep]  # [N]
+        if target_positions is None:
+            target_positions = (labels.flatten() != IGNORE_INDEX).nonzero()[:, 0]
+        targets = labels.flatten().index_select(0, target_positions)  # [N]
         if self.own_logits:
-            loss_sum, num_correct = self._from_logits(self.lm(**inputs).logits[keep], targets)
+            logits = self.lm(**inputs).logits.flatten(0, 1).index_select(0, target_positions)
+            loss_sum, num_correct = self._from_logits(logits, targets)
         else:
-            hidden = self.lm.base_model(**inputs).last_hidden_state[keep]  # [N, D]
-            if torch.is_autocast_enabled(hidden.device.type):
-                hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-            head = self.head
-            loss_sum, num_correct = _ChunkedCrossEntropy.apply(
-                hidden.to(_compute_dtype(hidden, head.weight)),
-                head.weight,
-                head.bias,
-                targets,
-                head,
-                self.options,
-                count_correct,
-                torch.is_grad_enabled(),
-            )
-        return LossOutput(loss_sum, keep.sum(), num_correct)
+            hidden = self.lm.base_model(**inputs).last_hidden_state.flatten(0, 1).index_select(0, target_positions)
+            loss_sum, num_correct = self._from_hidden(hidden, targets, count_correct)
+        return LossOutput(loss_sum, torch.tensor(len(targets)), num_correct)
 
     def generate(self, **arguments: Any) -> Tensor:
         """`lm.generate`, as a method of the module that sharding gathers the weights for."""
         return self.lm.generate(**arguments)  # type: ignore[operator]
+
+    def _from_hidden(self, hidden: Tensor, targets: Tensor, count_correct: bool) -> tuple[Tensor, Tensor]:
+        """[N, D], [N] -> sum of losses, number of correct."""
+        head, kind, needs_grad = self.head, hidden.device.type, torch.is_grad_enabled()
+        # without autocast the type of the weight: a norm that is kept in fp32 must not lift the head to it
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
+        return _ChunkedCrossEntropy.apply(  # type: ignore[no-any-return]
+            hidden.to(dtype), head.weight, head.bias, targets, head, self.options, count_correct, needs_grad
+        )
 
     def _from_logits(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """[N, V], [N] -> sum of losses, number of correct."""
@@ -293,8 +294,3 @@ def _rows_of_one(input_ids: Tensor, labels: Tensor, lengths: tuple[int, ...]) ->
     rows = pad(list(input_ids[0].split(lengths)), batch_first=True)
     row_labels = pad(list(labels[0].split(lengths)), batch_first=True, padding_value=IGNORE_INDEX)
     return rows, row_labels, torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
-
-
-def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """Under autocast the type it chose; else that of the weight (a norm kept in fp32 must not lift the head to it)."""
-    return hidden.dtype if torch.is_autocast_enabled(hidden.device.type) else weight.dtype

@@ -8,8 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Numbers of two of glibc's settings (malloc.h)."""
 
@@ -29,11 +27,18 @@ class MemoryEstimate:
     optimizer: int
     activations: int
     logits: int
+    checkpoint: int
+    """On disk: what is trained, and what the optimizer remembers of it."""
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Of the device's memory, by name."""
+        return {name: size for name, size in asdict(self).items() if name != "checkpoint"}
 
     @property
     def total(self) -> int:
-        """All of it."""
-        return sum(asdict(self).values())
+        """All of them."""
+        return sum(self.parts.values())
 
 
 def estimate(
@@ -45,24 +50,28 @@ def estimate(
     stored_bytes: int,
     compute_bytes: int,
     optimizer_bytes: float,
-    gradient_checkpointing: bool,
+    gradient_checkpointing: bool | str,
+    accumulates: bool = True,
     adapted: bool = False,
     input_copies: bool = False,
     chunk_elements: int,
     on_cpu: bool = False,
     quantized: bool = False,
 ) -> MemoryEstimate:
-    """Adds up what a step holds when its forward pass has ended, with the gradients of the step before.
+    """Adds up what a step holds when its last forward pass has ended.
 
     Args:
         config: Of the model (its text part is used).
-        num_parameters: All of them.
+        num_parameters: Of the base.
         num_trained: Those with a gradient.
         tokens: In one forward pass.
         stored_bytes: Per stored weight.
         compute_bytes: Per number that is computed with (2 under bf16 autocast, which also copies the weights).
         optimizer_bytes: Remembered of each trained parameter: 8 for Adam in fp32, 0 for plain SGD.
-        gradient_checkpointing: Only block inputs are kept, and one block at a time is recomputed.
+        gradient_checkpointing: Only block inputs are kept, and one block at a time is recomputed; with `selective`
+            some of what is costly, too.
+        accumulates: The gradients of an earlier forward pass are there; else they come as activations go, and only
+            what needs more room than these count.
         adapted: Low-rank adapters over a frozen base.
         input_copies: Every adapted layer keeps a copy of its input, as in peft: what is not plain LoRA does.
         chunk_elements: Logits that the loss holds at once.
@@ -72,44 +81,54 @@ def estimate(
     text = config.get_text_config()
     hidden, layers, vocabulary = text.hidden_size, text.num_hidden_layers, text.vocab_size
     block = 2 * hidden * stored_bytes + _block_numbers(text, adapted, input_copies) * compute_bytes
-    kept = layers * hidden * stored_bytes + block if gradient_checkpointing else layers * block
+    costly = _costly_numbers(text) * compute_bytes if gradient_checkpointing == "selective" else 0
+    kept = layers * (hidden * stored_bytes + costly) + block if gradient_checkpointing else layers * block
     weights = num_parameters * (stored_bytes + (compute_bytes if compute_bytes < stored_bytes else 0))
     if quantized:  # half a byte, and the scales
         ends = vocabulary * hidden * (1 if text.tie_word_embeddings else 2)  # embedding and head
         weights = ends * stored_bytes + int((num_parameters - ends) * 0.52)
+    if adapted:  # in fp32, whatever the base is in
+        weights += 4 * num_trained
     logits = min(tokens, max(1, chunk_elements // vocabulary)) * vocabulary * compute_bytes
     head = 0 if adapted else vocabulary * hidden * (4 + compute_bytes)  # its gradient, and that of a chunk
+    trained, remembered = num_trained * (4 if adapted else stored_bytes), int(num_trained * optimizer_bytes)
+    activations, logits = tokens * kept + (CPU_SCRATCH if on_cpu else 0), logits + 3 * 4 * PIECE_ELEMENTS[on_cpu] + head
     return MemoryEstimate(
         weights=weights,
-        gradients=num_trained * stored_bytes,
-        optimizer=int(num_trained * optimizer_bytes),
-        activations=tokens * kept + (CPU_SCRATCH if on_cpu else 0),
-        logits=logits + 3 * 4 * PIECE_ELEMENTS[on_cpu] + head,
+        gradients=trained if accumulates else max(0, trained - activations - logits),
+        optimizer=remembered,
+        activations=activations,
+        logits=logits,
+        checkpoint=trained + remembered,
     )
+
+
+def _sizes(text: Any) -> tuple[int, int, int, int]:
+    """Of the hidden states, of all queries, of all keys, and between the gated products."""
+    hidden, heads = text.hidden_size, text.num_attention_heads
+    kv = getattr(text, "num_key_value_heads", None) or heads
+    head_dim = getattr(text, "head_dim", None) or hidden // heads
+    inner = getattr(text, "intermediate_size", None) or 4 * hidden
+    return hidden, heads * head_dim, kv * head_dim, inner
+
+
+def _costly_numbers(text: Any) -> int:
+    """What selective checkpointing keeps of a Llama-like block per token: attention's output and every second of its
+    seven products, from the query on.
+    """
+    hidden, queries, keys, inner = _sizes(text)
+    return 2 * queries + keys + inner + hidden
 
 
 def _block_numbers(text: Any, adapted: bool, input_copies: bool) -> int:
     """Numbers in compute type that a Llama-like block keeps per token, beside the two inputs of its norms: the norms'
     outputs, query, key, value, the attention's output, the two factors of the MLP; with adapters their product, too.
     """
-    hidden, heads = text.hidden_size, text.num_attention_heads
-    kv = getattr(text, "num_key_value_heads", None) or heads
-    head_dim = getattr(text, "head_dim", None) or hidden // heads
-    inner = getattr(text, "intermediate_size", None) or 4 * hidden
+    hidden, queries, keys, inner = _sizes(text)
     linear_inputs = 2 * hidden + inner * adapted
     if input_copies:
-        linear_inputs = 5 * hidden + heads * head_dim + 2 * inner
-    return int(linear_inputs + 2 * (heads + kv) * head_dim + 2 * inner)
-
-
-def num_parameters(config: Any) -> int:
-    """Parameters of a causal LM, counted on the meta device; tied ones once."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    model.tie_weights()
-    return sum(p.numel() for p in model.parameters())
+        linear_inputs = 5 * hidden + queries + 2 * inner
+    return int(linear_inputs + 2 * (queries + keys) + 2 * inner)
 
 
 def resident(peak: bool = False) -> int:

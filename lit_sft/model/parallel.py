@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+NARROW = 0.1
+"""Of a matrix, one side to the other, from which on it is that of an adapter."""
+
+
 def decoder_layers(lm: PreTrainedModel) -> list[nn.Module]:
     """The blocks that are checkpointed, compiled and sharded one by one.
 
@@ -56,6 +60,11 @@ def _keep_costly() -> Any:
         name = str(operation)
         keep = "attention" in name or "varlen" in name
         if name == "aten.mm.default":
+            inner, width = args[1].shape
+            if inner < width * NARROW:  # an adapter's second product costs little, its first has a small result
+                return CheckpointPolicy.PREFER_RECOMPUTE
+            if width < inner * NARROW:
+                return CheckpointPolicy.MUST_SAVE
             products[context.is_recompute] += 1
             keep = products[context.is_recompute] % 2 == 1
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE

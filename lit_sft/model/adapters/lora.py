@@ -95,6 +95,9 @@ def apply_lora(
     from peft import get_peft_model
 
     _check_names(model, config)
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, key):
+            _compiled(pattern, f"model.lora.{key}")
     tied = model.config.get_text_config().tie_word_embeddings
     if tied and _embeddings_among(model, config.target_modules):
         # One weight, adapted as two: merging would add both updates to it.

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 @torch.no_grad()
-def merge(model: PeftModel, probe_ids: Tensor | None = None) -> PreTrainedModel:
+def merge(model: PeftModel, probe_ids: Tensor | None = None, trained: Tensor | None = None) -> PreTrainedModel:
     """Adds the adapters to the weights and returns the plain model; `model` is used up.
 
     The sums are made in fp32, one layer at a time, and rounded once to the type of the base. A 4-bit base has to become
@@ -28,6 +28,7 @@ def merge(model: PeftModel, probe_ids: Tensor | None = None) -> PreTrainedModel:
     Args:
         model: An adapted model that is not quantized.
         probe_ids: [B, T] token ids without padding; where given, the logits before and after must agree up to rounding.
+        trained: [B, T, V] logits of the model that was trained, where it is not `model` (see `dequantized`).
 
     Raises:
         UserError: The logits change by more than rounding explains.
@@ -35,7 +36,7 @@ def merge(model: PeftModel, probe_ids: Tensor | None = None) -> PreTrainedModel:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper
 
-    before = None if probe_ids is None else _logits(model, probe_ids)
+    before = logits(model, probe_ids) if trained is None and probe_ids is not None else trained
     dtype = _base_dtype(model)
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
@@ -51,7 +52,7 @@ def merge(model: PeftModel, probe_ids: Tensor | None = None) -> PreTrainedModel:
         warnings.filterwarnings("ignore", message="All adapters are already merged")
         merged: PreTrainedModel = model.merge_and_unload()
     if before is not None and probe_ids is not None:
-        error = merge_error(before, _logits(merged, probe_ids))
+        error = merge_error(before, logits(merged, probe_ids))
         limit = 1e-4 if dtype == torch.float32 else 0.1
         if not error <= limit:
             raise UserError(f"merging changes the logits by {error:.2g} of their size; rounding explains {limit:g}")
@@ -95,6 +96,8 @@ def _base_dtype(model: nn.Module) -> torch.dtype:
     return next(p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point())
 
 
-def _logits(model: nn.Module, input_ids: Tensor) -> Tensor:
-    logits: Tensor = model.eval()(input_ids=input_ids, use_cache=False).logits
-    return logits
+@torch.no_grad()
+def logits(model: nn.Module, input_ids: Tensor) -> Tensor:
+    """[B, T] -> [B, T, V]; leaves the model in evaluation mode."""
+    found: Tensor = model.eval()(input_ids=input_ids, use_cache=False).logits
+    return found
