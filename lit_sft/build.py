@@ -88,7 +88,8 @@ def fingerprint(options: SimpleNamespace, precision: str, ckpt_path: str | None)
 
 def base_name(name_or_path: str) -> str:
     """What an adapter says it is an adapter of: the hub id, or the directory as an absolute path."""
-    return str(Path(name_or_path).absolute()) if Path(name_or_path).is_dir() else name_or_path
+    path = Path(name_or_path).expanduser()
+    return str(path.absolute()) if path.is_dir() else name_or_path
 
 
 def is_adapted(options: SimpleNamespace) -> bool:
@@ -233,8 +234,10 @@ def check(model: CausalLMLoss) -> None:
     Raises:
         UserError: The model is not causal.
     """
-    lm, lost = model.lm, None
-    if lm.config._attn_implementation == attention.PACKED and (lost := exact.what_is_lost(lm, pack_kwargs)):
+    lm, lost, chosen = model.lm, None, model.lm.config._attn_implementation
+    if is_foreign := chosen not in (attention.PACKED, "eager", "sdpa"):  # it may know 16 bits only, on a GPU only
+        exact.attend_by(lm, "eager")
+    if chosen == attention.PACKED and (lost := exact.what_is_lost(lm, pack_kwargs)):
         log.warning("%s needs %s: attention falls back to `eager`, exact but slower", type(lm).__name__, lost)
         exact.attend_by(lm, "eager")
     if not exact.is_causal(lm):
@@ -248,6 +251,8 @@ def check(model: CausalLMLoss) -> None:
         log.warning("%s: each example gets a padded row of its own, exact but slower than packs", type(lm).__name__)
         if lm.config._attn_implementation == attention.PACKED:  # which makes no masks
             exact.attend_by(lm, "sdpa")
+    if is_foreign:
+        exact.attend_by(lm, chosen)
 
 
 def _evaluated_adapter(lm: PreTrainedModel, folder: str, options: SimpleNamespace) -> PeftModel:
@@ -288,4 +293,6 @@ def choose_trained(lm: PreTrainedModel, path: str, options: SimpleNamespace, on_
                 "model.add_tokens: the new tokens would not be trained; model.trainable must match the embedding and "
                 "the head, by embed_tokens and lm_head in most models"
             )
+    else:
+        adapters.freeze_unread(lm)
     return None

@@ -87,6 +87,8 @@ class SFTCLI(LightningCLI):
         failures.refuse_hidden({item.key: item.value for item in parsing.written(sys.argv[1:])})
         if config.trainer.use_distributed_sampler:
             raise UserError("trainer.use_distributed_sampler must be false: it would shuffle over our own order")
+        if config.trainer.enable_checkpointing is False and self.subcommand == "fit":
+            raise UserError("trainer.enable_checkpointing must be true: to save less, raise checkpoint.every_n_minutes")
         slurm.check_launch()
         logs, ckpt_path = Path(config.trainer.default_root_dir or ".") / runs.LOGS, config.get("ckpt_path")
         own = slurm.own_run(logs) if self.subcommand == "fit" else None

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from lit_sft import interrupts
 from lit_sft.data.cache import ExampleCache
 from lit_sft.data.collate import collate
+from lit_sft.data.loading import TimedLoader
 from lit_sft.data.packing import Packs, one_per_pack, pack_examples, refill
 from lit_sft.data.sampling import PositionSampler, StepOrder
 from lit_sft.dataset import SFTData
@@ -237,7 +238,7 @@ class SFTDataModule(L.LightningDataModule):
         on_cpu = self.trainer.strategy.root_device.type == "cpu"
         workers = self.options.num_workers
         dataset = MicroBatches(self.data.caches[name], self.packs[name], self.orders[name], self.trainer.global_rank)
-        return DataLoader(
+        return TimedLoader(
             dataset,
             sampler=sampler,
             batch_size=None,

@@ -9,7 +9,7 @@ import torch
 
 from lit_sft.checkpointing import read_checkpoint
 from lit_sft.datamodule import QUESTIONS, SFTDataModule
-from lit_sft.model import adapters, fused
+from lit_sft.model import adapters, exact, fused
 from lit_sft.model.export import verify_export
 from lit_sft.module import SFTModule
 from lit_sft.types import UserError
@@ -54,6 +54,6 @@ def export_checkpoint(
         if module.options.quantization is not None:
             plain = adapters.dequantized(plain)
         module.model.lm, module.adapter = adapters.merge(plain, probe, before), None
-    module.model.lm.set_attn_implementation("sdpa")
+    exact.attend_by(module.model.lm, "sdpa")
     trained = module.adapter or module.model.lm
     module.export(output_dir, check=lambda folder: verify_export(folder, trained, datamodule.tokenizer, probes))

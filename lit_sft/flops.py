@@ -77,8 +77,8 @@ def step_cost(lm: PreTrainedModel) -> StepCost:
     frozen = sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in weights.values() if not p.requires_grad)
     head = next(output.parameters()) if isinstance(output, nn.Module) else None
     config = lm.config.get_text_config()
-    heads = config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads = getattr(config, "num_attention_heads", 0)  # none in a state space model
+    size = getattr(config, "head_dim", None) or config.hidden_size // max(1, heads)
     return StepCost(
         frozen,
         trained,

@@ -17,7 +17,7 @@ from lit_sft import answering, optim
 from lit_sft.build import base_name, build_model, check_options
 from lit_sft.evaluation import EvaluationOptions
 from lit_sft.metrics import TokenMetrics
-from lit_sft.model import frozen, memory, parallel
+from lit_sft.model import exact, frozen, memory, parallel
 from lit_sft.model.adapters import LoraConfig, lift_trained
 from lit_sft.model.export import export_hf
 from lit_sft.model.generate import GenerationOptions, stop_token_ids
@@ -109,6 +109,8 @@ class SFTModule(L.LightningModule):
             raise UserError("model.quantization: 4-bit weights are not sharded; set trainer.strategy to ddp or auto")
         sharded = isinstance(self.trainer.strategy, ModelParallelStrategy) and self.trainer.world_size > 1
         model, adapter = build_model(self.options, self.trainer.precision, sharded=sharded)
+        caches = self.trainer.datamodule.data.caches.values()  # type: ignore[attr-defined]
+        exact.check_length(model.lm, max((int(cache.lengths.max(initial=0)) for cache in caches), default=0))
         if isinstance(self.trainer.strategy, FSDPStrategy):
             parallel.wrap_layers_with_fsdp(self.trainer.strategy, model.lm)
         self.loss_scale = 1.0 / 1024 if self.trainer.precision.startswith("16") else 1.0
@@ -124,10 +126,15 @@ class SFTModule(L.LightningModule):
         parallel.apply_fsdp2(self.model, self.model.lm, mesh, dtype, **options)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """As torch does it; but adapters stay in fp32 over a base that `bf16-true` casts."""
+        """As torch does it; but `bf16-true` casts weights only: adapters stay in fp32, and buffers as they were loaded
+        (rotary frequencies in bf16 are others: 13 % of a logit at position 2,900).
+        """
+        buffers = dict(self.named_buffers())
         super().to(*args, **kwargs)
+        for name, buffer in self.named_buffers():
+            buffer.data = buffers[name].to(buffer.device)
         if self.adapter is not None:
-            lift_trained(self.adapter)
+            lift_trained(self)
         return self
 
     # ------------------------------------------------------------------ training
@@ -284,6 +291,7 @@ class SFTModule(L.LightningModule):
             base_name_or_path=None
             if options.init == "random" or options.add_tokens
             else base_name(options.model_name_or_path),
+            base_revision=options.revision,
             state_dict=None if state_dict is None else {k.removeprefix("lm."): v for k, v in state_dict.items()},
             check=check,
             record_base=frozen.record_base,

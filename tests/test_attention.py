@@ -5,6 +5,7 @@ from tiny import tiny_gpt2, tiny_llama, tiny_qwen3
 
 from lit_sft.build import check
 from lit_sft.model import attention, exact, parallel
+from lit_sft.model.generate import GenerationOptions, generate, left_pad
 from lit_sft.model.loss import CausalLMLoss, pack_kwargs
 from lit_sft.types import UserError
 
@@ -124,6 +125,24 @@ def test_compiled_once_for_packs_of_any_number_of_examples(monkeypatch):
         torch.testing.assert_close(compiled, expected, rtol=1e-5, atol=1e-5)
         graphs.append(counter.frame_count)
     assert graphs == [2] * len(packs)  # forward and backward, shared by all layers
+
+
+def test_answers_leave_compiled_blocks_as_they_are(monkeypatch):
+    """They would be compiled for every length and state of the cache, until torch compiles nothing more, nor a step."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter = CompileCounterWithBackend("eager")
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: compile_module(self, backend=counter, **kw))
+    lm = tiny_llama(num_hidden_layers=6)
+    attention.register()
+    lm.set_attn_implementation(attention.PACKED)
+    parallel.apply_compile(lm)
+    ids, mask = left_pad([[5, 6, 7, 8], [9, 10]], 0)
+    answers = generate(lm, ids, mask, options=GenerationOptions(max_new_tokens=6), stop_ids=[], pad_id=0)
+    assert counter.frame_count == 0 and all(len(answer) == 6 for answer in answers)
+    hidden(lm, torch.arange(30)[None], (14, 16)).sum().backward()
+    assert counter.frame_count == 1
 
 
 def test_generation_goes_through_sdpa():

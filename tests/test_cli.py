@@ -124,6 +124,7 @@ SETTINGS = {
     "model__lr_schedule__warmup_ratio": (1.5, ["model.lr_schedule.warmup_ratio is 1.5", "[0, 1)"]),
     "trainer__accumulate_grad_batches": (3, ["trainer.accumulate_grad_batches is 3", "data.global_batch_size"]),
     "trainer__use_distributed_sampler": (True, ["trainer.use_distributed_sampler must be false"]),
+    "trainer__enable_checkpointing": (False, ["trainer.enable_checkpointing must be true"]),
     "trainer__strategy": ("dpp", ["trainer", "dpp"]),
     "data__micro_batch_size": (3, ["data.global_batch_size 8", "data.micro_batch_size 3 x 1 devices"]),
     "trainer__max_steps": (0, ["no optimizer step", "trainer.max_steps"]),

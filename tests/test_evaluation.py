@@ -2,7 +2,9 @@
 
 import csv
 import json
+import math
 import re
+import shutil
 
 import pytest
 from running import arguments, chat_rows, run, scalars, version, write_rows
@@ -107,11 +109,22 @@ def test_the_table_in_tensorboard_is_bounded(place):
 
 def test_a_resumed_run_writes_its_rows_once(tmp_path):
     path = tmp_path / "evaluation.jsonl"
-    kept = {"step": 1, "stage": "val", "index": 0}
+    kept = {"step": 1, "stage": "val", "index": 0, "prediction": "one\u2028line\x85in JSON"}
     late, other = {"step": 2, "stage": "val", "index": 0}, {"step": 9, "stage": "test", "index": 0}
-    path.write_text("".join(json.dumps(line) + "\n" for line in (kept, late, other)) + '{"step": 3, "st')
-    callback.append(path, [late], ("val", 2))
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [kept, other, late]
+    lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in (kept, late, other)]
+    path.write_text("".join(lines) + '{"step": 3, "st')
+    callback.append(path, [late], ("val", (2, math.inf)))
+    assert [json.loads(line) for line in path.read_text().split("\n")[:-1]] == [kept, other, late]
+
+
+def test_an_older_checkpoint_that_is_scored_again_leaves_later_rows(place, tmp_path):
+    folder = shutil.copytree(version(place / "runs"), tmp_path / "runs" / "lightning_logs" / "version_0")
+    before = table(tmp_path / "runs")
+    steps = sorted(folder.glob("checkpoints/step=*.ckpt"))
+    assert len(steps) == 2
+    run("validate", [f"--ckpt_path={steps[0]}"])
+    after = table(tmp_path / "runs")
+    assert sorted(map(json.dumps, after)) == sorted(map(json.dumps, before)), "scored as it was"
 
 
 @pytest.mark.parametrize("every", [1, 2])

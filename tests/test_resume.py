@@ -430,6 +430,14 @@ def test_the_first_answers_are_remembered(place, tmp_path, capsys):
     assert "before" in out and "after" in out and "First training example" not in out
 
 
+def test_other_questions_after_a_resume(place, tmp_path):
+    """Their answers do not stand beside those of before to others."""
+    root, options = tmp_path / "runs", {"model__lr_schedule__type": "constant"}
+    fit(place, root, data__questions=["hi"], **options, trainer__max_epochs=1)
+    resume(place, root, data__questions=["ho", "hum"], **options)
+    assert saved_answers(root) == [] and (version(root) / "hf" / "model.safetensors").is_file()
+
+
 def saved_answers(root):
     state = torch.load(saved(root)["last.ckpt"], weights_only=True)
     return state["callbacks"]["Answers"]["before"]

@@ -36,14 +36,17 @@ class Answers(Callback):
 
     def __init__(self) -> None:
         self.columns: dict[str, list[str]] = {}
+        self.questions: list[str] = []
+        """Those that `before` answers."""
         self.asked_at: int | None = None
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"before": self.columns.get("before", [])}
+        return {"before": self.columns.get("before", []), "questions": self.questions}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.questions = state_dict.get("questions", [])
         if state_dict["before"]:
             self.columns["before"] = state_dict["before"]
 
@@ -51,6 +54,8 @@ class Answers(Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         questions, context = trainer.datamodule.data.questions(), context_length(pl_module.model.lm.config)  # type: ignore[attr-defined]
         check_room(questions, pl_module.generation.max_new_tokens, context)  # now, and not when the run is over
+        if self.questions != list(_questions(trainer)):  # a resumed run may ask others
+            self.columns, self.questions = {}, list(_questions(trainer))
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

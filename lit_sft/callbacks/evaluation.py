@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -129,7 +130,8 @@ class Evaluation(Callback):
         folder = trainer.log_dir  # a collective call
         if trainer.is_global_zero and folder is not None:
             rows = [{"step": step, "stage": stage, **row} for row in table]
-            append(Path(folder) / TABLE, rows, None if self.is_clean else (stage, step))
+            again = (step, math.inf if trainer.state.fn == "fit" else step)
+            append(Path(folder) / TABLE, rows, None if self.is_clean else (stage, again))
             self.is_clean = True
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
@@ -142,19 +144,19 @@ def _monitored(callback: Callback) -> str | None:
     return getattr(callback, "monitor", None) or getattr(getattr(callback, "options", None), "monitor", None)
 
 
-def append(path: Path, rows: list[dict[str, Any]], replaced: tuple[str, int] | None) -> None:
+def append(path: Path, rows: list[dict[str, Any]], replaced: tuple[str, tuple[int, float]] | None) -> None:
     """Adds lines to the table.
 
     Args:
         path: JSON lines.
         rows: What is added.
-        replaced: (stage, step): lines of this stage from this step on are of a run that was stopped, and are dropped;
-            so is a last line that is torn.
+        replaced: (stage, (first, last step)): lines of these are made again, and dropped; so is a last line that is
+            torn.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if replaced is not None and path.is_file():
-        whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-        kept = [line for line in whole if not _is_replaced(json.loads(line), *replaced)]
+        whole = path.read_text(encoding="utf-8").split("\n")[:-1]  # `splitlines` splits at more than that
+        kept = [f"{line}\n" for line in whole if not _is_replaced(json.loads(line), *replaced)]
         aside = path.with_name(f".{path.name}.tmp")
         aside.write_text("".join(kept), encoding="utf-8")
         os.replace(aside, path)
@@ -162,8 +164,8 @@ def append(path: Path, rows: list[dict[str, Any]], replaced: tuple[str, int] | N
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def _is_replaced(row: dict[str, Any], stage: str, step: int) -> bool:
-    return row["stage"] == stage and row["step"] >= step
+def _is_replaced(row: dict[str, Any], stage: str, steps: tuple[int, float]) -> bool:
+    return bool(row["stage"] == stage and steps[0] <= row["step"] <= steps[1])
 
 
 def markdown(table: list[dict[str, Any]]) -> str:

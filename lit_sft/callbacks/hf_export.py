@@ -9,6 +9,7 @@ from pathlib import Path
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import ModelParallelStrategy
 from typing_extensions import override
 
 from lit_sft.model.parallel import full_state_dict
@@ -26,7 +27,8 @@ class HFExport(Callback):
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        state = full_state_dict(pl_module.model) if trainer.world_size > 1 else None  # type: ignore[arg-type]
+        sharded = trainer.world_size > 1 or isinstance(trainer.strategy, ModelParallelStrategy)
+        state = full_state_dict(pl_module.model) if sharded else None  # type: ignore[arg-type]
         folder = Path(trainer.strategy.broadcast(str(trainer.log_dir))) / HF_FOLDER
         if trainer.is_global_zero:
             for left in folder.parent.glob(f".{HF_FOLDER}.*"):  # of an export that was killed

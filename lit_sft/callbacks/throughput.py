@@ -28,8 +28,7 @@ class Throughput(Callback):
     def __init__(self) -> None:
         self.num_tokens: torch.Tensor | float = 0.0
         self.cost: StepCost | None = None
-        self.step_began = self.batch_ended = 0.0
-        self.waited = 0.0
+        self.step_began = self.waited = 0.0
         self.tokens = self.squares = 0
         """Of this rank, in the running optimizer step."""
 
@@ -50,8 +49,7 @@ class Throughput(Callback):
         self._begin()
 
     def _begin(self) -> None:
-        self.step_began = self.batch_ended = time.monotonic()
-        self.waited, self.tokens, self.squares = 0.0, 0, 0
+        self.step_began, self.tokens, self.squares = time.monotonic(), 0, 0
 
     @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -61,7 +59,6 @@ class Throughput(Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self.waited += time.monotonic() - self.batch_ended
         if batch["rows"][0] >= 0:
             self.tokens += sum(batch["lengths"])
             self.squares += sum(length * length for length in batch["lengths"])
@@ -70,24 +67,24 @@ class Throughput(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.batch_ended = now = time.monotonic()
         if trainer.fit_loop._should_accumulate():
             return
         _, targets, tokens = pl_module.window[:3]  # type: ignore[index]
-        seconds = now - self.step_began
+        seconds, waited = time.monotonic() - self.step_began, trainer.train_dataloader.waited - self.waited  # type: ignore[union-attr]
+        self.waited += waited
         self.num_tokens = tokens + self.num_tokens
         pl_module.log("train/tokens_per_second", (tokens / seconds).float(), prog_bar=True)
         pl_module.log("train/trained_tokens_per_second", (targets / seconds).float())
         pl_module.log("train/num_tokens", torch.as_tensor(self.num_tokens).double())
         # Lightning would copy plain numbers to the device, and wait for it.
-        pl_module.log("train/data_wait", torch.tensor(self.waited / seconds))
+        pl_module.log("train/data_wait", torch.tensor(waited / seconds))
         pl_module.log("train/peak_memory_gb", torch.tensor(peak_memory(pl_module.device) / 1e9))
         assert self.cost is not None
         # Squares of this rank stand for those of the others.
         operations = self.cost.of(tokens, targets, self.squares * trainer.world_size)
         pl_module.log("train/mfu", torch.as_tensor(operations / (seconds * self.peak)).float())
         if trainer.world_size > 1 and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            own = torch.tensor([self.tokens / seconds, self.waited / seconds], device=pl_module.device)
+            own = torch.tensor([self.tokens / seconds, waited / seconds], device=pl_module.device)
             speeds, waits = trainer.strategy.all_gather(own).unbind(-1)
             pl_module.log("train/tokens_per_second_min", speeds.min())
             pl_module.log("train/tokens_per_second_max", speeds.max())

@@ -30,13 +30,13 @@ def collate(examples: Sequence[Tokens]) -> Batch:
         zeros = np.zeros(FILLER_LENGTH)
         examples = [(zeros.astype(np.int32), zeros.astype(np.uint8), -1)]
     lengths = tuple(len(input_ids) for input_ids, _, _ in examples)
+    ends = np.cumsum(lengths)
     input_ids = np.concatenate([input_ids for input_ids, _, _ in examples]).astype(np.int64)
+    loss_mask = np.concatenate([loss_mask for _, loss_mask, _ in examples])
     labels = np.full_like(input_ids, IGNORE_INDEX)
-    start = 0
-    for (ids, loss_mask, _), length in zip(examples, lengths, strict=True):
-        labels[start : start + length - 1] = np.where(loss_mask[1:], ids[1:], IGNORE_INDEX)
-        start += length
-    position_ids = np.concatenate([np.arange(length, dtype=np.int64) for length in lengths])
+    labels[:-1] = np.where(loss_mask[1:], input_ids[1:], IGNORE_INDEX)
+    labels[ends - 1] = IGNORE_INDEX  # what follows is another example
+    position_ids = np.arange(len(input_ids)) - np.repeat(ends - lengths, lengths)
     return Batch(
         input_ids=torch.from_numpy(input_ids)[None],
         labels=torch.from_numpy(labels)[None],

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lit_sft.types import UserError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -71,6 +73,24 @@ def what_is_lost(lm: PreTrainedModel, pack_kwargs: PackKwargs) -> str | None:
     expected = _states(lm, input_ids, position_ids)
     attend_by(lm, name)
     return None if _close(ours, expected, tolerance=0.25) else "scores or a mask of its own kind"
+
+
+def check_length(lm: PreTrainedModel, longest: int) -> None:
+    """Compares the longest example with the positions that the model has.
+
+    Raises:
+        UserError: They are learned, and there are fewer.
+    """
+    context = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
+    if context is None or longest <= context:
+        return
+    tables = [m for m in lm.modules() if isinstance(m, torch.nn.Embedding) and m is not lm.get_input_embeddings()]
+    if any(context <= table.num_embeddings <= context + 2 for table in tables):
+        raise UserError(
+            f"data.max_length: the longest example has {longest:,} tokens, but {type(lm).__name__} has learned "
+            f"positions for {context:,} only: set it to {context}"
+        )
+    log.warning("the longest example has %s tokens, the model was made for %s", f"{longest:,}", f"{context:,}")
 
 
 def attend_by(lm: PreTrainedModel, name: str) -> None:

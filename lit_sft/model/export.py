@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,7 @@ def export_hf(
     stop_ids: Sequence[int],
     chat_template: str | None = None,
     base_name_or_path: str | None = None,
+    base_revision: str | None = None,
     dtype: torch.dtype | None = None,
     state_dict: Mapping[str, Tensor] | None = None,
     check: Callable[[Path], None] | None = None,
@@ -53,6 +55,7 @@ def export_hf(
         stop_ids: What ends an answer, for `generation_config.json`: plain `generate` then stops where ours does.
         chat_template: The template of the training; None for the tokenizer's own.
         base_name_or_path: Of an adapter: hub id or directory of the base; None where it was made here.
+        base_revision: Of that hub id.
         dtype: Type of the written weights of a whole model; None keeps theirs.
         state_dict: Full tensors by the names of the causal LM's own `state_dict()`, where the weights are sharded.
         check: Called with the directory; if it raises, the directory goes and an earlier export is back.
@@ -61,9 +64,7 @@ def export_hf(
     Raises:
         UserError: If the directory holds something that must not be replaced.
     """
-    target = Path(output_dir)
-    adapted = _is_adapted(model)
-    lm = _causal_lm(model)
+    target, adapted, lm = Path(output_dir), _is_adapted(model), _causal_lm(model)
     _check_target(target, [base_name_or_path or lm.name_or_path])
     state = dict(lm.state_dict() if state_dict is None else state_dict)
     settings = _generation_config(lm, tokenizer, stop_ids)
@@ -77,8 +78,8 @@ def export_hf(
                 base = staging / "base"
                 _save_model(lm, _base_state(state), base, settings, None)
                 tokenizer.save_pretrained(base)
-                base_name_or_path = str(target.absolute() / "base")
-            _save_adapter(model, state, staging, base_name_or_path)
+                base_name_or_path, base_revision = str(target.absolute() / "base"), None
+            _save_adapter(model, state, staging, base_name_or_path, base_revision)
             settings.save_pretrained(staging)
             if record_base is not None:
                 record_base(staging, base)
@@ -126,12 +127,18 @@ def verify_export(
             if not is_close_call and _greedy(model, prompt, stops) != _greedy(reloaded, prompt, stops):
                 raise _not_equal(f"the answers of the export {output_dir} differ from those of the model")
     text = tokenizer.decode(list(probe_ids[0]))
-    if AutoTokenizer.from_pretrained(output_dir, local_files_only=True)(text).input_ids != tokenizer(text).input_ids:
+    load: Any = partial(AutoTokenizer.from_pretrained, trust_remote_code=_is_remote(tokenizer))
+    if load(output_dir, local_files_only=True)(text).input_ids != tokenizer(text).input_ids:
         raise _not_equal(f"the tokenizer of the export {output_dir} differs from that of the model")
 
 
 def _not_equal(what: str) -> UserError:
     return UserError(f"{what}: nothing was exported; report it with the model's name")
+
+
+def _is_remote(thing: Any) -> bool:
+    """Whether it runs code that came with its files, to which the user has agreed then."""
+    return type(thing).__module__.partition(".")[0] == "transformers_modules"
 
 
 def _is_adapted(model: Any) -> bool:
@@ -150,24 +157,20 @@ def _peft_config(model: Any) -> Any:
 
 def _stored_dtype(model: Any) -> torch.dtype:
     """Of the base, where adapters of another type lie over it."""
-    dtype: torch.dtype = next(
-        (p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point()), model.dtype
-    )
-    return dtype
+    frozen = (p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point())
+    return next(frozen, model.dtype)  # type: ignore[no-any-return]
 
 
 def _greedy(model: Any, prompt: Tensor, stops: int | list[int] | None) -> list[int]:
     lm = _causal_lm(model)
     options: dict[str, Any] = dict(max_new_tokens=16, do_sample=False, pad_token_id=0, eos_token_id=stops)
-    answer: list[int] = lm.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **options)[0].tolist()
-    return answer
+    return lm.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **options)[0].tolist()  # type: ignore[no-any-return]
 
 
 def _generation_config(
     lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]
 ) -> GenerationConfig:
-    config = copy.deepcopy(lm.generation_config)
-    assert config is not None
+    config: Any = copy.deepcopy(lm.generation_config)
     stops = [int(token_id) for token_id in stop_ids]
     config.eos_token_id = stops[0] if len(stops) == 1 else stops or None
     config.pad_token_id = tokenizer.pad_token_id
@@ -185,19 +188,20 @@ def _save_model(
         state = {name: value for name, value in state.items() if name not in lm.all_tied_weights_keys}
     if dtype is not None:
         state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
-    in_training = lm.generation_config, lm.config.use_cache
-    lm.generation_config, lm.config.use_cache = settings, True
+    config = lm.config.get_text_config()
+    in_training = lm.generation_config, getattr(config, "use_cache", None)
+    lm.generation_config, config.use_cache = settings, True
     quantizer = vars(lm).pop("hf_quantizer", None)  # with it, transformers would not look at `state_dict`
     try:
         lm.save_pretrained(directory, state_dict=state)
     finally:
-        lm.generation_config, lm.config.use_cache = in_training
+        lm.generation_config, config.use_cache = in_training
         if quantizer is not None:
             lm.hf_quantizer = quantizer
     if dtype is not None:
-        config = json.loads((directory / "config.json").read_text())
-        config["dtype"] = str(dtype).removeprefix("torch.")
-        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        written = json.loads((directory / "config.json").read_text())
+        written["dtype"] = str(dtype).removeprefix("torch.")
+        (directory / "config.json").write_text(json.dumps(written, indent=2) + "\n")
 
 
 def _base_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -207,10 +211,10 @@ def _base_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {re.sub(r"\.(token_adapter\.base_layer|base_layer|original_module)\.", ".", name): own[name] for name in own}
 
 
-def _save_adapter(model: Any, state: Mapping[str, Tensor], directory: Path, base: str) -> None:
+def _save_adapter(model: Any, state: Mapping[str, Tensor], directory: Path, base: str, revision: str | None) -> None:
     config = _peft_config(model)
     before = config.base_model_name_or_path, config.init_lora_weights
-    config.base_model_name_or_path = base
+    config.base_model_name_or_path, config.revision = base, revision
     if str(config.init_lora_weights).startswith(_INIT_CHANGES_BASE):
         config.init_lora_weights = True  # or loading would change the saved base once more
     try:
@@ -227,10 +231,8 @@ def _check_target(target: Path, sources: Sequence[str | None]) -> None:
     for source in sources:
         if source and Path(source).exists() and Path(source).resolve().is_relative_to(target.resolve()):
             raise UserError(f"the export would replace {target}, which holds the base model: set another output_dir")
-    if not target.exists():
-        return
     ours = any((target / name).is_file() for name in ("config.json", "adapter_config.json"))
-    if not target.is_dir() or (any(target.iterdir()) and not ours):
+    if target.exists() and not (target.is_dir() and (ours or not any(target.iterdir()))):
         raise UserError(f"{target} exists and is no model directory, so it is not replaced: set another output_dir")
 
 
@@ -260,7 +262,7 @@ def _replaced_when_complete(target: Path, check: Callable[[Path], None] | None) 
 
 
 def _sync(directory: Path) -> None:
-    """Has all of it on disk before it takes the place of what was there: a machine that fails then loses neither."""
+    """Puts all of it on disk, before it takes the place of what was there."""
     for path in (*directory.rglob("*"), directory):
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
@@ -270,17 +272,20 @@ def _sync(directory: Path) -> None:
 def _reload(directory: Path, model: PreTrainedModel | PeftModel) -> Any:
     from transformers import AutoModelForCausalLM
 
-    load: Any = AutoModelForCausalLM.from_pretrained
+    load: Any = partial(AutoModelForCausalLM.from_pretrained, trust_remote_code=_is_remote(_causal_lm(model)))
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):  # peft draws random numbers before it loads the right ones
         if not _is_adapted(model):
             return load(directory, dtype="auto", local_files_only=True).to(model.device)
         from peft import PeftConfig, PeftModel
 
-        base_name = PeftConfig.from_pretrained(str(directory)).base_model_name_or_path
+        config: Any = PeftConfig.from_pretrained(str(directory))
         quantized = getattr(model.config, "quantization_config", None)
-        options = {} if quantized is None else {"quantization_config": quantized, "device_map": {"": "cpu"}}
-        base = load(base_name, dtype=_stored_dtype(model), local_files_only=True, **options)
+        options: dict[str, Any] = (
+            {} if quantized is None else {"quantization_config": quantized, "device_map": {"": "cpu"}}
+        )
+        options |= {"revision": config.revision, "dtype": _stored_dtype(model), "local_files_only": True}
+        base = load(config.base_model_name_or_path, **options)
         return PeftModel.from_pretrained(base, str(directory)).to(model.device).eval()
 
 

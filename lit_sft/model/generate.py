@@ -6,7 +6,7 @@ Letters: B prompts, T tokens of the longest prompt, R answers per prompt.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -199,10 +199,13 @@ def _ready_to_generate(lm: PreTrainedModel, cast: bool) -> Iterator[None]:
         parameter.data = weight.to(dtype)
     # Without gradients torch copies the weight for every prompt if its input is a slice, as the last states of the
     # prompts are (3.6 GB for 64 prompts of SmolLM2, frozen): https://github.com/pytorch/pytorch/issues/186148.
+    # Compiled blocks would be compiled again for every new length, until torch gives up, for training, too.
+    compiled = any(module._compiled_call_impl is not None for module in lm.modules())
+    eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
     head = lm.get_output_embeddings()
     hook = head and head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
     try:
-        with torch.autocast(lm.device.type, enabled=False):
+        with eager, torch.autocast(lm.device.type, enabled=False):
             yield
     finally:
         if hook is not None:

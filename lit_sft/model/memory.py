@@ -105,7 +105,7 @@ def estimate(
 
 def _sizes(text: Any) -> tuple[int, int, int, int]:
     """Of the hidden states, of all queries, of all keys, and between the gated products."""
-    hidden, heads = text.hidden_size, text.num_attention_heads
+    hidden, heads = text.hidden_size, getattr(text, "num_attention_heads", 1)
     kv = getattr(text, "num_key_value_heads", None) or heads
     head_dim = getattr(text, "head_dim", None) or hidden // heads
     inner = getattr(text, "intermediate_size", None) or 4 * hidden

@@ -81,7 +81,6 @@ def ranks(args: argparse.Namespace, work: Path) -> Iterator[tuple[str, dict[str,
             "trainer.precision": "bf16-mixed",
             "trainer.max_steps": 8,
             "trainer.log_every_n_steps": 1,
-            "trainer.enable_checkpointing": "false",
             "trainer.default_root_dir": root,
         }
         run("-m", "lit_sft", "fit", *options(settings), env={"OMP_NUM_THREADS": "1"})

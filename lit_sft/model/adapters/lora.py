@@ -108,6 +108,8 @@ def apply_lora(
     tying = tied and _embeddings_among(model, config.modules_to_save or [])
     try:
         options = {**asdict(config), "trainable_token_indices": _token_rows(model, config, new_token_ids)}
+        if config.target_modules == "all-linear":  # peft would adapt routers and experts, which cannot be merged
+            options["target_modules"] = _all_linear(model)
         peft_config = PeftLoraConfig(task_type="CAUSAL_LM", ensure_weight_tying=tying, **options)
         with _own_random_state(model, seed), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="fan_in_fan_out")  # peft corrects it by itself
@@ -229,6 +231,18 @@ def _check_names(model: PreTrainedModel, config: LoraConfig) -> None:
             raise UserError(f"model.lora.layers_to_transform: there is no layer {number}, only 0 to {layers - 1}")
 
 
+def _all_linear(model: Any) -> list[str]:
+    """Names of the linear layers that text passes through, but the head: as short as they can be."""
+    from transformers.pytorch_utils import Conv1D
+
+    read, head = {id(module) for module in model.get_decoder().modules()}, model.get_output_embeddings()
+    modules = [(name, module) for name, module in model.named_modules() if module is not head]
+    wanted = {name for name, m in modules if isinstance(m, nn.Linear | Conv1D) and id(m) in read}
+    short = {name.rpartition(".")[2] for name in wanted}
+    named = {name for name, _ in modules if name.rpartition(".")[2] in short}
+    return sorted(short if named == wanted else wanted)
+
+
 def _embeddings_among(model: Any, wanted: str | list[str]) -> bool:
     """Whether input or output embedding are among the named modules (`all-linear` leaves both out)."""
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
@@ -251,9 +265,8 @@ def _train_in_fp32(model: PeftModel) -> None:
 
 def lift_trained(model: nn.Module) -> None:
     """Makes fp32 of the trained parameters that something has cast, as Lightning does with `bf16-true`."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    # through `_apply`, where shards of a parameter follow it
+    model._apply(lambda tensor: tensor.float() if tensor.requires_grad else tensor)
 
 
 def _cast_around(module: nn.Module, dtype: torch.dtype) -> None:

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
 from lit_sft.types import UserError
+
+
+def freeze_unread(model: Any) -> None:
+    """Freezes what text does not pass through, a vision tower say: it gets no gradient, which DDP would wait for."""
+    modules = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
+    read = {id(parameter) for module in modules if module is not None for parameter in module.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in read:
+            parameter.requires_grad_(False)
 
 
 def set_trainable(model: nn.Module, patterns: Iterable[str]) -> None:
