@@ -80,11 +80,21 @@ class SFTCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Does nothing: Lightning would let hyper-parameters in the checkpoint overwrite what the user typed."""
 
+    def _set_seed(self) -> None:
+        """As in Lightning, which takes true for a number that nobody knows and false for none."""
+        if isinstance(self._get(self.config, "seed_everything"), bool):
+            raise UserError("seed_everything must be a number: the split, the order and start values follow from it")
+        super()._set_seed()
+
     def before_instantiate_classes(self) -> None:
         """Checks what Lightning would take without a word; finds the checkpoint that is meant."""
         assert self.subcommand is not None
         config = self.config[self.subcommand]
         failures.refuse_hidden({item.key: item.value for item in parsing.written(sys.argv[1:])})
+        if config.trainer.overfit_batches:
+            raise UserError("trainer.overfit_batches must be 0: set data.max_samples to train on a few rows")
+        if config.trainer.default_root_dir is not None:
+            config.trainer.default_root_dir = str(Path(config.trainer.default_root_dir).expanduser())
         if config.trainer.use_distributed_sampler:
             raise UserError("trainer.use_distributed_sampler must be false: it would shuffle over our own order")
         if config.trainer.enable_checkpointing is False and self.subcommand == "fit":
@@ -96,7 +106,7 @@ class SFTCLI(LightningCLI):
         if own is not None and (found is not None or ckpt_path == "last"):
             self.ckpt_path = None if found is None else str(found)
         else:
-            self.ckpt_path = parsing.find_checkpoint(ckpt_path, logs, self.subcommand)
+            self.ckpt_path = checkpointing.find_checkpoint(ckpt_path, logs, self.subcommand)
         if "ckpt_path" in config:
             config.ckpt_path = self.ckpt_path
         if "weights_only" in config:

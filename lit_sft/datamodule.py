@@ -88,10 +88,10 @@ class SFTDataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        train: str | list[dict[str, Any]] = "banghua/DL-SFT-Dataset",
-        validation: str | list[dict[str, Any]] | None = None,
+        train: str | list[str | dict[str, Any]] = "banghua/DL-SFT-Dataset",
+        validation: str | list[str | dict[str, Any]] | None = None,
         val_size: int | float | None = None,
-        test: str | list[dict[str, Any]] | None = None,
+        test: str | list[str | dict[str, Any]] | None = None,
         predict: str | list[str] | list[dict[str, Any]] | None = None,
         questions: list[str] = QUESTIONS,  # noqa: B006 - never mutated
         format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = "auto",
@@ -179,11 +179,13 @@ class SFTDataModule(L.LightningDataModule):
                 "data.global_batch_size / (data.micro_batch_size x devices)"
             )
         trainer.accumulate_grad_batches = order.accumulation
-        if trainer._val_check_time_interval is None:  # type: ignore[attr-defined]
+        by_clock, over_epochs = trainer._val_check_time_interval is not None, trainer.check_val_every_n_epoch is None  # type: ignore[attr-defined]
+        order.check_validations(by_clock, over_epochs and trainer.max_epochs != 1)
+        if not by_clock:
             trainer.val_check_interval = order.between_steps(
                 trainer.val_check_interval,
                 order.limited_batches(trainer.limit_train_batches),
-                each_epoch=trainer.check_val_every_n_epoch is not None,
+                each_epoch=not over_epochs,
             )
         if self.total_steps < 1:
             raise UserError(

@@ -147,7 +147,7 @@ class SFTData:
         now = self.fingerprint()
         changed = _differences(saved["order"], now["order"])
         if saved["examples"] != now["examples"]:
-            changed += _differences(saved["settings"], now["settings"])
+            changed += _differences(saved["settings"], now["settings"]) or ["the tokens themselves, by no setting"]
         if changed:
             raise UserError(
                 f"the checkpoint was made with other examples or in another order: {'; '.join(changed)}: restore that, "
@@ -231,16 +231,25 @@ class SFTData:
         rows = sources.open_rows(spec, split="test", key="data.predict", **self._source_options())
         return self.asked(rows, self.options.max_samples)
 
-    def asked(self, rows: Rows, count: int | None) -> list[Prompt]:
-        """The first `count` rows (None: all), and the last answer of each."""
-        preparation = self.preparation(rows)
-        asked = []
+    def asked(self, rows: Rows, count: int | None, skip: bool = False) -> list[Prompt]:
+        """The first `count` rows (None: all), and the last answer of each.
+
+        Args:
+            rows: Of one data set.
+            count: How many.
+            skip: Leave out bad rows where `data.on_bad_row` says so; they are counted where they are tokenized.
+        """
+        preparation, prompts = self.preparation(rows), []
         for index in range(len(rows) if count is None else min(count, len(rows))):
-            conversation = preparation.conversation(rows, index, need_answer=False)
-            # the whole of it: the prompt is the one that the answer is trained behind, with the same template switch
-            reference = formats.conversation_to_prompt(conversation)[1]
-            asked.append(Asked(conversation, reference, rows.where(index)))
-        return encode(asked, self.renderer)
+            try:
+                conversation = preparation.conversation(rows, index, need_answer=False)
+                # the whole: the prompt is the one that the answer is trained behind, with the same template switch
+                reference = formats.conversation_to_prompt(conversation)[1]
+                prompts += encode([Asked(conversation, reference, rows.where(index))], self.renderer)
+            except UserError:
+                if not skip or self.options.on_bad_row != "skip":
+                    raise
+        return prompts
 
     def _listed(self, questions: Sequence[str], key: str) -> list[Asked]:
         return [Asked(self.question(text), None, f"{key}[{n}]") for n, text in enumerate(questions)]

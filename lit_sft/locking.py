@@ -67,6 +67,23 @@ def hold(folder: Path, job: str | None = None) -> None:
     _write(descriptor, job)
 
 
+def is_held(folder: Path) -> bool:
+    """Whether another process trains in it."""
+    try:
+        descriptor = os.open(folder.resolve() / LOCK, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:  # none was made, or it is not ours to touch
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return folder.resolve() / LOCK not in _held
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def release(folder: Path) -> None:
     """Unlocks the folder of a run, if this process holds it."""
     descriptor = _held.pop(folder.resolve() / LOCK, None)

@@ -179,7 +179,8 @@ class SFTModule(L.LightningModule):
         """Clips by the norm over all ranks and logs that norm, under every strategy."""
         if gradient_clip_algorithm == "value":
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        limit = float("inf") if gradient_clip_val is None or gradient_clip_algorithm == "value" else gradient_clip_val
+        off = not gradient_clip_val or gradient_clip_val < 0 or gradient_clip_algorithm == "value"  # 0 as in Lightning
+        limit = float("inf") if off else float(gradient_clip_val or 0)
         if isinstance(self.trainer.strategy, FSDPStrategy):  # its flat shards need the root module's own method
             norm = self.trainer.strategy.model.clip_grad_norm_(limit)  # type: ignore[union-attr, operator]
         else:

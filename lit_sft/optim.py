@@ -80,6 +80,18 @@ def prefer_fused(optimizer: Optimizer) -> None:
             group["fused"] = True
 
 
+def restored(optimizer: Optimizer) -> list[str]:
+    """What a resumed optimizer goes on with although it was asked for another value, in words."""
+    group = optimizer.param_groups[0]
+    kept = {name: group.get("initial_lr" if name == "lr" else name) for name in ("lr", "weight_decay", "betas", "eps")}
+    asked = {name: optimizer.defaults.get(name) for name in kept}
+    return [
+        f"{name} {kept[name]}, not {asked[name]}"
+        for name in kept
+        if None not in (kept[name], asked[name]) and repr(kept[name]) != repr(asked[name])
+    ]
+
+
 def bytes_per_parameter(make: Callable[[Iterable], Optimizer], dtype: torch.dtype) -> float:
     """What an optimizer remembers of each parameter: 8 bytes for Adam in fp32, about 2 for one of 8 bits, 0 for SGD.
 

@@ -247,24 +247,6 @@ def packaged_config(name: str) -> str | None:
     return None
 
 
-def find_checkpoint(ckpt_path: str | None, logs: Path, subcommand: str) -> str | None:
-    """The checkpoint that is meant: a path, or with `last` the newest intact one (None where `fit` starts anew).
-
-    Raises:
-        UserError: There is none.
-    """
-    if ckpt_path == "last":
-        found = checkpointing.find_last(logs)
-        if found is None and subcommand != "fit":
-            raise UserError(
-                f"--ckpt_path last: there is no intact checkpoint below {logs}; run `fit` first, or give a path"
-            )
-        return None if found is None else str(found)
-    if ckpt_path is not None and not Path(ckpt_path).exists():
-        raise UserError(f"--ckpt_path {ckpt_path}: there is no such checkpoint")
-    return ckpt_path
-
-
 def expand_arguments(args: list[str]) -> list[str]:
     """The command line with recipes in place of their names, and the run's config.yaml below everything else.
 
@@ -286,7 +268,7 @@ def expand_arguments(args: list[str]) -> list[str]:
             args += ["--ckpt_path", "last"]
         if "--ckpt_path" in args[:-1]:
             place = args.index("--ckpt_path") + 1
-            args[place] = str(find_checkpoint(args[place], _logs(args), args[0]))
+            args[place] = str(checkpointing.find_checkpoint(args[place], _logs(args), args[0]))
             folder = runs.run_folder(args[place])
             if folder is not None:
                 args = [args[0], "--config", str(folder / runs.CONFIG), *args[1:]]
@@ -296,4 +278,4 @@ def expand_arguments(args: list[str]) -> list[str]:
 def _logs(args: list[str]) -> Path:
     """`lightning_logs` of the run that is meant, before anything is parsed."""
     roots = [item.value for item in written(args) if item.key == "trainer.default_root_dir" and item.value is not None]
-    return Path(roots[-1] if roots else ".") / runs.LOGS
+    return Path(roots[-1] if roots else ".").expanduser() / runs.LOGS

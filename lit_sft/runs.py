@@ -240,7 +240,7 @@ class RunFolder(Callback):
         """
         if global_rank() > 0:
             return
-        folder = self._choose(Path(trainer.default_root_dir))
+        folder = self._choose(Path(trainer.default_root_dir), stage)
         try:
             if stage == "fit":
                 locking.hold(folder, self.job)
@@ -281,9 +281,11 @@ class RunFolder(Callback):
                 elif self.first_step is not None:
                     logger._kwargs["purge_step"] = self.first_step
 
-    def _choose(self, root: Path) -> Path:
+    def _choose(self, root: Path, stage: str) -> Path:
         if self.ckpt_path is not None and (folder := run_folder(self.ckpt_path)) is not None:
-            return folder
+            if stage == "fit" or not locking.is_held(folder):
+                return folder
+            log.info("%s: a run still trains in it, what this one writes goes elsewhere", folder)
         logs = root / LOGS
         logs.mkdir(parents=True, exist_ok=True)
         while True:  # another run may take the number in between

@@ -81,10 +81,15 @@ def plugins(given: list[Any]) -> list[Any]:
     return given if others or not SLURMEnvironment.detect() else [*given, SLURMEnvironment(auto_requeue=False)]
 
 
+def _own_mark() -> str:
+    """The job, and which `srun` of it: each goes on with its own run."""
+    return " ".join(filter(None, (job_id(), os.environ.get("SLURM_STEP_ID"))))
+
+
 def remember(folder: Path) -> None:
     """Writes down which job a run belongs to."""
-    if (job := job_id()) is not None:
-        (folder / JOB_FILE).write_text(f"{job}\n")
+    if job_id() is not None:
+        (folder / JOB_FILE).write_text(f"{_own_mark()}\n")
 
 
 def own_run(logs: Path) -> str | None:
@@ -96,7 +101,7 @@ def own_run(logs: Path) -> str | None:
     """
     if not num_restarts():
         return None
-    own = [path.parent.name for path in logs.glob(f"version_*/{JOB_FILE}") if path.read_text().strip() == job_id()]
+    own = [path.parent.name for path in logs.glob(f"version_*/{JOB_FILE}") if path.read_text().strip() == _own_mark()]
     log.info("SLURM started job %s again, for time %s", job_id(), num_restarts())
     return max(own, key=lambda name: int(name.removeprefix("version_")), default=None)
 

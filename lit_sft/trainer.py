@@ -39,6 +39,23 @@ class SFTTrainer(L.Trainer):
     there.
     """
 
+    @property
+    @override
+    def log_dir(self) -> str | None:
+        """The run's folder, whatever the loggers are; Lightning asks the first of them."""
+        folder = next((c.folder for c in self.callbacks if isinstance(c, runs.RunFolder)), None)  # type: ignore[attr-defined]
+        return super().log_dir if folder is None else str(folder)
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether to stop (`trainer.max_time`, early stopping): at the end of an optimizer step, and not within one."""
+        within = self.training and self.accumulate_grad_batches > 1 and self.fit_loop._should_accumulate()
+        return self._should_stop and not within
+
+    @should_stop.setter
+    def should_stop(self, value: bool) -> None:
+        self._should_stop = value
+
     @override
     def _run_stage(self) -> Any:
         """As in Lightning, which leaves out all hooks of training where a resumed run has no step left: one that was

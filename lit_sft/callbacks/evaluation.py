@@ -109,7 +109,7 @@ class Evaluation(Callback):
             return message
         self.prompts[stage] = []
         if options is not None and SETS[stage] in data.rows:
-            asked = data.asked(data.rows[SETS[stage]], options.num_samples)
+            asked = data.asked(data.rows[SETS[stage]], options.num_samples, skip=True)
             room = (module.generation.max_new_tokens, context_length(module.model.lm.config))
             self.prompts[stage], message = choose_prompts(asked, options, f"data.{SETS[stage]}", *room)
             if message:

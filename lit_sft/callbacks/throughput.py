@@ -83,7 +83,8 @@ class Throughput(Callback):
         # Squares of this rank stand for those of the others.
         operations = self.cost.of(tokens, targets, self.squares * trainer.world_size)
         pl_module.log("train/mfu", torch.as_tensor(operations / (seconds * self.peak)).float())
-        if trainer.world_size > 1 and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if trainer.world_size > 1 and every and trainer.global_step % every == 0:
             own = torch.tensor([self.tokens / seconds, waited / seconds], device=pl_module.device)
             speeds, waits = trainer.strategy.all_gather(own).unbind(-1)
             pl_module.log("train/tokens_per_second_min", speeds.min())

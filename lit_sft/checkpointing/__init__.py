@@ -13,7 +13,7 @@ from torch import distributed
 from typing_extensions import override
 
 from lit_sft.checkpointing import files, shards
-from lit_sft.checkpointing.files import find_last, is_intact, step_of
+from lit_sft.checkpointing.files import find_checkpoint, find_last, is_intact, step_of
 from lit_sft.checkpointing.schedule import Checkpointer, CheckpointOptions
 from lit_sft.types import UserError
 
@@ -21,6 +21,7 @@ __all__ = [
     "CheckpointFiles",
     "CheckpointOptions",
     "Checkpointer",
+    "find_checkpoint",
     "find_last",
     "is_intact",
     "open_checkpoint",

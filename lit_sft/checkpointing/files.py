@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -127,7 +128,7 @@ def keep(path: Path, best: bool, keep_last: int) -> None:
         link.symlink_to(path.name)
         os.replace(link, folder / name)
     kept = {os.readlink(folder / name) for name in (LAST, BEST) if (folder / name).is_symlink()}
-    for other in _newest_first(folder.glob("step=*.ckpt"))[keep_last:]:
+    for other in _newest_first(filter(_is_ours, folder.glob("step=*.ckpt")))[keep_last:]:
         if other.name not in kept:
             remove(other)
     for left in folder.glob(".step=*"):  # of saves that were killed
@@ -221,8 +222,34 @@ def find_last(logs: Path, run: str = "version_*") -> Path | None:
     return None
 
 
+def find_checkpoint(ckpt_path: str | None, logs: Path, subcommand: str) -> str | None:
+    """The checkpoint that is meant: a path, or with `last` the newest intact one (None where `fit` starts anew).
+
+    Raises:
+        UserError: There is none.
+    """
+    if ckpt_path == "last":
+        found = find_last(logs)
+        if found is None and subcommand != "fit":
+            raise UserError(
+                f"--ckpt_path last: there is no intact checkpoint below {logs}; run `fit` first, or give a path"
+            )
+        return None if found is None else str(found)
+    found = None if ckpt_path is None else Path(ckpt_path)
+    if found is not None and (found / FOLDER).is_dir():  # a run
+        found = find_last(found.absolute().parent, found.absolute().name)
+    if ckpt_path is not None and (found is None or not found.exists()):
+        raise UserError(f"--ckpt_path {ckpt_path}: there is no such checkpoint")
+    return None if found is None else str(found)
+
+
 def _all(logs: Path, run: str) -> list[Path]:
-    return [path for path in logs.glob(f"{run}/{FOLDER}/step=*.ckpt") if not path.is_symlink()]
+    return [path for path in logs.glob(f"{run}/{FOLDER}/step=*.ckpt") if _is_ours(path) and not path.is_symlink()]
+
+
+def _is_ours(path: Path) -> bool:
+    """Not one of a `ModelCheckpoint` that the user has added."""
+    return re.fullmatch(r"step=\d{6,}\.ckpt", path.name) is not None
 
 
 def _newest_first(paths: Iterable[Path]) -> list[Path]:
@@ -230,4 +257,8 @@ def _newest_first(paths: Iterable[Path]) -> list[Path]:
 
 
 def _time(path: Path) -> int:
-    return path.stat().st_mtime_ns
+    """0 where it is gone: another run in the same folder may drop one at any time."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +13,10 @@ import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 from typing_extensions import override
 
+from lit_sft import optim
 from lit_sft.types import UserError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -84,6 +88,11 @@ class Checkpointer(Checkpoint):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best_score, self.best_step = state_dict["best_score"], state_dict["best_step"]
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.ckpt_path is not None and (others := optim.restored(trainer.optimizers[0])):
+            log.warning("model.optimizer goes on as in the checkpoint: %s", "; ".join(others))
 
     @override
     def on_train_batch_end(

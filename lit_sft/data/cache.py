@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 import time
 import zlib
 from collections.abc import Iterable, Sequence
@@ -19,6 +18,7 @@ from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
+from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
@@ -166,7 +166,8 @@ def to_block(examples: Sequence[Example]) -> Block:
 def write_cache(path: Path, blocks: Iterable[Block], meta: dict[str, Any]) -> ExampleCache:
     """Writes examples as they come; `meta` is read after the last ones, so the caller may fill it meanwhile."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f"{path.name}.", suffix=".building", dir=path.parent))
+    building = path.with_name(f"{path.name}.{uuid4().hex}.building")
+    building.mkdir()  # and not `mkdtemp`: others who share the cache could not read it
     try:
         with ExitStack() as stack:
             files = {name: stack.enter_context((building / name).open("wb")) for name in (*COLUMNS, *TOKENS)}

@@ -131,6 +131,27 @@ class StepOrder:
             return interval
         return max(1, round(interval * batches / self.accumulation)) * self.accumulation
 
+    def check_validations(self, by_clock: bool, over_epochs: bool) -> None:
+        """Refuses validations that would come within an optimizer step, or on one rank before the other.
+
+        Args:
+            by_clock: They come after some time.
+            over_epochs: They come after some forward passes, counted over all epochs.
+
+        Raises:
+            UserError: They would.
+        """
+        if by_clock and self.accumulation * self.world_size > 1:
+            raise UserError(
+                "trainer.val_check_interval by the clock falls within optimizer steps, and on each rank at another "
+                "time: set it to a number of forward passes"
+            )
+        if over_epochs and self.batches_per_epoch % self.accumulation:
+            raise UserError(
+                f"trainer.check_val_every_n_epoch null counts forward passes over epochs, but one has "
+                f"{self.batches_per_epoch}, no multiple of the {self.accumulation} of an optimizer step: leave it out"
+            )
+
     def batches_in_steps(self, steps: int) -> int:
         """Forward passes of a rank in the first `steps` optimizer steps of an epoch."""
         return min(steps * self.accumulation, self.batches_per_epoch)

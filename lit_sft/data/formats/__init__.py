@@ -148,7 +148,7 @@ def _read_sharegpt(row: Mapping[str, Any]) -> list[_Turn]:
 
 def _read_alpaca(row: Mapping[str, Any]) -> list[_Turn]:
     turns: list[_Turn] = []
-    for i, pair in enumerate(typed(row.get("history", []), list, "history")):
+    for i, pair in enumerate(typed(row.get("history") or [], list, "history")):
         if not isinstance(pair, list) or len(pair) != 2:
             raise UserError(f"`history[{i}]` is {kind(pair)}, expected a pair [question, answer]")
         turns += [_turn("user", pair[0], f"history[{i}][0]"), _turn("assistant", pair[1], f"history[{i}][1]")]

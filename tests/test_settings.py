@@ -1,0 +1,238 @@
+"""Settings of Lightning's that users bring along: each does what it says, or is refused in one line."""
+
+import fcntl
+import itertools
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, Timer
+from running import arguments, chat_rows, run, scalars, version, write_rows
+from terminal import log_lines, refused
+from tiny import save_tiny
+
+from lit_sft import cli, slurm
+from lit_sft.checkpointing import find_last, read_checkpoint
+from lit_sft.checkpointing.files import keep
+from lit_sft.data.sampling import StepOrder
+from lit_sft.optim import restored
+from lit_sft.types import UserError
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("settings")
+    return save_tiny(folder / "model"), write_rows(folder / "train.jsonl", chat_rows(32))
+
+
+def settings(place, root, **options):
+    return arguments(*place, root, **{"data__packing": False, "data__global_batch_size": 8, **options})
+
+
+@pytest.mark.parametrize(
+    "logger",
+    [False, {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "elsewhere"}}],
+    ids=str,
+)
+def test_loggers_do_not_move_the_run(place, tmp_path, monkeypatch, logger):
+    """Checkpoints, settings and export lie in the run's folder, and a resume finds them."""
+    monkeypatch.chdir(tmp_path)
+    args = settings(place, tmp_path / "runs", trainer__logger=logger, trainer__max_steps=2)
+    with log_lines() as lines:
+        run("fit", args)
+    folder = version(tmp_path / "runs")
+    assert {"checkpoints", "config.yaml", "hf"} <= {path.name for path in folder.iterdir()}
+    assert not any("was removed" in line for line in lines)
+    with log_lines() as lines:
+        run("fit", [*args, "--trainer.max_steps=4", "--ckpt_path=last"])
+    assert any(line.startswith("resumed") and line.endswith("at step 2") for line in lines)
+    assert find_last(folder.parent).name == "step=000004.ckpt" and not (tmp_path / "runs" / "checkpoints").exists()
+
+
+def test_a_clipping_value_of_0_is_none(place, tmp_path):
+    """As in Lightning; it would train nothing."""
+    for name, value in (("zero", 0), ("none", None)):
+        run("fit", settings(place, tmp_path / name, trainer__gradient_clip_val=value))
+    assert scalars(tmp_path / "zero", "train/loss") == scalars(tmp_path / "none", "train/loss")
+
+
+class AskToStop(Callback):
+    """Within an optimizer step."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx == 9:
+            trainer.should_stop = True
+
+
+def test_a_stop_that_is_asked_for_within_a_step_comes_at_its_end(place, tmp_path, monkeypatch):
+    make = cli.run_callbacks
+    monkeypatch.setattr(cli, "run_callbacks", lambda *args: [*make(*args), AskToStop()])
+    run("fit", settings(place, tmp_path / "runs"))
+    folder = version(tmp_path / "runs")
+    assert find_last(folder.parent).name == "step=000002.ckpt" and (folder / "hf").is_dir()
+    assert len(scalars(tmp_path / "runs", "train/loss")) == 2
+
+
+def test_max_time_ends_a_run_in_order(place, tmp_path, monkeypatch):
+    looks = itertools.count()  # it is over after a few, within the first step
+    monkeypatch.setattr(Timer, "time_elapsed", lambda self, stage="train": 0.0 if next(looks) < 6 else 1e9)
+    run("fit", settings(place, tmp_path / "runs", trainer__max_time="00:00:00:01"))
+    assert find_last(version(tmp_path / "runs").parent).name == "step=000001.ckpt"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"seed_everything": True}, "seed_everything must be a number"),
+        ({"trainer__overfit_batches": 2}, "trainer.overfit_batches must be 0"),
+        (
+            {"trainer__val_check_interval": "00:00:00:01", "trainer__check_val_every_n_epoch": None},
+            "trainer.val_check_interval by the clock",
+        ),
+    ],
+    ids=str,
+)
+def test_what_cannot_be(place, tmp_path, capsys, options, words):
+    assert words in refused(capsys, "fit", settings(place, tmp_path / "runs", data__val_size=4, **options))
+
+
+def test_validations_over_epochs_come_between_steps():
+    order = StepOrder(num_packs=10, global_batch_size=4, micro_batch_size=1, world_size=1, seed=0)
+    order.check_validations(by_clock=False, over_epochs=False)
+    with pytest.raises(UserError, match="check_val_every_n_epoch null .* 10, no multiple of the 4"):
+        order.check_validations(by_clock=False, over_epochs=True)
+
+
+def test_an_evaluation_beside_a_training_writes_elsewhere(place, tmp_path):
+    """It would change columns under the run's hands."""
+    root = tmp_path / "runs"
+    run("fit", settings(place, root, data__test=place[1], trainer__max_steps=1))
+    before = (version(root) / "metrics.csv").read_text()
+    with (version(root) / ".lock").open("r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # another open file: as by another process
+        run("test", [f"--ckpt_path={version(root)}", f"--trainer.default_root_dir={root}"])
+    assert (version(root) / "metrics.csv").read_text() == before
+    assert len(scalars(root, "test/loss", 1)) == 1
+    run("test", [f"--ckpt_path={version(root)}", f"--trainer.default_root_dir={root}"])
+    assert len(scalars(root, "test/loss")) == 1
+
+
+def test_bad_rows_are_skipped_in_what_is_answered_too(place, tmp_path):
+    bad = {"messages": [{"role": "nobody", "content": "x"}]}
+    rows = write_rows(tmp_path / "rows.jsonl", [*chat_rows(3), bad, *chat_rows(3, seed=1)])
+    more = {"data__validation": rows, "data__on_bad_row": "skip", "model__evaluation": {"metrics": ["token_f1"]}}
+    run("fit", settings(place, tmp_path / "runs", **more))
+    lines = (version(tmp_path / "runs") / "evaluation.jsonl").read_text().splitlines()
+    assert sum(json.loads(line)["step"] == 0 for line in lines) == 6
+
+
+def test_a_checkpoint_that_vanishes_is_passed_over(tmp_path, monkeypatch):
+    """Runs share `lightning_logs`, and drop their own at any time."""
+    from lit_sft.checkpointing import files
+
+    folder = tmp_path / "version_0" / "checkpoints"
+    folder.mkdir(parents=True)
+    path = folder / "step=000002.ckpt"
+    torch.save({}, path)
+    monkeypatch.setattr(
+        files, "_all", lambda logs, run: [tmp_path / "version_1" / "checkpoints" / "step=000009.ckpt", path]
+    )
+    keep(path, best=False, keep_last=1)
+    assert find_last(tmp_path) == path
+
+
+def test_files_of_the_users_own_callbacks_are_kept(tmp_path):
+    folder = tmp_path / "version_0" / "checkpoints"
+    folder.mkdir(parents=True)
+    for name in ("step=3.ckpt", "step=000001.ckpt", "step=000002.ckpt"):
+        torch.save({}, folder / name)
+    keep(folder / "step=000002.ckpt", best=False, keep_last=1)
+    assert {path.name for path in folder.iterdir()} == {"step=3.ckpt", "step=000002.ckpt", "last.ckpt"}
+
+
+def test_each_srun_of_a_job_has_its_own_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(slurm, "job_id", lambda: "7")
+    monkeypatch.setattr(slurm, "num_restarts", lambda: 1)
+    for number, step in enumerate(("0", "1")):
+        monkeypatch.setenv("SLURM_STEP_ID", step)
+        folder = tmp_path / f"version_{number}"
+        folder.mkdir()
+        slurm.remember(folder)
+    assert slurm.own_run(tmp_path) == "version_1"
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    assert slurm.own_run(tmp_path) == "version_0"
+
+
+def test_other_tokens_by_no_setting_are_refused(place, tmp_path):
+    from lit_sft.datamodule import SFTDataModule
+
+    module = SFTDataModule(
+        model_name_or_path=place[0], train=place[1], max_length=128, cache_dir=str(tmp_path / "cache")
+    )
+    module.prepare("fit")
+    saved = module.data.fingerprint()
+    module.data.check_same(saved)
+    with pytest.raises(UserError, match="the tokens themselves, by no setting"):
+        module.data.check_same({**saved, "examples": "others"})
+
+
+def test_a_rate_that_the_checkpoint_overrides_is_said(place, tmp_path):
+    run("fit", settings(place, tmp_path / "runs", trainer__max_steps=1))
+    more = {"trainer__max_steps": 2, "model__optimizer__lr": 0.5, "model__lr_schedule__type": "constant"}
+    with log_lines() as lines:
+        run("fit", [*settings(place, tmp_path / "runs", **more), "--ckpt_path=last"])
+    assert sum("goes on as in the checkpoint: lr 8e-05, not 0.5" in line for line in lines) == 1
+    parameter = torch.nn.Parameter(torch.ones(1))
+    assert restored(torch.optim.AdamW([parameter], lr=0.1)) == []
+
+
+def test_a_list_of_files(place, tmp_path):
+    other = write_rows(tmp_path / "other.jsonl", chat_rows(8, seed=3))
+    run("fit", settings((place[0], None), tmp_path / "runs", data__train=[place[1], other], trainer__max_steps=5))
+    assert len(scalars(tmp_path / "runs", "train/loss")) == 5  # 40 rows
+
+
+def test_a_home_directory_for_the_runs(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    args = settings(place, Path("~/runs"), trainer__max_steps=1, data__cache_dir=str(tmp_path / "cache"))
+    run("fit", args)
+    with log_lines() as lines:
+        run("fit", [*args, "--trainer.max_steps=2", "--ckpt_path=last"])
+    assert (tmp_path / "runs" / "lightning_logs" / "version_0" / "metrics.csv").is_file()
+    assert any(line.startswith("resumed") for line in lines)
+
+
+def test_a_run_stands_for_its_newest_checkpoint(place, tmp_path, capsys):
+    run("fit", settings(place, tmp_path / "runs", trainer__max_steps=1))
+    folder = version(tmp_path / "runs")
+    run("export", [f"--ckpt_path={folder}", f"--output_dir={tmp_path / 'out'}"])
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    shutil.rmtree(folder / "checkpoints")
+    (folder / "checkpoints").mkdir()
+    assert "there is no such checkpoint" in refused(capsys, "export", [f"--ckpt_path={folder}", "--output_dir=x"])
+
+
+def test_others_may_read_a_shared_cache(place, tmp_path):
+    before = os.umask(0o022)
+    try:
+        run("fit", settings(place, tmp_path / "runs", trainer__max_steps=1, data__cache_dir=str(tmp_path / "shared")))
+    finally:
+        os.umask(before)
+    folders = [path for path in (tmp_path / "shared").rglob("*") if path.is_dir()]
+    assert folders and all(path.stat().st_mode & 0o055 == 0o055 for path in folders)
+
+
+def test_an_empty_history_is_none():
+    from lit_sft.data.formats import to_conversation
+
+    row = {"instruction": "a", "input": "", "output": "b", "history": None}
+    assert len(to_conversation(row, format="alpaca").messages) == 2
+
+
+def test_a_dry_run_lies_where_others_do(place, tmp_path):
+    run("fit", settings(place, tmp_path / "runs", trainer__fast_dev_run=True))
+    (found,) = (tmp_path / "runs").rglob("last.ckpt")
+    assert read_checkpoint(found)["global_step"] == 1 and not (tmp_path / "None").exists()
