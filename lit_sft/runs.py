@@ -227,6 +227,8 @@ class RunFolder(Callback):
     ) -> None:
         self.ckpt_path, self.first_step, self.save_config, self.job = ckpt_path, first_step, save_config, job
         self.folder: Path | None = None
+        self.is_known = False
+        """Whether all ranks have it."""
         self.refusal: UserError | None = None
         """Why rank 0 did not get the folder, before it could tell the others."""
         self.config = ""
@@ -257,7 +259,7 @@ class RunFolder(Callback):
         chosen, refusal = trainer.strategy.broadcast((str(self.folder), self.refusal))
         if refusal is not None:
             raise refusal
-        folder = Path(chosen)
+        folder, self.is_known = Path(chosen), True
         if trainer.is_global_zero:
             if stage == "fit":
                 self.save_config(folder / CONFIG)

@@ -43,8 +43,8 @@ class SFTTrainer(L.Trainer):
     @override
     def log_dir(self) -> str | None:
         """The run's folder, whatever the loggers are; Lightning asks the first of them."""
-        folder = next((c.folder for c in self.callbacks if isinstance(c, runs.RunFolder)), None)  # type: ignore[attr-defined]
-        return super().log_dir if folder is None else str(folder)
+        chosen = next((c for c in self.callbacks if isinstance(c, runs.RunFolder) and c.is_known), None)  # type: ignore[attr-defined]
+        return super().log_dir if chosen is None else str(chosen.folder)
 
     @property
     def should_stop(self) -> bool:
