@@ -180,7 +180,7 @@ class SFTDataModule(L.LightningDataModule):
             )
         trainer.accumulate_grad_batches = order.accumulation
         by_clock, over_epochs = trainer._val_check_time_interval is not None, trainer.check_val_every_n_epoch is None  # type: ignore[attr-defined]
-        order.check_validations(by_clock, over_epochs and trainer.max_epochs != 1)
+        order.check_validations(by_clock, over_epochs and not by_clock and trainer.max_epochs != 1)
         if not by_clock:
             trainer.val_check_interval = order.between_steps(
                 trainer.val_check_interval,

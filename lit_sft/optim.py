@@ -83,13 +83,9 @@ def prefer_fused(optimizer: Optimizer) -> None:
 def restored(optimizer: Optimizer) -> list[str]:
     """What a resumed optimizer goes on with although it was asked for another value, in words."""
     group = optimizer.param_groups[0]
-    kept = {name: group.get("initial_lr" if name == "lr" else name) for name in ("lr", "weight_decay", "betas", "eps")}
+    kept = {"lr": group.get("initial_lr"), "weight_decay": group.get("weight_decay")}
     asked = {name: optimizer.defaults.get(name) for name in kept}
-    return [
-        f"{name} {kept[name]}, not {asked[name]}"
-        for name in kept
-        if None not in (kept[name], asked[name]) and repr(kept[name]) != repr(asked[name])
-    ]
+    return [f"{name} {kept[name]}, not {asked[name]}" for name in kept if kept[name] not in (None, asked[name])]
 
 
 def bytes_per_parameter(make: Callable[[Iterable], Optimizer], dtype: torch.dtype) -> float:

@@ -114,6 +114,8 @@ class StopOnSignal(Checkpoint):
         """Where a validation, or the answers before the first step, can be given up; it is repeated from its start."""
         if trainer.state.fn != "fit" or trainer.sanity_checking or not self._look(trainer):
             return
+        if trainer.validating and trainer.fit_loop._should_accumulate():
+            return  # one by the clock, within a step: nothing can be saved before that ends
         if trainer.validating:  # else these are the answers before the first step
             self.in_validation = True
             self.save(trainer)

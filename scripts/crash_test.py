@@ -41,6 +41,7 @@ CLOCK = {
         "trained_tokens_per_second",
         "mfu",
         "data_wait",
+        "data_wait_max",
         "peak_memory_gb",
     )
 }

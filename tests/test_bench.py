@@ -52,7 +52,7 @@ def test_growth(model):
 def test_start(model, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", chat_rows(6))
     found = report(bench("--model", model, "--data", rows, "--repetitions=1", script=SCRIPTS / "bench" / "start.py"))
-    assert 0 < found["load_seconds"] < found["first_step_seconds"] < 60
+    assert 0 < found["load_seconds"] < 60 and 0 < found["first_step_seconds"] < 60
     assert 0.5 < found["help_ratio"] < 2 and 0.5 < found["print_config_ratio"] < 2
 
 

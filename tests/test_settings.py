@@ -5,12 +5,15 @@ import itertools
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, Timer
-from running import arguments, chat_rows, run, scalars, version, write_rows
+from running import arguments, chat_rows, environment, run, scalars, version, write_rows
 from terminal import log_lines, refused
 from tiny import save_tiny
 
@@ -88,10 +91,6 @@ def test_max_time_ends_a_run_in_order(place, tmp_path, monkeypatch):
     [
         ({"seed_everything": True}, "seed_everything must be a number"),
         ({"trainer__overfit_batches": 2}, "trainer.overfit_batches must be 0"),
-        (
-            {"trainer__val_check_interval": "00:00:00:01", "trainer__check_val_every_n_epoch": None},
-            "trainer.val_check_interval by the clock",
-        ),
     ],
     ids=str,
 )
@@ -104,6 +103,33 @@ def test_validations_over_epochs_come_between_steps():
     order.check_validations(by_clock=False, over_epochs=False)
     with pytest.raises(UserError, match="check_val_every_n_epoch null .* 10, no multiple of the 4"):
         order.check_validations(by_clock=False, over_epochs=True)
+    with pytest.raises(UserError, match="trainer.val_check_interval by the clock"):
+        StepOrder(8, 4, 1, 2, 0).check_validations(by_clock=True, over_epochs=False)
+
+
+INTERRUPTED = """
+import os, signal, sys
+from lightning.pytorch.callbacks import Callback
+from lit_sft import cli, interrupts
+class Interrupt(Callback):
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        if trainer.fit_loop._should_accumulate():
+            os.kill(os.getpid(), signal.SIGTERM)
+make = cli.run_callbacks
+cli.run_callbacks = lambda *args: [Interrupt(), *make(*args)]
+interrupts.install()
+cli.main(sys.argv[1:])
+"""
+
+
+def test_a_signal_in_a_validation_within_a_step(place, tmp_path):
+    """The step ends, is saved, and the run leaves."""
+    by_clock = {"trainer__val_check_interval": "00:00:00:00", "trainer__check_val_every_n_epoch": None}
+    args = ["fit", *settings(place, tmp_path / "runs", data__val_size=4, **by_clock)]
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED, *args], capture_output=True, text=True, env=environment())
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr[-2000:]
+    assert "stopped by SIGTERM after step 1, which is saved" in done.stderr
+    assert find_last(version(tmp_path / "runs").parent).name == "step=000001.ckpt"
 
 
 def test_an_evaluation_beside_a_training_writes_elsewhere(place, tmp_path):

@@ -132,7 +132,8 @@ class StepOrder:
         return max(1, round(interval * batches / self.accumulation)) * self.accumulation
 
     def check_validations(self, by_clock: bool, over_epochs: bool) -> None:
-        """Refuses validations that would come within an optimizer step, or on one rank before the other.
+        """Refuses validations that would come on one rank before the other, or, other than by the clock, within an
+        optimizer step.
 
         Args:
             by_clock: They come after some time.
@@ -141,10 +142,10 @@ class StepOrder:
         Raises:
             UserError: They would.
         """
-        if by_clock and self.accumulation * self.world_size > 1:
+        if by_clock and self.world_size > 1:
             raise UserError(
-                "trainer.val_check_interval by the clock falls within optimizer steps, and on each rank at another "
-                "time: set it to a number of forward passes"
+                "trainer.val_check_interval by the clock would come on each rank at another time: set it to a number "
+                "of forward passes"
             )
         if over_epochs and self.batches_per_epoch % self.accumulation:
             raise UserError(
