@@ -152,7 +152,7 @@ def register() -> None:
 
 def check(strategy: Strategy) -> None:
     """Refuses strategies under which the gradient would not be the mean over all targets; DDP's gradients lie in the
-    buffers that are summed over the ranks, where it would keep a second copy of all.
+    buffers that are summed over the ranks once they are, where it would keep a second copy of all.
 
     Raises:
         UserError: It is none of ours.
