@@ -74,7 +74,7 @@ def fingerprint(options: SimpleNamespace, precision: str, ckpt_path: str | None)
         ckpt_path: Checkpoint whose weights are used, if any.
     """
     path = model_directory(options.model_name_or_path, options.revision)
-    folders = dict.fromkeys([Path(path), Path(base_directory(path))])  # of an adapter, and of its base
+    folders = {Path(path), Path(base_directory(path))}  # of an adapter, and of its base
     weights = [str(file) for folder in folders for kind in ("*.safetensors", "*.gguf") for file in folder.glob(kind)]
     files = [ckpt_path] if ckpt_path else sorted(weights)
     stats = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]

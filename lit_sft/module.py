@@ -20,7 +20,7 @@ from lit_sft.metrics import TokenMetrics
 from lit_sft.model import exact, frozen, memory, parallel
 from lit_sft.model.adapters import LoraConfig, lift_trained
 from lit_sft.model.export import export_hf
-from lit_sft.model.generate import GenerationOptions, stop_token_ids
+from lit_sft.model.generate import GenerationOptions, context_length, stop_token_ids
 from lit_sft.model.loss import CausalLMLoss, LossOptions
 from lit_sft.seeding import seed_all
 from lit_sft.types import Batch, LossOutput, Prompts, UserError
@@ -110,7 +110,8 @@ class SFTModule(L.LightningModule):
         sharded = isinstance(self.trainer.strategy, ModelParallelStrategy) and self.trainer.world_size > 1
         model, adapter = build_model(self.options, self.trainer.precision, sharded=sharded)
         caches = self.trainer.datamodule.data.caches.values()  # type: ignore[attr-defined]
-        exact.check_length(model.lm, max((int(cache.lengths.max(initial=0)) for cache in caches), default=0))
+        longest = max((int(cache.lengths.max(initial=0)) for cache in caches), default=0)
+        exact.check_length(model.lm, longest, context_length(model.lm.config))
         if isinstance(self.trainer.strategy, FSDPStrategy):
             parallel.wrap_layers_with_fsdp(self.trainer.strategy, model.lm)
         self.loss_scale = 1.0 / 1024 if self.trainer.precision.startswith("16") else 1.0
@@ -179,8 +180,8 @@ class SFTModule(L.LightningModule):
         """Clips by the norm over all ranks and logs that norm, under every strategy."""
         if gradient_clip_algorithm == "value":
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        off = not gradient_clip_val or gradient_clip_val < 0 or gradient_clip_algorithm == "value"  # 0 as in Lightning
-        limit = float("inf") if off else float(gradient_clip_val or 0)
+        wanted = 0.0 if gradient_clip_algorithm == "value" else gradient_clip_val or 0.0
+        limit = wanted if wanted > 0 else float("inf")  # 0 is off, as in Lightning
         if isinstance(self.trainer.strategy, FSDPStrategy):  # its flat shards need the root module's own method
             norm = self.trainer.strategy.model.clip_grad_norm_(limit)  # type: ignore[union-attr, operator]
         else:

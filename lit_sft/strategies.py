@@ -151,8 +151,8 @@ def register() -> None:
 
 
 def check(strategy: Strategy) -> None:
-    """Refuses strategies under which the gradient would not be the mean over all targets; DDP's gradients lie in the
-    buffers that are summed over the ranks once they are, where it would keep a second copy of all.
+    """Refuses strategies under which the gradient would not be the mean over all targets. Lets DDP's summed gradients
+    lie in its buffers, of which it would keep copies.
 
     Raises:
         UserError: It is none of ours.

@@ -75,13 +75,17 @@ def what_is_lost(lm: PreTrainedModel, pack_kwargs: PackKwargs) -> str | None:
     return None if _close(ours, expected, tolerance=0.25) else "scores or a mask of its own kind"
 
 
-def check_length(lm: PreTrainedModel, longest: int) -> None:
+def check_length(lm: PreTrainedModel, longest: int, context: int | None) -> None:
     """Compares the longest example with the positions that the model has.
+
+    Args:
+        lm: Causal LM.
+        longest: Tokens of the example.
+        context: Of `context_length`.
 
     Raises:
         UserError: They are learned, and there are fewer.
     """
-    context = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
     if context is None or longest <= context:
         return
     tables = [m for m in lm.modules() if isinstance(m, torch.nn.Embedding) and m is not lm.get_input_embeddings()]

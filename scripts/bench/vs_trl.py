@@ -9,7 +9,7 @@ the two taking turns, median of the repetitions. What is timed lies between the 
 step; what is loaded, tokenized or saved is not. Memory is the peak of the whole process up to there. The held-out loss
 is computed afterwards by one function, in fp32, from what either side has learned.
 
-lit_sft  packs of `--max_length` tokens, by default as many as the longest row has.
+lit_sft  packs of `--max_length` tokens, by default as many as the longest of the Alpaca rows has.
 TRL      the fastest of `TRL_SETTINGS` on a CPU (`--trl NAME` takes another): its loss is chunked by itself.
 
 The last line is one JSON object.
