@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import lightning as L
 import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from lit_sft import answering, optim
@@ -185,18 +185,17 @@ class SFTModule(L.LightningModule):
         if isinstance(self.trainer.strategy, FSDPStrategy):  # its flat shards need the root module's own method
             norm = self.trainer.strategy.model.clip_grad_norm_(limit)  # type: ignore[union-attr, operator]
         else:
-            parameters = [p for p in self.parameters() if p.grad is not None]
-            norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-            norm = norm.full_tensor() if isinstance(norm, torch.distributed.tensor.DTensor) else norm
-            if limit < float("inf"):
-                nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+            norm = optim.clip_by_norm(self.parameters(), limit)
         self.log("train/grad_norm", norm)
         self.guard(optimizer, self.window, norm)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """As in Lightning, which then keeps the gradients through the next forward pass, a validation or a save."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        optimizer.zero_grad(set_to_none=True)
+        optim.clear_gradients(optimizer, self.trainer.strategy.model)
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        """Not once more when the next step begins."""
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over two parameter groups, and the schedule by optimizer step."""

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Adam, AdamW, Optimizer
 
 from lit_sft.types import UserError
@@ -78,6 +80,34 @@ def prefer_fused(optimizer: Optimizer) -> None:
         optimizer.defaults["fused"] = True
         for group in optimizer.param_groups:
             group["fused"] = True
+
+
+def clip_by_norm(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
+    """The norm of all gradients, on every device that has a shard of them; scales them down to `limit` if it is finite.
+
+    A collective call where they are sharded.
+    """
+    trained = [parameter for parameter in parameters if parameter.grad is not None]
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in trained if parameter.grad is not None])
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    if limit < math.inf:
+        nn.utils.clip_grads_with_norm_(trained, limit, norm)
+    return norm
+
+
+def clear_gradients(optimizer: Optimizer, model: nn.Module | None) -> None:
+    """Frees the gradients; those that lie in DDP's buffers are set to 0 and stay there.
+
+    Freed ones would take no less memory, since the buffers stay, and with accumulation more: the micro-batches that are
+    not reduced would make gradients of their own beside them. A parameter that a step may not use keeps none, or the
+    optimizer would change it.
+
+    Args:
+        optimizer: Has made its step.
+        model: What the strategy runs.
+    """
+    keep = isinstance(model, DistributedDataParallel) and model.gradient_as_bucket_view
+    optimizer.zero_grad(set_to_none=not keep or bool(model.find_unused_parameters))  # type: ignore[union-attr]
 
 
 def restored(optimizer: Optimizer) -> list[str]:

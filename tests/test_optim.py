@@ -3,8 +3,12 @@ from functools import partial
 import pytest
 import torch
 from bitsandbytes.optim import AdamW8bit
+from ranks import run_ranks
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import AdamW
 
+from lit_sft import optim
 from lit_sft.optim import ScheduleOptions, bytes_per_parameter, lr_factor, parameter_groups, prefer_fused
 from lit_sft.types import UserError
 
@@ -68,3 +72,42 @@ def test_adam_runs_as_one_kernel_unless_the_user_chose():
 )
 def test_bytes_per_parameter(optimizer, dtype, expected):
     assert bytes_per_parameter(optimizer, dtype) == pytest.approx(expected, abs=0.05)
+
+
+def check_gradients_of_ddp():
+    """They stay where they are reduced, also over micro-batches that are not; what is not used has none."""
+    for unused in (False, True):
+        torch.manual_seed(0)
+        layers = nn.ModuleDict({"used": nn.Linear(3, 3, bias=False)})
+        if unused:
+            layers["unused"] = nn.Linear(3, 3, bias=False)
+        layers.forward = layers["used"].forward
+        ddp = DistributedDataParallel(layers, gradient_as_bucket_view=True, find_unused_parameters=unused)
+        optimizer = AdamW(ddp.parameters(), lr=0.1)
+        weight, places, gradients = layers["used"].weight, [], []
+        for _ in range(4):
+            with ddp.no_sync():
+                ddp(torch.ones(2, 3)).sum().backward()
+            ddp(torch.ones(2, 3)).sum().backward()
+            gradients.append(weight.grad.clone())
+            optimizer.step()
+            optim.clear_gradients(optimizer, ddp)
+            places.append(None if weight.grad is None else weight.grad.data_ptr())
+        assert all(torch.equal(gradient, torch.full((3, 3), 4.0)) for gradient in gradients)
+        if unused:
+            assert places == [None] * 4
+            assert layers["unused"].weight not in optimizer.state
+        else:
+            assert torch.count_nonzero(weight.grad) == 0
+            assert len(set(places[1:])) == 1  # DDP orders its buffers anew when the second step begins
+
+
+def test_gradients_stay_in_the_buffers_of_ddp():
+    run_ranks(check_gradients_of_ddp)
+
+
+def test_gradients_are_freed():
+    layer = nn.Linear(3, 3)
+    layer(torch.ones(2, 3)).sum().backward()
+    optim.clear_gradients(AdamW(layer.parameters()), layer)
+    assert layer.weight.grad is None
