@@ -149,6 +149,19 @@ def test_the_newest_stays_the_newest_when_the_clock_is_turned_back(tmp_path):
     assert find_last(tmp_path) == place(tmp_path, 8)
 
 
+def test_the_last_of_a_copied_run_is_the_one_that_its_link_names(tmp_path):
+    writer = CheckpointFiles()
+    for step in (1, 2, 3):
+        writer.save_checkpoint({"step": step}, place(tmp_path, step), {"best": False, "keep_last": 3})
+    for step, age in ((3, 9), (1, 5), (2, 1)):  # copied in this order, without their times
+        os.utime(place(tmp_path, step), (time.time() - age,) * 2)
+    assert find_last(tmp_path) == place(tmp_path, 3)
+    writer.save_checkpoint({"step": 2}, place(tmp_path, 2), {"best": False, "keep_last": 3})  # went back and on from 1
+    assert find_last(tmp_path) == place(tmp_path, 2)
+    place(tmp_path, 2).write_text("torn")
+    assert find_last(tmp_path) == place(tmp_path, 1), "the newest of the rest"
+
+
 class Slow:
     """`files.write` that waits until it may go on, or fails."""
 

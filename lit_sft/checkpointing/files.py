@@ -212,10 +212,13 @@ def _checksums_hold(path: Path, modified: int, size: int) -> bool:
 
 
 def find_last(logs: Path, run: str = "version_*") -> Path | None:
-    """The newest intact checkpoint of any run below `lightning_logs`, or of one; torn ones are passed over with a
-    message.
+    """The last intact checkpoint of the newest run below `lightning_logs`, or of one; torn ones are passed over with a
+    message. In a run the link says which was the last: a copied folder may have other times.
     """
-    for path in _newest_first(_all(logs, run)):
+    found = _newest_first(_all(logs, run))
+    folders = list(dict.fromkeys(path.parent for path in found))
+    links = {folder / os.readlink(folder / LAST) for folder in folders if (folder / LAST).is_symlink()}
+    for path in sorted(found, key=lambda path: (folders.index(path.parent), path not in links)):
         if is_intact(path):
             return path
         log.warning("%s is torn: passed over", path)
