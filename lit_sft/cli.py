@@ -207,15 +207,24 @@ NOT_HERE = (
 """Advice of libraries that does not apply."""
 
 
+class _Terminal(logging.StreamHandler):
+    """Writes to what is `sys.stderr` at that moment: a progress bar that is drawn puts lines above itself there."""
+
+    @property  # type: ignore[override]
+    def stream(self) -> Any:
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, value: Any) -> None:
+        pass
+
+
 def _quiet() -> None:
     """Our own log lines on the terminal, plain; of the libraries what is a warning and applies here."""
     if not log.handlers:
-        handler = logging.StreamHandler()
+        handler = _Terminal()
         handler.setFormatter(failures.RedactingFormatter("%(message)s"))
         log.addHandler(handler)
-    for ours in log.handlers:
-        if isinstance(ours, logging.StreamHandler) and isinstance(ours.formatter, failures.RedactingFormatter):
-            ours.stream = sys.stderr  # a program that calls us twice may have put another one in its place
     log.setLevel(logging.INFO if rank_zero_only.rank == 0 else logging.ERROR)  # type: ignore[attr-defined]
     log.propagate = False
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)

@@ -5,12 +5,11 @@ import copy
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
-from running import arguments, chat_rows, run, scalars, write_rows
+from running import arguments, chat_rows, run, write_rows
 from terminal import refused
 from tiny import save_tiny, tiny_llama
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lit_sft.callbacks import Progress
 from lit_sft.data.collate import collate
 from lit_sft.model import attention, loss, parallel
 from lit_sft.model.adapters import LoraConfig, apply_lora
@@ -221,34 +220,3 @@ def test_a_question_without_room_is_refused_before_training(tmp_path, capsys):
     args = arguments(model, train, tmp_path / "run", data__questions=["abc", "def " * 2000])
     message = refused(capsys, "fit", args)
     assert "data.questions[1]: a prompt of" in message and "exceed the model's context" in message
-
-
-def test_the_bar_reads_numbers_twice_a_second_at_most(monkeypatch):
-    reads = []
-    monkeypatch.setattr("lightning.pytorch.callbacks.RichProgressBar._update_metrics", lambda *_: reads.append(1))
-
-    class Loop:
-        training = True
-
-    trainer = Loop()
-    trainer.fit_loop = trainer.epoch_loop = trainer.batch_progress = trainer
-    trainer.is_last_batch = False
-    bar = Progress()
-    for now in (10.0, 10.1, 10.4, 10.6, 10.7):
-        monkeypatch.setattr("time.monotonic", lambda now=now: now)
-        bar._update_metrics(trainer, None)
-    assert len(reads) == 2
-    trainer.is_last_batch = True
-    bar._update_metrics(trainer, None)
-    assert len(reads) == 3
-
-
-def test_a_bar_of_the_users_own_is_left(tmp_path):
-    """And none comes where none is wanted."""
-    from lightning.pytorch.callbacks import TQDMProgressBar
-
-    assert Progress.is_wanted({}) and not Progress.is_wanted({"enable_progress_bar": False})
-    assert not Progress.is_wanted({"callbacks": [TQDMProgressBar()]})
-    bar = [{"class_path": "lightning.pytorch.callbacks.TQDMProgressBar", "init_args": {"refresh_rate": 0}}]
-    root = small_run(tmp_path, trainer__enable_progress_bar=True, trainer__callbacks=bar)
-    assert len(scalars(root, "train/loss")) == 4

@@ -7,7 +7,7 @@ from lit_sft.callbacks.guard import FaultOptions, Guard
 from lit_sft.callbacks.hf_export import HFExport
 from lit_sft.callbacks.logs import KeepFolder, LeaveFolder
 from lit_sft.callbacks.predictions import PredictionWriter
-from lit_sft.callbacks.progress import Progress
+from lit_sft.callbacks.progress import Lines, Progress
 from lit_sft.callbacks.throughput import Throughput
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "HFExport",
     "KeepFolder",
     "LeaveFolder",
+    "Lines",
     "PredictionWriter",
     "Progress",
     "Throughput",

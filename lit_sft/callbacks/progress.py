@@ -1,16 +1,26 @@
-"""The progress bar: Lightning's, which does not stop the device at every batch."""
+"""What a terminal shows of a training: Lightning's bar, which stops no device at every batch; in a log, lines."""
 
 from __future__ import annotations
 
+import logging
 import time
+from datetime import timedelta
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+import rich
+from lightning.pytorch.callbacks import Callback, ProgressBar, RichProgressBar
+from rich.progress import BarColumn
+from rich.table import Column
 from typing_extensions import override
+
+log = logging.getLogger(__name__)
 
 NUMBERS_EVERY = 0.5
 """Seconds."""
+LINES_EVERY = 10.0
+"""Seconds."""
+LOSS, SPEED = "train/loss", "train/tokens_per_second"
 
 
 class Progress(RichProgressBar):
@@ -20,6 +30,30 @@ class Progress(RichProgressBar):
 
     shown = 0.0
     """When numbers were read last."""
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()  # the export's would be drawn across this one
+        super().on_train_start(trainer, pl_module)
+
+    @override
+    def configure_columns(self, trainer: L.Trainer) -> list[Any]:
+        """One line: of all columns only the bar gives way."""
+        columns = super().configure_columns(trainer)
+        for column in [*columns, self._metric_component]:
+            if not isinstance(column, BarColumn):
+                column._table_column = Column(no_wrap=True)
+        return columns  # type: ignore[no-any-return]
+
+    @override
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        """Few and short: a terminal of 80 columns has place for a line of them."""
+        metrics = super().get_metrics(trainer, pl_module)
+        chosen = {"loss": metrics.get(LOSS), "val/loss": metrics.get("val/loss")}
+        speed = {"tokens/s": f"{metrics[SPEED]:,.0f}"} if SPEED in metrics else {}
+        return {name: value for name, value in chosen.items() if value is not None} | speed
 
     @override
     def _update_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -34,3 +68,42 @@ class Progress(RichProgressBar):
         own = trainer.get("callbacks") or []
         bars = [callback for callback in (own if isinstance(own, list) else [own]) if isinstance(callback, ProgressBar)]
         return trainer.get("enable_progress_bar") is not False and not bars
+
+
+class Lines(Callback):
+    """Says how training goes: every ten seconds at most where there is no bar or it cannot be drawn, as in the log of
+    a job; and what a validation found, which a bar would overwrite.
+    """
+
+    def __init__(self) -> None:
+        self.began = self.last = 0.0
+        self.first_step = 0
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.began = self.last = time.monotonic()
+        self.first_step = trainer.global_step
+
+    @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        now, step, steps = time.monotonic(), trainer.global_step, trainer.datamodule.total_steps  # type: ignore[attr-defined]
+        if trainer.fit_loop._should_accumulate() or now - self.last < LINES_EVERY and step < steps:
+            return
+        if not trainer.is_global_zero or trainer.progress_bar_callback and rich.get_console().is_terminal:
+            return
+        self.last = now
+        left = timedelta(seconds=round((now - self.began) / (step - self.first_step) * (steps - step)))
+        numbers = trainer.callback_metrics
+        log.info(
+            "step %s of %s: loss %.4f, %s tokens/s, %s left",
+            *(f"{step:,}", f"{steps:,}", numbers[LOSS], f"{numbers[SPEED]:,.0f}", left),
+        )
+
+    @override
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        found = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and found:
+            values = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
+            log.info("step %s: %s", f"{trainer.global_step:,}", values)
