@@ -173,6 +173,7 @@ class SFTModule(L.LightningModule):
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         torch._foreach_mul_(gradients, scale.to(gradients[0].device, torch.float32))  # offloaded ones are on the CPU
         self.log("train/loss", (self.window[0] / num_targets).float(), prog_bar=True)
+        self.log("train/lr", torch.tensor(optimizer.param_groups[0]["lr"], dtype=torch.float64))
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None

@@ -8,7 +8,7 @@ from running import arguments, chat_rows, run, version, write_rows
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import save_tiny
 
-TRAIN = {"train/loss", "train/grad_norm", "train/tokens_per_second", "train/num_tokens"}
+TRAIN = {"train/loss", "train/grad_norm", "train/lr", "train/tokens_per_second", "train/num_tokens"}
 VALIDATION = {"val/loss", "val/perplexity", "val/token_accuracy", "val/exact_match"}
 
 
@@ -52,6 +52,12 @@ def test_values(events, table):
         assert perplexity.value == pytest.approx(math.exp(loss.value), rel=1e-5)
     for name in ("val/token_accuracy", "val/exact_match"):
         assert all(0 <= event.value <= 1 for event in events.Scalars(name))
+
+
+def test_the_learning_rate_is_that_of_the_step(table):
+    """Of a cosine over 6 steps whose first is the warm-up."""
+    wanted = [1.0, *(0.5 * (1 + math.cos(math.pi * (step - 1) / 5)) for step in range(1, 6))]
+    assert [float(row["train/lr"]) for row in table if row["train/lr"]] == pytest.approx([8e-5 * w for w in wanted])
 
 
 def test_answers_are_text(events):
