@@ -70,7 +70,9 @@ def test_operations_are_those_of_the_products():
         lm(input_ids=input_ids, use_cache=False).logits.sum().backward()
     # Eager attention computes the whole square, and we count its causal half.
     cost = step_cost(lm)
-    assert cost.of(length, length, 2 * length**2) == pytest.approx(counter.get_total_flops(), rel=1e-6)
+    rotary = 2 * length * lm.config.head_dim // 2  # transformers 5.17 makes its angles by a product
+    counted = counter.get_total_flops()
+    assert cost.of(length, length, 2 * length**2) == pytest.approx(counted, abs=rotary, rel=1e-6)
     assert cost.head == 320 * 32 and cost.frozen == 0
 
 
