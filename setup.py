@@ -32,7 +32,7 @@ setup(
     package_data={"lit_sft.demo": ["model/*"], "lit_sft.configs": ["*.yaml"]},
     # Bounds are those that were tried. lightning 2.6.2 and 2.6.3 were withdrawn (supply chain: Lightning #21691).
     install_requires=[
-        "torch>=2.11,<2.15",
+        "torch>=2.11,<2.16",
         "lightning>=2.6.4,<2.7",
         "transformers>=5.17,<5.25",
         "datasets>=5.0,<6",

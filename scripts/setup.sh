@@ -20,17 +20,17 @@ make_environment() {
 install_torch() {
     # A torch that fits is respected. Where there is none, and no NVIDIA GPU, a CPU build is taken if there is one: the
     # default build brings gigabytes of CUDA. An index may offer it beside the other, as 2.13.0+cpu; else PyTorch's does.
-    local fits="import torch; exit(not (2, 11) <= tuple(map(int, torch.__version__.split('.')[:2])) < (2, 15))"
+    local fits="import torch; exit(not (2, 11) <= tuple(map(int, torch.__version__.split('.')[:2])) < (2, 16))"
     if "$python" -c "$fits" 2>/dev/null; then
         return
     fi
     local install=("$python" -m pip install --quiet --retries 1)
     if command -v nvidia-smi >/dev/null; then
-        "${install[@]}" "torch>=2.11,<2.15"
+        "${install[@]}" "torch>=2.11,<2.16"
     else
         "${install[@]}" "torch==2.13.0+cpu" 2>/dev/null ||
-            "${install[@]}" "torch>=2.11,<2.15" --index-url https://download.pytorch.org/whl/cpu ||
-            "${install[@]}" "torch>=2.11,<2.15"
+            "${install[@]}" "torch>=2.11,<2.16" --index-url https://download.pytorch.org/whl/cpu ||
+            "${install[@]}" "torch>=2.11,<2.16"
     fi
 }
 
