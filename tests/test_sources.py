@@ -184,6 +184,15 @@ def test_globs_and_directories(tmp_path):
     assert rows.counts() == [(str(tmp_path), 3)]
 
 
+def test_hidden_copies_in_a_directory_are_no_data(tmp_path):
+    """But the directory itself may lie in one that is hidden."""
+    folder = tmp_path / ".cache"
+    for name in ("a", ".ipynb_checkpoints/a-checkpoint", "._a", "sub/.old/b"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write(folder / f"{name}.jsonl", json.dumps({"a": name}))
+    assert [row["a"] for row in read(open_rows(str(folder)))] == ["a"]
+
+
 def test_directories_with_splits(tmp_path):
     for name in ("data/train-00000-of-00001", "data/test-00000-of-00001", "dev/x", "gsm8k_train"):
         write(tmp_path / f"{name}.jsonl", json.dumps({"a": name}))

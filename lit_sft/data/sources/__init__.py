@@ -145,7 +145,9 @@ class _Opener:
     def _files_of_split(self, folder: str) -> list[str]:
         """The data files in a folder by name; where names tell splits (train.jsonl, test/0.parquet), those of ours."""
         found = [
-            str(file) for file in sorted(Path(folder).rglob("*")) if DATA_FILE.search(file.name) and file.is_file()
+            str(file)
+            for file in sorted(Path(folder).rglob("*"))
+            if DATA_FILE.search(file.name) and file.is_file() and not _is_hidden(file.relative_to(folder))
         ]
         splits: dict[str, list[str]] = {}
         for file in found:
@@ -163,6 +165,11 @@ class _Opener:
                 f"`{folder}` has files of ({names}), {self.split} is asked for; name files or a glob in `{self.key}`"
             )
         return splits[self.split]
+
+
+def _is_hidden(path: Path) -> bool:
+    """Copies that editors, notebooks and systems keep (.ipynb_checkpoints/, ._train.jsonl) are no data."""
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _dataset_part(name: str, dataset: Dataset, split: str) -> FilePart:
