@@ -283,6 +283,8 @@ def choose_trained(lm: PreTrainedModel, path: str, options: SimpleNamespace, on_
         folder = load.resolve(options.adapter_name_or_path, key="model.adapter_name_or_path", allow_adapter=True)
         log.info("adapter: goes on from %s", options.adapter_name_or_path)
         name, base = options.model_name_or_path, frozen.base_of(lm, options.init, options.seed)
+        if (Path(folder) / "tokenizer_config.json").is_file():
+            tokens.check_room(lm, load.load_tokenizer(folder), options.adapter_name_or_path)
         is_proved = frozen.check_recorded_base(Path(folder), base, name)
         return adapters.load_adapter(lm, folder, base_name=None if is_proved else name, trainable=True)
     if options.trainable is not None:

@@ -71,7 +71,7 @@ class SFTCLI(LightningCLI):
         parser.add_argument(
             "--predict_output", type=str | None, default=None, help="File of `predict`; null: in the run's folder"
         )
-        for key in ("model_name_or_path", "revision", "trust_remote_code", "add_tokens"):
+        for key in ("model_name_or_path", "revision", "trust_remote_code", "add_tokens", "adapter_name_or_path"):
             parser.link_arguments(f"model.{key}", f"data.{key}")
         for target in ("model.seed", "data.seed"):
             parser.link_arguments("seed_everything", target, compute_fn=int)

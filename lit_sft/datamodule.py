@@ -82,6 +82,7 @@ class SFTDataModule(L.LightningDataModule):
         revision: Linked from the model.
         trust_remote_code: Linked from the model.
         add_tokens: Linked from the model.
+        adapter_name_or_path: Linked from the model: whose tokenizer is used where it has one.
         seed: Linked from seed_everything: order and split.
         allow_other_data: Linked from resume: go on although data or template changed.
     """
@@ -115,6 +116,7 @@ class SFTDataModule(L.LightningDataModule):
         revision: str | None = None,
         trust_remote_code: bool = False,
         add_tokens: list[str] | None = None,
+        adapter_name_or_path: str | None = None,
         seed: int = 42,
         allow_other_data: bool = False,
     ) -> None:

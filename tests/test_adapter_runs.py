@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,9 @@ from running import arguments, chat_rows, final_weights, run, scalars, version, 
 from safetensors.torch import load_file
 from terminal import log_lines, refused
 from tiny import save_tiny, tiny_llama, tiny_qwen3, tiny_tokenizer
+
+from lit_sft.model.frozen import record_base
+from lit_sft.model.load import load_tokenizer
 
 LORA = {"r": 4, "lora_alpha": 8}
 QLORA = {"model__lora": LORA, "model__quantization": "nf4", "trainer__precision": "bf16-mixed"}
@@ -237,6 +241,37 @@ def test_an_adapter_goes_on_where_it_was(name, finished, place, tmp_path):
     moved = fit(place, tmp_path / "moved", **options)
     assert all(not torch.equal(value, before[key]) for key, value in moved.items())
     export(tmp_path / "moved", tmp_path / "exported")
+
+
+def test_a_second_stage_keeps_the_tokens_and_the_template_of_the_first(place, tmp_path):
+    """Also over the first stage's own base, whose embedding has rows to spare, and whose weights look the same."""
+    spare = save_tiny(tmp_path / "spare", tiny_qwen3(len(tiny_tokenizer()) + 64))
+    template = str(tmp_path / "template.jinja")
+    (tmp_path / "template.jinja").write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role | upper }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>ASSISTANT\n{% endif %}"
+    )
+    base = {"model__model_name_or_path": spare}
+    first = {"model__lora": LORA, "model__add_tokens": NEW, "data__chat_template": template}
+    fit(place, tmp_path / "first", **base, **first)
+    adapter = version(tmp_path / "first") / "hf"
+    record_base(adapter, Path(spare))  # samples of a large model miss the rows of new tokens
+    with log_lines() as lines:
+        fit(place, tmp_path / "second", **base, model__adapter_name_or_path=str(adapter))
+    assert f"tokenizer and chat template: those of the adapter {adapter}" in lines
+    hf = version(tmp_path / "second") / "hf"
+    tokenizers = [load_tokenizer(str(folder)) for folder in (adapter, hf)]
+    ids = [tokenizer(f"a{NEW[0]}b", add_special_tokens=False).input_ids for tokenizer in tokenizers]
+    assert ids[0] == ids[1] and len(ids[0]) == 3
+    assert tokenizers[0].chat_template == tokenizers[1].chat_template == (tmp_path / "template.jinja").read_text()
+
+
+def test_an_adapter_with_more_tokens_than_the_model_is_refused(place, tmp_path, capsys):
+    fit(place, tmp_path / "first", model__lora=LORA, model__add_tokens=[f"<{number}>" for number in range(70)])
+    adapter = version(tmp_path / "first") / "hf"
+    (adapter / "base_fingerprint.json").unlink()  # as from elsewhere
+    args = settings(place, tmp_path / "second", model__adapter_name_or_path=str(adapter))
+    assert "tokens, the model " in refused(capsys, "fit", args)
 
 
 def test_an_adapter_of_another_base_is_refused(finished, place, tmp_path, capsys):
