@@ -144,6 +144,7 @@ def needed_memory(trainer: L.Trainer, module: SFTModule, datamodule: SFTDataModu
         accumulates=data.global_batch_size > data.micro_batch_size * trainer.world_size,
         adapted=adapted,
         input_copies=not plain_lora,
+        normed_heads=any(name.endswith("q_norm") for name, _ in lm.named_modules()),
         chunk_elements=CHUNK_ELEMENTS,
         on_cpu=trainer.strategy.root_device.type == "cpu",
         quantized=options.quantization is not None,

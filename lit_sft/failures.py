@@ -52,8 +52,11 @@ _IN_A_WORKER = re.compile(
     r"Caught \w+ in DataLoader worker process \d+\.\nOriginal Traceback.*\n(?:[\w.]+: )", re.DOTALL
 )
 _WORKER_DIED = re.compile(r"DataLoader worker \(pid\(?s?\)? [\d, ]+\) (.*?)\.?( Details|$)", re.DOTALL)
-_OUT_OF_MEMORY = re.compile(r"out of memory|DefaultCPUAllocator: (can't|not enough memory)", re.IGNORECASE)
+_OUT_OF_MEMORY = re.compile(
+    r"out of memory|DefaultCPUAllocator: (can't|not enough memory)|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE
+)
 _ASKED_FOR = re.compile(r"[Tt]ried to allocate ([\d.]+ \w+)")
+_LAST_ERROR = re.compile(r"Last error:\s*(.+)")
 _LOST_RANK = re.compile(r"gloo|NCCL|Connection (closed|reset) by peer|\bTCPStore\b|recvValue|sendBytes", re.IGNORECASE)
 
 
@@ -142,7 +145,9 @@ def in_one_line(error: BaseException) -> str | None:
     if is_out_of_memory(error):
         return f"out of memory: {asked_for(error)} could not be had ({' '.join(text.split())[:200] or 'host memory'})"
     if is_lost_rank(error):
-        return f"the connection to another rank broke, which was killed or has failed ({text.splitlines()[0][:200]})"
+        cause = _LAST_ERROR.search(text)  # of NCCL, which may be one of the settings
+        reason = f"{text.splitlines()[0][:200]}{f'; {cause[1][:200]}' if cause else ''}"
+        return f"the connection to another rank broke, which was killed or has failed ({reason})"
     if isinstance(error, OSError) and error.errno is not None:
         return _of_the_system(error)
     if isinstance(error.__context__, OSError) and error.__context__.errno in _FULL:  # a library failed once more

@@ -20,13 +20,16 @@ if TYPE_CHECKING:
 DATASHEET = {
     "B200": 2250e12,
     "GH200": 989e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
     "H100": 989e12,
     "H20": 148e12,
     "A100": 312e12,
+    "A40": 150e12,
     "A10G": 70e12,
+    "A10": 125e12,
     "L40S": 362e12,
     "L4": 121e12,
     "RTX 4090": 165e12,
@@ -93,9 +96,10 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Operations per second of a device: from its datasheet, else the best of a few matrix products, measured once."""
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         name = torch.cuda.get_device_name(device)
-        for part, value in DATASHEET.items():
-            if re.search(rf"\b{part}\b", name):  # an L40 is no L4
-                return value
+        if not re.search(r"Laptop|\bD$|\bMIG\b", name):  # slower than what their names begin with, and parts of one
+            for part, value in DATASHEET.items():
+                if re.search(rf"\b{part}\b", name):  # an L40 is no L4
+                    return value
     size = 1024 if device.type == "cpu" else 8192
     left, right = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")

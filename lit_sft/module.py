@@ -41,8 +41,7 @@ class SFTModule(L.LightningModule):
         trainable: Regular expressions on parameter names for partial fine-tuning; the rest is frozen.
         add_tokens: New special tokens, whose embeddings are trained.
         attn_implementation: `auto` takes packed attention where the architecture allows; else a name of transformers'.
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time with
-            `full` (or true), less with `selective`.
+        gradient_checkpointing: Recompute activations: a third more time with `full` (or true), less with `selective`.
         compile: Compile every decoder layer with torch.compile.
         loss: What is minimized.
         neftune_noise_alpha: Strength of the noise on the embeddings in training (NEFTune), often 5; null for none.
@@ -96,6 +95,7 @@ class SFTModule(L.LightningModule):
         self.guard: Callable[[Optimizer, Tensor, Tensor], None] = lambda optimizer, window, norm: None
         self.metrics = TokenMetrics()
         self.between_answers: Callable[[], None] = lambda: None
+        self.in_bar = False
 
     # ------------------------------------------------------------------ the model
 
@@ -108,15 +108,14 @@ class SFTModule(L.LightningModule):
         if self.options.quantization and isinstance(self.trainer.strategy, (FSDPStrategy, ModelParallelStrategy)):
             raise UserError("model.quantization: 4-bit weights are not sharded; set trainer.strategy to ddp or auto")
         sharded = isinstance(self.trainer.strategy, ModelParallelStrategy) and self.trainer.world_size > 1
-        model, adapter = build_model(self.options, self.trainer.precision, sharded=sharded)
-        caches = self.trainer.datamodule.data.caches.values()  # type: ignore[attr-defined]
-        longest = max((int(cache.lengths.max(initial=0)) for cache in caches), default=0)
+        with torch.device("cpu"):  # Lightning makes the GPU the default, whose random start values are others
+            model, adapter = build_model(self.options, self.trainer.precision, sharded=sharded)
+        longest = self.trainer.datamodule.data.longest  # type: ignore[attr-defined]
         exact.check_length(model.lm, longest, context_length(model.lm.config))
         if isinstance(self.trainer.strategy, FSDPStrategy):
             parallel.wrap_layers_with_fsdp(self.trainer.strategy, model.lm)
         self.loss_scale = 1.0 / 1024 if self.trainer.precision.startswith("16") else 1.0
-        is_partial = frozen.is_frozen(model.lm)
-        self.model = model
+        self.model, is_partial = model, frozen.is_frozen(model.lm)
         self.base = frozen.base_of(model.lm, self.options.init, self.options.seed) if is_partial else None
         self.__dict__["adapter"] = adapter
 
@@ -167,12 +166,13 @@ class SFTModule(L.LightningModule):
         Undoes Lightning's division by `accumulate_grad_batches` (also in the last, partial window: Lightning #20350)
         and the mean over ranks of DDP and FSDP, and divides once by the number of targets. Runs before clipping.
         """
-        self.window = self.trainer.strategy.reduce(self.window, reduce_op="sum")
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(self.window)  # Lightning's would wait at a barrier first
         num_targets = self.window[1].clamp(min=1)  # without a target all gradients are 0
         scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / (num_targets * self.loss_scale)
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         torch._foreach_mul_(gradients, scale.to(gradients[0].device, torch.float32))  # offloaded ones are on the CPU
-        self.log("train/loss", (self.window[0] / num_targets).float(), prog_bar=True)
+        self.log("train/loss", (self.window[0] / num_targets).float(), prog_bar=self.in_bar)
         self.log("train/lr", torch.tensor(optimizer.param_groups[0]["lr"], dtype=torch.float64))
 
     def configure_gradient_clipping(
@@ -203,11 +203,7 @@ class SFTModule(L.LightningModule):
         groups = optim.parameter_groups(self.named_parameters())
         optimizer = self.options.optimizer(groups)
         sharded = isinstance(self.trainer.strategy, (FSDPStrategy, ModelParallelStrategy))
-        if sharded and optim.is_of_bitsandbytes(optimizer):
-            raise UserError(
-                f"model.optimizer {type(optimizer).__name__} of bitsandbytes does not take sharded weights: set "
-                "trainer.strategy to ddp or auto, or model.optimizer to torch.optim.AdamW"
-            )
+        optim.check_sharded(optimizer, sharded)
         if not self.trainer.precision.startswith("16"):  # Lightning unscales before clipping, fused Adam would itself
             optim.prefer_fused(optimizer)
         factor = optim.lr_factor(self.options.lr_schedule, self.trainer.datamodule.total_steps)  # type: ignore[attr-defined]
@@ -243,10 +239,13 @@ class SFTModule(L.LightningModule):
     def answer(self, prompts: Prompts, options: GenerationOptions | None = None) -> list[list[str]]:
         """The answers to each prompt (see `answering.answer`), with `model.generation` unless told otherwise."""
         assert self.model is not None
+        if isinstance(self.trainer.strategy, FSDPStrategy):
+            raise UserError("trainer.strategy fsdp cannot answer: set it to fsdp2; or no questions, and no evaluation")
         tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
-        sharded = isinstance(self.trainer.strategy, (FSDPStrategy, ModelParallelStrategy))
+        sharded = isinstance(self.trainer.strategy, ModelParallelStrategy)
         how = {"options": options or self.generation, "stop_ids": self.stop_ids, "seed": self.options.seed}
-        return answering.answer(self.model, tokenizer, prompts, synced=sharded, **how)
+        with self.trainer.precision_plugin.forward_context():  # callbacks, too, ask the model that `predict` asks
+            return answering.answer(self.model, tokenizer, prompts, synced=sharded, **how)
 
     def predict_step(self, batch: Prompts, batch_idx: int) -> list[dict[str, Any]]:
         """One record per prompt (see `answering.records`)."""
@@ -284,15 +283,14 @@ class SFTModule(L.LightningModule):
         """
         assert self.model is not None
         datamodule, options = self.trainer.datamodule, self.options  # type: ignore[attr-defined]
+        is_ours = options.init == "random" or options.add_tokens
         export_hf(
             self.adapter or self.model.lm,
             datamodule.tokenizer,
             output_dir,
             stop_ids=self.stop_ids,
             chat_template=datamodule.data.renderer.template.text,
-            base_name_or_path=None
-            if options.init == "random" or options.add_tokens
-            else base_name(options.model_name_or_path),
+            base_name_or_path=None if is_ours else base_name(options.model_name_or_path),
             base_revision=options.revision,
             state_dict=None if state_dict is None else {k.removeprefix("lm."): v for k, v in state_dict.items()},
             check=check,

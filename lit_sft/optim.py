@@ -135,6 +135,14 @@ def bytes_per_parameter(make: Callable[[Iterable], Optimizer], dtype: torch.dtyp
     return sum(tensor.nbytes for tensor in tensors) / parameter.numel()
 
 
-def is_of_bitsandbytes(optimizer: Optimizer) -> bool:
-    """Whether its kernels are those of bitsandbytes, which take whole tensors only."""
-    return any(kind.__module__.partition(".")[0] == "bitsandbytes" for kind in type(optimizer).__mro__)
+def check_sharded(optimizer: Optimizer, sharded: bool) -> None:
+    """Refuses an optimizer whose kernels, those of bitsandbytes, take whole tensors only.
+
+    Raises:
+        UserError: Its weights are sharded.
+    """
+    if sharded and any(kind.__module__.partition(".")[0] == "bitsandbytes" for kind in type(optimizer).__mro__):
+        raise UserError(
+            f"model.optimizer {type(optimizer).__name__} of bitsandbytes does not take sharded weights: set "
+            "trainer.strategy to ddp or auto, or model.optimizer to torch.optim.AdamW"
+        )

@@ -130,7 +130,7 @@ class StopOnSignal(Checkpoint):
         flag = interrupts.received() if interrupts.installed() else 0
         if trainer.world_size > 1:
             device = trainer.strategy.root_device
-            flags = torch.tensor([flag], dtype=torch.int32, device=device)
+            flags = torch.full((1,), flag, dtype=torch.int32, device=device)  # a copy would wait for the device
             dist.all_reduce(flags, dist.ReduceOp.MAX)
             flag = int(flags) if device.type != "cuda" else self._one_look_ago(flags)
         if flag and self.signal is None:

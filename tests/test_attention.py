@@ -276,7 +276,7 @@ def test_a_model_that_sees_what_follows_is_refused():
 
 def reference(query, key, value, bounds, _, longest, __, *, scale=None, window_size=(-1, -1), enable_gqa=False):
     """`varlen_attn` as torch documents it, in plain torch: [T, H, K] -> [T, H, K]."""
-    assert enable_gqa or query.shape[1] == key.shape[1]
+    assert enable_gqa == (query.shape[1] != key.shape[1])
     assert bounds.dtype == torch.int32 and longest == int(bounds.diff().max())
     left, right = window_size
     outs = []
@@ -291,22 +291,25 @@ def reference(query, key, value, bounds, _, longest, __, *, scale=None, window_s
 
 
 def without_groups(query, key, value, bounds, _, longest, __, *, scale=None, window_size=(-1, -1)):
-    """As an older torch has it."""
-    return reference(query, key, value, bounds, _, longest, __, scale=scale, window_size=window_size)
+    """As an older torch has it, which sees by itself that heads share keys."""
+    grouped = query.shape[1] != key.shape[1]
+    return reference(
+        query, key, value, bounds, _, longest, __, scale=scale, window_size=window_size, enable_gqa=grouped
+    )
 
 
 @pytest.mark.parametrize("varlen", [reference, without_groups])
 @pytest.mark.parametrize("window", [None, 4])
 def test_the_flash_kernel_gets_lengths_window_and_groups(varlen, window, monkeypatch):
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
-    attention._varlen_takes_groups.cache_clear()
+    attention._varlen_is_told.cache_clear()
     bounds = torch.tensor([0, 9, 12, 18], dtype=torch.int32)
     query, key, value = (torch.randn(1, heads, 18, 8) for heads in (4, 2, 2))
     ours = attention._varlen(query, key, value, 9, bounds, None, window)
     expected = attention._per_segment(query, key, value, 0.0, bounds, None, window)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
     monkeypatch.undo()
-    attention._varlen_takes_groups.cache_clear()
+    attention._varlen_is_told.cache_clear()
 
 
 def test_mixed_precision_reaches_the_flash_kernel(monkeypatch, caplog):

@@ -38,7 +38,9 @@ def test_ranks_log_their_spread(tmp_path):
     assert max(b / a for a, b in zip(least, most, strict=True)) > 1.001  # rows of other lengths
 
 
-@pytest.mark.parametrize(("name", "peak"), [("NVIDIA L4", 121e12), ("NVIDIA H100 80GB HBM3", 989e12)])
+@pytest.mark.parametrize(
+    ("name", "peak"), [("NVIDIA L4", 121e12), ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H200 NVL", 835e12)]
+)
 def test_peak_of_the_datasheet(name, peak, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     peak_flops.cache_clear()
@@ -46,13 +48,22 @@ def test_peak_of_the_datasheet(name, peak, monkeypatch):
     peak_flops.cache_clear()
 
 
-def test_no_datasheet_by_half_of_a_name(monkeypatch):
-    """An L40 is no L4: its peak is measured."""
+@pytest.mark.parametrize(
+    "name",
+    [
+        "NVIDIA L40",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 4090 D",
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+    ],
+)
+def test_no_datasheet_by_half_of_a_name(name, monkeypatch):
+    """An L40 is no L4, and a part of a device is not the device: their peaks are measured."""
 
     def measures(*args, **kwargs):
         raise LookupError
 
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L40")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     monkeypatch.setattr(torch, "ones", measures)
     with pytest.raises(LookupError):
         peak_flops(torch.device("cuda"), torch.bfloat16)

@@ -108,6 +108,8 @@ def _num_failed(store: Any) -> int:
 
 def _is_first(error: Exception, rank: int) -> bool:
     """Whether no other rank has told of a failure. One that only lost another waits for what that has to say."""
+    if not dist.is_initialized():  # it failed before the ranks met: nobody can be asked
+        return True
     store = _get_default_store()
     lost = failures.is_lost_rank(error)
     wait = time.monotonic() + (5 if lost else 1 if rank else 0)  # what all ranks find is told by rank 0

@@ -21,6 +21,7 @@ NUMBERS_EVERY = 0.5
 LINES_EVERY = 10.0
 """Seconds."""
 LOSS, SPEED = "train/loss", "train/tokens_per_second"
+SHOWN = (LOSS, SPEED, "val/loss")
 
 
 class Progress(RichProgressBar):
@@ -50,7 +51,7 @@ class Progress(RichProgressBar):
     @override
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         """Few and short: a terminal of 80 columns has place for a line of them."""
-        metrics = super().get_metrics(trainer, pl_module)
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name in SHOWN}
         chosen = {"loss": metrics.get(LOSS), "val/loss": metrics.get("val/loss")}
         speed = {"tokens/s": f"{metrics[SPEED]:,.0f}"} if SPEED in metrics else {}
         return {name: value for name, value in chosen.items() if value is not None} | speed
@@ -81,6 +82,8 @@ class Lines(Callback):
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        bar = trainer.progress_bar_callback  # for another one than ours Lightning reads numbers at every batch
+        pl_module.in_bar = bar is not None and not isinstance(bar, Progress)  # type: ignore[assignment]
         self.began = self.last = time.monotonic()
         self.first_step = trainer.global_step
 

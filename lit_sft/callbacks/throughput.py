@@ -64,16 +64,14 @@ class Throughput(Callback):
             self.squares += sum(length * length for length in batch["lengths"])
 
     @override
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer.fit_loop._should_accumulate():
             return
-        _, targets, tokens = pl_module.window[:3]  # type: ignore[index]
+        _, targets, tokens = pl_module.window
         seconds, waited = time.monotonic() - self.step_began, trainer.train_dataloader.waited - self.waited  # type: ignore[union-attr]
         self.waited += waited
         self.num_tokens = tokens + self.num_tokens
-        pl_module.log("train/tokens_per_second", (tokens / seconds).float(), prog_bar=True)
+        pl_module.log("train/tokens_per_second", (tokens / seconds).float(), prog_bar=pl_module.in_bar)
         pl_module.log("train/trained_tokens_per_second", (targets / seconds).float())
         pl_module.log("train/num_tokens", torch.as_tensor(self.num_tokens).double())
         # Lightning would copy plain numbers to the device, and wait for it.

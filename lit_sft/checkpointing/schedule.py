@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import lightning as L
+import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Checkpoint
 from typing_extensions import override
 
@@ -17,6 +19,8 @@ from lit_sft import optim
 from lit_sft.types import UserError
 
 log = logging.getLogger(__name__)
+
+LOOK, LOOK_SECONDS = 1 / 50, 10.0
 
 
 @dataclass
@@ -77,6 +81,8 @@ class Checkpointer(Checkpoint):
         self.best_step: int | None = None
         self.saved_step: int | None = None
         self.saved_at = time.monotonic()
+        self.looked, self.next_look = (0, time.monotonic()), 0
+        """Step and time of the last look at the clock, and the step of the next."""
         self.improved = False
         self.owed = False
         """A save is due, but a validation comes first."""
@@ -105,13 +111,28 @@ class Checkpointer(Checkpoint):
         every = self.options.every_n_train_steps
         due = every is not None and trainer.global_step % every == 0
         if not due and self.options.every_n_minutes is not None:
-            late = time.monotonic() - self.saved_at > 60 * self.options.every_n_minutes
-            due = trainer.strategy.reduce_boolean_decision(late, all=False)
+            due = self._is_late(trainer, 60 * self.options.every_n_minutes)
         fetcher = trainer.fit_loop._data_fetcher
         assert fetcher is not None
         self.owed = self.owed or due
         if self.owed and not loop._should_check_val_fx(fetcher):  # else a resumed run would leave the validation out
             self.save(trainer)
+
+    def _is_late(self, trainer: L.Trainer, seconds: float) -> bool:
+        """Whether the last save is that long ago. All ranks must find the same, and to ask them stops a GPU: they are
+        asked once in `LOOK` of that time, at steps that follow from the slowest rank.
+        """
+        step, now = trainer.global_step, time.monotonic()
+        if step < self.next_look:
+            return False
+        found = [float(now - self.saved_at > seconds), (now - self.looked[1]) / max(1, step - self.looked[0])]
+        if trainer.world_size > 1:
+            told = torch.tensor(found, dtype=torch.float64, device=trainer.strategy.root_device)
+            dist.all_reduce(told, dist.ReduceOp.MAX)
+            found = told.tolist()
+        self.looked = (step, now)
+        self.next_look = step + max(1, int(min(seconds * LOOK, LOOK_SECONDS) / max(found[1], 1e-6)))
+        return bool(found[0])
 
     @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

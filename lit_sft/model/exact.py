@@ -145,7 +145,8 @@ def _inputs(lm: PreTrainedModel) -> tuple[Tensor, Tensor]:
     to 65 % of some of SmolLM2's states, after such ids to 7 %.
     """
     vocabulary = lm.config.get_text_config().vocab_size
-    input_ids = torch.randint(vocabulary, (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(0))
+    drawn = torch.Generator("cpu").manual_seed(0)  # the default device may be another
+    input_ids = torch.randint(vocabulary, (1, sum(LENGTHS)), generator=drawn, device="cpu")
     position_ids = torch.cat([torch.arange(length, device=lm.device) for length in LENGTHS])
     return input_ids.to(lm.device), position_ids[None]
 

@@ -166,7 +166,7 @@ def pack_kwargs(lengths: tuple[int, ...], device: torch.device) -> dict[str, Any
     """What the layers hand down to attention about the S examples of a row, under transformers' names: a tensor and
     one number, since torch.compile makes code anew for every length of a tuple.
     """
-    bounds = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    bounds = torch.tensor((0, *lengths), dtype=torch.int32, device="cpu").cumsum(0, dtype=torch.int32)
     bounds, longest = bounds.to(device, non_blocking=True), max(lengths)
     return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
 

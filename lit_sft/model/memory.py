@@ -54,6 +54,7 @@ def estimate(
     accumulates: bool = True,
     adapted: bool = False,
     input_copies: bool = False,
+    normed_heads: bool = False,
     chunk_elements: int,
     on_cpu: bool = False,
     quantized: bool = False,
@@ -68,27 +69,26 @@ def estimate(
         stored_bytes: Per stored weight.
         compute_bytes: Per number that is computed with (2 under bf16 autocast, which also copies the weights).
         optimizer_bytes: Remembered of each trained parameter: 8 for Adam in fp32, 0 for plain SGD.
-        gradient_checkpointing: Only block inputs are kept, and one block at a time is recomputed; with `selective`
-            some of what is costly, too.
-        accumulates: The gradients of an earlier forward pass are there; else they come as activations go, and only
-            what needs more room than these count.
+        gradient_checkpointing: Only block inputs are kept; with `selective` some of what is costly, too.
+        accumulates: Gradients of an earlier forward pass are there; else they come as activations go.
         adapted: Low-rank adapters over a frozen base.
         input_copies: Every adapted layer keeps a copy of its input, as in peft: what is not plain LoRA does.
+        normed_heads: Queries and keys have norms of their own, which keep their inputs (Qwen3, Gemma3).
         chunk_elements: Logits that the loss holds at once.
         on_cpu: Count what the process itself grows by, too.
         quantized: The linear layers of the blocks are stored in 4 bits.
     """
     text = config.get_text_config()
     hidden, layers, vocabulary = text.hidden_size, text.num_hidden_layers, text.vocab_size
-    block = 2 * hidden * stored_bytes + _block_numbers(text, adapted, input_copies) * compute_bytes
+    numbers = _block_numbers(text, adapted, input_copies) + normed_heads * sum(_sizes(text)[1:3])
+    block = 2 * hidden * stored_bytes + numbers * compute_bytes
     costly = _costly_numbers(text) * compute_bytes if gradient_checkpointing == "selective" else 0
     kept = layers * (hidden * stored_bytes + costly) + block if gradient_checkpointing else layers * block
     weights = num_parameters * (stored_bytes + (compute_bytes if compute_bytes < stored_bytes else 0))
     if quantized:  # half a byte, and the scales
         ends = vocabulary * hidden * (1 if text.tie_word_embeddings else 2)  # embedding and head
         weights = ends * stored_bytes + int((num_parameters - ends) * 0.52)
-    if adapted:  # in fp32, whatever the base is in
-        weights += 4 * num_trained
+    weights += 4 * num_trained * adapted  # in fp32, whatever the base is in
     logits = min(tokens, max(1, chunk_elements // vocabulary)) * vocabulary * compute_bytes
     head = 0 if adapted else vocabulary * hidden * (4 + compute_bytes)  # its gradient, and that of a chunk
     trained, remembered = num_trained * (4 if adapted else stored_bytes), int(num_trained * optimizer_bytes)

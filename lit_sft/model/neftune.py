@@ -41,7 +41,8 @@ def apply_neftune(loss: nn.Module, embedding: nn.Module, alpha: float) -> None:
         else:
             length = of_example.repeat_interleave(of_example.long())[None, :, None]
         noise = torch.empty(embedded.shape, dtype=torch.float32, device=embedded.device).uniform_(-1, 1)
-        return embedded + (noise * (alpha / (length * size).sqrt()).to(noise.device)).to(embedded.dtype)
+        strength = (alpha / (length * size).sqrt()).to(noise.device, non_blocking=True)
+        return embedded + (noise * strength).to(embedded.dtype)
 
     loss.register_forward_pre_hook(remember, with_kwargs=True)
     embedding.register_forward_hook(add_noise)

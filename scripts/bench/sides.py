@@ -44,7 +44,8 @@ def run_side(python: str, script: str, side: str, settings: dict[str, Any]) -> d
             command += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     # this checkout's lit_sft, on the side of TRL too, where it is not installed (a benchmark may count operations)
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
+    one = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]  # with more, TRL would use or refuse them
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": one}
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     if done.returncode:
         sys.exit(f"error: the {side} side failed: {done.stderr[-4000:]}")

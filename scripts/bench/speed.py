@@ -26,7 +26,8 @@ class Speed:
     def add(self, batch: Any) -> None:
         """Counts a forward pass, from ids, labels and positions [1, T]; 1 + 3 + 5 + ... is the square of a length."""
         input_ids, labels, position_ids = batch["input_ids"], batch["labels"], batch["position_ids"]
-        tokens = torch.as_tensor(input_ids.numel(), device=labels.device)
+        # a copied number would be waited for
+        tokens = torch.full((), input_ids.numel(), dtype=torch.int64, device=labels.device)
         sums = torch.stack([tokens, (labels >= 0).sum(), (2 * position_ids + 1).sum()])
         self.sums += sums.to(self.device, non_blocking=True)
 

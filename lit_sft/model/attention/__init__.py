@@ -119,9 +119,11 @@ def _per_segment(
     sliding_window: int | None,
 ) -> Tensor:
     """One call of SDPA per example: [1, H, T, K] -> [1, T, H, K]. For dropout, and fp32 on a GPU."""
-    parts = zip(*(tensor.split(bounds.diff().tolist(), dim=2) for tensor in (query, key, value)), strict=True)
+    lengths, groups = _on_host(bounds), query.shape[1] // key.shape[1]
+    parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
     outs = []
     for q, k, v in parts:
+        k, v = (cpu.repeat_heads(x, groups) for x in (k, v))  # else torch 2.11 makes whole matrices of scores on a GPU
         mask = cpu.window_bias(q, sliding_window)
         out = F.scaled_dot_product_attention(
             q,
@@ -131,7 +133,6 @@ def _per_segment(
             dropout_p=dropout,
             is_causal=mask is None,
             scale=scaling,
-            enable_gqa=q.shape[1] != k.shape[1],
         )
         outs.append(out.transpose(1, 2))
     return torch.cat(outs, dim=1)
@@ -149,10 +150,8 @@ def _varlen(
     """Torch's own variable-length flash attention (CUDA, 16 bit): [1, H, T, K] -> [1, T, H, K]."""
     from torch.nn.attention.varlen import varlen_attn
 
-    if query.shape[1] != key.shape[1] and not _varlen_takes_groups():
-        groups = query.shape[1] // key.shape[1]
-        key, value = cpu.repeat_heads(key, groups), cpu.repeat_heads(value, groups)
-    shared: dict[str, Any] = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
+    # torch 2.11 takes heads that share a key without being told
+    shared: dict[str, Any] = {"enable_gqa": query.shape[1] != key.shape[1]} if _varlen_is_told() else {}
     window = (-1 if sliding_window is None else sliding_window - 1, 0)
     out = varlen_attn(
         query[0].transpose(0, 1),
@@ -171,11 +170,20 @@ def _varlen(
 
 
 @lru_cache
-def _varlen_takes_groups() -> bool:
-    """Whether heads may share keys and values; torch 2.11 may not know the argument."""
+def _varlen_is_told() -> bool:
+    """Whether the kernel has to be told that heads share keys and values."""
     from torch.nn.attention.varlen import varlen_attn
 
     return "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+def _on_host(bounds: Tensor) -> list[int]:
+    """Lengths between bounds; a GPU is waited for once per forward pass, whose layers get the same tensor."""
+    lengths: list[int] | None = getattr(bounds, "_lit_sft_lengths", None)
+    if lengths is None:
+        lengths = bounds.diff().tolist()
+        bounds._lit_sft_lengths = lengths  # type: ignore[attr-defined]
+    return lengths
 
 
 def _packed_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
