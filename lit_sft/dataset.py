@@ -182,8 +182,25 @@ class SFTData:
         mapping = self.options.column_mapping
         if mapping and all(reading.column_mapping is None for reading in readings.values()):
             raise UserError(f"`data.column_mapping` names {', '.join(mapping)}, which no source of {rows.name} has")
+        if any(reading.format != "text" for reading in readings.values()):
+            self._check_system_prompt()
         keys = ("prompt_template", "system_prompt", "on_bad_row", "max_length", "overlong")
         return Preparation(self.renderer, readings, **{key: getattr(self.options, key) for key in keys})
+
+    def _check_system_prompt(self) -> None:
+        """In rows it would only be counted, but who sets it wants it seen."""
+        if not self.options.system_prompt:
+            return
+        probe, template = self.question("Hello"), self.renderer.template
+        try:
+            text = template.prompt(probe)
+        except UserError:
+            return  # a row is refused likewise, with its place
+        if "left_out:system_turn" in template.left_out(probe, [text]):
+            raise UserError(
+                "data.system_prompt is set, but the chat template does not write it, so the model would not see it; "
+                "set data.chat_template to a template that writes system turns, or data.system_prompt to null"
+            )
 
     def _reading(self, rows: Rows, is_alone: bool) -> Reading:
         """Of one source. In a mixture a column mapping is for the members that have its columns."""
@@ -262,6 +279,7 @@ class SFTData:
         return prompts
 
     def _listed(self, questions: Sequence[str], key: str) -> list[Asked]:
+        self._check_system_prompt()
         return [Asked(self.question(text), None, f"{key}[{n}]") for n, text in enumerate(questions)]
 
 

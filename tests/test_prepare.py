@@ -136,6 +136,35 @@ def test_what_was_done_is_told():
     ]
 
 
+USER_AND_ASSISTANT = CHATML.replace(
+    "{{ '<|im_start|>'", "{% if message.role in ('user', 'assistant') %}{{ '<|im_start|>'"
+)
+USER_AND_ASSISTANT = USER_AND_ASSISTANT.replace("{% endfor %}", "{% endif %}{% endfor %}")
+"""Writes no other role."""
+
+
+def test_turns_that_the_template_does_not_write_are_counted_by_row(prepared):
+    rows = [{"messages": [{"role": role, "content": "Be brief."}, *A["messages"]]} for role in ("system", "developer")]
+    with log_lines() as lines:
+        told = counts(prepared([*rows, rows[0], A], chat_template=USER_AND_ASSISTANT))
+    assert told.rows_kept == 4 and told.notes == {"left_out:system_turn": 2, "left_out:developer_turn": 1}
+    rest = "turn that the template does not write, so the model does not see it"
+    assert {f"train: 2 rows: a system {rest}", f"train: 1 rows: a developer {rest}"} <= set(lines)
+
+
+@pytest.mark.parametrize("on_bad_row", ["error", "skip"])
+def test_a_system_prompt_that_the_template_does_not_write_is_refused(on_bad_row, open_data):
+    options = {"chat_template": USER_AND_ASSISTANT, "system_prompt": "Be brief.", "on_bad_row": on_bad_row}
+    said = "^data.system_prompt is set, but the chat template does not write it.*data.chat_template.* to null$"
+    with pytest.raises(UserError, match=said):
+        open_data([A], **options).prepare("fit")
+    with pytest.raises(UserError, match=said):
+        open_data([A], predict=["Hello"], **options).asked_by_predict()
+    open_data([A], **options | {"system_prompt": None}).prepare("fit")
+    open_data([A], **options | {"chat_template": CHATML}).prepare("fit")
+    open_data([{"text": "once"}], **options).prepare("fit")  # no template is used
+
+
 def test_placeholders_are_counted_by_row_and_stay(prepared):
     with log_lines() as lines:
         data = prepared([chat("I am {{name}}, {{ name }}", "Hello {{author}}"), chat("Hi", "I am {{name}}")])

@@ -329,6 +329,76 @@ def test_tools_that_the_template_does_not_write_are_noted():
     assert '"get_weather"' in tokenizer.decode(example.input_ids)
 
 
+DEVELOPER = (Message("developer", "DEV"), *ONE)
+REPLY = (*ONE, tool("22 degrees"), assistant("Yes."))
+LAST_USER = CHATML.replace(
+    "{{- '<|im_start|>' +", "{%- if message.role == 'assistant' or loop.index > 2 %}{{- '<|im_start|>' +"
+)
+LAST_USER = LAST_USER.replace("{%- endfor %}", "{%- endif %}{%- endfor %}")
+
+
+@pytest.mark.parametrize("train_on", ["completions", "last_completion", "all"])
+@pytest.mark.parametrize(
+    ("family", "template", "messages", "notes"),
+    [
+        ("qwen2.5", None, DEVELOPER, ("left_out:developer_turn",)),
+        ("qwen2.5", None, REPLY, ("left_out:tool_turn",)),
+        ("qwen2.5", None, (DEVELOPER[0], *REPLY, *REPLY), ("left_out:developer_turn", "left_out:tool_turn")),
+        ("deepseek-v3.1", None, (system("Be kind."), *TWO), ("left_out:system_turn",)),
+        ("chatml", LAST_USER, (user("first"), assistant("Hello"), *ONE), ("left_out:user_turn",)),
+        ("chatml", None, DEVELOPER, ()),
+        ("chatml", None, REPLY, ()),
+        ("llama-2", None, (system(" Be kind.\n"), *TWO), ()),
+        ("qwen2.5", None, (system("  "), *ONE), ()),
+    ],
+)
+def test_turns_that_the_template_does_not_write_are_noted(train_on, family, template, messages, notes):
+    [example] = render_one(renderer_of(tokenizer_of(family), template, train_on=train_on), *messages)
+    assert example.notes == notes
+
+
+RESULT = 'line "one"\n\tand \\n <b>it\'s</b> 北京 é'
+
+
+@pytest.mark.parametrize(
+    ("written", "content"),
+    [
+        ("message.content | tojson", RESULT),
+        ("message.content | tojson(ensure_ascii=true)", RESULT),
+        ("{'output': message.content} | tojson", RESULT),
+        ("{'output': message.content | tojson} | tojson", RESULT),
+        ("{'output': message.content} | string", RESULT),
+        ("message.content | e", RESULT),
+        ("message.content.split() | join(' ')", RESULT),
+        ("message.content | upper", RESULT),
+        ("message.content.replace('/no_think', '')", "Be kind. /no_think Be brief."),
+        ("message.content.replace('/no_think', '')", "/no_think"),
+    ],
+)
+def test_turns_that_are_written_in_another_way_are_not_noted(written, content):
+    renderers = [
+        renderer_of(
+            tokenizer_of("chatml"),
+            CHATML.replace("+ message.content +", f"+ ({text} if message.role == 'tool' else message.content) +"),
+        )
+        for text in (written, "''")
+    ]
+    (example,), (emptied,) = (render_one(renderer, user("Hi"), tool(content), ONE[1]) for renderer in renderers)
+    assert example.notes == ()
+    assert emptied.notes == (() if content == "/no_think" else ("left_out:tool_turn",))
+
+
+def test_history_that_is_dropped_is_not_left_out():
+    """An earlier example has it."""
+    last = "message == (messages | selectattr('role', 'equalto', 'user') | list | last)"
+    tokenizer, messages = tokenizer_of("chatml"), (user("first"), ONE[1], user("second"), ONE[1], *ONE)
+    for shown, notes in ((last, ()), (f"{last} and message.content != 'first'", ("left_out:user_turn",))):
+        written = f"+ (message.content if message.role == 'assistant' or {shown} else '-') +"
+        template = CHATML.replace("+ message.content +", written)
+        examples = render_one(renderer_of(tokenizer, template), *messages)
+        assert [example.notes for example in examples] == [("per_turn", *notes)] * 3
+
+
 HEADER_INSIDE = (
     "{% for message in messages %}{% if message.role == 'assistant' %}"
     "{% generation %}{{ '<|im_start|>assistant\n' + message.content + '<|im_end|>\n' }}{% endgeneration %}"

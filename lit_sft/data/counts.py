@@ -70,6 +70,10 @@ NOTES = {
     "left_out:reasoning_content": "reasoning that the template does not write, so it is not trained",
     "left_out:content": "content beside a tool call that the template does not write, so it is not trained",
     "left_out:tools": "tools that the template does not write",
+    **{
+        f"left_out:{role}_turn": f"a {role} turn that the template does not write, so the model does not see it"
+        for role in ("system", "developer", "user", "tool")
+    },
     "split_boundary": "tokenized in two parts, prompt and answer, as at inference",
     "partly_dropped": "some of the turns dropped: too long, or without a trained token",
 }

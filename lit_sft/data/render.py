@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -42,6 +43,8 @@ class _Template(Protocol):
     def write(self, conversation: Conversation, switch: Any = ()) -> tuple[str, Any]: ...
 
     def prompt(self, conversation: Conversation) -> str: ...
+
+    def left_out(self, conversation: Conversation, texts: Sequence[str]) -> tuple[str, ...]: ...
 
     def find_stop(self, text: str, conversation: Conversation, index: int) -> tuple[int, str]: ...
 
@@ -160,9 +163,10 @@ class Renderer:
             whole = turns[-1].whole
         else:
             whole, _ = self.template.write(conversation, turns[-1].switch if turns else ())
-        if all(whole.startswith(turn.text) for turn in turns):
-            return [self._draft(whole, turns)]
-        return self._per_turn(turns)
+        rewritten = [turn.text for turn in turns if not whole.startswith(turn.text)]
+        if left_out := self.template.left_out(conversation, [whole, *rewritten]):
+            turns = tuple(replace(turn, notes=turn.notes + left_out) for turn in turns)
+        return self._per_turn(turns) if rewritten else [self._draft(whole, turns)]
 
     def _full_draft(self, conversation: Conversation, untrained: list[int]) -> _Draft:
         messages = conversation.messages
@@ -172,7 +176,9 @@ class Renderer:
             raise UserError(f"turn {rewritten[0]} is not trained, but the template rewrites it; set data.train_on")
         is_answer = messages[-1].role == "assistant" and len(messages) - 1 not in untrained
         stops = [self.template.find_stop(whole, conversation, len(messages) - 1)[1]] if is_answer else []
-        return replace(self._draft(whole, turns), label=1, stops=tuple(stops))
+        draft = self._draft(whole, turns)
+        notes = draft.notes + self.template.left_out(conversation, [whole])
+        return replace(draft, label=1, stops=tuple(stops), notes=notes)
 
     def _per_turn(self, turns: Sequence[RenderedTurn]) -> list[_Draft]:
         drafts = [self._draft(turn.text, (turn,)) for turn in turns]
@@ -208,7 +214,7 @@ class Renderer:
         stop_at = self._token_at(text, tokens, len(turn.text) - len(turn.stop))
         if first is None or stop_at is None or ids[stop_at] != self._id(turn.stop):
             return None
-        begin = _num_common(tail_ids, ids) if "lenient" in turn.notes else first + len(tail_ids)
+        begin = len(os.path.commonprefix([tail_ids, ids])) if "lenient" in turn.notes else first + len(tail_ids)
         if begin > stop_at or ("lenient" not in turn.notes and ids[first:begin] != tail_ids):
             return None
         index_of = {turn.start: begin, len(turn.text): stop_at + 1}
@@ -291,9 +297,3 @@ class Renderer:
 
     def _decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-
-def _num_common(first: list[int], second: list[int]) -> int:
-    return next(
-        (n for n, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
-    )

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
+from lit_sft.data.turns.left_out import END_OF_THINKING, of_answer, of_messages
 from lit_sft.types import Conversation, Message, RenderedTurn, UserError
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ RAW_TEMPLATE = (
 _SWITCHES = ("enable_thinking", "thinking")
 """Template variables that turn the thinking block of a generation prompt off or on."""
 _OPEN_THINKING = re.compile(r"[<\[][\w:|]*think[\w:|]*[>\]]\s*\Z", re.IGNORECASE)
-_END_OF_THINKING = re.compile(r"[<\[]/[\w:|]*think[\w:|]*[>\]]", re.IGNORECASE)
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _REMEDIES = {
     "system": "remove the system turn, and set data.system_prompt to null",
@@ -159,6 +159,10 @@ class ChatTemplate:
         stop = found[0] if len(found) == 1 else self._last_of_turn(text, found, conversation, index, switch)
         return stop.start(), stop.group()
 
+    def left_out(self, conversation: Conversation, texts: Sequence[str]) -> tuple[str, ...]:
+        """Notes on messages, the assistant's aside, that are in none of the texts written of a conversation."""
+        return of_messages(conversation.messages, texts)
+
     @property
     def is_raw(self) -> bool:
         """Whether prompt and completion are taken as they are."""
@@ -255,18 +259,12 @@ class ChatTemplate:
                     f"turn {index + 1} (assistant) calls {name!r}, which the chat template does not write; set "
                     "data.chat_template to a template with tool calls, or remove the row"
                 )
-        # a template may take reasoning out of the content and write it its own way
-        content = message.content.strip()
-        is_left_out = {
-            "tools": bool(conversation.tools) and "tools" not in (self.text or ""),
-            "reasoning_content": (message.reasoning_content or "").strip() not in answer,
-            "content": content not in answer and _END_OF_THINKING.split(content)[-1].strip() not in answer,
-        }
-        return tuple(f"left_out:{name}" for name, left_out in is_left_out.items() if left_out)
+        tools = ("left_out:tools",) if conversation.tools and "tools" not in (self.text or "") else ()
+        return tools + of_answer(message, answer)
 
 
 def _has_reasoning(message: Message) -> bool:
-    return bool((message.reasoning_content or "").strip()) or _END_OF_THINKING.search(message.content) is not None
+    return bool((message.reasoning_content or "").strip()) or END_OF_THINKING.search(message.content) is not None
 
 
 def _does_not_fit(number: int, at: int, prompt: str, whole: str, thoughtless: bool) -> UserError:
