@@ -17,6 +17,7 @@ from lit_sft import answering, failures
 from lit_sft.callbacks import failing
 from lit_sft.checkpointing.schedule import Checkpointer, CheckpointOptions
 from lit_sft.model import attention
+from lit_sft.model.loss import pack_kwargs
 
 
 @pytest.fixture(scope="module")
@@ -89,11 +90,16 @@ def test_the_clock_is_looked_at_every_few_seconds(monkeypatch):
     assert len(late) == 1 and 3600 < late[0] <= 3600 + 20
 
 
-def test_lengths_are_read_from_the_device_once():
-    bounds = torch.tensor([0, 3, 7], dtype=torch.int32)
-    assert attention._on_host(bounds) == [3, 4]
-    bounds[1] = 5
-    assert attention._on_host(bounds) == [3, 4]
+def test_lengths_are_not_read_from_the_device(monkeypatch):
+    lm = tiny_qwen3()
+    attention.register()
+    lm.set_attn_implementation(attention.PACKED)
+    monkeypatch.setattr(attention.cpu, "takes", lambda *_: False)  # as on a GPU without the flash kernel
+    bounds = pack_kwargs((3, 4), torch.device("cpu"))
+    expected = lm(input_ids=torch.arange(7)[None], position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3]]), **bounds).logits
+    monkeypatch.setattr(torch.Tensor, "diff", None)
+    again = lm(input_ids=torch.arange(7)[None], position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3]]), **bounds).logits
+    assert torch.equal(again, expected)
 
 
 @pytest.mark.parametrize(

@@ -168,6 +168,7 @@ def pack_kwargs(lengths: tuple[int, ...], device: torch.device) -> dict[str, Any
     """
     bounds = torch.tensor((0, *lengths), dtype=torch.int32, device="cpu").cumsum(0, dtype=torch.int32)
     bounds, longest = bounds.to(device, non_blocking=True), max(lengths)
+    bounds.host_lengths = list(lengths)  # type: ignore[attr-defined] # where examples go one by one, nobody waits
     return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
 
 

@@ -178,12 +178,9 @@ def _varlen_is_told() -> bool:
 
 
 def _on_host(bounds: Tensor) -> list[int]:
-    """Lengths between bounds; a GPU is waited for once per forward pass, whose layers get the same tensor."""
-    lengths: list[int] | None = getattr(bounds, "_lit_sft_lengths", None)
-    if lengths is None:
-        lengths = bounds.diff().tolist()
-        bounds._lit_sft_lengths = lengths  # type: ignore[attr-defined]
-    return lengths
+    """Lengths between bounds: as `pack_kwargs` put them beside, for else a GPU is waited for in each layer."""
+    lengths: list[int] | None = getattr(bounds, "host_lengths", None)
+    return bounds.diff().tolist() if lengths is None else lengths
 
 
 def _packed_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
