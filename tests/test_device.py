@@ -90,6 +90,13 @@ def test_the_clock_is_looked_at_every_few_seconds(monkeypatch):
     assert len(late) == 1 and 3600 < late[0] <= 3600 + 20
 
 
+def test_sdpa_does_not_ask_cudnn():
+    """Which makes a plan for every length that it has not seen, and answers have a new one at every token."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    attention.choose(tiny_qwen3().config, "sdpa")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_lengths_are_not_read_from_the_device(monkeypatch):
     lm = tiny_qwen3()
     attention.register()

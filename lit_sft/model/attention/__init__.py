@@ -213,6 +213,9 @@ def choose(config: Any, requested: str) -> str:
         A name for `attn_implementation`. Soft-capped scores are only exact in `eager`, with transformers' own mask for
         packs.
     """
+    # SDPA asks cuDNN first on some GPUs, which takes up to half a second to make a plan for each new length:
+    # https://github.com/meta-pytorch/torchtune/issues/1652, https://github.com/modelscope/FunASR/issues/3704
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if requested != "auto":
         return requested
     text_config = config.get_text_config()
