@@ -177,9 +177,11 @@ class RunFolder(Callback):
 
     def _choose(self, root: Path, stage: str) -> Path:
         if self.ckpt_path is not None and (folder := run_folder(self.ckpt_path)) is not None:
-            if stage == "fit" or not locking.is_held(folder):
+            writable = os.access(folder, os.W_OK)  # else TensorBoard fails in a thread of its own, with a traceback
+            if stage == "fit" or (writable and not locking.is_held(folder)):
                 return folder
-            log.info("%s: a run still trains in it, what this one writes goes elsewhere", folder)
+            reason = "a run still trains in it" if writable else "it cannot be written"
+            log.info("%s: %s, what this one writes goes elsewhere", folder, reason)
         logs = root / LOGS
         logs.mkdir(parents=True, exist_ok=True)
         while True:  # another run may take the number in between

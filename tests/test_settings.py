@@ -146,6 +146,22 @@ def test_an_evaluation_beside_a_training_writes_elsewhere(place, tmp_path):
     assert len(scalars(root, "test/loss")) == 1
 
 
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_an_evaluation_of_a_run_that_cannot_be_written_writes_elsewhere(command, place, tmp_path, monkeypatch):
+    """Another user's, say."""
+    rows = {"data__validation": place[1], "data__test": place[1], "data__predict": ["x"]}
+    run("fit", settings(place, tmp_path / "theirs", trainer__max_steps=1, **rows))
+    folder, access = version(tmp_path / "theirs"), os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != folder and access(path, mode))
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    with log_lines() as lines:
+        run(command, [f"--ckpt_path={folder}", f"--trainer.default_root_dir={tmp_path / 'ours'}"])
+    assert f"{folder}: it cannot be written, what this one writes goes elsewhere" in lines
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    written = "predictions.jsonl" if command == "predict" else "metrics.csv"
+    assert (version(tmp_path / "ours") / written).is_file() and not version(tmp_path / "theirs", 1).exists()
+
+
 def test_bad_rows_are_skipped_in_what_is_answered_too(place, tmp_path):
     bad = {"messages": [{"role": "nobody", "content": "x"}]}
     rows = write_rows(tmp_path / "rows.jsonl", [*chat_rows(3), bad, *chat_rows(3, seed=1)])
