@@ -174,6 +174,8 @@ class RunFolder(Callback):
             if isinstance(logger, (TensorBoardLogger, AppendingCSVLogger)):
                 logger._version = int(folder.name.removeprefix("version_"))
                 logger._root_dir, logger._name = str(folder.parent.parent), folder.parent.name
+                if isinstance(logger, AppendingCSVLogger):  # which asks this one, and fabric's the other
+                    logger._save_dir = logger._root_dir
 
     def _choose(self, root: Path, stage: str) -> Path:
         if self.ckpt_path is not None and (folder := run_folder(self.ckpt_path)) is not None:

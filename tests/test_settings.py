@@ -162,6 +162,19 @@ def test_an_evaluation_of_a_run_that_cannot_be_written_writes_elsewhere(command,
     assert (version(tmp_path / "ours") / written).is_file() and not version(tmp_path / "theirs", 1).exists()
 
 
+def test_the_logs_of_a_run_that_was_moved_lie_with_it(place, tmp_path):
+    """`trainer.default_root_dir` in its settings is that of before, where another run may have its number now."""
+    run("fit", settings(place, tmp_path / "before", trainer__max_steps=1, data__validation=place[1]))
+    shutil.copytree(tmp_path / "before", tmp_path / "now", symlinks=True)
+    others = (version(tmp_path / "before") / "metrics.csv").read_bytes()
+    run("validate", [f"--ckpt_path={version(tmp_path / 'now')}"])
+    assert len(scalars(tmp_path / "now", "val/loss")) == 1
+    args = settings(place, tmp_path / "before", trainer__max_steps=2, data__validation=place[1])
+    run("fit", [*args, f"--ckpt_path={version(tmp_path / 'now')}"])
+    assert len(scalars(tmp_path / "now", "train/loss")) == 2
+    assert (version(tmp_path / "before") / "metrics.csv").read_bytes() == others
+
+
 def test_bad_rows_are_skipped_in_what_is_answered_too(place, tmp_path):
     bad = {"messages": [{"role": "nobody", "content": "x"}]}
     rows = write_rows(tmp_path / "rows.jsonl", [*chat_rows(3), bad, *chat_rows(3, seed=1)])
