@@ -52,6 +52,9 @@ class Evaluation(Callback):
     @override
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self.step = checkpoint["global_step"]
+        if trainer.state.fn != "fit":  # where Lightning logs: beside what the run found for this checkpoint, not at 0
+            trainer.fit_loop.epoch_loop._batches_that_stepped = max(0, self.step - 1)
+            trainer.fit_loop.epoch_progress.current.completed = checkpoint["epoch"]
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
