@@ -12,7 +12,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 from typing_extensions import override
 
-from lit_sft import checkpointing, doctor, exporting, preview, runs, slurm
+from lit_sft import checkpointing, doctor, exporting, logfiles, preview, runs, slurm
 from lit_sft.callbacks import (
     Answers,
     Evaluation,
@@ -60,10 +60,12 @@ class SFTTrainer(L.Trainer):
     @override
     def _run_stage(self) -> Any:
         """As in Lightning, which leaves out all hooks of training where a resumed run has no step left: one that was
-        killed after its last checkpoint is exported still.
+        killed after its last checkpoint is exported still, under the settings of now.
         """
         results = super()._run_stage()
         for callback in self.callbacks if self.state.fn == "fit" else []:  # type: ignore[attr-defined]
+            if isinstance(callback, runs.RunFolder):
+                callback.begin(self)
             if isinstance(callback, HFExport) and not callback.is_done:
                 callback.on_train_end(self, self.lightning_module)
         return results
@@ -149,7 +151,7 @@ def run_callbacks(
         Answers(),
         HFExport(),
         PredictionWriter(config.predict_output),
-        runs.LastRow(),
+        logfiles.LastRow(),
         StopOnSignal(_save_and_wait(checkpointer, files), config.resume.max_restarts),
         LeaveFolder(lambda: folder.folder),
     ]

@@ -142,6 +142,20 @@ def test_scores_choose_the_best_and_stop_early(place, tmp_path, every):
     assert best.resolve().name == "step=000001.ckpt"
 
 
+@pytest.mark.parametrize(
+    ("epochs", "validated", "scored", "when"),
+    [(4, 2, 1, "after"), (5, 2, 1, "at step 4 of 5"), (4, 1, 2, "at step 3 of 4")],
+)
+def test_the_last_line_says_when_the_answers_were_scored(place, tmp_path, epochs, validated, scored, when):
+    """An epoch is one step; the newest scores may be of an earlier one."""
+    options = {"data__validation": place / "rows.jsonl", "data__packing": False, "data__global_batch_size": 4}
+    options |= {"model__evaluation": {"num_samples": 2, "every_n_validations": scored}, "trainer__max_epochs": epochs}
+    args = arguments(str(place / "model"), str(place / "train.jsonl"), tmp_path / "runs", **options)
+    with log_lines() as lines:
+        run("fit", [*args, f"--trainer.check_val_every_n_epoch={validated}"])
+    assert f"val/exact_match: 0.0 % before, 0.0 % {when}" in lines
+
+
 def bad(place, root, **options):
     return arguments(
         str(place / "model"), str(place / "train.jsonl"), root, data__validation=place / "rows.jsonl", **options

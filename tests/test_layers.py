@@ -11,9 +11,9 @@ RANK = {
     "data": 1, "model": 1, "optim": 1, "metrics": 1, "seeding": 1, "flops": 1, "demo": 1,
     "display": 2, "failures": 2, "locking": 2, "prepare": 2, "prompts": 2, "build": 2,
     "dataset": 3, "answering": 3, "evaluation": 4,
-    "module": 5, "datamodule": 5, "callbacks": 5, "checkpointing": 5, "runs": 5, "slurm": 5,
-    "strategies": 6, "preview": 6, "doctor": 6, "parsing": 6, "exporting": 6, "comparing": 6, "stopping": 6,
-    "trainer": 7,
+    "module": 5, "datamodule": 5, "callbacks": 5, "checkpointing": 5, "logfiles": 5, "slurm": 5,
+    "runs": 6, "strategies": 6, "preview": 6, "doctor": 6, "exporting": 6, "comparing": 6, "stopping": 6,
+    "trainer": 7, "parsing": 7,
     "cli": 8,
     "__main__": 9,
 }  # fmt: skip

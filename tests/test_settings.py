@@ -146,6 +146,35 @@ def test_an_evaluation_beside_a_training_writes_elsewhere(place, tmp_path):
     assert len(scalars(root, "test/loss")) == 1
 
 
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_an_evaluation_of_a_run_that_cannot_be_written_writes_elsewhere(command, place, tmp_path, monkeypatch):
+    """Another user's, say."""
+    rows = {"data__validation": place[1], "data__test": place[1], "data__predict": ["x"]}
+    run("fit", settings(place, tmp_path / "theirs", trainer__max_steps=1, **rows))
+    folder, access = version(tmp_path / "theirs"), os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != folder and access(path, mode))
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    with log_lines() as lines:
+        run(command, [f"--ckpt_path={folder}", f"--trainer.default_root_dir={tmp_path / 'ours'}"])
+    assert f"{folder}: it cannot be written, what this one writes goes elsewhere" in lines
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    written = "predictions.jsonl" if command == "predict" else "metrics.csv"
+    assert (version(tmp_path / "ours") / written).is_file() and not version(tmp_path / "theirs", 1).exists()
+
+
+def test_the_logs_of_a_run_that_was_moved_lie_with_it(place, tmp_path):
+    """`trainer.default_root_dir` in its settings is that of before, where another run may have its number now."""
+    run("fit", settings(place, tmp_path / "before", trainer__max_steps=1, data__validation=place[1]))
+    shutil.copytree(tmp_path / "before", tmp_path / "now", symlinks=True)
+    others = (version(tmp_path / "before") / "metrics.csv").read_bytes()
+    run("validate", [f"--ckpt_path={version(tmp_path / 'now')}"])
+    assert len(scalars(tmp_path / "now", "val/loss")) == 1
+    args = settings(place, tmp_path / "before", trainer__max_steps=2, data__validation=place[1])
+    run("fit", [*args, f"--ckpt_path={version(tmp_path / 'now')}"])
+    assert len(scalars(tmp_path / "now", "train/loss")) == 2
+    assert (version(tmp_path / "before") / "metrics.csv").read_bytes() == others
+
+
 def test_bad_rows_are_skipped_in_what_is_answered_too(place, tmp_path):
     bad = {"messages": [{"role": "nobody", "content": "x"}]}
     rows = write_rows(tmp_path / "rows.jsonl", [*chat_rows(3), bad, *chat_rows(3, seed=1)])

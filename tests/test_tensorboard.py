@@ -2,6 +2,7 @@
 
 import csv
 import math
+import shutil
 
 import pytest
 from running import arguments, chat_rows, run, version, write_rows
@@ -76,3 +77,36 @@ def test_without_validation(tmp_path):
     events = EventAccumulator(str(version(tmp_path / "runs"))).Reload()
     assert set(events.Tags()["scalars"]) >= TRAIN and not VALIDATION & set(events.Tags()["scalars"])
     assert len(events.Tensors("answers/text_summary")) == 2  # before, and at the end
+
+
+def logged(folder, name):
+    """(step, epoch, value) of a scalar, the same in both."""
+    with (folder / "metrics.csv").open() as file:
+        rows = [
+            (int(row["step"]), int(row["epoch"]), float(row[name])) for row in csv.DictReader(file) if row.get(name)
+        ]
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    in_events = [[(event.step, event.value) for event in events.Scalars(tag)] for tag in ("epoch", name)]
+    epochs = dict(in_events[0])
+    assert [(step, epochs[step], value) for step, value in in_events[1]] == [pytest.approx(row) for row in rows]
+    return rows
+
+
+def test_a_checkpoint_that_is_evaluated_is_logged_at_its_step(folder, tmp_path):
+    """Beside what `fit` found there, and not at the beginning of its curve."""
+    copy = shutil.copytree(folder, tmp_path / "lightning_logs" / "version_0", symlinks=True)
+    first, last = logged(copy, "val/loss")
+    assert (first[:2], last[:2]) == ((2, 0), (5, 1))
+    run("validate", [f"--ckpt_path={copy}"])
+    assert logged(copy, "val/loss") == [first, last, pytest.approx(last)]
+    rows = write_rows(tmp_path / "test.jsonl", chat_rows(3))
+    run("test", [f"--ckpt_path={copy}", f"--data.test={rows}"])
+    ((*place, _),) = logged(copy, "test/loss")
+    assert place == [5, 1] and not (tmp_path / "lightning_logs" / "version_1").exists()
+
+
+def test_without_a_checkpoint_an_evaluation_is_logged_at_0(folder, tmp_path):
+    model, rows = folder.parent.parent.parent / "model", write_rows(tmp_path / "rows.jsonl", chat_rows(4))
+    run("validate", arguments(str(model), "none.jsonl", tmp_path / "runs", data__validation=rows))
+    ((*place, _),) = logged(version(tmp_path / "runs"), "val/loss")
+    assert place == [0, 0]

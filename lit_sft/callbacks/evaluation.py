@@ -34,6 +34,8 @@ class Evaluation(Callback):
     def __init__(self) -> None:
         self.before: dict[str, float] = {}
         """Scores before training."""
+        self.last: tuple[int, dict[str, float]] = (0, {})
+        """The step of the newest validation with answers, and its scores."""
         self.num_validations = 0
         self.step = 0
         """Of the checkpoint that is evaluated."""
@@ -52,6 +54,9 @@ class Evaluation(Callback):
     @override
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self.step = checkpoint["global_step"]
+        if trainer.state.fn != "fit":  # where Lightning logs: beside what the run found for this checkpoint, not at 0
+            trainer.fit_loop.epoch_loop._batches_that_stepped = max(0, self.step - 1)
+            trainer.fit_loop.epoch_progress.current.completed = checkpoint["epoch"]
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -87,7 +92,9 @@ class Evaluation(Callback):
                 for name in self.before:  # else early stopping takes an old score for one that did not improve
                     trainer.callback_metrics.pop(name, None)
                 return
-        scores = self._evaluate(trainer, pl_module, "val", trainer.global_step if fitting else self.step)
+        step = trainer.global_step if fitting else self.step
+        scores = self._evaluate(trainer, pl_module, "val", step)
+        self.last = (step, scores)
         self.num_validations += fitting  # not sooner: a signal may end the run in it, which then repeats it
         pl_module.log_dict(scores, prog_bar=True)
 
@@ -98,9 +105,11 @@ class Evaluation(Callback):
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        (step, scores), steps = self.last, trainer.global_step
+        when = "after" if step == steps else f"at step {step:,} of {steps:,}"
         for name, before in self.before.items():
-            if name in trainer.callback_metrics:
-                log.info("%s: %.1f %% before, %.1f %% after", name, 100 * before, 100 * trainer.callback_metrics[name])
+            if name in scores:
+                log.info("%s: %.1f %% before, %.1f %% %s", name, 100 * before, 100 * scores[name], when)
 
     def _choose(self, trainer: Any, module: Any, stage: str) -> str:
         """Once, before the first step or batch: a prompt or a metric that cannot be is known at once. What is told."""

@@ -1,0 +1,129 @@
+"""A resume that is refused was not there: settings, logs and checkpoints of the run are what they were before it."""
+
+import csv
+import shutil
+import subprocess
+import sys
+
+import pytest
+from running import REPOSITORY, arguments, chat_rows, environment, run, scalars, version, write_rows
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from terminal import refused
+from tiny import save_tiny, tiny_llama
+
+from lit_sft.datamodule import SFTDataModule
+from lit_sft.logfiles import MetricsFile
+from lit_sft.types import UserError
+
+SIX_STEPS = {
+    "data__packing": False,
+    "data__global_batch_size": 4,
+    "data__val_size": 4,
+    "trainer__max_epochs": 2,
+    "checkpoint__every_n_train_steps": 1,
+    "checkpoint__keep_last": 9,
+}
+DDP = ("--trainer.devices=2", "--trainer.strategy=ddp")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A model, rows, and a run that has ended."""
+    folder = tmp_path_factory.mktemp("refused")
+    model, rows = save_tiny(folder / "model"), write_rows(folder / "train.jsonl", chat_rows(16))
+    save_tiny(folder / "wide", tiny_llama(intermediate_size=96))
+    run("fit", arguments(model, rows, folder / "runs", **SIX_STEPS))
+    return folder
+
+
+@pytest.fixture
+def root(place, tmp_path):
+    shutil.copytree(place / "runs", tmp_path / "runs", symlinks=True)
+    return tmp_path / "runs"
+
+
+def settings(place, root, step, model="model", **options):
+    checkpoint = f"--ckpt_path={version(root) / 'checkpoints' / f'step={step:06d}.ckpt'}"
+    return [*arguments(str(place / model), str(place / "train.jsonl"), root, **{**SIX_STEPS, **options}), checkpoint]
+
+
+def contents(root):
+    """What a file holds, but the lock; an events file that only says that it is one counts for nothing."""
+    files = [path for path in version(root).rglob("*") if path.is_file() and path.name != ".lock"]
+    return {path: path.read_bytes() for path in files if "tfevents" not in path.name or path.stat().st_size > 100}
+
+
+def curves(root):
+    events = EventAccumulator(str(version(root)), size_guidance={"scalars": 0}).Reload()
+    return {name: [(e.step, e.value) for e in events.Scalars(name)] for name in events.Tags()["scalars"]}
+
+
+REFUSED = {
+    "data": (6, {"data__system_prompt": "Be brief."}, 'system_prompt (null, now "Be brief.")'),
+    "model": (6, {"model": "wide"}, "the checkpoint does not fit the model"),
+    "an older checkpoint": (2, {"data__system_prompt": "Be brief."}, 'system_prompt (null, now "Be brief.")'),
+}
+
+
+@pytest.mark.parametrize(("step", "options", "said"), REFUSED.values(), ids=REFUSED)
+def test_nothing_is_changed(step, options, said, place, root, capsys):
+    before, drawn = contents(root), curves(root)
+    assert said in refused(capsys, "fit", settings(place, root, step, **{"trainer__max_epochs": 3, **options}))
+    assert contents(root) == before and curves(root) == drawn
+    assert len(drawn["train/loss"]) == 6 and not version(root, 1).exists()
+
+
+def test_what_fails_before_the_first_batch_changes_nothing(place, root, capsys, monkeypatch):
+    """The checkpoint is restored by then."""
+
+    def fail(self):
+        raise UserError("no loader")
+
+    monkeypatch.setattr(SFTDataModule, "train_dataloader", fail)
+    before, drawn = contents(root), curves(root)
+    assert refused(capsys, "fit", settings(place, root, 2, trainer__max_steps=5)) == "no loader"
+    assert contents(root) == before and curves(root) == drawn
+
+
+def test_then_it_goes_on(place, root, capsys):
+    """From the older checkpoint: what it does again is dropped, and its settings are those of the folder."""
+    refused(capsys, "fit", settings(place, root, 2, data__system_prompt="Be brief."))
+    run("fit", settings(place, root, 2, trainer__max_steps=5))
+    assert_five_steps(root)
+
+
+def assert_five_steps(root):
+    assert "max_steps: 5" in (version(root) / "config.yaml").read_text()
+    drawn = curves(root)
+    assert [step for step, _ in drawn["train/loss"]] == list(range(5)) and len(scalars(root, "train/loss")) == 5
+    assert [value for _, value in drawn["val/loss"]] == pytest.approx(scalars(root, "val/loss"))
+
+
+def test_where_no_step_is_left(place, root):
+    """Lightning calls no hook of training then."""
+    run("fit", settings(place, root, 5, trainer__max_steps=5))
+    assert_five_steps(root)
+
+
+@pytest.mark.slow
+def test_on_two_ranks(place, root):
+    before, drawn = contents(root), curves(root)
+    args = [*settings(place, root, 2, data__system_prompt="Be brief."), *DDP]
+    command = [sys.executable, "-m", "lit_sft", "fit", *args]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240, env=environment())
+    assert done.returncode == 1 and "system_prompt" in done.stderr, done.stderr
+    assert contents(root) == before and curves(root) == drawn
+    run("fit", [*settings(place, root, 2, trainer__max_steps=5), *DDP], subprocesses=True)
+    assert_five_steps(root)
+    assert not version(root, 1).exists()
+
+
+def test_half_a_row_is_left_alone_until_there_is_another(tmp_path):
+    path = tmp_path / "metrics.csv"
+    path.write_text(torn := "a,step\n1.0,0\n2.0,1\n3.")
+    file = MetricsFile(str(tmp_path))
+    assert path.read_text() == torn
+    file.log_metrics({"a": 4.0}, step=2)
+    file.save()
+    with path.open() as lines:
+        assert [(row["a"], row["step"]) for row in csv.DictReader(lines)] == [("1.0", "0"), ("2.0", "1"), ("4.0", "2")]
