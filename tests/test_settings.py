@@ -107,6 +107,7 @@ def test_validations_over_epochs_come_between_steps():
         StepOrder(8, 4, 1, 2, 0).check_validations(by_clock=True, over_epochs=False)
 
 
+BY_CLOCK = {"trainer__val_check_interval": "00:00:00:00", "trainer__check_val_every_n_epoch": None}
 INTERRUPTED = """
 import os, signal, sys
 from lightning.pytorch.callbacks import Callback
@@ -124,8 +125,7 @@ cli.main(sys.argv[1:])
 
 def test_a_signal_in_a_validation_within_a_step(place, tmp_path):
     """The step ends, is saved, and the run leaves."""
-    by_clock = {"trainer__val_check_interval": "00:00:00:00", "trainer__check_val_every_n_epoch": None}
-    args = ["fit", *settings(place, tmp_path / "runs", data__val_size=4, **by_clock)]
+    args = ["fit", *settings(place, tmp_path / "runs", data__val_size=4, **BY_CLOCK)]
     done = subprocess.run([sys.executable, "-c", INTERRUPTED, *args], capture_output=True, text=True, env=environment())
     assert done.returncode == 128 + signal.SIGTERM, done.stderr[-2000:]
     assert "stopped by SIGTERM after step 1, which is saved" in done.stderr
@@ -262,3 +262,35 @@ def test_a_dry_run_lies_where_others_do(place, tmp_path):
     run("fit", settings(place, tmp_path / "runs", trainer__fast_dev_run=True))
     (found,) = (tmp_path / "runs").rglob("last.ckpt")
     assert read_checkpoint(found)["global_step"] == 1 and not (tmp_path / "None").exists()
+
+
+def own_checkpoints(folder, **options):
+    return [
+        {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"dirpath": str(folder), **options}}
+    ]
+
+
+def test_checkpoints_of_the_users_own_callback_come_between_steps(place, tmp_path):
+    """Resumed at step 4, a multiple of 2, it would save once more after the first micro-batch of step 5."""
+    own = own_checkpoints(tmp_path / "own", every_n_train_steps=2, save_top_k=-1, filename="{step}")
+    args = settings(place, tmp_path / "runs", trainer__callbacks=own)
+    run("fit", args)
+    run("fit", [*args, "--trainer.max_epochs=2", "--ckpt_path=last"])
+    assert {path.name for path in (tmp_path / "own").iterdir()} == {f"step={n}.ckpt" for n in (2, 4, 6, 8)}
+
+
+@pytest.mark.parametrize(
+    ("own", "options", "words"),
+    [
+        ({"train_time_interval": "00:00:00:01"}, {}, "checkpoint.every_n_minutes in its place"),
+        (
+            {},
+            {"data__val_size": 4, **BY_CLOCK},
+            "its save_on_train_epoch_end to true",
+        ),
+    ],
+    ids=["time", "validation"],
+)
+def test_checkpoints_within_a_step_are_refused(place, tmp_path, capsys, own, options, words):
+    args = settings(place, tmp_path / "runs", trainer__callbacks=own_checkpoints(tmp_path / "own", **own), **options)
+    assert words in refused(capsys, "fit", args)
