@@ -118,6 +118,30 @@ def restored(optimizer: Optimizer) -> list[str]:
     return [f"{name} {kept[name]}, not {asked[name]}" for name in kept if kept[name] not in (None, asked[name])]
 
 
+def name_of(optimizer: Optimizer) -> str:
+    """Its class and package: what another one keeps of a parameter has other names, or another meaning."""
+    kind = type(optimizer)
+    return f"{kind.__name__} of {kind.__module__.partition('.')[0]}"
+
+
+def check_same(make: Callable[[Iterable], Optimizer], saved: str | None) -> None:
+    """Refuses to go on with another optimizer than that of the checkpoint.
+
+    Args:
+        make: `model.optimizer`.
+        saved: `name_of` that of the checkpoint; None where it does not say.
+
+    Raises:
+        UserError: It is another.
+    """
+    asked = name_of(make([nn.Parameter(torch.ones(1, 1))]))
+    if saved not in (None, asked):
+        raise UserError(
+            f"model.optimizer is {asked}, and the checkpoint holds the state of {saved}: set it to that, or begin "
+            "another run (without --ckpt_path) from the exported weights"
+        )
+
+
 def bytes_per_parameter(make: Callable[[Iterable], Optimizer], dtype: torch.dtype) -> float:
     """What an optimizer remembers of each parameter: 8 bytes for Adam in fp32, about 2 for one of 8 bits, 0 for SGD.
 

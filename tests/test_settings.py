@@ -215,6 +215,21 @@ def test_a_rate_that_the_checkpoint_overrides_is_said(place, tmp_path):
     assert restored(torch.optim.AdamW([parameter], lr=0.1)) == []
 
 
+def test_another_optimizer_does_not_go_on(place, tmp_path, capsys):
+    root = tmp_path / "runs"
+    run("fit", settings(place, root, trainer__max_steps=1))
+    args = [*settings(place, root, trainer__max_steps=2), "--ckpt_path=last"]
+    line = refused(capsys, "fit", [*args, "--model.optimizer=torch.optim.SGD"])
+    assert line.startswith("model.optimizer is SGD of torch, and the checkpoint holds the state of AdamW of torch: set")
+    run("validate", ["--ckpt_path=last", f"--data.validation={place[1]}", f"--trainer.default_root_dir={root}"])
+    path = find_last(version(root).parent)
+    old = {key: value for key, value in read_checkpoint(path).items() if key != "optimizer"}
+    torch.save(old, path.with_suffix(".tmp"))  # not over it: its tensors are read from there
+    path.with_suffix(".tmp").replace(path)
+    run("fit", args)  # an old checkpoint does not say
+    assert find_last(path.parent.parent.parent).name == "step=000002.ckpt"
+
+
 def test_a_list_of_files(place, tmp_path):
     other = write_rows(tmp_path / "other.jsonl", chat_rows(8, seed=3))
     run("fit", settings((place[0], None), tmp_path / "runs", data__train=[place[1], other], trainer__max_steps=5))

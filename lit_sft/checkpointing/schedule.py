@@ -149,6 +149,10 @@ class Checkpointer(Checkpoint):
         self.files.teardown()
 
     @override
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["optimizer"] = optim.name_of(trainer.optimizers[0])
+
+    @override
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Lightning counts micro-batches: with another number of ranks or accumulation, its counters are rewritten.
         So is that of epochs, where `trainer.max_steps` ended one that now goes on.
@@ -156,6 +160,7 @@ class Checkpointer(Checkpoint):
         state = checkpoint.get("SFTDataModule")
         if trainer.state.fn != "fit" or not state:
             return
+        optim.check_same(pl_module.options.optimizer, checkpoint.get("optimizer"))  # type: ignore[union-attr, arg-type]
         loops = checkpoint["loops"]["fit_loop"]
         _recount(loops["epoch_loop.batch_progress"], state, trainer)
         if state["position"][1]:
