@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_sft import checkpointing, failures, parsing, runs, slurm, strategies
+from lit_sft.build import refuse_adapter
 from lit_sft.callbacks import FaultOptions
 from lit_sft.checkpointing import CheckpointFiles, CheckpointOptions
 from lit_sft.datamodule import SFTDataModule
@@ -154,6 +155,7 @@ class SFTCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Data work, before a process group exists; then the run's folder."""
+        refuse_adapter(self.model.options)
         folder = self._prepare("fit")
         config, validated = self.config_init["fit"], "validation" in self.datamodule.data.caches
         scores = self.model.evaluation.scores if self.model.evaluation else []

@@ -269,6 +269,19 @@ def test_an_adapter_of_another_base_is_refused(finished, place, tmp_path, capsys
     assert "is IA3; only LoRA and its relatives are known" in message(place[1], tmp_path / "prompts")
 
 
+def test_an_adapter_is_no_model_to_train(finished, place, tmp_path, capsys):
+    """Said before a row is read, or a folder made."""
+    hf = version(finished("lora")) / "hf"
+    options = {"model__model_name_or_path": hf, "data__train": "absent.jsonl"}
+    words = f"model.model_name_or_path {hf} holds an adapter: set it to the base"
+    assert refused(capsys, "fit", settings(place, tmp_path / "runs", **options)).startswith(words)
+    assert not (tmp_path / "runs").exists()
+    args = settings(place, tmp_path / "runs", **options)
+    with pytest.raises(SystemExit):
+        run("doctor", [*args, "--output=json"])
+    assert json.loads(capsys.readouterr().out)["errors"][0].startswith(words)
+
+
 def test_the_base_of_an_adapter_may_be_called_otherwise(finished, place, tmp_path):
     shutil.copytree(place[1], tmp_path / "renamed")
     options = {"model__model_name_or_path": tmp_path / "renamed", "trainer__max_steps": 1}
