@@ -79,11 +79,38 @@ def test_a_stop_that_is_asked_for_within_a_step_comes_at_its_end(place, tmp_path
     assert len(scalars(tmp_path / "runs", "train/loss")) == 2
 
 
+def stops(args):
+    """What a run says of its early end."""
+    with log_lines() as lines:
+        run("fit", args)
+    return [line for line in lines if line.startswith("stopped")]
+
+
 def test_max_time_ends_a_run_in_order(place, tmp_path, monkeypatch):
-    looks = itertools.count()  # it is over after a few, within the first step
-    monkeypatch.setattr(Timer, "time_elapsed", lambda self, stage="train": 0.0 if next(looks) < 6 else 1e9)
-    run("fit", settings(place, tmp_path / "runs", trainer__max_time="00:00:00:01"))
+    """Also one that is resumed, which has nothing left of it."""
+    args = settings(place, tmp_path / "runs", trainer__max_time="00:00:00:01")
+    with monkeypatch.context() as patch:
+        looks = itertools.count()  # it is over after a few, within the first step
+        patch.setattr(Timer, "time_elapsed", lambda self, stage="train": 0.0 if next(looks) < 6 else 1e9)
+        assert stops(args) == ["stopped at step 1 of 4: trainer.max_time is over (it counts earlier starts, too)"]
     assert find_last(version(tmp_path / "runs").parent).name == "step=000001.ckpt"
+    args.append("--ckpt_path=last")
+    assert stops(args) == ["stopped at step 1 of 4: trainer.max_time is over (it counts earlier starts, too)"]
+    assert stops([*args, "--trainer.max_time=00:00:00:01", "--trainer.max_steps=1"]) == []  # it is done
+    assert stops([*args, "--trainer.max_time=99999:00:00:00"]) == []  # more than the seconds above
+
+
+def test_early_stopping_says_so(place, tmp_path, monkeypatch):
+    """A resumed run has reasons of its own."""
+    options = {"data__val_size": 4, "trainer__max_epochs": 5, "model__optimizer": "torch.optim.AdamW"}
+    options |= {"model__optimizer__lr": 0.0, "early_stopping": {"monitor": "val/loss", "patience": 2}}
+    args = settings(place, tmp_path / "runs", **options)
+    assert stops(args) == ["stopped at step 12 of 20: val/loss did not improve for 2 validations"]
+    args.append("--ckpt_path=last")
+    assert stops(args) == ["stopped at step 16 of 20: val/loss did not improve for 3 validations"]
+    make = cli.run_callbacks
+    monkeypatch.setattr(cli, "run_callbacks", lambda *args: [*make(*args), AskToStop()])
+    assert stops([*args, "--trainer.limit_val_batches=0"]) == ["stopped at step 18 of 20: a callback asked for it"]
 
 
 @pytest.mark.parametrize(
