@@ -20,7 +20,7 @@ from lit_sft.callbacks import FaultOptions
 from lit_sft.checkpointing import CheckpointFiles, CheckpointOptions
 from lit_sft.datamodule import SFTDataModule
 from lit_sft.module import SFTModule
-from lit_sft.trainer import SFTTrainer, run_callbacks
+from lit_sft.trainer import SFTTrainer, own_callbacks, run_callbacks
 from lit_sft.types import UserError
 
 log = logging.getLogger("lit_sft")
@@ -130,10 +130,16 @@ class SFTCLI(LightningCLI):
         if self.subcommand == "doctor":
             one_step = {"devices": 1, "num_nodes": 1, "strategy": "auto", "max_steps": 2, "limit_val_batches": 0}
             quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-            return self._instantiate_trainer({**config.trainer, **one_step, **quiet, "default_root_dir": str(root)}, [])
+            own = {
+                "callbacks": own_callbacks(config.trainer.callbacks, self.model, dry=True),
+                "default_root_dir": str(root),
+            }
+            return self._instantiate_trainer({**config.trainer, **one_step, **quiet, **own}, [])
         files = CheckpointFiles(config.checkpoint.async_save)
         callbacks = run_callbacks(config, self.ckpt_path, self.subcommand == "fit", files, self._save_config)
         trainer_config = dict(config.trainer)
+        if self.subcommand == "fit":
+            trainer_config["callbacks"] = own_callbacks(config.trainer.callbacks, self.model)
         trainer_config["plugins"] = slurm.plugins([*_as_list(trainer_config.get("plugins")), files])
         if trainer_config.get("logger") in (None, True):
             trainer_config["logger"] = runs.loggers(root)

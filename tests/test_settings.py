@@ -14,6 +14,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, Timer
 from running import arguments, chat_rows, environment, run, scalars, version, write_rows
+from safetensors.torch import load_file
 from terminal import log_lines, refused
 from tiny import save_tiny
 
@@ -319,6 +320,31 @@ def test_checkpoints_of_the_users_own_callback_come_between_steps(place, tmp_pat
     run("fit", args)
     run("fit", [*args, "--trainer.max_epochs=2", "--ckpt_path=last"])
     assert {path.name for path in (tmp_path / "own").iterdir()} == {f"step={n}.ckpt" for n in (2, 4, 6, 8)}
+
+
+def test_averages_of_weights(place, tmp_path, capsys):
+    """Lightning's older callback copies the module before its model is built."""
+    kind = "lightning.pytorch.callbacks.StochasticWeightAveraging"
+    own = [{"class_path": kind, "init_args": {"swa_lrs": 0.01}}]
+    for command in ("fit", "doctor"):
+        line = refused(capsys, command, settings(place, tmp_path / "runs", trainer__callbacks=own))
+        assert line.startswith("trainer.callbacks: StochasticWeightAveraging ") and "EMAWeightAveraging" in line
+    own[0] = {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging"}
+    args = settings(place, tmp_path / "runs", trainer__callbacks=own, model__trainable=["layers"])
+    assert "leave out what is frozen" in refused(capsys, "fit", args)
+    for name in ("none", "ema"):
+        run("fit", settings(place, tmp_path / name, trainer__callbacks=own if name == "ema" else None))
+    folders = [Path(place[0]), *(version(tmp_path / name) / "hf" for name in ("none", "ema"))]
+    start, plain, averaged = (load_file(folder / "model.safetensors") for folder in folders)
+    moved = [sum(float((end[name] - start[name]).abs().sum()) for name in start) for end in (plain, averaged)]
+    assert 0 < moved[1] < moved[0] / 2
+
+
+def test_doctor_leaves_out_callbacks_that_save(place, tmp_path, capsys):
+    own = own_checkpoints(tmp_path / "own", every_n_train_steps=1)
+    with pytest.raises(SystemExit) as caught:
+        run("doctor", settings(place, tmp_path / "runs", trainer__callbacks=own))
+    assert caught.value.code == 0 and not (tmp_path / "own").exists()
 
 
 @pytest.mark.parametrize(
