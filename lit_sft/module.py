@@ -203,11 +203,7 @@ class SFTModule(L.LightningModule):
         groups = optim.parameter_groups(self.named_parameters())
         optimizer = self.options.optimizer(groups)
         sharded = isinstance(self.trainer.strategy, (FSDPStrategy, ModelParallelStrategy))
-        if sharded and optim.is_of_bitsandbytes(optimizer):
-            raise UserError(
-                f"model.optimizer {type(optimizer).__name__} of bitsandbytes does not take sharded weights: set "
-                "trainer.strategy to ddp or auto, or model.optimizer to torch.optim.AdamW"
-            )
+        optim.check_takes(optimizer, sharded)
         if not self.trainer.precision.startswith("16"):  # Lightning unscales before clipping, fused Adam would itself
             optim.prefer_fused(optimizer)
         factor = optim.lr_factor(self.options.lr_schedule, self.trainer.datamodule.total_steps)  # type: ignore[attr-defined]

@@ -15,6 +15,9 @@ from torch.optim import Adam, AdamW, Optimizer
 
 from lit_sft.types import UserError
 
+SMALLEST_FP16 = 2.0**-24
+"""The least number above 0."""
+
 
 @dataclass
 class ScheduleOptions:
@@ -159,6 +162,27 @@ def bytes_per_parameter(make: Callable[[Iterable], Optimizer], dtype: torch.dtyp
     return sum(tensor.nbytes for tensor in tensors) / parameter.numel()
 
 
-def is_of_bitsandbytes(optimizer: Optimizer) -> bool:
-    """Whether its kernels are those of bitsandbytes, which take whole tensors only."""
-    return any(kind.__module__.partition(".")[0] == "bitsandbytes" for kind in type(optimizer).__mro__)
+def check_takes(optimizer: Optimizer, sharded: bool) -> None:
+    """Refuses weights that an optimizer cannot train.
+
+    Args:
+        optimizer: Holds them.
+        sharded: Whether they are spread over ranks.
+
+    Raises:
+        UserError: They are, and its kernels take whole tensors; or they are in fp16, where its eps is 0 and a gradient
+            of 0 would make NaN of them.
+    """
+    own_kernels = any(kind.__module__.partition(".")[0] == "bitsandbytes" for kind in type(optimizer).__mro__)
+    if sharded and own_kernels:
+        raise UserError(
+            f"model.optimizer {type(optimizer).__name__} of bitsandbytes does not take sharded weights: set "
+            "trainer.strategy to ddp or auto, or model.optimizer to torch.optim.AdamW"
+        )
+    eps = optimizer.defaults.get("eps")
+    is_0 = isinstance(eps, float) and eps < SMALLEST_FP16 and not own_kernels  # which compute in fp32
+    if is_0 and any(p.dtype == torch.float16 for group in optimizer.param_groups for p in group["params"]):
+        raise UserError(
+            f"model.optimizer's eps {eps:g} is 0 in the fp16 of the trained weights, which become NaN: set "
+            "trainer.precision to 16-mixed (and model.dtype to auto), or train adapters (model.lora)"
+        )

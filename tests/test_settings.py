@@ -322,6 +322,16 @@ def test_checkpoints_of_the_users_own_callback_come_between_steps(place, tmp_pat
     assert {path.name for path in (tmp_path / "own").iterdir()} == {f"step={n}.ckpt" for n in (2, 4, 6, 8)}
 
 
+def test_fp16_weights_are_not_trained_by_an_eps_of_0(place, tmp_path, capsys):
+    args = settings(place, tmp_path / "runs", trainer__precision="16-true", trainer__max_steps=2)
+    line = refused(capsys, "fit", args)
+    assert line.startswith("model.optimizer's eps 1e-08 is 0") and "set trainer.precision to 16-mixed" in line
+    larger = ["--model.optimizer=torch.optim.AdamW", "--model.optimizer.eps=1e-4"]
+    for name, more in {"lora": ["--model.lora.r=2"], "eps": larger}.items():
+        run("fit", [*args, f"--trainer.default_root_dir={tmp_path / name}", *more])
+        assert len(scalars(tmp_path / name, "train/loss")) == 2
+
+
 def test_averages_of_weights(place, tmp_path, capsys):
     """Lightning's older callback copies the module before its model is built."""
     kind = "lightning.pytorch.callbacks.StochasticWeightAveraging"
