@@ -206,7 +206,7 @@ NOT_HERE = (
     "does not have many workers",  # batches are slices of a mapped file
     "not resumable",  # the position is ours
     "is smaller than the logging interval",
-    "`sync_dist=True`",
+    "sync_dist=True)`",  # all ranks log the same
     "across ranks is zero",  # no validation set
     "treespec, LeafSpec",  # Lightning with torch 2.13
     "deprecated",  # of jsonargparse, by Lightning
@@ -274,4 +274,4 @@ def main(args: list[str] | None = None) -> None:
             load_from_checkpoint_support=False,
         )
     except Exception as error:
-        failures.end(error)
+        failures.end(parsing.missing_package(error, sys.argv[1:]))

@@ -121,7 +121,7 @@ class SFTTrainer(L.Trainer):
         Args:
             model: The module that the checkpoint belongs to.
             datamodule: Its tokenizer and template are exported along.
-            ckpt_path: Checkpoint, or `last`.
+            ckpt_path: Checkpoint, `last`, or `best`.
             output_dir: Directory to write.
             merge_lora: Merge the adapter into the base instead of writing an adapter directory.
             dequantize: Merge over a 4-bit base too, whose values are then written in bf16.

@@ -8,11 +8,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, Timer
+from lightning.pytorch.trainer.connectors.logger_connector import result
 from running import arguments, chat_rows, environment, run, scalars, version, write_rows
 from safetensors.torch import load_file
 from terminal import log_lines, refused
@@ -372,3 +375,39 @@ def test_doctor_leaves_out_callbacks_that_save(place, tmp_path, capsys):
 def test_checkpoints_within_a_step_are_refused(place, tmp_path, capsys, own, options, words):
     args = settings(place, tmp_path / "runs", trainer__callbacks=own_checkpoints(tmp_path / "own", **own), **options)
     assert words in refused(capsys, "fit", args)
+
+
+def test_the_best_checkpoint_by_name(place, tmp_path, capsys):
+    root = tmp_path / "runs"
+    args = settings(place, root, data__val_size=4, trainer__max_epochs=2)
+    run("fit", args)
+    best = version(root) / "checkpoints" / "best.ckpt"
+    best.unlink()
+    best.symlink_to("step=000004.ckpt")  # the last is 8
+    here = f"--trainer.default_root_dir={root}"
+    run("export", ["--ckpt_path=best", here, f"--output_dir={tmp_path / 'out'}"])
+    saved, exported = read_checkpoint(best)["state_dict"], load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(saved[f"model.lm.{name}"], tensor) for name, tensor in exported.items())
+    assert "there is no such checkpoint" in refused(capsys, "fit", [*args, "--ckpt_path=best"])
+    best.unlink()
+    assert "holds no intact best.ckpt" in refused(capsys, "validate", ["--ckpt_path=best", here])
+    assert "--ckpt_path best: there is no intact checkpoint" in refused(capsys, "validate", ["--ckpt_path=best"])
+
+
+@pytest.mark.skipif(find_spec("wandb") is not None, reason="is installed")
+def test_a_logger_whose_package_is_not_there(place, tmp_path, capsys):
+    args = settings(place, tmp_path / "runs", trainer__logger="WandbLogger")
+    words = "trainer.logger (command line): WandbLogger needs wandb: `pip install wandb`, or choose another class"
+    assert refused(capsys, "fit", args) == words
+
+
+def test_advice_on_ranks_is_not_shown(monkeypatch):
+    """Lightning gives it for what all ranks log alike."""
+    monkeypatch.setattr(result, "_distributed_is_initialized", lambda: True)
+    monkeypatch.setattr(result, "warning_cache", result.WarningCache())
+    with warnings.catch_warnings(record=True) as caught:
+        cli._quiet()
+        logged = result._ResultCollection(training=False)
+        logged.log("on_validation_epoch_end", "val/loss", torch.tensor(1.0), on_step=False, on_epoch=True)
+        logged.metrics(on_step=False)
+        assert "val/loss" in logged.metrics(on_step=False)["callback"] and not caught
