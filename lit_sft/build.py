@@ -26,8 +26,7 @@ log = logging.getLogger(__name__)
 BUILTIN = "builtin:"
 ONE_THREAD_BELOW = 5_000_000
 """Parameters below which a CPU runs one thread. The demo (0.9 M) made 12,000 tokens/s on one thread and 16,000 on two
-free cores, but under 1,000 on two busy ones: torch's threads wait for each other after every small product.
-"""
+free cores, but under 1,000 on two busy ones: torch's threads wait for each other after every small product."""
 
 
 def model_directory(name_or_path: str, revision: str | None = None) -> str:
@@ -97,6 +96,15 @@ def is_adapted(options: SimpleNamespace) -> bool:
     return options.lora is not None or options.adapter_name_or_path is not None
 
 
+def refuse_adapter(options: SimpleNamespace) -> None:
+    """Raises a UserError where an adapter directory is named in place of a model that is to be trained."""
+    if adapters.is_adapter_dir(model_directory(options.model_name_or_path, options.revision)):
+        raise UserError(
+            f"model.model_name_or_path {options.model_name_or_path} holds an adapter: set it to the base (and "
+            "model.adapter_name_or_path to the adapter, to go on training it)"
+        )
+
+
 def check_options(options: SimpleNamespace) -> None:
     """Refuses model settings that do not go together.
 
@@ -129,8 +137,7 @@ def check_options(options: SimpleNamespace) -> None:
 def stored_dtype(dtype: str, precision: str, lora: bool) -> torch.dtype:
     """The type that weights are stored in.
 
-    fp32 where they are trained: in bf16, AdamW at SFT learning rates moved 16 % of the parameters in 200 steps, in
-    fp32 all.
+    fp32 where they are trained: in bf16, AdamW at SFT rates moved 16 % of the parameters in 200 steps, in fp32 all.
 
     Args:
         dtype: `model.dtype`.
@@ -149,8 +156,7 @@ def stored_dtype(dtype: str, precision: str, lora: bool) -> torch.dtype:
 def build_model(
     options: SimpleNamespace, precision: str, *, sharded: bool = False
 ) -> tuple[CausalLMLoss, PeftModel | None]:
-    """Loads the model; then, in this order: new tokens, adapters or freezing, self-checks, noise, gradient
-    checkpointing, compile.
+    """Loads the model; then in this order: new tokens, adapters or freezing, checks, noise, checkpointing, compile.
 
     Sharding comes after it, by the strategy. With `sharded` only rank 0 has weights; the others build the same modules
     on the meta device, and sharding fills them: no other rank ever holds the whole model.
@@ -258,14 +264,10 @@ def check(model: CausalLMLoss) -> None:
 def _evaluated_adapter(lm: PreTrainedModel, folder: str, options: SimpleNamespace) -> PeftModel:
     """The adapter directory that was named in place of a model: for answers and scores, not to be trained."""
     if is_adapted(options) or options.trainable is not None:
-        raise UserError(
-            f"model.model_name_or_path {options.model_name_or_path} holds an adapter: set it to the base (and "
-            "model.adapter_name_or_path to the adapter, to go on training it)"
-        )
+        refuse_adapter(options)
     frozen.check_recorded_base(Path(folder), frozen.base_of(lm, options.init, options.seed), str(lm.name_or_path))
-    adapter = adapters.load_adapter(lm, folder)
     load.read_generation_config(lm, folder)
-    return adapter
+    return adapters.load_adapter(lm, folder)
 
 
 def choose_trained(lm: PreTrainedModel, path: str, options: SimpleNamespace, on_meta: bool) -> PeftModel | None:
@@ -283,8 +285,6 @@ def choose_trained(lm: PreTrainedModel, path: str, options: SimpleNamespace, on_
         folder = load.resolve(options.adapter_name_or_path, key="model.adapter_name_or_path", allow_adapter=True)
         log.info("adapter: goes on from %s", options.adapter_name_or_path)
         name, base = options.model_name_or_path, frozen.base_of(lm, options.init, options.seed)
-        if (Path(folder) / "tokenizer_config.json").is_file():
-            tokens.check_room(lm, load.load_tokenizer(folder), options.adapter_name_or_path)
         is_proved = frozen.check_recorded_base(Path(folder), base, name)
         return adapters.load_adapter(lm, folder, base_name=None if is_proved else name, trainable=True)
     if options.trainable is not None:

@@ -15,11 +15,12 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_sft import checkpointing, failures, parsing, runs, slurm, strategies
+from lit_sft.build import refuse_adapter
 from lit_sft.callbacks import FaultOptions
 from lit_sft.checkpointing import CheckpointFiles, CheckpointOptions
 from lit_sft.datamodule import SFTDataModule
 from lit_sft.module import SFTModule
-from lit_sft.trainer import SFTTrainer, run_callbacks
+from lit_sft.trainer import SFTTrainer, own_callbacks, run_callbacks
 from lit_sft.types import UserError
 
 log = logging.getLogger("lit_sft")
@@ -129,10 +130,16 @@ class SFTCLI(LightningCLI):
         if self.subcommand == "doctor":
             one_step = {"devices": 1, "num_nodes": 1, "strategy": "auto", "max_steps": 2, "limit_val_batches": 0}
             quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-            return self._instantiate_trainer({**config.trainer, **one_step, **quiet, "default_root_dir": str(root)}, [])
+            own = {
+                "callbacks": own_callbacks(config.trainer.callbacks, self.model, dry=True),
+                "default_root_dir": str(root),
+            }
+            return self._instantiate_trainer({**config.trainer, **one_step, **quiet, **own}, [])
         files = CheckpointFiles(config.checkpoint.async_save)
         callbacks = run_callbacks(config, self.ckpt_path, self.subcommand == "fit", files, self._save_config)
         trainer_config = dict(config.trainer)
+        if self.subcommand == "fit":
+            trainer_config["callbacks"] = own_callbacks(config.trainer.callbacks, self.model)
         trainer_config["plugins"] = slurm.plugins([*_as_list(trainer_config.get("plugins")), files])
         if trainer_config.get("logger") in (None, True):
             trainer_config["logger"] = runs.loggers(root)
@@ -154,6 +161,7 @@ class SFTCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Data work, before a process group exists; then the run's folder."""
+        refuse_adapter(self.model.options)
         folder = self._prepare("fit")
         config, validated = self.config_init["fit"], "validation" in self.datamodule.data.caches
         scores = self.model.evaluation.scores if self.model.evaluation else []
@@ -198,7 +206,7 @@ NOT_HERE = (
     "does not have many workers",  # batches are slices of a mapped file
     "not resumable",  # the position is ours
     "is smaller than the logging interval",
-    "`sync_dist=True`",
+    "sync_dist=True)`",  # all ranks log the same
     "across ranks is zero",  # no validation set
     "treespec, LeafSpec",  # Lightning with torch 2.13
     "deprecated",  # of jsonargparse, by Lightning
@@ -266,4 +274,4 @@ def main(args: list[str] | None = None) -> None:
             load_from_checkpoint_support=False,
         )
     except Exception as error:
-        failures.end(error)
+        failures.end(parsing.missing_package(error, sys.argv[1:]))

@@ -59,10 +59,9 @@ class SFTData:
         """The one tokenizer, of the model, with `add_tokens`."""
         path = tokenizer_directory(self.options.model_name_or_path, self.options.revision)
         if adapter := getattr(self.options, "adapter_name_or_path", None):
-            folder = load.resolve(adapter, key="model.adapter_name_or_path", allow_adapter=True)
-            if (Path(folder) / "tokenizer_config.json").is_file():  # tokens and template that it was trained with
-                log.info("tokenizer and chat template: those of the adapter %s", adapter)
-                path = folder
+            beside = load.resolve(adapter, key="model.adapter_name_or_path", allow_adapter=True)
+            if (Path(beside) / "tokenizer_config.json").is_file():  # tokens and template that it was trained with
+                log.info("tokenizer and chat template: those of the adapter %s", path := beside)
         tokenizer = load.load_tokenizer(path, trust_remote_code=self.options.trust_remote_code)
         tokens.add_tokens(tokenizer, self.options.add_tokens or [])
         return tokenizer

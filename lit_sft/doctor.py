@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from rich.table import Table
 from typing_extensions import override
 
-from lit_sft.build import base_directory, choose_trained, is_adapted, model_directory, stored_dtype
+from lit_sft.build import base_directory, choose_trained, is_adapted, model_directory, refuse_adapter, stored_dtype
 from lit_sft.data.packing import Packs
 from lit_sft.datamodule import SFTDataModule
 from lit_sft.display import console
@@ -73,6 +73,7 @@ def doctor(
     report: dict[str, Any] = {**dict.fromkeys(LABELS), "warnings": [], "errors": []}
     lengths, step = np.zeros(0, dtype=np.int64), None
     try:
+        refuse_adapter(module.options)
         datamodule.prepare("fit")
         lengths = datamodule.data.caches["train"].lengths
         report |= _examine_data(datamodule, report)

@@ -203,7 +203,7 @@ class SFTModule(L.LightningModule):
         groups = optim.parameter_groups(self.named_parameters())
         optimizer = self.options.optimizer(groups)
         sharded = isinstance(self.trainer.strategy, (FSDPStrategy, ModelParallelStrategy))
-        optim.check_sharded(optimizer, sharded)
+        optim.check_takes(optimizer, sharded)
         if not self.trainer.precision.startswith("16"):  # Lightning unscales before clipping, fused Adam would itself
             optim.prefer_fused(optimizer)
         factor = optim.lr_factor(self.options.lr_schedule, self.trainer.datamodule.total_steps)  # type: ignore[attr-defined]

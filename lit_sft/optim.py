@@ -15,6 +15,9 @@ from torch.optim import Adam, AdamW, Optimizer
 
 from lit_sft.types import UserError
 
+SMALLEST_FP16 = 2.0**-24
+"""The least number above 0."""
+
 
 @dataclass
 class ScheduleOptions:
@@ -118,6 +121,30 @@ def restored(optimizer: Optimizer) -> list[str]:
     return [f"{name} {kept[name]}, not {asked[name]}" for name in kept if kept[name] not in (None, asked[name])]
 
 
+def name_of(optimizer: Optimizer) -> str:
+    """Its class and package: what another one keeps of a parameter has other names, or another meaning."""
+    kind = type(optimizer)
+    return f"{kind.__name__} of {kind.__module__.partition('.')[0]}"
+
+
+def check_same(make: Callable[[Iterable], Optimizer], saved: str | None) -> None:
+    """Refuses to go on with another optimizer than that of the checkpoint.
+
+    Args:
+        make: `model.optimizer`.
+        saved: `name_of` that of the checkpoint; None where it does not say.
+
+    Raises:
+        UserError: It is another.
+    """
+    asked = name_of(make([nn.Parameter(torch.ones(1, 1))]))
+    if saved not in (None, asked):
+        raise UserError(
+            f"model.optimizer is {asked}, and the checkpoint holds the state of {saved}: set it to that, or begin "
+            "another run (without --ckpt_path) from the exported weights"
+        )
+
+
 def bytes_per_parameter(make: Callable[[Iterable], Optimizer], dtype: torch.dtype) -> float:
     """What an optimizer remembers of each parameter: 8 bytes for Adam in fp32, about 2 for one of 8 bits, 0 for SGD.
 
@@ -135,14 +162,27 @@ def bytes_per_parameter(make: Callable[[Iterable], Optimizer], dtype: torch.dtyp
     return sum(tensor.nbytes for tensor in tensors) / parameter.numel()
 
 
-def check_sharded(optimizer: Optimizer, sharded: bool) -> None:
-    """Refuses an optimizer whose kernels, those of bitsandbytes, take whole tensors only.
+def check_takes(optimizer: Optimizer, sharded: bool) -> None:
+    """Refuses weights that an optimizer cannot train.
+
+    Args:
+        optimizer: Holds them.
+        sharded: Whether they are spread over ranks.
 
     Raises:
-        UserError: Its weights are sharded.
+        UserError: They are, and its kernels take whole tensors; or they are in fp16, where its eps is 0 and a gradient
+            of 0 would make NaN of them.
     """
-    if sharded and any(kind.__module__.partition(".")[0] == "bitsandbytes" for kind in type(optimizer).__mro__):
+    own_kernels = any(kind.__module__.partition(".")[0] == "bitsandbytes" for kind in type(optimizer).__mro__)
+    if sharded and own_kernels:
         raise UserError(
             f"model.optimizer {type(optimizer).__name__} of bitsandbytes does not take sharded weights: set "
             "trainer.strategy to ddp or auto, or model.optimizer to torch.optim.AdamW"
+        )
+    eps = optimizer.defaults.get("eps")
+    is_0 = isinstance(eps, float) and eps < SMALLEST_FP16 and not own_kernels  # which compute in fp32
+    if is_0 and any(p.dtype == torch.float16 for group in optimizer.param_groups for p in group["params"]):
+        raise UserError(
+            f"model.optimizer's eps {eps:g} is 0 in the fp16 of the trained weights, which become NaN: set "
+            "trainer.precision to 16-mixed (and model.dtype to auto), or train adapters (model.lora)"
         )

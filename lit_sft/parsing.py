@@ -31,6 +31,8 @@ UNKNOWN_KEY = re.compile(
 WRONG_VALUE = re.compile(r"Parser key [\"']([\w.]+)[\"']: ?(.*)$")
 WRONG_CLASS = re.compile(r"expects a function or a callable class: (.*?)\.? Got value")
 NOT_INSTALLED = re.compile(r"^No module named '(\w+)'$")
+NOT_MET = re.compile(r"class_path '[\w.]*?(\w+)':\s+(?:Requirement '([\w-]+)[^']*' not met|No module named '(\w+)')")
+"""How jsonargparse says that a class, when it is made, misses a package."""
 GIVEN = re.compile(r".*(?:Got value|Given value|dot import path string): (.*)$")
 TYPE = re.compile(r"<class '(?:\w+\.)*(\w+)'>|typing\.Literal\[([^]]*)\]")
 WORDS = {
@@ -130,6 +132,16 @@ def one_line(message: str, args: list[str], known: set[str]) -> str:
         broken = [file for file in files if not isinstance(_read_yaml(file), Mapping)] or files
         return f"--config {' or '.join(broken)}: {text.strip(' :')}; expected keys with values, as --print_config shows"
     return f"{text}; keys begin with --" if text.startswith("unrecognized arguments") else text
+
+
+def missing_package(error: Exception, args: list[str]) -> Exception:
+    """The error itself; or in one line, that a class which the command line names needs a package."""
+    if (match := NOT_MET.search(str(error))) is None:
+        return error
+    name, package = match[1], match[2] or match[3]
+    named = [item for item in written(args) if str(item.value).rpartition(".")[2] == name]
+    place = f"{named[-1].key.removesuffix('.class_path')} ({named[-1].origin}): " if named else ""
+    return UserError(f"{place}{name} needs {package}: `pip install {package}`, or choose another class")
 
 
 def _expected(text: str) -> str:

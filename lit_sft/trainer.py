@@ -9,10 +9,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback, EarlyStopping
+from lightning.pytorch.callbacks import (
+    Callback,
+    Checkpoint,
+    EarlyStopping,
+    ProgressBar,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from typing_extensions import override
 
 from lit_sft import checkpointing, doctor, exporting, logfiles, preview, runs, slurm
+from lit_sft.build import is_adapted
 from lit_sft.callbacks import (
     Answers,
     Evaluation,
@@ -31,6 +39,7 @@ from lit_sft.checkpointing import Checkpointer, CheckpointFiles
 from lit_sft.datamodule import SFTDataModule
 from lit_sft.module import SFTModule
 from lit_sft.stopping import StopOnSignal
+from lit_sft.types import UserError
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +123,7 @@ class SFTTrainer(L.Trainer):
         Args:
             model: The module that the checkpoint belongs to.
             datamodule: Its tokenizer and template are exported along.
-            ckpt_path: Checkpoint, or `last`.
+            ckpt_path: Checkpoint, `last`, or `best`.
             output_dir: Directory to write.
             merge_lora: Merge the adapter into the base instead of writing an adapter directory.
             dequantize: Merge over a 4-bit base too, whose values are then written in bf16.
@@ -161,6 +170,32 @@ def run_callbacks(
         stop = config.early_stopping
         callbacks.append(EarlyStopping(stop.monitor, patience=stop.patience, mode=stop.mode, strict=False))
     return callbacks
+
+
+def own_callbacks(chosen: Any, model: SFTModule, dry: bool = False) -> list[Callback]:
+    """The user's callbacks.
+
+    Args:
+        chosen: `trainer.callbacks`.
+        model: What is trained.
+        dry: Without those that save or draw.
+
+    Raises:
+        UserError: One of them would do nothing, or could not go on after a stop.
+    """
+    callbacks = [] if chosen is None else chosen if isinstance(chosen, list) else [chosen]
+    if any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks):
+        raise UserError(
+            "trainer.callbacks: StochasticWeightAveraging copies the module before its model is built, and averages "
+            "nothing: take lightning.pytorch.callbacks.EMAWeightAveraging"
+        )
+    is_partial = is_adapted(model.options) or model.options.trainable is not None
+    if is_partial and any(isinstance(callback, WeightAveraging) for callback in callbacks):
+        raise UserError(
+            "trainer.callbacks: WeightAveraging needs all weights in its checkpoints, which leave out what is frozen: "
+            "remove it, or set model.lora, model.adapter_name_or_path and model.trainable to null"
+        )
+    return [callback for callback in callbacks if not dry or not isinstance(callback, (Checkpoint, ProgressBar))]
 
 
 def _save_and_wait(checkpointer: Checkpointer, files: CheckpointFiles) -> Callable[[L.Trainer], None]:

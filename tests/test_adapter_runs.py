@@ -266,14 +266,6 @@ def test_a_second_stage_keeps_the_tokens_and_the_template_of_the_first(place, tm
     assert tokenizers[0].chat_template == tokenizers[1].chat_template == (tmp_path / "template.jinja").read_text()
 
 
-def test_an_adapter_with_more_tokens_than_the_model_is_refused(place, tmp_path, capsys):
-    fit(place, tmp_path / "first", model__lora=LORA, model__add_tokens=[f"<{number}>" for number in range(70)])
-    adapter = version(tmp_path / "first") / "hf"
-    (adapter / "base_fingerprint.json").unlink()  # as from elsewhere
-    args = settings(place, tmp_path / "second", model__adapter_name_or_path=str(adapter))
-    assert "tokens, the model " in refused(capsys, "fit", args)
-
-
 def test_an_adapter_of_another_base_is_refused(finished, place, tmp_path, capsys):
     """One of ours knows the weights of its base; one of peft's, its name and the shapes of its tensors."""
     hf = version(finished("lora")) / "hf"
@@ -302,6 +294,19 @@ def test_an_adapter_of_another_base_is_refused(finished, place, tmp_path, capsys
     changed = {"peft_type": "IA3", "base_model_name_or_path": config["base_model_name_or_path"]}
     (tmp_path / "prompts" / "adapter_config.json").write_text(json.dumps(changed))
     assert "is IA3; only LoRA and its relatives are known" in message(place[1], tmp_path / "prompts")
+
+
+def test_an_adapter_is_no_model_to_train(finished, place, tmp_path, capsys):
+    """Said before a row is read, or a folder made."""
+    hf = version(finished("lora")) / "hf"
+    options = {"model__model_name_or_path": hf, "data__train": "absent.jsonl"}
+    words = f"model.model_name_or_path {hf} holds an adapter: set it to the base"
+    assert refused(capsys, "fit", settings(place, tmp_path / "runs", **options)).startswith(words)
+    assert not (tmp_path / "runs").exists()
+    args = settings(place, tmp_path / "runs", **options)
+    with pytest.raises(SystemExit):
+        run("doctor", [*args, "--output=json"])
+    assert json.loads(capsys.readouterr().out)["errors"][0].startswith(words)
 
 
 def test_the_base_of_an_adapter_may_be_called_otherwise(finished, place, tmp_path):

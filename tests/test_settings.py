@@ -8,12 +8,16 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, Timer
+from lightning.pytorch.trainer.connectors.logger_connector import result
 from running import arguments, chat_rows, environment, run, scalars, version, write_rows
+from safetensors.torch import load_file
 from terminal import log_lines, refused
 from tiny import save_tiny
 
@@ -79,11 +83,38 @@ def test_a_stop_that_is_asked_for_within_a_step_comes_at_its_end(place, tmp_path
     assert len(scalars(tmp_path / "runs", "train/loss")) == 2
 
 
+def stops(args):
+    """What a run says of its early end."""
+    with log_lines() as lines:
+        run("fit", args)
+    return [line for line in lines if line.startswith("stopped")]
+
+
 def test_max_time_ends_a_run_in_order(place, tmp_path, monkeypatch):
-    looks = itertools.count()  # it is over after a few, within the first step
-    monkeypatch.setattr(Timer, "time_elapsed", lambda self, stage="train": 0.0 if next(looks) < 6 else 1e9)
-    run("fit", settings(place, tmp_path / "runs", trainer__max_time="00:00:00:01"))
+    """Also one that is resumed, which has nothing left of it."""
+    args = settings(place, tmp_path / "runs", trainer__max_time="00:00:00:01")
+    with monkeypatch.context() as patch:
+        looks = itertools.count()  # it is over after a few, within the first step
+        patch.setattr(Timer, "time_elapsed", lambda self, stage="train": 0.0 if next(looks) < 6 else 1e9)
+        assert stops(args) == ["stopped at step 1 of 4: trainer.max_time is over (it counts earlier starts, too)"]
     assert find_last(version(tmp_path / "runs").parent).name == "step=000001.ckpt"
+    args.append("--ckpt_path=last")
+    assert stops(args) == ["stopped at step 1 of 4: trainer.max_time is over (it counts earlier starts, too)"]
+    assert stops([*args, "--trainer.max_time=00:00:00:01", "--trainer.max_steps=1"]) == []  # it is done
+    assert stops([*args, "--trainer.max_time=99999:00:00:00"]) == []  # more than the seconds above
+
+
+def test_early_stopping_says_so(place, tmp_path, monkeypatch):
+    """A resumed run has reasons of its own."""
+    options = {"data__val_size": 4, "trainer__max_epochs": 5, "model__optimizer": "torch.optim.AdamW"}
+    options |= {"model__optimizer__lr": 0.0, "early_stopping": {"monitor": "val/loss", "patience": 2}}
+    args = settings(place, tmp_path / "runs", **options)
+    assert stops(args) == ["stopped at step 12 of 20: val/loss did not improve for 2 validations"]
+    args.append("--ckpt_path=last")
+    assert stops(args) == ["stopped at step 16 of 20: val/loss did not improve for 3 validations"]
+    make = cli.run_callbacks
+    monkeypatch.setattr(cli, "run_callbacks", lambda *args: [*make(*args), AskToStop()])
+    assert stops([*args, "--trainer.limit_val_batches=0"]) == ["stopped at step 18 of 20: a callback asked for it"]
 
 
 @pytest.mark.parametrize(
@@ -107,6 +138,7 @@ def test_validations_over_epochs_come_between_steps():
         StepOrder(8, 4, 1, 2, 0).check_validations(by_clock=True, over_epochs=False)
 
 
+BY_CLOCK = {"trainer__val_check_interval": "00:00:00:00", "trainer__check_val_every_n_epoch": None}
 INTERRUPTED = """
 import os, signal, sys
 from lightning.pytorch.callbacks import Callback
@@ -124,8 +156,7 @@ cli.main(sys.argv[1:])
 
 def test_a_signal_in_a_validation_within_a_step(place, tmp_path):
     """The step ends, is saved, and the run leaves."""
-    by_clock = {"trainer__val_check_interval": "00:00:00:00", "trainer__check_val_every_n_epoch": None}
-    args = ["fit", *settings(place, tmp_path / "runs", data__val_size=4, **by_clock)]
+    args = ["fit", *settings(place, tmp_path / "runs", data__val_size=4, **BY_CLOCK)]
     done = subprocess.run([sys.executable, "-c", INTERRUPTED, *args], capture_output=True, text=True, env=environment())
     assert done.returncode == 128 + signal.SIGTERM, done.stderr[-2000:]
     assert "stopped by SIGTERM after step 1, which is saved" in done.stderr
@@ -244,6 +275,21 @@ def test_a_rate_that_the_checkpoint_overrides_is_said(place, tmp_path):
     assert restored(torch.optim.AdamW([parameter], lr=0.1)) == []
 
 
+def test_another_optimizer_does_not_go_on(place, tmp_path, capsys):
+    root = tmp_path / "runs"
+    run("fit", settings(place, root, trainer__max_steps=1))
+    args = [*settings(place, root, trainer__max_steps=2), "--ckpt_path=last"]
+    line = refused(capsys, "fit", [*args, "--model.optimizer=torch.optim.SGD"])
+    assert line.startswith("model.optimizer is SGD of torch, and the checkpoint holds the state of AdamW of torch: set")
+    run("validate", ["--ckpt_path=last", f"--data.validation={place[1]}", f"--trainer.default_root_dir={root}"])
+    path = find_last(version(root).parent)
+    old = {key: value for key, value in read_checkpoint(path).items() if key != "optimizer"}
+    torch.save(old, path.with_suffix(".tmp"))  # not over it: its tensors are read from there
+    path.with_suffix(".tmp").replace(path)
+    run("fit", args)  # an old checkpoint does not say
+    assert find_last(path.parent.parent.parent).name == "step=000002.ckpt"
+
+
 def test_a_list_of_files(place, tmp_path):
     other = write_rows(tmp_path / "other.jsonl", chat_rows(8, seed=3))
     run("fit", settings((place[0], None), tmp_path / "runs", data__train=[place[1], other], trainer__max_steps=5))
@@ -291,3 +337,106 @@ def test_a_dry_run_lies_where_others_do(place, tmp_path):
     run("fit", settings(place, tmp_path / "runs", trainer__fast_dev_run=True))
     (found,) = (tmp_path / "runs").rglob("last.ckpt")
     assert read_checkpoint(found)["global_step"] == 1 and not (tmp_path / "None").exists()
+
+
+def own_checkpoints(folder, **options):
+    return [
+        {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"dirpath": str(folder), **options}}
+    ]
+
+
+def test_checkpoints_of_the_users_own_callback_come_between_steps(place, tmp_path):
+    """Resumed at step 4, a multiple of 2, it would save once more after the first micro-batch of step 5."""
+    own = own_checkpoints(tmp_path / "own", every_n_train_steps=2, save_top_k=-1, filename="{step}")
+    args = settings(place, tmp_path / "runs", trainer__callbacks=own)
+    run("fit", args)
+    run("fit", [*args, "--trainer.max_epochs=2", "--ckpt_path=last"])
+    assert {path.name for path in (tmp_path / "own").iterdir()} == {f"step={n}.ckpt" for n in (2, 4, 6, 8)}
+
+
+def test_fp16_weights_are_not_trained_by_an_eps_of_0(place, tmp_path, capsys):
+    args = settings(place, tmp_path / "runs", trainer__precision="16-true", trainer__max_steps=2)
+    line = refused(capsys, "fit", args)
+    assert line.startswith("model.optimizer's eps 1e-08 is 0") and "set trainer.precision to 16-mixed" in line
+    larger = ["--model.optimizer=torch.optim.AdamW", "--model.optimizer.eps=1e-4"]
+    for name, more in {"lora": ["--model.lora.r=2"], "eps": larger}.items():
+        run("fit", [*args, f"--trainer.default_root_dir={tmp_path / name}", *more])
+        assert len(scalars(tmp_path / name, "train/loss")) == 2
+
+
+def test_averages_of_weights(place, tmp_path, capsys):
+    """Lightning's older callback copies the module before its model is built."""
+    kind = "lightning.pytorch.callbacks.StochasticWeightAveraging"
+    own = [{"class_path": kind, "init_args": {"swa_lrs": 0.01}}]
+    for command in ("fit", "doctor"):
+        line = refused(capsys, command, settings(place, tmp_path / "runs", trainer__callbacks=own))
+        assert line.startswith("trainer.callbacks: StochasticWeightAveraging ") and "EMAWeightAveraging" in line
+    own[0] = {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging"}
+    args = settings(place, tmp_path / "runs", trainer__callbacks=own, model__trainable=["layers"])
+    assert "leave out what is frozen" in refused(capsys, "fit", args)
+    for name in ("none", "ema"):
+        run("fit", settings(place, tmp_path / name, trainer__callbacks=own if name == "ema" else None))
+    folders = [Path(place[0]), *(version(tmp_path / name) / "hf" for name in ("none", "ema"))]
+    start, plain, averaged = (load_file(folder / "model.safetensors") for folder in folders)
+    moved = [sum(float((end[name] - start[name]).abs().sum()) for name in start) for end in (plain, averaged)]
+    assert 0 < moved[1] < moved[0] / 2
+
+
+def test_doctor_leaves_out_callbacks_that_save(place, tmp_path, capsys):
+    own = own_checkpoints(tmp_path / "own", every_n_train_steps=1)
+    with pytest.raises(SystemExit) as caught:
+        run("doctor", settings(place, tmp_path / "runs", trainer__callbacks=own))
+    assert caught.value.code == 0 and not (tmp_path / "own").exists()
+
+
+@pytest.mark.parametrize(
+    ("own", "options", "words"),
+    [
+        ({"train_time_interval": "00:00:00:01"}, {}, "checkpoint.every_n_minutes in its place"),
+        (
+            {},
+            {"data__val_size": 4, **BY_CLOCK},
+            "its save_on_train_epoch_end to true",
+        ),
+    ],
+    ids=["time", "validation"],
+)
+def test_checkpoints_within_a_step_are_refused(place, tmp_path, capsys, own, options, words):
+    args = settings(place, tmp_path / "runs", trainer__callbacks=own_checkpoints(tmp_path / "own", **own), **options)
+    assert words in refused(capsys, "fit", args)
+
+
+def test_the_best_checkpoint_by_name(place, tmp_path, capsys):
+    root = tmp_path / "runs"
+    args = settings(place, root, data__val_size=4, trainer__max_epochs=2)
+    run("fit", args)
+    best = version(root) / "checkpoints" / "best.ckpt"
+    best.unlink()
+    best.symlink_to("step=000004.ckpt")  # the last is 8
+    here = f"--trainer.default_root_dir={root}"
+    run("export", ["--ckpt_path=best", here, f"--output_dir={tmp_path / 'out'}"])
+    saved, exported = read_checkpoint(best)["state_dict"], load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(saved[f"model.lm.{name}"], tensor) for name, tensor in exported.items())
+    assert "there is no such checkpoint" in refused(capsys, "fit", [*args, "--ckpt_path=best"])
+    best.unlink()
+    assert "holds no intact best.ckpt" in refused(capsys, "validate", ["--ckpt_path=best", here])
+    assert "--ckpt_path best: there is no intact checkpoint" in refused(capsys, "validate", ["--ckpt_path=best"])
+
+
+@pytest.mark.skipif(find_spec("wandb") is not None, reason="is installed")
+def test_a_logger_whose_package_is_not_there(place, tmp_path, capsys):
+    args = settings(place, tmp_path / "runs", trainer__logger="WandbLogger")
+    words = "trainer.logger (command line): WandbLogger needs wandb: `pip install wandb`, or choose another class"
+    assert refused(capsys, "fit", args) == words
+
+
+def test_advice_on_ranks_is_not_shown(monkeypatch):
+    """Lightning gives it for what all ranks log alike."""
+    monkeypatch.setattr(result, "_distributed_is_initialized", lambda: True)
+    monkeypatch.setattr(result, "warning_cache", result.WarningCache())
+    with warnings.catch_warnings(record=True) as caught:
+        cli._quiet()
+        logged = result._ResultCollection(training=False)
+        logged.log("on_validation_epoch_end", "val/loss", torch.tensor(1.0), on_step=False, on_epoch=True)
+        logged.metrics(on_step=False)
+        assert "val/loss" in logged.metrics(on_step=False)["callback"] and not caught

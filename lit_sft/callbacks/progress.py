@@ -9,7 +9,8 @@ from typing import Any
 
 import lightning as L
 import rich
-from lightning.pytorch.callbacks import Callback, ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ProgressBar, RichProgressBar, Timer
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from rich.progress import BarColumn
 from rich.table import Column
 from typing_extensions import override
@@ -73,7 +74,7 @@ class Progress(RichProgressBar):
 
 class Lines(Callback):
     """Says how training goes: every ten seconds at most where there is no bar or it cannot be drawn, as in the log of
-    a job; and what a validation found, which a bar would overwrite.
+    a job; what a validation found, which a bar would overwrite; and why it ended early.
     """
 
     def __init__(self) -> None:
@@ -86,6 +87,9 @@ class Lines(Callback):
         pl_module.in_bar = bar is not None and not isinstance(bar, Progress)  # type: ignore[assignment]
         self.began = self.last = time.monotonic()
         self.first_step = trainer.global_step
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, EarlyStopping):  # the checkpoint brings the reason of an earlier stop
+                callback.stopping_reason = EarlyStoppingReason.NOT_STOPPED
 
     @override
     def on_train_batch_end(
@@ -110,3 +114,31 @@ class Lines(Callback):
         if trainer.state.fn == "fit" and not trainer.sanity_checking and found:
             values = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
             log.info("step %s: %s", f"{trainer.global_step:,}", values)
+
+    @override
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Not for signals, which end a run sooner, nor for failures."""
+        step, steps = trainer.global_step, trainer.datamodule.total_steps  # type: ignore[attr-defined]
+        if trainer.is_global_zero and trainer.should_stop and step < steps:
+            log.info("stopped at step %s of %s: %s", f"{step:,}", f"{steps:,}", _why(trainer))
+
+
+def _why(trainer: L.Trainer) -> str:
+    """Which callback has asked for a stop; Lightning says it where only its own messages are read."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    if any((timer.time_remaining() or 0) < 0 for timer in callbacks if isinstance(timer, Timer)):
+        return "trainer.max_time is over (it counts earlier starts, too)"
+    for callback in callbacks:
+        if isinstance(callback, EarlyStopping) and callback.stopping_reason != EarlyStoppingReason.NOT_STOPPED:
+            return _why_early(callback)
+    return "a callback asked for it"
+
+
+def _why_early(callback: EarlyStopping) -> str:
+    count = callback.wait_count
+    if callback.stopping_reason == EarlyStoppingReason.PATIENCE_EXHAUSTED:
+        return f"{callback.monitor} did not improve for {count} validation{'s' if count > 1 else ''}"
+    if callback.stopping_reason == EarlyStoppingReason.NON_FINITE_METRIC:
+        return f"{callback.monitor} is not finite"
+    is_reached = callback.stopping_reason == EarlyStoppingReason.STOPPING_THRESHOLD
+    return f"{callback.monitor} is past EarlyStopping's {'stopping' if is_reached else 'divergence'}_threshold"

@@ -226,24 +226,36 @@ def find_last(logs: Path, run: str = "version_*") -> Path | None:
 
 
 def find_checkpoint(ckpt_path: str | None, logs: Path, subcommand: str) -> str | None:
-    """The checkpoint that is meant: a path, or with `last` the newest intact one (None where `fit` starts anew).
+    """The checkpoint that is meant: a path; with `last` the newest intact one (None where `fit` starts anew); with
+    `best`, but for `fit`, the best of the run that holds it.
 
     Raises:
         UserError: There is none.
     """
-    if ckpt_path == "last":
+    if ckpt_path == "last" or ckpt_path == "best" and subcommand != "fit":
         found = find_last(logs)
         if found is None and subcommand != "fit":
             raise UserError(
-                f"--ckpt_path last: there is no intact checkpoint below {logs}; run `fit` first, or give a path"
+                f"--ckpt_path {ckpt_path}: there is no intact checkpoint below {logs}; run `fit` first, or give a path"
             )
-        return None if found is None else str(found)
+        return None if found is None else str(_best_beside(found) if ckpt_path == "best" else found)
     found = None if ckpt_path is None else Path(ckpt_path)
     if found is not None and (found / FOLDER).is_dir():  # a run
         found = find_last(found.absolute().parent, found.absolute().name)
     if ckpt_path is not None and (found is None or not found.exists()):
         raise UserError(f"--ckpt_path {ckpt_path}: there is no such checkpoint")
     return None if found is None else str(found)
+
+
+def _best_beside(last: Path) -> Path:
+    """The best checkpoint of a run."""
+    link = last.parent / BEST
+    if not link.is_symlink() or not is_intact(best := last.parent / os.readlink(link)):
+        raise UserError(
+            f"--ckpt_path best: {last.parent} holds no intact {BEST}, which a run makes with data.validation or "
+            "data.val_size; take last, or give a path"
+        )
+    return best
 
 
 def _all(logs: Path, run: str) -> list[Path]:

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 import lightning as L
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from typing_extensions import override
 
 from lit_sft import optim
@@ -96,7 +96,15 @@ class Checkpointer(Checkpoint):
         self.best_score, self.best_step = state_dict["best_score"], state_dict["best_step"]
 
     @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "fit" and trainer.accumulate_grad_batches > 1:
+            _refuse_saves_within_a_step(trainer)
+
+    @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for other in trainer.checkpoint_callbacks:
+            if isinstance(other, ModelCheckpoint):  # else it saves the resumed step once more, within the next
+                other._last_global_step_saved = trainer.global_step
         if trainer.ckpt_path is not None and (others := optim.restored(trainer.optimizers[0])):
             log.warning("model.optimizer goes on as in the checkpoint: %s", "; ".join(others))
 
@@ -162,6 +170,10 @@ class Checkpointer(Checkpoint):
         self.files.teardown()
 
     @override
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["optimizer"] = optim.name_of(trainer.optimizers[0])
+
+    @override
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Lightning counts micro-batches: with another number of ranks or accumulation, its counters are rewritten.
         So is that of epochs, where `trainer.max_steps` ended one that now goes on.
@@ -169,6 +181,7 @@ class Checkpointer(Checkpoint):
         state = checkpoint.get("SFTDataModule")
         if trainer.state.fn != "fit" or not state:
             return
+        optim.check_same(pl_module.options.optimizer, checkpoint.get("optimizer"))  # type: ignore[union-attr, arg-type]
         loops = checkpoint["loops"]["fit_loop"]
         _recount(loops["epoch_loop.batch_progress"], state, trainer)
         if state["position"][1]:
@@ -195,6 +208,26 @@ class Checkpointer(Checkpoint):
                 raise error
         self.saved_step, self.saved_at = trainer.global_step, time.monotonic()
         self.improved = self.owed = False
+
+
+def _refuse_saves_within_a_step(trainer: L.Trainer) -> None:
+    """Refuses callbacks of the user's that would save between the micro-batches of an optimizer step, where no
+    position and no gradients are kept.
+    """
+    for callback in trainer.checkpoint_callbacks:
+        if not isinstance(callback, ModelCheckpoint):
+            continue
+        if callback._train_time_interval is not None:
+            raise UserError(
+                "trainer.callbacks: ModelCheckpoint with train_time_interval saves within an optimizer step: set "
+                "checkpoint.every_n_minutes in its place, which waits for the end of the step"
+            )
+        by_clock = trainer._val_check_time_interval is not None  # type: ignore[attr-defined]
+        if by_clock and not callback._save_on_train_epoch_end:
+            raise UserError(
+                "trainer.val_check_interval by the clock lets ModelCheckpoint (trainer.callbacks) save within an "
+                "optimizer step: set its save_on_train_epoch_end to true, or the interval to a number of forward passes"
+            )
 
 
 def _recount(progress: dict[str, Any], state: Mapping[str, Any], trainer: L.Trainer) -> None:

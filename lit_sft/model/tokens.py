@@ -55,16 +55,3 @@ def make_room(lm: PreTrainedModel, token_ids: Sequence[int]) -> None:
     for tensor in tensors:
         if tensor is not None:
             tensor[first:] = tensor[:first].float().mean(0).to(tensor.dtype)
-
-
-def check_room(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Refuses the tokenizer of an adapter over a model that has no rows for its tokens.
-
-    Raises:
-        UserError: See above.
-    """
-    if len(tokenizer) > (rows := lm.get_input_embeddings().weight.shape[0]):  # type: ignore[operator, index]
-        raise UserError(
-            f"the tokenizer of {name} has {len(tokenizer)} tokens, the model {rows}: set model.model_name_or_path to "
-            "the base that it was trained over (`base` in the adapter's directory, where that has one)"
-        )
