@@ -112,9 +112,11 @@ def test_early_stopping_says_so(place, tmp_path, monkeypatch):
     assert stops(args) == ["stopped at step 12 of 20: val/loss did not improve for 2 validations"]
     args.append("--ckpt_path=last")
     assert stops(args) == ["stopped at step 16 of 20: val/loss did not improve for 3 validations"]
+    assert stops([*args, "--early_stopping.patience=9", "--trainer.max_epochs=6"]) == []
     make = cli.run_callbacks
     monkeypatch.setattr(cli, "run_callbacks", lambda *args: [*make(*args), AskToStop()])
-    assert stops([*args, "--trainer.limit_val_batches=0"]) == ["stopped at step 18 of 20: a callback asked for it"]
+    args += ["--trainer.limit_val_batches=0", "--trainer.max_epochs=8"]
+    assert stops(args) == ["stopped at step 26 of 32: a callback asked for it"]
 
 
 @pytest.mark.parametrize(
@@ -406,7 +408,7 @@ def test_checkpoints_within_a_step_are_refused(place, tmp_path, capsys, own, opt
     assert words in refused(capsys, "fit", args)
 
 
-def test_the_best_checkpoint_by_name(place, tmp_path, capsys):
+def test_the_best_checkpoint_by_name(place, tmp_path, capsys, monkeypatch):
     root = tmp_path / "runs"
     args = settings(place, root, data__val_size=4, trainer__max_epochs=2)
     run("fit", args)
@@ -420,6 +422,7 @@ def test_the_best_checkpoint_by_name(place, tmp_path, capsys):
     assert "there is no such checkpoint" in refused(capsys, "fit", [*args, "--ckpt_path=best"])
     best.unlink()
     assert "holds no intact best.ckpt" in refused(capsys, "validate", ["--ckpt_path=best", here])
+    monkeypatch.chdir(tmp_path)  # where no run lies
     assert "--ckpt_path best: there is no intact checkpoint" in refused(capsys, "validate", ["--ckpt_path=best"])
 
 

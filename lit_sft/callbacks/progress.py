@@ -101,7 +101,7 @@ class Lines(Callback):
         if not trainer.is_global_zero or trainer.progress_bar_callback and rich.get_console().is_terminal:
             return
         self.last = now
-        left = timedelta(seconds=round((now - self.began) / (step - self.first_step) * (steps - step)))
+        left = timedelta(seconds=round((now - self.began) / max(1, step - self.first_step) * (steps - step)))
         numbers = trainer.callback_metrics
         log.info(
             "step %s of %s: loss %.4f, %s tokens/s, %s left",

@@ -182,6 +182,8 @@ class Checkpointer(Checkpoint):
         if trainer.state.fn != "fit" or not state:
             return
         optim.check_same(pl_module.options.optimizer, checkpoint.get("optimizer"))  # type: ignore[union-attr, arg-type]
+        for stop in trainer.early_stopping_callbacks:  # which would go on with the patience of the checkpoint
+            checkpoint["callbacks"].get(stop.state_key, {}).update(patience=stop.patience)
         loops = checkpoint["loops"]["fit_loop"]
         _recount(loops["epoch_loop.batch_progress"], state, trainer)
         if state["position"][1]:
