@@ -96,6 +96,7 @@ class SFTModule(L.LightningModule):
         self.metrics = TokenMetrics()
         self.between_answers: Callable[[], None] = lambda: None
         self.in_bar = False
+        """Whether a progress bar of the user's own shows the loss, too."""
 
     # ------------------------------------------------------------------ the model
 

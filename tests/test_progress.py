@@ -65,13 +65,15 @@ def on_a_terminal(columns, *args):
 
 
 def test_the_bar_takes_one_line_and_others_stand_above_it(tmp_path):
-    args = settings(tmp_path, data__micro_batch_size=2, trainer__enable_progress_bar=True)
+    options = {"data__micro_batch_size": 2, "data__validation": write_rows(tmp_path / "val.jsonl", chat_rows(3))}
+    args = settings(tmp_path, trainer__enable_progress_bar=True, **options)
     shown = re.split(r"[\r\n]+", on_a_terminal(80, "fit", *args))
     bars = [line for line in shown if line.startswith("Epoch 0/0")]
     assert re.search(r"8/8 \d:\d\d:\d\d • \d:\d\d:\d\d [\d.]+it/s loss: \d\.\d{3} tokens/s: [\d,]+ *$", bars[-1])
     assert all(len(line) <= 80 for line in bars)
     assert any(line.startswith("packed attention: ") for line in shown)
-    assert not any("shards" in line or line.startswith((" ", "step ")) and line.strip() for line in shown)
+    assert not any("shards" in line or line.startswith(" ") and line.strip() for line in shown)
+    assert [line.split(",")[0][:16] for line in shown if line.startswith("step ")] == ["step 4: val/loss"]
 
 
 def test_the_bar_reads_numbers_twice_a_second_at_most(monkeypatch):

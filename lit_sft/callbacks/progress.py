@@ -22,7 +22,6 @@ NUMBERS_EVERY = 0.5
 LINES_EVERY = 10.0
 """Seconds."""
 LOSS, SPEED = "train/loss", "train/tokens_per_second"
-SHOWN = (LOSS, SPEED, "val/loss")
 
 
 class Progress(RichProgressBar):
@@ -51,11 +50,10 @@ class Progress(RichProgressBar):
 
     @override
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        """Few and short: a terminal of 80 columns has place for a line of them."""
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name in SHOWN}
-        chosen = {"loss": metrics.get(LOSS), "val/loss": metrics.get("val/loss")}
-        speed = {"tokens/s": f"{metrics[SPEED]:,.0f}"} if SPEED in metrics else {}
-        return {name: value for name, value in chosen.items() if value is not None} | speed
+        """Two, for which 80 columns have place; what a validation found is told in a line."""
+        metrics = trainer.callback_metrics
+        loss = {"loss": float(metrics[LOSS])} if LOSS in metrics else {}
+        return {**loss, **({"tokens/s": f"{metrics[SPEED]:,.0f}"} if SPEED in metrics else {})}
 
     @override
     def _update_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

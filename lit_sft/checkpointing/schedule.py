@@ -21,6 +21,7 @@ from lit_sft.types import UserError
 log = logging.getLogger(__name__)
 
 LOOK, LOOK_SECONDS = 1 / 50, 10.0
+"""Between two looks at the clock: a share of `every_n_minutes`, and the most seconds."""
 
 
 @dataclass
@@ -128,7 +129,7 @@ class Checkpointer(Checkpoint):
 
     def _is_late(self, trainer: L.Trainer, seconds: float) -> bool:
         """Whether the last save is that long ago. All ranks must find the same, and to ask them stops a GPU: they are
-        asked once in `LOOK` of that time, at steps that follow from the slowest rank.
+        asked that seldom (`LOOK`), at steps that follow from the slowest rank.
         """
         step, now = trainer.global_step, time.monotonic()
         if step < self.next_look:
