@@ -15,7 +15,6 @@ TEST = [
     "pytest-timeout>=2.3",
     "ruff>=0.16,<0.18",  # its formatter decides how the code looks, and so whether a test passes
     "mypy>=2.4,<2.5",
-    "gguf>=0.17",
     "setuptools>=70.1",  # a test builds the wheel without an environment of its own
 ]
 
@@ -43,6 +42,7 @@ setup(
         "numpy>=2",
         "rich>=13",
         "pillow>=10",
+        "gguf>=0.17",  # models in this format, as scripts/fetch_smollm2.py brings one
     ],
     extras_require={"quantization": QUANTIZATION, "test": TEST, "dev": [*TEST, "pre-commit>=4"]},
     entry_points={"console_scripts": ["lit-sft=lit_sft.__main__:main"]},
