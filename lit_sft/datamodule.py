@@ -75,8 +75,8 @@ class SFTDataModule(L.LightningDataModule):
         packing: Put several examples into a row, without attention across them.
         micro_batch_size: Rows per forward pass and device.
         global_batch_size: Rows per optimizer step over all devices; accumulation follows from it.
-        max_samples: Use only the first rows.
-        num_workers: Processes that build batches. `auto`: 0 on a CPU, else 2.
+        max_samples: Use only the first rows of each set.
+        num_workers: Processes that build batches (`auto`: 0 on a CPU, else 2) and that tokenize (one per core).
         cache_dir: Folder of tokenized data. null: `lit_sft` in the user's cache folder.
         model_name_or_path: Linked from the model: whose tokenizer is used.
         revision: Linked from the model.

@@ -37,7 +37,8 @@ class SFTModule(L.LightningModule):
         revision: Branch, tag or commit of the hub repository.
         trust_remote_code: Run model code that the repository brings.
         init: `pretrained` weights, or `random` ones from the config.
-        dtype: Type of the stored weights. `auto`: fp32 where they are trained, bf16 for the frozen base under LoRA.
+        dtype: Type of the stored weights. `auto`: trained ones in fp32 (16 bits with `bf16-true` and `16-true`), a frozen
+            base in the type that `trainer.precision` computes in.
         trainable: Regular expressions on parameter names for partial fine-tuning; the rest is frozen.
         add_tokens: New special tokens, whose embeddings are trained.
         attn_implementation: `auto` takes packed attention where the architecture allows; else a name of transformers'.

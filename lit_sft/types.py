@@ -24,7 +24,7 @@ class Message:
     """One turn of a conversation, named as chat templates name it."""
 
     role: str
-    """`system`, `user`, `assistant` or `tool` (other roles pass through to templates that know them)."""
+    """`system`, `developer`, `user`, `assistant` or `tool`."""
     content: str
     """The text of the turn; empty where an assistant only calls tools."""
     reasoning_content: str | None = None

@@ -70,7 +70,7 @@ def candidates(args: argparse.Namespace, settings: list[str]) -> Iterator[dict[s
 
 def measure(chosen: dict[str, str], settings: list[str]) -> dict[str, Any] | None:
     """A few steps; None where they fail (memory, or a micro-batch that does not divide the global batch)."""
-    command = [sys.executable, str(STEP), *settings, *(f"--{key}={value}" for key, value in chosen.items())]
+    command = [sys.executable, str(STEP), "--brief", *settings, *(f"--{key}={value}" for key, value in chosen.items())]
     done = subprocess.run(command, capture_output=True, text=True)
     name = ", ".join(f"{key} {value}" for key, value in chosen.items())
     if done.returncode:

@@ -4,7 +4,8 @@
 
 Takes what `fit` takes. After `WARM` optimizer steps, `MEASURED` of them are timed; after each of these the same batches
 go through a bare loop (autocast, the loss module, backward, scaling, clipping, the same optimizer), so that both see
-the same machine. `--profile` before the other arguments prints torch's own table of one more step.
+the same machine. `--profile` prints torch's own table of one more step; `--brief` leaves the bare loop out, and half
+of the steps.
 
 The last line is one JSON object: milliseconds per optimizer step for data, backbone, head and loss, backward, optimizer
 and the rest (Lightning, logging); `lightning_share`, what the step takes longer than the bare one; `mfu` against the
@@ -32,14 +33,15 @@ from lit_sft.callbacks import Throughput
 from lit_sft.callbacks.throughput import peak_memory
 from lit_sft.flops import peak_flops, step_cost
 
-WARM, MEASURED = 2, 6
+WARM, MEASURED, BRIEF = 2, 6, 3
 
 
 class Anatomy(Callback):
     """Times the parts of each optimizer step; between steps, a bare one on the same batches."""
 
-    def __init__(self, profile: bool = False) -> None:
-        self.profile = profile
+    def __init__(self, profile: bool = False, brief: bool = False) -> None:
+        self.profile, self.brief = profile, brief
+        self.last = WARM + (BRIEF if brief else MEASURED)
         self.parts: dict[str, float] = defaultdict(float)
         self.steps: list[dict[str, float]] = []
         self.batches: list[Any] = []
@@ -108,9 +110,10 @@ class Anatomy(Callback):
         parts, self.parts = self.parts, defaultdict(float)
         parts["step"] = self.ended - self.began
         if trainer.global_step > WARM:
-            started = self._now()
-            self.bare_step(self.batches)
-            parts["bare"] = self._now() - started
+            if not self.brief:
+                started = self._now()
+                self.bare_step(self.batches)
+                parts["bare"] = self._now() - started
             parts["tokens"] = sum(sum(batch["lengths"]) for batch in self.batches)
             parts["operations"] = self.cost.of(
                 parts["tokens"],
@@ -118,7 +121,7 @@ class Anatomy(Callback):
                 sum(length**2 for batch in self.batches for length in batch["lengths"]),
             )
             self.steps.append(parts)
-        if self.profile and trainer.global_step == WARM + MEASURED:
+        if self.profile and trainer.global_step == self.last:
             with torch.profiler.profile() as profiler:
                 self.bare_step(self.batches)
             print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=30), flush=True)
@@ -148,10 +151,16 @@ class Anatomy(Callback):
             **{f"{name}_ms": round(1e3 * seconds, 2) for name, seconds in parts.items()},
             "tokens_per_second": round(median(lambda s: s["tokens"] / s["step"]), 1),
             "peak_gb": round(peak_memory(self.device) / 1e9, 3),
-            "bare_step_ms": round(1e3 * median(lambda s: s["bare"]), 2),
-            "lightning_share": round(median(lambda s: 1 - s["bare"] / s["step"]), 4),
+            **({} if self.brief else self._beside_bare(median)),
             "mfu": round(median(lambda s: s["operations"] / s["step"]) / self.peak, 4),
             "peak_tflops": round(self.peak / 1e12, 3),
+        }
+
+    @staticmethod
+    def _beside_bare(median: Callable[[Callable[[dict[str, float]], float]], float]) -> dict[str, float]:
+        return {
+            "bare_step_ms": round(1e3 * median(lambda s: s["bare"]), 2),
+            "lightning_share": round(median(lambda s: 1 - s["bare"] / s["step"]), 4),
         }
 
 
@@ -189,8 +198,8 @@ def precision(name: str, device: str) -> Iterator[None]:
 
 def main(args: list[str]) -> None:
     """Runs `fit` with these arguments, for a few steps."""
-    anatomy = Anatomy(profile="--profile" in args)
-    args = [arg for arg in args if arg != "--profile"]
+    anatomy = Anatomy(profile="--profile" in args, brief="--brief" in args)
+    args = [arg for arg in args if arg not in ("--profile", "--brief")]
 
     class Bench(cli.SFTCLI):
         """The real command line, without what a run does around its steps."""
@@ -202,7 +211,7 @@ def main(args: list[str]) -> None:
 
     with tempfile.TemporaryDirectory() as root:
         settings = {
-            "trainer.max_steps": WARM + MEASURED,
+            "trainer.max_steps": anatomy.last,
             "trainer.max_epochs": 1000,
             "trainer.limit_val_batches": 0,
             "trainer.default_root_dir": root,
