@@ -42,6 +42,7 @@ setup(
         "numpy>=2",
         "rich>=13",
         "pillow>=10",
+        "psutil>=5.9",
         "gguf>=0.17",  # models in this format, as scripts/fetch_smollm2.py brings one
     ],
     extras_require={"quantization": QUANTIZATION, "test": TEST, "dev": [*TEST, "pre-commit>=4"]},

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lit_sft import checkpointing, failures, parsing, runs, slurm, strategies
+from lit_sft import checkpointing, doctor, failures, parsing, runs, slurm, strategies
 from lit_sft.build import refuse_adapter
 from lit_sft.callbacks import FaultOptions
 from lit_sft.checkpointing import CheckpointFiles, CheckpointOptions
@@ -100,6 +102,7 @@ class SFTCLI(LightningCLI):
             raise UserError("trainer.use_distributed_sampler must be false: it would shuffle over our own order")
         if config.trainer.enable_checkpointing is False and self.subcommand == "fit":
             raise UserError("trainer.enable_checkpointing must be true: to save less, raise checkpoint.every_n_minutes")
+        config.trainer.accelerator = _accelerator(config.trainer.accelerator)
         slurm.check_launch()
         logs, ckpt_path = Path(config.trainer.default_root_dir or ".") / runs.LOGS, config.get("ckpt_path")
         own = slurm.own_run(logs) if self.subcommand == "fit" else None
@@ -129,12 +132,16 @@ class SFTCLI(LightningCLI):
         root = Path(config.trainer.default_root_dir or ".")
         if self.subcommand == "doctor":
             one_step = {"devices": 1, "num_nodes": 1, "strategy": "auto", "max_steps": 2, "limit_val_batches": 0}
-            quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+            quiet = {"logger": DummyLogger(), "enable_checkpointing": False, "enable_progress_bar": False}
             own = {
                 "callbacks": own_callbacks(config.trainer.callbacks, self.model, dry=True),
                 "default_root_dir": str(root),
             }
-            return self._instantiate_trainer({**config.trainer, **one_step, **quiet, **own}, [])
+            trainer = self._instantiate_trainer({**config.trainer, **one_step, **quiet, **own}, [])
+            asked = config.trainer
+            present = trainer.accelerator.auto_device_count()
+            trainer.plan = doctor.Plan.of_settings(asked.devices, asked.num_nodes, asked.strategy, present)
+            return trainer
         files = CheckpointFiles(config.checkpoint.async_save)
         callbacks = run_callbacks(config, self.ckpt_path, self.subcommand == "fit", files, self._save_config)
         trainer_config = dict(config.trainer)
@@ -196,6 +203,16 @@ class SFTCLI(LightningCLI):
                 if stage == "fit" and folder is not None:
                     slurm.remember(folder)
         return folder
+
+
+def _accelerator(chosen: Any) -> Any:
+    """Not Apple's GPU, which `auto` would take."""
+    if not torch.backends.mps.is_available() or chosen not in ("auto", "gpu", "mps"):
+        return chosen
+    if chosen != "auto":
+        raise UserError(f"trainer.accelerator {chosen}: Apple's GPU cannot sum losses in float64: set it to cpu")
+    log.info("Apple's GPU cannot sum losses in float64: the CPU is taken (trainer.accelerator)")
+    return "cpu"
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -255,9 +255,9 @@ class SFTData:
         if isinstance(spec, list) and all(isinstance(text, str) for text in spec):
             return encode(self._listed(spec, "data.predict"), self.renderer)
         rows = sources.open_rows(spec, split="test", key="data.predict", **self._source_options())
-        return self.asked(rows, self.options.max_samples)
+        return self.asked(rows if self.options.max_samples is None else sources.limit(rows, self.options.max_samples))
 
-    def asked(self, rows: Rows, count: int | None, skip: bool = False) -> list[Prompt]:
+    def asked(self, rows: Rows, count: int | None = None, skip: bool = False) -> list[Prompt]:
         """The first `count` rows (None: all), and the last answer of each.
 
         Args:

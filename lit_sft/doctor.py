@@ -1,4 +1,4 @@
-"""`doctor`: a pre-flight. Everything about data, steps and memory that can be known in a minute, and one real step."""
+"""`doctor`: a pre-flight. Everything about data, steps and memory that can be known in a minute, and two real steps."""
 
 from __future__ import annotations
 
@@ -6,21 +6,24 @@ import json
 import logging
 import shutil
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
 import numpy as np
+import psutil
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from rich.table import Table
 from typing_extensions import override
 
 from lit_sft.build import base_directory, choose_trained, is_adapted, model_directory, refuse_adapter, stored_dtype
 from lit_sft.data.packing import Packs
+from lit_sft.data.sampling import StepOrder
 from lit_sft.datamodule import SFTDataModule
-from lit_sft.display import console
+from lit_sft.display import console, draw_histogram
 from lit_sft.model import load, memory
 from lit_sft.model.loss import CHUNK_ELEMENTS
 from lit_sft.module import SFTModule
@@ -51,8 +54,28 @@ LABELS = {
 BARS = 12
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a run is spread over; `doctor` itself takes one device of it."""
+
+    devices: int = 1
+    """Over all nodes."""
+    sharded: bool = False
+    """Whether each holds a part of weights, gradients and optimizer state."""
+
+    @classmethod
+    def of_settings(cls, devices: Any, num_nodes: int, strategy: Any, present: int) -> Plan:
+        """Of `trainer.devices`, `num_nodes` and `strategy`; `auto` and -1 are the devices that are present."""
+        if isinstance(devices, str) and "," in devices:
+            devices = devices.strip(",").split(",")
+        every = present if devices in ("auto", -1, "-1") else None
+        per_node = every or (len(devices) if isinstance(devices, list) else int(devices))
+        return cls(per_node * num_nodes, "fsdp" in str(strategy).lower())
+
+
 def doctor(
     trainer: L.Trainer,
+    plan: Plan,
     module: SFTModule,
     datamodule: SFTDataModule,
     output: Literal["rich", "json"],
@@ -61,7 +84,8 @@ def doctor(
     """Looks at a configuration before it is run.
 
     Args:
-        trainer: For one device and one step.
+        trainer: For one device and two steps.
+        plan: What the run itself is to have.
         module: Its settings.
         datamodule: Its `train` and validation set are examined.
         output: `rich` for people; `json`: one object on stdout.
@@ -77,10 +101,16 @@ def doctor(
         datamodule.prepare("fit")
         lengths = datamodule.data.caches["train"].lengths
         report |= _examine_data(datamodule, report)
-        report["memory"] = _expect_memory(trainer, module, datamodule, report)
-        step = _try_step(trainer, module, datamodule)
-        took, expected = step["peak_bytes"] / GIB, report["memory"]["total"] / GIB
-        log.info(f"memory of a real step: {took:.2f} GiB, expected {expected:.2f} GiB")
+        packs, options = datamodule.pack("train"), datamodule.options
+        StepOrder(len(packs), options.global_batch_size, options.micro_batch_size, plan.devices, seed=0)  # refuses
+        report["memory"] = _expect_memory(trainer, plan, module, datamodule, report)
+        alone = needed_memory(trainer, module, datamodule).total
+        if plan.sharded and alone > report["memory"]["available"]:
+            report["warnings"].append(f"no step was tried: one device alone would need {alone / GIB:.1f} GiB")
+        else:
+            step = _try_step(trainer, module, datamodule)
+            took = step["peak_bytes"] / GIB
+            log.info(f"memory of a real step on one device: {took:.2f} GiB, expected {alone / GIB:.2f} GiB")
     except (UserError, torch.OutOfMemoryError) as error:
         report["errors"].append(" ".join(str(error).split()))
     if output == "json":
@@ -125,8 +155,12 @@ def _examine_data(datamodule: SFTDataModule, report: dict[str, Any]) -> dict[str
     }
 
 
-def needed_memory(trainer: L.Trainer, module: SFTModule, datamodule: SFTDataModule) -> memory.MemoryEstimate:
-    """What a step of this run is expected to need on a device."""
+def needed_memory(
+    trainer: L.Trainer, module: SFTModule, datamodule: SFTDataModule, plan: Plan | None = None
+) -> memory.MemoryEstimate:
+    """What a step is expected to need on a device: of this run, or of the one that is planned."""
+    if plan is None:
+        plan = Plan(trainer.world_size, isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy)))
     options, precision, lora = module.options, trainer.precision, module.options.lora
     lm, total = _without_weights(options)
     adapted, data = is_adapted(options), datamodule.options
@@ -142,7 +176,8 @@ def needed_memory(trainer: L.Trainer, module: SFTModule, datamodule: SFTDataModu
         compute_bytes=2 if precision.startswith(("bf16", "16")) else 4,
         optimizer_bytes=bytes_per_parameter(options.optimizer, torch.float32 if adapted else stored),
         gradient_checkpointing=options.gradient_checkpointing,
-        accumulates=data.global_batch_size > data.micro_batch_size * trainer.world_size,
+        accumulates=data.global_batch_size > data.micro_batch_size * plan.devices,
+        shards=plan.devices if plan.sharded else 1,
         adapted=adapted,
         input_copies=not plain_lora,
         normed_heads=any(name.endswith("q_norm") for name, _ in lm.named_modules()),
@@ -170,15 +205,16 @@ def _without_weights(options: Any) -> tuple[PreTrainedModel, int]:
 
 
 def _expect_memory(
-    trainer: L.Trainer, module: SFTModule, datamodule: SFTDataModule, report: dict[str, Any]
+    trainer: L.Trainer, plan: Plan, module: SFTModule, datamodule: SFTDataModule, report: dict[str, Any]
 ) -> dict[str, int]:
-    expected = needed_memory(trainer, module, datamodule)
+    expected = needed_memory(trainer, module, datamodule, plan)
     device = trainer.strategy.root_device
-    available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
+    available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     if expected.total > available:
         report["errors"].append(
-            f"the step needs about {expected.total / GIB:.1f} GiB and {available / GIB:.1f} GiB are free: lower "
-            "data.micro_batch_size or data.max_length, or set model.gradient_checkpointing or model.lora"
+            f"the step needs about {expected.total / GIB:.1f} GiB{' on each device' * (plan.devices > 1)} and "
+            f"{available / GIB:.1f} GiB are free: lower data.micro_batch_size or data.max_length, or set "
+            "model.gradient_checkpointing, model.lora, or trainer.strategy to fsdp2 on more devices"
         )
     room = shutil.disk_usage(_existing(Path(trainer.default_root_dir))).free
     if 3 * expected.checkpoint > room:
@@ -192,14 +228,6 @@ def _expect_memory(
 def _existing(folder: Path) -> Path:
     """The folder, or what of its path is there before the first run."""
     return next(place for place in (folder, *folder.absolute().parents) if place.exists())
-
-
-def _free_memory() -> int:
-    """Host memory that can be had, in bytes (MemAvailable of Linux)."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable"):
-            return int(line.split()[1]) * 1024
-    raise AssertionError("no MemAvailable in /proc/meminfo")
 
 
 def _try_step(trainer: L.Trainer, module: SFTModule, datamodule: SFTDataModule) -> dict[str, float]:
@@ -247,7 +275,7 @@ def _show(report: dict[str, Any], lengths: np.ndarray, step: dict[str, float] | 
             table.add_row(label, _readable(key, report[key]))
     if step is not None:
         peak, seconds = f"{step['peak_bytes'] / GIB:.2f} GiB more than before", step["seconds_with_loading"]
-        table.add_row("one step, longest batch", f"loss {step['loss']:.3f}, {peak}, {seconds:.0f} s with loading")
+        table.add_row("two steps, longest batch", f"loss {step['loss']:.3f}, {peak}, {seconds:.0f} s with loading")
     screen.print(table)
     if len(lengths):
         counts, edges = np.histogram(lengths, bins=BARS)
@@ -268,30 +296,3 @@ def _readable(key: str, value: Any) -> str:
     if isinstance(value, dict):
         return "\n".join(f"{count:,}: {reason}" for reason, count in value.items()) or "none"
     return ", ".join(value) if isinstance(value, list) else f"{value:,.0f}"
-
-
-def draw_histogram(lengths: np.ndarray, path: Path, size: tuple[int, int] = (800, 400)) -> None:
-    """Writes a PNG of the example lengths.
-
-    Args:
-        lengths: [N] tokens.
-        path: File to write.
-        size: Width and height in pixels.
-    """
-    from PIL import Image, ImageDraw
-
-    counts, edges = np.histogram(lengths, bins=4 * BARS)
-    image = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(image)
-    left, top, bottom = 50, 30, size[1] - 40
-    width = (size[0] - 2 * left) / len(counts)
-    for index, count in enumerate(counts):
-        x = left + index * width
-        draw.rectangle([x, bottom - (bottom - top) * count / counts.max(), x + width - 1, bottom], fill="#3a7d44")
-    draw.line([left, bottom, size[0] - left, bottom], fill="black")
-    draw.text((left, 8), f"{len(lengths):,} examples, at most {counts.max():,} in a bar", fill="black")
-    for edge in np.linspace(edges[0], edges[-1], 6):
-        x = left + (edge - edges[0]) / max(1, edges[-1] - edges[0]) * (size[0] - 2 * left)
-        draw.text((x - 10, bottom + 8), f"{edge:.0f}", fill="black")
-    draw.text((size[0] - 90, bottom + 24), "tokens", fill="black")
-    image.save(path)

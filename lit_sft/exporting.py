@@ -23,6 +23,7 @@ def export_checkpoint(
     output_dir: Path,
     merge_lora: bool,
     dequantize: bool,
+    dtype: str | None,
 ) -> None:
     """Loads, merges if asked to, writes, and compares logits and greedy answers to the default questions.
 
@@ -55,5 +56,11 @@ def export_checkpoint(
             plain = adapters.dequantized(plain)
         module.model.lm, module.adapter = adapters.merge(plain, probe, before), None
     exact.attend_by(module.model.lm, "sdpa")
-    trained = module.adapter or module.model.lm
-    module.export(output_dir, check=lambda folder: verify_export(folder, trained, datamodule.tokenizer, probes))
+    if dtype is not None and module.adapter is not None:
+        raise UserError(f"--dtype {dtype} is for whole models, and an adapter stays as it is: add --merge_lora true")
+    trained, stored = module.adapter or module.model.lm, None if dtype is None else getattr(torch, dtype)
+
+    def check(folder: Path) -> None:
+        verify_export(folder, trained, datamodule.tokenizer, probes)
+
+    module.export(output_dir, dtype=stored, check=check)

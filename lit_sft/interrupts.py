@@ -51,6 +51,17 @@ def received() -> int:
     return _received
 
 
+def global_rank() -> int:
+    """This process's rank before a process group exists, as launchers put it into the environment. Where Lightning
+    starts the ranks of several nodes, only whether it is the first.
+    """
+    in_shell = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")  # whose SLURM_PROCID all ranks inherit
+    for variable in ("RANK",) if in_shell else ("RANK", "SLURM_PROCID"):
+        if variable in os.environ:
+            return int(os.environ[variable])
+    return max(int(os.environ.get(variable, 0)) for variable in ("LOCAL_RANK", "NODE_RANK"))
+
+
 def wait(for_training: bool) -> None:
     """Whether signals wait for the training loop, which looks at the flag; else they end the program."""
     global _training
@@ -59,8 +70,7 @@ def wait(for_training: bool) -> None:
 
 def say(text: str) -> None:
     """One line on stderr; unlike `print` it may interrupt another one. Only global rank 0 speaks."""
-    ranks = [os.environ[name] for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ]
-    if ranks[:1] in ([], ["0"]):
+    if global_rank() == 0:
         os.write(2, f"{text}\n".encode())
 
 

@@ -37,8 +37,8 @@ class SFTModule(L.LightningModule):
         revision: Branch, tag or commit of the hub repository.
         trust_remote_code: Run model code that the repository brings.
         init: `pretrained` weights, or `random` ones from the config.
-        dtype: Type of the stored weights. `auto`: trained ones in fp32 (16 bits with `bf16-true` and `16-true`), a frozen
-            base in the type that `trainer.precision` computes in.
+        dtype: Type of the stored weights. `auto`: trained ones in fp32 (with `bf16-true` and `16-true` in 16 bits), a
+            frozen base in the type that `trainer.precision` computes in.
         trainable: Regular expressions on parameter names for partial fine-tuning; the rest is frozen.
         add_tokens: New special tokens, whose embeddings are trained.
         attn_implementation: `auto` takes packed attention where the architecture allows; else a name of transformers'.
@@ -180,15 +180,15 @@ class SFTModule(L.LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Clips by the norm over all ranks and logs that norm, under every strategy."""
-        if gradient_clip_algorithm == "value":
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        """Clips by the norm over all ranks, or by value, and logs the norm before that, under every strategy."""
         wanted = 0.0 if gradient_clip_algorithm == "value" else gradient_clip_val or 0.0
         limit = wanted if wanted > 0 else float("inf")  # 0 is off, as in Lightning
         if isinstance(self.trainer.strategy, FSDPStrategy):  # its flat shards need the root module's own method
             norm = self.trainer.strategy.model.clip_grad_norm_(limit)  # type: ignore[union-attr, operator]
         else:
             norm = optim.clip_by_norm(self.parameters(), limit)
+        if gradient_clip_algorithm == "value":
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         self.log("train/grad_norm", norm)
         self.guard(optimizer, self.window, norm)
 
@@ -205,8 +205,8 @@ class SFTModule(L.LightningModule):
         groups = optim.parameter_groups(self.named_parameters())
         optimizer = self.options.optimizer(groups)
         sharded = isinstance(self.trainer.strategy, (FSDPStrategy, ModelParallelStrategy))
-        optim.check_takes(optimizer, sharded)
-        if not self.trainer.precision.startswith("16"):  # Lightning unscales before clipping, fused Adam would itself
+        optim.check_takes(optimizer, sharded, scaled := self.trainer.precision == "16-mixed")
+        if not scaled:  # Lightning unscales before clipping, fused Adam would itself
             optim.prefer_fused(optimizer)
         factor = optim.lr_factor(self.options.lr_schedule, self.trainer.datamodule.total_steps)  # type: ignore[attr-defined]
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
@@ -275,13 +275,13 @@ class SFTModule(L.LightningModule):
 
     # ------------------------------------------------------------------ export
 
-    def export(self, output_dir: Path, state_dict: Mapping[str, Tensor] | None = None, check: Any = None) -> None:
+    def export(self, output_dir: Path, state_dict: Mapping[str, Tensor] | None = None, **how: Any) -> None:
         """Writes a Hugging Face directory: weights or adapter, tokenizer, chat template, stop tokens.
 
         Args:
             output_dir: Where to.
             state_dict: Whole weights of `model` by name, where they are sharded.
-            check: As in `export_hf`.
+            how: `dtype` and `check`, as in `export_hf`.
         """
         assert self.model is not None
         datamodule, options = self.trainer.datamodule, self.options  # type: ignore[attr-defined]
@@ -295,6 +295,6 @@ class SFTModule(L.LightningModule):
             base_name_or_path=None if is_ours else base_name(options.model_name_or_path),
             base_revision=options.revision,
             state_dict=None if state_dict is None else {k.removeprefix("lm."): v for k, v in state_dict.items()},
-            check=check,
             record_base=frozen.record_base,
+            **how,
         )

@@ -162,17 +162,23 @@ def bytes_per_parameter(make: Callable[[Iterable], Optimizer], dtype: torch.dtyp
     return sum(tensor.nbytes for tensor in tensors) / parameter.numel()
 
 
-def check_takes(optimizer: Optimizer, sharded: bool) -> None:
+def check_takes(optimizer: Optimizer, sharded: bool, scaled: bool) -> None:
     """Refuses weights that an optimizer cannot train.
 
     Args:
         optimizer: Holds them.
         sharded: Whether they are spread over ranks.
+        scaled: Whether gradients are scaled for fp16.
 
     Raises:
-        UserError: They are, and its kernels take whole tensors; or they are in fp16, where its eps is 0 and a gradient
-            of 0 would make NaN of them.
+        UserError: They are spread, and its kernels take whole tensors; or they are in fp16, where its eps is 0 and a
+            gradient of 0 would make NaN of them; or it unscales gradients itself, after they were clipped.
     """
+    if scaled and getattr(optimizer, "_step_supports_amp_scaling", False):
+        raise UserError(
+            f"model.optimizer {type(optimizer).__name__} with fused: true would clip gradients that are still scaled "
+            "for fp16: leave fused out, or set trainer.precision to bf16-mixed"
+        )
     own_kernels = any(kind.__module__.partition(".")[0] == "bitsandbytes" for kind in type(optimizer).__mro__)
     if sharded and own_kernels:
         raise UserError(

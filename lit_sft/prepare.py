@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -30,6 +29,7 @@ from lit_sft.data.formats import find_placeholders, to_conversation
 from lit_sft.data.render import Renderer
 from lit_sft.data.sources import Rows
 from lit_sft.data.workers import map_in_order
+from lit_sft.interrupts import global_rank
 from lit_sft.types import Conversation, Example, UserError
 
 log = logging.getLogger(__name__)
@@ -42,14 +42,6 @@ ROWS_PER_WORKER = 1000
 """For fewer, a process costs more than it saves."""
 SHOWN_SKIPS = 10
 """Skipped rows that are shown; more are only counted."""
-
-
-def global_rank() -> int:
-    """This process's rank before a process group exists, as launchers put it into the environment."""
-    for variable in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
-        if variable in os.environ:
-            return int(os.environ[variable])
-    return 0
 
 
 class Chunk(NamedTuple):

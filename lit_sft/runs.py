@@ -16,8 +16,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from typing_extensions import override
 
 from lit_sft import locking, logfiles
+from lit_sft.interrupts import global_rank
 from lit_sft.logfiles import AppendingCSVLogger
-from lit_sft.prepare import global_rank
 from lit_sft.types import UserError
 
 log = logging.getLogger(__name__)

@@ -49,6 +49,9 @@ class SFTTrainer(L.Trainer):
     there.
     """
 
+    plan = doctor.Plan()
+    """What `doctor` is asked about, which itself takes one device."""
+
     @property
     @override
     def log_dir(self) -> str | None:
@@ -99,7 +102,7 @@ class SFTTrainer(L.Trainer):
         output: Literal["rich", "json"] = "rich",
         histogram: str | None = None,
     ) -> None:
-        """Check data, steps, memory and disk before a run, with one real step; exit code 1 on an error.
+        """Check data, steps, memory and disk before a run, with two real steps; exit code 1 on an error.
 
         Args:
             model: Its settings are used.
@@ -107,7 +110,7 @@ class SFTTrainer(L.Trainer):
             output: For people (rich) or programs (json).
             histogram: PNG file to write the length histogram to.
         """
-        sys.exit(doctor.doctor(self, model, datamodule, output, histogram))
+        sys.exit(doctor.doctor(self, self.plan, model, datamodule, output, histogram))
 
     def export(
         self,
@@ -117,6 +120,7 @@ class SFTTrainer(L.Trainer):
         output_dir: str = "hf",
         merge_lora: bool = False,
         dequantize: bool = False,
+        dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     ) -> None:
         """Turn a checkpoint into a Hugging Face directory.
 
@@ -127,8 +131,9 @@ class SFTTrainer(L.Trainer):
             output_dir: Directory to write.
             merge_lora: Merge the adapter into the base instead of writing an adapter directory.
             dequantize: Merge over a 4-bit base too, whose values are then written in bf16.
+            dtype: Type of the written weights; null keeps theirs, which is fp32 where they were trained.
         """
-        exporting.export_checkpoint(self, model, datamodule, ckpt_path, Path(output_dir), merge_lora, dequantize)
+        exporting.export_checkpoint(self, model, datamodule, ckpt_path, Path(output_dir), merge_lora, dequantize, dtype)
         log.info("exported: %s", output_dir)
 
 
@@ -159,7 +164,7 @@ def run_callbacks(
         Evaluation(),
         Answers(),
         HFExport(),
-        PredictionWriter(config.predict_output),
+        PredictionWriter(config.predict_output, ckpt_path),
         logfiles.LastRow(),
         StopOnSignal(_save_and_wait(checkpointer, files), config.resume.max_restarts),
         LeaveFolder(lambda: folder.folder),

@@ -1,11 +1,15 @@
 """`doctor`: what it reports about rows that are known, and what it fails on."""
 
 import json
+from types import SimpleNamespace
 
+import psutil
 import pytest
 from running import arguments, run, write_rows
 from terminal import log_lines
 from tiny import save_tiny
+
+from lit_sft.doctor import Plan
 
 KEYS = [
     "rows_read", "rows_kept", "dropped", "trained_token_share", "stop_tokens", "duplicates", "overlap", "pack_fill",
@@ -58,7 +62,7 @@ def test_people_can_read_it(model, tmp_path, capsys):
         "longer than data.max_length 128",
         "GiB weights",
         "tokens \u2588",
-        "one step",
+        "two steps",
         "warning: ",
     ):
         assert words in out, words
@@ -99,6 +103,37 @@ def test_an_error_is_exit_code_1_and_a_remedy(output, model, tmp_path, capsys):
     assert "ready" not in out
     if output == "json":
         assert list(json.loads(out)) == KEYS and json.loads(out)["rows_read"] is None
+
+
+def test_a_model_that_fits_in_shards_only(model, tmp_path, capsys, monkeypatch):
+    """What is expected is that of each device of the run; a batch that would not come out even is found, too."""
+    rows, runs = write_rows(tmp_path / "a.jsonl", ROWS), tmp_path / "runs"
+
+    def report(**settings):
+        code, out = doctor(capsys, [*arguments(model, rows, runs, **settings), "--output=json"])
+        return code, json.loads(out)
+
+    sharded = {"trainer__devices": 4, "trainer__strategy": "fsdp2"}
+    (_, alone), (code, each) = report(), report(**sharded)
+    assert code == 0 and each["warnings"] == alone["warnings"]
+    assert each["memory"]["optimizer"] == alone["memory"]["optimizer"] // 4
+    assert each["memory"]["total"] < alone["memory"]["total"]
+    between = (alone["memory"]["total"] + each["memory"]["total"]) // 2
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=between))
+    code, small = report()
+    assert code == 1 and "trainer.strategy to fsdp2" in small["errors"][0]
+    code, small = report(**sharded)
+    assert code == 0 and "no step was tried" in small["warnings"][-1] and not small["errors"]
+    code, uneven = report(trainer__devices=3, trainer__strategy="ddp")
+    assert code == 1 and "x 3 devices" in uneven["errors"][0]
+
+
+@pytest.mark.parametrize(
+    ("devices", "per_node"), [(8, 8), ("8", 8), ("auto", 2), (-1, 2), ([0, 3], 2), ("0,1,2", 3), ("0,", 1)], ids=str
+)
+def test_devices_of_a_plan(devices, per_node):
+    assert Plan.of_settings(devices, 3, "ddp", present=2) == Plan(3 * per_node, sharded=False)
+    assert Plan.of_settings(devices, 1, {"class_path": "lit_sft.strategies.FSDP2Strategy"}, 2).sharded
 
 
 def test_two_bos_are_an_error(tmp_path, capsys):

@@ -73,3 +73,17 @@ def test_what_is_not_equal_is_not_exported(place, tmp_path, capsys, monkeypatch)
     assert "the answers of the export" in refused(capsys, "export", [*ckpt, f"--output_dir={out}"])
     assert {path.name: path.read_bytes() for path in out.iterdir()} == earlier
     assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_another_type(place, tmp_path, capsys):
+    """Half as many bytes; an adapter is merged or stays as it is."""
+    ckpt, half = trained(place, tmp_path / "runs"), "--dtype=bfloat16"
+    sizes = []
+    for more in ([], [half]):
+        run("export", [*ckpt, f"--output_dir={tmp_path / 'out'}", *more])
+        sizes.append((tmp_path / "out" / "model.safetensors").stat().st_size)
+    assert sizes[1] == pytest.approx(sizes[0] / 2, rel=0.1)
+    torch.testing.assert_close(logits(tmp_path / "out"), logits(version(tmp_path / "runs") / "hf"), rtol=0.05, atol=0.05)
+    ckpt = trained(place, tmp_path / "adapted", model__lora={"r": 4})
+    assert "add --merge_lora true" in refused(capsys, "export", [*ckpt, f"--output_dir={tmp_path / 'adapter'}", half])
+    assert not (tmp_path / "adapter").exists()

@@ -164,6 +164,20 @@ def test_gradient_explosion(limit, place, tmp_path, capsys, monkeypatch):
     assert not checkpoints(tmp_path / "runs")
 
 
+def test_clipping_by_value_hides_no_explosion(place, tmp_path, capsys, monkeypatch):
+    """It would make a finite number of an infinite one."""
+    configure = SFTModule.configure_model
+
+    def exploding(module):
+        configure(module)
+        module.model.lm.get_output_embeddings().weight.register_hook(lambda gradient: gradient.fill_(torch.inf))
+
+    monkeypatch.setattr(SFTModule, "configure_model", exploding)
+    by_value = {"trainer__gradient_clip_algorithm": "value", "trainer__gradient_clip_val": 0.5}
+    said = refused(capsys, "fit", arguments(*place[1:], tmp_path / "runs", **{**PLAIN, **by_value}))
+    assert said.startswith("step 1: the loss is ") and "the gradient norm inf" in said
+
+
 @pytest.mark.parametrize(("key", "value"), [("skip_steps", -1), ("grad_norm_limit", 0)])
 def test_wrong_options(key, value, place, tmp_path, capsys):
     args = arguments(*place[1:], tmp_path / "runs", **{f"faults__{key}": value})

@@ -112,6 +112,21 @@ def test_adapters_that_are_off_or_merged_stay_off_and_merged():
     assert torch.equal(layer(x), layer.base_layer(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapter_that_computes_something_else_stays(dtype, monkeypatch):
+    """Also over a base in bf16, where fp32 adapters compute as autocast says; what is compared leaves no trace."""
+    lm = tiny_llama().to(dtype)
+    apply_lora(lm, LoraConfig(r=4, target_modules="all-linear"), seed=0)
+    before = {name: parameter.clone() for name, parameter in lm.named_parameters()}
+    right = fused.fuse_blocks(lm)
+    assert any(name.endswith("q_proj") for name in right)
+    assert all(torch.equal(before[name], parameter) for name, parameter in lm.named_parameters())
+    fused.unfuse_blocks(lm, right)
+    forward = fused._LoraLinear.forward
+    monkeypatch.setattr(fused._LoraLinear, "forward", lambda ctx, *args: forward(ctx, *args[:-1], 2 * args[-1]))
+    assert not any(name.endswith("_proj") for name in fused.fuse_blocks(lm))
+
+
 def test_what_computes_something_else_stays():
     gemma_like = tiny_llama()
     for module in gemma_like.modules():

@@ -55,6 +55,24 @@ def test_a_batch_equals_its_prompts_one_by_one(build, implementation):
     assert together == [greedy_by_hand(lm, prompt) for prompt in PROMPTS]
 
 
+def test_weights_that_are_cast_meanwhile_keep_what_hangs_on_them():
+    """DDP reduces gradients by hooks on these nodes; tied weights are cast once."""
+    lm = tiny_llama(tie_word_embeddings=True)
+    weights = dict(lm.named_parameters())
+
+    def nodes():
+        return {name: weight.expand_as(weight).grad_fn.next_functions[0][0] for name, weight in weights.items()}
+
+    seen = []
+    lm.model.register_forward_pre_hook(lambda *_: seen.append([p.dtype for p in lm.parameters()]))
+    before = nodes()  # and held, as DDP does
+    with torch.autocast("cpu", torch.bfloat16):
+        answers(lm)
+    assert seen[0] == [torch.bfloat16] * len(weights)
+    assert all(node is before[name] for name, node in nodes().items())
+    assert all(parameter is weights[name] for name, parameter in lm.named_parameters())
+
+
 def test_the_pad_id_does_not_matter():
     lm = tiny_llama(**WILD)
     assert answers(lm, pad_id=0) == answers(lm, pad_id=6)

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from running import arguments, chat_rows, run, version, write_rows
-from terminal import refused
+from terminal import log_lines, refused
 from tiny import save_tiny
 
 from lit_sft import prompts
@@ -103,7 +103,11 @@ def test_rows_without_answer_and_rows_of_several_turns(place, tmp_path):
 
 
 def test_max_samples(place, tmp_path):
-    records = predict(place, tmp_path / "out.jsonl", f"--data.predict={place / 'rows.jsonl'}", "--data.max_samples=2")
+    """What it leaves out is said."""
+    with log_lines() as lines:
+        asked = f"--data.predict={place / 'rows.jsonl'}"
+        records = predict(place, tmp_path / "out.jsonl", asked, "--data.max_samples=2")
+    assert sum(line.endswith("rows.jsonl: the first 2 of 7 rows (data.max_samples)") for line in lines) == 1
     assert [record["index"] for record in records] == [0, 1]
 
 

@@ -100,7 +100,7 @@ def leave_parts(place, output, indices):
         (folder / f".{output.name}.part{rank}").write_text(head + "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def heads(place, output):
+def heads(place, output, *args):
     """The first line of the parts of a predict that fails before its first row."""
     from lit_sft.module import SFTModule
 
@@ -109,7 +109,7 @@ def heads(place, output):
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(SFTModule, "predict_step", fail)
-        predict(place, output)
+        predict(place, output, *args)
     (part,) = parts(output)
     head = part.read_text()
     part.unlink()
@@ -141,6 +141,21 @@ def test_parts_of_other_settings_are_not_used(place, tmp_path, other):
     lines = predict(place, output, other)
     assert sum("of other prompts or settings: started anew" in line for line in lines) == 1
     assert "kept" not in output.read_text() and parts(output) == []
+
+
+def test_parts_of_another_checkpoint_are_not_used(place, tmp_path):
+    """Of the same run and settings, for the same prompts and file."""
+    args = arguments(str(place / "model"), str(place / "rows.jsonl"), tmp_path / "runs", trainer__max_steps=2)
+    run("fit", [*args, "--checkpoint.every_n_train_steps=1", "--data.max_samples=40"])
+    saved = sorted((version(tmp_path / "runs") / "checkpoints").glob("step=*.ckpt"))
+    assert len(saved) == 2
+    output, (first, second) = tmp_path / "out", (f"--ckpt_path={path}" for path in saved)
+    assert heads(place, output, first) == heads(place, output, first) != heads(place, output, second)
+
+
+def test_a_file_whose_name_is_a_pattern(place, tmp_path):
+    predict(place, tmp_path / "out[1].jsonl")
+    assert (tmp_path / "out[1].jsonl").read_bytes() == (place / "whole.jsonl").read_bytes()
 
 
 def test_several_answers(place, tmp_path):

@@ -385,10 +385,24 @@ def test_averages_of_weights(place, tmp_path, capsys):
 
 
 def test_doctor_leaves_out_callbacks_that_save(place, tmp_path, capsys):
+    """Those that need a logger get one, which writes nothing."""
     own = own_checkpoints(tmp_path / "own", every_n_train_steps=1)
+    monitors = ("LearningRateMonitor", "DeviceStatsMonitor")
+    own += [{"class_path": f"lightning.pytorch.callbacks.{name}"} for name in monitors]
     with pytest.raises(SystemExit) as caught:
         run("doctor", settings(place, tmp_path / "runs", trainer__callbacks=own))
-    assert caught.value.code == 0 and not (tmp_path / "own").exists()
+    assert caught.value.code == 0 and not (tmp_path / "own").exists() and not (tmp_path / "runs").exists()
+
+
+def test_apples_gpu(place, tmp_path, capsys, monkeypatch):
+    """It has no float64."""
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    for chosen in ("gpu", "mps"):
+        args = settings(place, tmp_path / "runs", trainer__accelerator=chosen)
+        assert f"trainer.accelerator {chosen}: Apple's GPU" in refused(capsys, "fit", args)
+    with log_lines() as lines:
+        run("fit", settings(place, tmp_path / "runs", trainer__accelerator="auto", trainer__max_steps=1))
+    assert sum("the CPU is taken" in line for line in lines) == 1
 
 
 @pytest.mark.parametrize(

@@ -311,3 +311,23 @@ def test_a_killed_rank_ends_the_run(launcher, rank, place, tmp_path):
     while Path(f"/proc/{pids[1 - rank]}/cmdline").exists() and Path(f"/proc/{pids[1 - rank]}/cmdline").read_bytes():
         assert time.monotonic() - killed < 10
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("variables", "rank"),
+    [
+        ({}, 0),
+        ({"RANK": "3", "LOCAL_RANK": "1"}, 3),
+        ({"SLURM_PROCID": "5", "LOCAL_RANK": "1"}, 5),
+        ({"SLURM_JOB_NAME": "bash", "SLURM_PROCID": "0", "LOCAL_RANK": "1"}, 1),  # Lightning's second rank, in a shell
+        ({"SLURM_JOB_NAME": "interactive", "SLURM_PROCID": "0"}, 0),
+        ({"NODE_RANK": "1"}, 1),
+    ],
+    ids=str,
+)
+def test_a_rank_before_there_are_processes(variables, rank, monkeypatch):
+    for name in ("RANK", "SLURM_PROCID", "SLURM_JOB_NAME", "LOCAL_RANK", "NODE_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert interrupts.global_rank() == rank

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from lightning.pytorch.plugins.precision import FSDPPrecision
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy
 from ranks import run_ranks
-from running import arguments, chat_rows, run, version, write_rows
+from running import arguments, chat_rows, final_weights, run, scalars, version, write_rows
 from tiny import save_tiny, tiny_gpt2, tiny_llama, tiny_qwen3
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.distributed.tensor import DTensor
@@ -248,3 +248,21 @@ def check_ddp(folder):
 
 def test_ddp_reduces_once_per_step(place):
     run_ranks(check_ddp, place, world_size=1)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_answers_between_steps_change_no_step(strategy, tmp_path):
+    """Under bf16-mixed, whose weights are cast for them: DDP once lost the hooks that reduce its gradients to that."""
+    model, rows = save_tiny(tmp_path / "model"), write_rows(tmp_path / "train.jsonl", chat_rows(24))
+    spread = {"trainer__devices": 2, "trainer__strategy": strategy, "trainer__precision": "bf16-mixed"}
+    plain_sgd = {"model__optimizer": "torch.optim.SGD", "model__optimizer__lr": 0.1, "trainer__gradient_clip_val": None}
+    asking = {"data__questions": ["abc"], "model__evaluation": {"num_samples": 2}, "trainer__val_check_interval": 0.5}
+    runs = []
+    for name, more in (("silent", {"model__evaluation": None}), ("asking", asking)):
+        root = tmp_path / name
+        options = {"data__val_size": 4, "data__packing": False, "data__global_batch_size": 4, **spread, **plain_sgd}
+        run("fit", arguments(model, rows, root, **{**options, **more}), subprocesses=True)
+        runs.append((scalars(root, "train/loss"), scalars(root, "train/grad_norm"), final_weights(root)))
+    silent, asked = runs
+    assert len(asked[0]) == 5 and asked[:2] == silent[:2]
+    assert all(torch.equal(silent[2][name], weight) for name, weight in asked[2].items())

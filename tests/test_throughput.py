@@ -1,10 +1,14 @@
 """Speed and cost that a run logs, and the counts behind them."""
 
+import time
+
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 from running import arguments, chat_rows, run, scalars, write_rows
 from tiny import save_tiny, tiny_llama
 
+from lit_sft import cli, trainer
 from lit_sft.flops import peak_flops, step_cost
 
 
@@ -22,6 +26,33 @@ def test_a_run_logs_speed_and_cost(tmp_path):
     assert all(0.1 < size < 50 for size in speed["peak_memory_gb"])
     tokens = scalars(root, "train/num_tokens")
     assert tokens == sorted(tokens) and tokens[0] > 0
+
+
+class Slow(Callback):
+    """Takes a while between steps."""
+
+    def on_train_start(self, trainer, pl_module):
+        time.sleep(1)
+
+    def on_validation_end(self, trainer, pl_module):
+        time.sleep(1)
+
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+        time.sleep(1)
+
+
+def test_what_is_no_training_does_not_count(tmp_path, monkeypatch):
+    """Answers before the run, validations with what follows them, and saves."""
+    add = trainer.run_callbacks
+    monkeypatch.setattr(cli, "run_callbacks", lambda *args: [*add(*args), Slow()])
+    model, rows = save_tiny(tmp_path / "model"), write_rows(tmp_path / "train.jsonl", chat_rows(24))
+    settings = {"data__val_size": 4, "trainer__val_check_interval": 0.5, "checkpoint__every_n_train_steps": 1}
+    root = tmp_path / "run"
+    run("fit", arguments(model, rows, root, data__packing=False, data__global_batch_size=5, **settings))
+    num_tokens, speeds = (scalars(root, f"train/{name}") for name in ("num_tokens", "tokens_per_second"))
+    tokens = [now - before for now, before in zip(num_tokens, [0, *num_tokens], strict=False)]
+    seconds = [count / speed for count, speed in zip(tokens, speeds, strict=True)]
+    assert len(seconds) == 4 and max(seconds) < 0.9, seconds
 
 
 @pytest.mark.slow

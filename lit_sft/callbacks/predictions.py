@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import logging
@@ -32,10 +33,11 @@ class PredictionWriter(Callback):
 
     Args:
         output: File to write; None is `predictions.jsonl` in the run's folder.
+        ckpt_path: The checkpoint that answers, if one does; Lightning knows it only when it is restored.
     """
 
-    def __init__(self, output: str | None) -> None:
-        self.output = output
+    def __init__(self, output: str | None, ckpt_path: str | None) -> None:
+        self.output, self.ckpt_path = output, ckpt_path
         self.path = Path()
         self.head = ""
         """First line of the parts."""
@@ -51,7 +53,7 @@ class PredictionWriter(Callback):
         if trainer.is_global_zero:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             asked = [(prompt.ids, prompt.text, prompt.reference) for prompt in prompts]
-            settings = fingerprint(pl_module.options, trainer.precision, trainer.ckpt_path)  # type: ignore[arg-type]
+            settings = fingerprint(pl_module.options, trainer.precision, self.ckpt_path)  # type: ignore[arg-type]
             self.head = json.dumps({"prompts": _hash(asked), "settings": _hash(settings)}) + "\n"
             done = self._take_over(len(prompts))
         self.head, datamodule.predicted = trainer.strategy.broadcast((self.head, done))
@@ -98,7 +100,7 @@ class PredictionWriter(Callback):
         return self.path.with_name(f".{self.path.name}.part{name}")
 
     def _parts(self) -> list[Path]:
-        return sorted(self.path.parent.glob(f".{self.path.name}.part*"))
+        return sorted(self.path.parent.glob(f".{glob.escape(self.path.name)}.part*"))
 
     def _take_over(self, num_prompts: int) -> set[int]:
         """Gathers the rows that were left in parts, of however many ranks, in one; which rows these are."""

@@ -76,18 +76,25 @@ class Lines(Callback):
     """
 
     def __init__(self) -> None:
-        self.began = self.last = 0.0
+        self.began: float | None = None
+        self.last = 0.0
         self.first_step = 0
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         bar = trainer.progress_bar_callback  # for another one than ours Lightning reads numbers at every batch
         pl_module.in_bar = bar is not None and not isinstance(bar, Progress)  # type: ignore[assignment]
-        self.began = self.last = time.monotonic()
-        self.first_step = trainer.global_step
+        self.began, self.first_step = None, trainer.global_step
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, EarlyStopping):  # the checkpoint brings the reason of an earlier stop
                 callback.stopping_reason = EarlyStoppingReason.NOT_STOPPED
+
+    @override
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self.began is None:  # now, and not before the answers that come first
+            self.began = self.last = time.monotonic()
 
     @override
     def on_train_batch_end(
@@ -98,6 +105,7 @@ class Lines(Callback):
             return
         if not trainer.is_global_zero or trainer.progress_bar_callback and rich.get_console().is_terminal:
             return
+        assert self.began is not None
         self.last = now
         left = timedelta(seconds=round((now - self.began) / max(1, step - self.first_step) * (steps - step)))
         numbers = trainer.callback_metrics

@@ -29,6 +29,8 @@ class Throughput(Callback):
         self.num_tokens: torch.Tensor | float = 0.0
         self.cost: StepCost | None = None
         self.step_began = self.waited = 0.0
+        self.paused = True
+        """Something else than training has happened since the last step: its time is not the next one's."""
         self.tokens = self.squares = 0
         """Of this rank, in the running optimizer step."""
 
@@ -46,19 +48,22 @@ class Throughput(Callback):
         half = torch.float16 if trainer.precision.startswith("16") else torch.bfloat16
         dtype = torch.float32 if trainer.precision.startswith("32") else half
         self.peak = peak_flops(pl_module.device, dtype) * trainer.world_size
-        self._begin()
-
-    def _begin(self) -> None:
-        self.step_began, self.tokens, self.squares = time.monotonic(), 0, 0
 
     @override
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._begin()  # validation is not training time, and comes between optimizer steps
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.paused = True
+
+    @override
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.paused = True
 
     @override
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        if self.paused:  # which it only is between two steps
+            waited = trainer.train_dataloader.waited - self.waited  # type: ignore[union-attr]
+            self.step_began, self.paused = time.monotonic() - waited, False
         if batch["rows"][0] >= 0:
             self.tokens += sum(batch["lengths"])
             self.squares += sum(length * length for length in batch["lengths"])
@@ -88,7 +93,7 @@ class Throughput(Callback):
             pl_module.log("train/tokens_per_second_min", speeds.min())
             pl_module.log("train/tokens_per_second_max", speeds.max())
             pl_module.log("train/data_wait_max", waits.max())
-        self._begin()
+        self.step_began, self.tokens, self.squares = time.monotonic(), 0, 0
 
 
 def peak_memory(device: torch.device) -> int:

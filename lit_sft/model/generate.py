@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_sft.types import UserError
 
@@ -189,14 +189,12 @@ def _ready_to_generate(lm: PreTrainedModel, cast: bool) -> Iterator[None]:
     """
     dtype = torch.get_autocast_dtype(lm.device.type)
     cast = cast and torch.is_autocast_enabled(lm.device.type) and dtype == torch.bfloat16
-    stored = [(p, p.data) for p in lm.parameters() if p.dtype == torch.float32] if cast else []
     # `generate` fills what a config leaves open from this one: repetition penalties, say, or a length.
     own_generation_config = lm.generation_config
     training = [module for module in lm.modules() if module.training]
     lm.generation_config = _new_generation_config()
     lm.train(False)
-    for parameter, weight in stored:
-        parameter.data = weight.to(dtype)
+    stored = _cast_weights(lm, dtype) if cast else []
     # Without gradients torch copies the weight for every prompt if its input is a slice, as the last states of the
     # prompts are (3.6 GB for 64 prompts of SmolLM2, frozen): https://github.com/pytorch/pytorch/issues/186148.
     # Compiled blocks would be compiled again for every new length, until torch gives up, for training, too.
@@ -210,11 +208,29 @@ def _ready_to_generate(lm: PreTrainedModel, cast: bool) -> Iterator[None]:
     finally:
         if hook is not None:
             hook.remove()
-        for parameter, weight in stored:
-            parameter.data = weight
+        for module, name, parameter in stored:
+            module._parameters[name] = parameter
         lm.generation_config = own_generation_config
         for module in training:
             module.training = True
+
+
+def _cast_weights(lm: nn.Module, dtype: torch.dtype) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """Puts copies in place of all weights in fp32; returns what to put back: where, under which name, which one.
+
+    Not by `parameter.data`: given another type, a parameter loses the node of the graph that adds up its gradient, and
+    the hooks on it, by which DDP reduces gradients. Without a word, every rank would train alone from then on.
+    """
+    stored = [
+        (module, name, parameter)
+        for module in lm.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter.dtype == torch.float32
+    ]
+    copies = {parameter: nn.Parameter(parameter.detach().to(dtype), requires_grad=False) for _, _, parameter in stored}
+    for module, name, parameter in stored:
+        module._parameters[name] = copies[parameter]  # tied weights stay tied
+    return stored
 
 
 def _new_generation_config(**settings: Any) -> GenerationConfig:

@@ -58,6 +58,7 @@ def estimate(
     chunk_elements: int,
     on_cpu: bool = False,
     quantized: bool = False,
+    shards: int = 1,
 ) -> MemoryEstimate:
     """Adds up what a step holds when its last forward pass has ended.
 
@@ -77,6 +78,8 @@ def estimate(
         chunk_elements: Logits that the loss holds at once.
         on_cpu: Count what the process itself grows by, too.
         quantized: The linear layers of the blocks are stored in 4 bits.
+        shards: Devices that weights, gradients and optimizer state are spread over; each gathers embedding and head,
+            two blocks, and the gradients of one.
     """
     text = config.get_text_config()
     hidden, layers, vocabulary = text.hidden_size, text.num_hidden_layers, text.vocab_size
@@ -84,19 +87,23 @@ def estimate(
     block = 2 * hidden * stored_bytes + numbers * compute_bytes
     costly = _costly_numbers(text) * compute_bytes if gradient_checkpointing == "selective" else 0
     kept = layers * (hidden * stored_bytes + costly) + block if gradient_checkpointing else layers * block
+    ends = vocabulary * hidden * (1 if text.tie_word_embeddings else 2)  # embedding and head
     weights = num_parameters * (stored_bytes + (compute_bytes if compute_bytes < stored_bytes else 0))
+    of_block = (num_parameters - ends) // layers
+    if shards > 1:
+        weights = num_parameters * stored_bytes // shards + (ends + 2 * of_block) * compute_bytes
     if quantized:  # half a byte, and the scales
-        ends = vocabulary * hidden * (1 if text.tie_word_embeddings else 2)  # embedding and head
         weights = ends * stored_bytes + int((num_parameters - ends) * 0.52)
-    weights += 4 * num_trained * adapted  # in fp32, whatever the base is in
+    weights += 4 * num_trained * adapted // shards  # in fp32, whatever the base is in
     logits = min(tokens, max(1, chunk_elements // vocabulary)) * vocabulary * compute_bytes
     head = 0 if adapted else vocabulary * hidden * (4 + compute_bytes)  # its gradient, and that of a chunk
     trained, remembered = num_trained * (4 if adapted else stored_bytes), int(num_trained * optimizer_bytes)
+    gradients = trained // shards + (0 if adapted or shards == 1 else 4 * of_block)
     activations, logits = tokens * kept + (CPU_SCRATCH if on_cpu else 0), logits + 3 * 4 * PIECE_ELEMENTS[on_cpu] + head
     return MemoryEstimate(
         weights=weights,
-        gradients=trained if accumulates else max(0, trained - activations - logits),
-        optimizer=remembered,
+        gradients=gradients if accumulates else max(0, gradients - activations - logits),
+        optimizer=remembered // shards,
         activations=activations,
         logits=logits,
         checkpoint=trained + remembered,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from lit_sft.types import UserError
+
+log = logging.getLogger(__name__)
 
 Index = npt.NDArray[np.int64]
 
@@ -150,6 +153,8 @@ def limit(rows: Rows, count: int) -> Rows:
     """
     if count < 1:
         raise UserError(f"`data.max_samples` is {count}, expected at least 1 (or null for all rows)")
+    if count < len(rows):
+        log.info("%s: the first %s of %s rows (data.max_samples)", rows.name, f"{count:,}", f"{len(rows):,}")
     count = min(count, len(rows))
     if len(rows.sources) == 1:
         return subset(rows, np.arange(count))
