@@ -103,6 +103,9 @@ class SFTCLI(LightningCLI):
         if config.trainer.enable_checkpointing is False and self.subcommand == "fit":
             raise UserError("trainer.enable_checkpointing must be true: to save less, raise checkpoint.every_n_minutes")
         config.trainer.accelerator = _accelerator(config.trainer.accelerator)
+        if config.trainer.strategy == "fsdp":
+            log.info("trainer.strategy fsdp: FSDP2 is taken (fsdp2), whose shards any number of devices can load")
+            config.trainer.strategy = "fsdp2"
         slurm.check_launch()
         logs, ckpt_path = Path(config.trainer.default_root_dir or ".") / runs.LOGS, config.get("ckpt_path")
         own = slurm.own_run(logs) if self.subcommand == "fit" else None
@@ -137,7 +140,7 @@ class SFTCLI(LightningCLI):
                 "callbacks": own_callbacks(config.trainer.callbacks, self.model, dry=True),
                 "default_root_dir": str(root),
             }
-            trainer = self._instantiate_trainer({**config.trainer, **one_step, **quiet, **own}, [])
+            trainer: Any = self._instantiate_trainer({**config.trainer, **one_step, **quiet, **own}, [])
             asked = config.trainer
             present = trainer.accelerator.auto_device_count()
             trainer.plan = doctor.Plan.of_settings(asked.devices, asked.num_nodes, asked.strategy, present)

@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy
 from rich.table import Table
 from typing_extensions import override
 
@@ -160,7 +160,7 @@ def needed_memory(
 ) -> memory.MemoryEstimate:
     """What a step is expected to need on a device: of this run, or of the one that is planned."""
     if plan is None:
-        plan = Plan(trainer.world_size, isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy)))
+        plan = Plan(trainer.world_size, isinstance(trainer.strategy, ModelParallelStrategy))
     options, precision, lora = module.options, trainer.precision, module.options.lora
     lm, total = _without_weights(options)
     adapted, data = is_adapted(options), datamodule.options

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
@@ -91,8 +91,8 @@ class SFTModule(L.LightningModule):
         self.__dict__["adapter"] = None  # past `nn.Module`: it is no submodule, its layers live in `model`
         self.saved_stop_ids: list[int] = []
         self.loss_scale = 1.0
-        self.window: Tensor = torch.zeros(3, dtype=torch.float64)
-        """Since the last optimizer step on this rank, then over all ranks: loss sum, targets, tokens."""
+        self.window: Tensor = torch.zeros(4, dtype=torch.float64)
+        """Since the last optimizer step on this rank, then over all: loss sum, targets, tokens; what `Guard` adds."""
         self.guard: Callable[[Optimizer, Tensor, Tensor], None] = lambda optimizer, window, norm: None
         self.metrics = TokenMetrics()
         self.between_answers: Callable[[], None] = lambda: None
@@ -107,15 +107,13 @@ class SFTModule(L.LightningModule):
             return
         if self.trainer.strategy.root_device.type == "cpu":
             memory.keep_freed_memory()
-        if self.options.quantization and isinstance(self.trainer.strategy, (FSDPStrategy, ModelParallelStrategy)):
+        if self.options.quantization and isinstance(self.trainer.strategy, ModelParallelStrategy):
             raise UserError("model.quantization: 4-bit weights are not sharded; set trainer.strategy to ddp or auto")
         sharded = isinstance(self.trainer.strategy, ModelParallelStrategy) and self.trainer.world_size > 1
         with torch.device("cpu"):  # Lightning makes the GPU the default, whose random start values are others
             model, adapter = build_model(self.options, self.trainer.precision, sharded=sharded)
         longest = self.trainer.datamodule.data.longest  # type: ignore[attr-defined]
         exact.check_length(model.lm, longest, context_length(model.lm.config))
-        if isinstance(self.trainer.strategy, FSDPStrategy):
-            parallel.wrap_layers_with_fsdp(self.trainer.strategy, model.lm)
         self.loss_scale = 1.0 / 1024 if self.trainer.precision.startswith("16") else 1.0
         self.model, is_partial = model, frozen.is_frozen(model.lm)
         self.base = frozen.base_of(model.lm, self.options.init, self.options.seed) if is_partial else None
@@ -183,10 +181,7 @@ class SFTModule(L.LightningModule):
         """Clips by the norm over all ranks, or by value, and logs the norm before that, under every strategy."""
         wanted = 0.0 if gradient_clip_algorithm == "value" else gradient_clip_val or 0.0
         limit = wanted if wanted > 0 else float("inf")  # 0 is off, as in Lightning
-        if isinstance(self.trainer.strategy, FSDPStrategy):  # its flat shards need the root module's own method
-            norm = self.trainer.strategy.model.clip_grad_norm_(limit)  # type: ignore[union-attr, operator]
-        else:
-            norm = optim.clip_by_norm(self.parameters(), limit)
+        norm = optim.clip_by_norm(self.parameters(), limit)
         if gradient_clip_algorithm == "value":
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         self.log("train/grad_norm", norm)
@@ -204,7 +199,7 @@ class SFTModule(L.LightningModule):
         """The optimizer over two parameter groups, and the schedule by optimizer step."""
         groups = optim.parameter_groups(self.named_parameters())
         optimizer = self.options.optimizer(groups)
-        sharded = isinstance(self.trainer.strategy, (FSDPStrategy, ModelParallelStrategy))
+        sharded = isinstance(self.trainer.strategy, ModelParallelStrategy)
         optim.check_takes(optimizer, sharded, scaled := self.trainer.precision == "16-mixed")
         if not scaled:  # Lightning unscales before clipping, fused Adam would itself
             optim.prefer_fused(optimizer)
@@ -241,8 +236,6 @@ class SFTModule(L.LightningModule):
     def answer(self, prompts: Prompts, options: GenerationOptions | None = None) -> list[list[str]]:
         """The answers to each prompt (see `answering.answer`), with `model.generation` unless told otherwise."""
         assert self.model is not None
-        if isinstance(self.trainer.strategy, FSDPStrategy):
-            raise UserError("trainer.strategy fsdp cannot answer: set it to fsdp2; or no questions, and no evaluation")
         tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
         sharded = isinstance(self.trainer.strategy, ModelParallelStrategy)
         how = {"options": options or self.generation, "stop_ids": self.stop_ids, "seed": self.options.seed}

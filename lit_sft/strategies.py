@@ -9,7 +9,6 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.strategies import (
     DDPStrategy,
-    FSDPStrategy,
     ModelParallelStrategy,
     SingleDeviceStrategy,
     Strategy,
@@ -75,6 +74,8 @@ class FSDP2Strategy(ModelParallelStrategy):
                 f"trainer.strategy fsdp2 does not train in fp16: set trainer.precision "
                 f"{trainer.precision} to bf16-mixed"
             )
+        for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+            loop.inference_mode = False  # in which FSDP2 cannot gather; Lightning keeps it off for FSDP1 and gloo only
         assert self.lightning_module is not None
         self.lightning_module.shard(  # type: ignore[operator]
             self.device_mesh["data_parallel"],
@@ -157,10 +158,10 @@ def check(strategy: Strategy) -> None:
     Raises:
         UserError: It is none of ours.
     """
-    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy, FSDPStrategy, FSDP2Strategy)):
+    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy, FSDP2Strategy)):
         raise UserError(
             f"trainer.strategy {type(strategy).__name__} is not known to give the exact loss average: set it to auto, "
-            "ddp, fsdp2 or fsdp"
+            "ddp or fsdp2"
         )
     if isinstance(strategy, DDPStrategy):
         strategy._ddp_kwargs.setdefault("gradient_as_bucket_view", True)

@@ -4,7 +4,6 @@ import contextlib
 import time
 from types import SimpleNamespace
 
-import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
@@ -122,11 +121,3 @@ def test_errors_of_the_device(text, words):
 
 def test_a_failure_before_the_ranks_met_is_told():
     assert failing._is_first(RuntimeError("no device"), rank=3)
-
-
-def test_fsdp1_answers_nothing():
-    module = SimpleNamespace(model=object(), trainer=SimpleNamespace(strategy=L.pytorch.strategies.FSDPStrategy()))
-    from lit_sft.module import SFTModule
-
-    with pytest.raises(failures.UserError, match="fsdp cannot answer: set it to fsdp2"):
-        SFTModule.answer(module, {})

@@ -1,6 +1,9 @@
 """Strategies: what `auto` is, what is refused, where weights are while they are loaded, when gradients are reduced."""
 
 import contextlib
+import re
+import subprocess
+import sys
 from types import SimpleNamespace
 from unittest import mock
 
@@ -8,10 +11,10 @@ import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch.plugins.precision import FSDPPrecision
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy
 from ranks import run_ranks
-from running import arguments, chat_rows, final_weights, run, scalars, version, write_rows
+from running import REPOSITORY, arguments, chat_rows, environment, final_weights, run, scalars, version, write_rows
+from terminal import log_lines
 from tiny import save_tiny, tiny_gpt2, tiny_llama, tiny_qwen3
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.distributed.tensor import DTensor
@@ -77,7 +80,6 @@ def test_ddp_keeps_gradients_once():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["--trainer.strategy=fsdp"], "GPU"),
         (
             ['--trainer.strategy={"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"}'],
             "exact loss average",
@@ -102,18 +104,9 @@ def test_fsdp2_refuses_fp16():
         FSDP2Strategy().setup(SimpleNamespace(precision="16-mixed"))
 
 
-def test_fsdp1_is_completed():
-    """It runs on GPUs only; what we set can be seen anywhere."""
-    strategy = FSDPStrategy()
-    strategy.precision_plugin = FSDPPrecision("bf16-mixed")
-    lm = tiny_llama()
-    parallel.wrap_layers_with_fsdp(strategy, lm)
-    assert strategy.kwargs["auto_wrap_policy"]._module_classes == {type(lm.model.layers[0])}
-    assert strategy.mixed_precision_config.reduce_dtype == torch.float32
-    assert strategy.mixed_precision_config.buffer_dtype == torch.float32
-    with pytest.raises(UserError, match="bfloat16 and float32"):
-        lm.lm_head.to(torch.bfloat16)
-        parallel.wrap_layers_with_fsdp(strategy, lm)
+def test_fsdp1_is_refused():
+    with pytest.raises(UserError, match="FSDPStrategy is not known to give the exact loss average"):
+        check(FSDPStrategy())
 
 
 # ---------------------------------------------------------------------- loading without the whole model on every rank
@@ -266,3 +259,52 @@ def test_answers_between_steps_change_no_step(strategy, tmp_path):
     silent, asked = runs
     assert len(asked[0]) == 5 and asked[:2] == silent[:2]
     assert all(torch.equal(silent[2][name], weight) for name, weight in asked[2].items())
+
+
+def test_ranks_that_train_alone_are_found(tmp_path):
+    """As with the cast that once cut DDP off its gradients."""
+    program = tmp_path / "program.py"
+    program.write_text(ALONE)
+    model, rows = save_tiny(tmp_path / "model"), write_rows(tmp_path / "train.jsonl", chat_rows(24))
+    spread = {"trainer__devices": 2, "trainer__strategy": "ddp", "data__packing": False, "data__global_batch_size": 4}
+    args = arguments(model, rows, tmp_path / "run", **spread)
+    env = environment(PYTHONPATH=str(REPOSITORY))
+    command = [sys.executable, program, "fit", *args]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 1 and len(said) == 1, done.stderr[-2000:]
+    assert re.search(r"step 3: a rank's gradient norm is \d+\.\d% off", said[0])
+
+
+ALONE = """
+import torch
+from lit_sft import cli, module
+
+start = module.SFTModule.on_train_batch_start
+
+def on_train_batch_start(self, batch, batch_idx):
+    start(self, batch, batch_idx)
+    if self.trainer.global_step == 2:
+        for parameter in self.parameters():
+            stored = parameter.data
+            parameter.data = stored.to(torch.bfloat16)
+            parameter.data = stored
+
+module.SFTModule.on_train_batch_start = on_train_batch_start
+cli.main()
+"""
+
+
+def test_fsdp_is_fsdp2(tmp_path):
+    """Also where Lightning would run its loops in inference mode, in which FSDP2 cannot gather: under NCCL."""
+    model, rows = save_tiny(tmp_path / "model"), write_rows(tmp_path / "train.jsonl", chat_rows(8))
+    args = arguments(model, rows, tmp_path / "run", trainer__strategy="fsdp", data__test=rows)
+    nccl = SimpleNamespace(is_available=lambda: True, is_initialized=lambda: True, get_backend=lambda: "nccl")
+    with log_lines() as lines, mock.patch("lightning.pytorch.loops.utilities.dist", nccl):
+        run("fit", args)
+        ckpt = f"--ckpt_path={version(tmp_path / 'run') / 'checkpoints' / 'last.ckpt'}"
+        for command in ("test", "predict"):
+            run(command, [ckpt, '--data.questions=["abc"]'])
+    assert any("FSDP2 is taken" in line for line in lines)
+    assert (version(tmp_path / "run") / "predictions.jsonl").read_text().count("\n") == 1
+    assert len(scalars(tmp_path / "run", "test/loss")) == 1

@@ -19,6 +19,8 @@ from lit_sft.types import UserError
 
 log = logging.getLogger(__name__)
 
+RANKS_AGREE = 1e-3
+"""Relative difference of gradient norms that rounding may make on devices of different kinds."""
 SHOWN_BATCHES = 8
 """Micro-batches whose rows are named for a step; of more, only the number is told."""
 
@@ -54,7 +56,7 @@ class Step(NamedTuple):
     batches: list[MicroBatch]
     """Of this rank."""
     numbers: Tensor
-    """[2] on the host: loss, gradient norm."""
+    """[3] on the host: loss, gradient norm, and the share by which this rank's norm before was off the mean of all."""
     arrived: torch.cuda.Event | None
     """Reached by the device when `numbers` can be read."""
 
@@ -65,6 +67,10 @@ class Guard(Callback):
     To look, the host waits for the device; its next step is not prepared meanwhile. A fused optimizer can leave a step
     out by itself (`found_inf`, made for gradient scalers), so that the host may look one step later: it does so on a
     GPU, and always before a checkpoint is saved.
+
+    That the norm is the same on all ranks is looked at, too: where gradients are not reduced any more (DDP loses its
+    hooks when a parameter is replaced, or gets another type for a while), every rank would train alone. Norms are
+    summed over ranks with the loss of the next step, so this costs no message of its own.
 
     Args:
         options: When to stop.
@@ -78,6 +84,8 @@ class Guard(Callback):
         self.batches: list[MicroBatch] = []
         self.step: Step | None = None
         """One that is not yet judged."""
+        self.norm: Tensor | None = None
+        """Of the step before, as this rank has it."""
         self.trainer: L.Trainer | None = None
 
     @override
@@ -105,28 +113,36 @@ class Guard(Callback):
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         self.batches[-1] = self.batches[-1]._replace(loss=loss.detach())
 
+    @override
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        if self.norm is not None:
+            pl_module.window[3] = self.norm  # type: ignore[index, operator, assignment]
+
     def inspect(self, optimizer: Optimizer, window: Tensor, norm: Tensor) -> None:
         """Called when the gradients of a step are final.
 
         Args:
             optimizer: Is about to step.
-            window: [>= 2] loss sum and targets of the step over all ranks.
+            window: [4] over all ranks: loss sum, targets, tokens, and the sum of their norms of the step before.
             norm: [] of the gradients over all ranks, before clipping.
 
         Raises:
             UserError: This step, or the one before it, is wrong, and may not be left out.
         """
         assert self.trainer is not None
-        norm = norm.to(window.device)  # that of offloaded gradients is on the CPU
+        norm = norm.to(window.device).double()  # that of offloaded gradients is on the CPU
+        mean = window[3] / self.trainer.world_size
+        apart = torch.zeros_like(mean) if self.norm is None else (mean - self.norm).abs() / mean
+        self.norm = norm
         self.judge()
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             norm = norm.nan_to_num(
                 0, 0, 0
             )  # a scaler finds its scale by infinite gradients, which it leaves out itself
-        numbers = torch.stack([window[0] / window[1].clamp(min=1), norm.double()])
+        numbers = torch.stack([window[0] / window[1].clamp(min=1), norm, apart])
         deferred = _can_defer(optimizer, numbers)
         if deferred:
-            bad = ~(numbers.isfinite().all() & (numbers[1] <= self._limit))
+            bad = ~(numbers[:2].isfinite().all() & (norm <= self._limit))
             optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
         self.step = _on_its_way(self.trainer.global_step + 1, self.batches, numbers)
         if not deferred and self.judge():
@@ -143,7 +159,12 @@ class Guard(Callback):
             return False
         if step.arrived is not None:
             step.arrived.synchronize()
-        loss, norm = step.numbers.tolist()
+        loss, norm, apart = step.numbers.tolist()
+        if apart > RANKS_AGREE:
+            raise UserError(
+                f"step {step.number - 1}: a rank's gradient norm is {apart:.1%} off the mean of all: gradients are not "
+                "reduced over ranks; look for what replaces parameters (trainer.callbacks?), or report it"
+            )
         if math.isfinite(loss) and math.isfinite(norm) and norm <= self._limit:
             self.in_a_row = 0
             return False

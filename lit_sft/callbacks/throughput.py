@@ -72,7 +72,7 @@ class Throughput(Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer.fit_loop._should_accumulate():
             return
-        _, targets, tokens = pl_module.window
+        _, targets, tokens, _ = pl_module.window
         seconds, waited = time.monotonic() - self.step_began, trainer.train_dataloader.waited - self.waited  # type: ignore[union-attr]
         self.waited += waited
         self.num_tokens = tokens + self.num_tokens

@@ -40,10 +40,6 @@ class CheckpointFiles(TorchCheckpointIO):
 
     def __init__(self, async_save: bool = False) -> None:
         self.async_save = async_save
-        self.keep: dict[str, Any] | None = None
-        """Arguments of `files.keep` for the checkpoint that is saved next, once it is complete. Not `storage_options`,
-        which Lightning's FSDP strategy refuses.
-        """
         self._copy = shards.HostCopy()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -61,14 +57,13 @@ class CheckpointFiles(TorchCheckpointIO):
         Args:
             checkpoint: Tensors and plain values; DTensors are what is sharded.
             path: File or directory to write.
-            storage_options: In place of `keep`.
+            storage_options: Arguments of `files.keep`, called once it is complete.
 
         Raises:
             UserError: It could not be written, or (in a thread) the one before it.
         """
         self.wait()
-        keep, self.keep = storage_options or self.keep, None
-        path, pieces = Path(path), None
+        path, pieces, keep = Path(path), None, storage_options
         if shards.is_sharded(checkpoint):
             checkpoint, pieces = shards.cut(checkpoint)
             if self._group is None:  # of its own, on the CPU: a thread uses it while the ranks train with another

@@ -51,9 +51,6 @@ class CheckpointOptions:
 class Files(Protocol):
     """What writes and reads, `CheckpointFiles`."""
 
-    keep: dict[str, Any] | None
-    """What is kept beside the checkpoint that is saved next."""
-
     def path(self, run_folder: Path, step: int) -> Path:
         """Where the checkpoint of an optimizer step lies."""
 
@@ -200,11 +197,11 @@ class Checkpointer(Checkpoint):
         folder = Path(trainer.strategy.broadcast(str(trainer.log_dir)))
         path = self.files.path(folder, trainer.global_step)
         if self.saved_step != trainer.global_step or self.improved:
-            self.files.keep = {"best": self.improved, "keep_last": self.options.keep_last}
+            keep = {"best": self.improved, "keep_last": self.options.keep_last}
             checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
             error = None
             try:
-                trainer.strategy.save_checkpoint(checkpoint, path)
+                trainer.strategy.save_checkpoint(checkpoint, path, storage_options=keep)
             except UserError as failed:
                 error = failed
             if (error := trainer.strategy.broadcast(error)) is not None:

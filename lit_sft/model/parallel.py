@@ -193,26 +193,3 @@ def full_state_dict(module: nn.Module) -> dict[str, Tensor]:
         module, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
     )
     return state
-
-
-def wrap_layers_with_fsdp(strategy: Any, lm: PreTrainedModel) -> None:
-    """Completes Lightning's FSDPStrategy (FSDP1) where the user left it open: what is wrapped, and in which types.
-
-    Raises:
-        UserError: Weights of several types, which FSDP1 cannot shard together.
-    """
-    from torch.distributed.fsdp import MixedPrecision
-    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-
-    if len(types := {str(parameter.dtype).removeprefix("torch.") for parameter in lm.parameters()}) > 1:
-        raise UserError(
-            f"trainer.strategy fsdp cannot shard {' and '.join(sorted(types))} weights together: set it to fsdp2, or "
-            "model.dtype to float32"
-        )
-    strategy.kwargs.setdefault("auto_wrap_policy", ModuleWrapPolicy({type(layer) for layer in decoder_layers(lm)}))
-    strategy.kwargs.setdefault("use_orig_params", True)
-    if strategy.mixed_precision is None and strategy.precision_plugin.precision == "bf16-mixed":
-        # Lightning would also reduce gradients and round the rotary frequencies in bf16.
-        strategy.mixed_precision = MixedPrecision(
-            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, buffer_dtype=torch.float32
-        )
