@@ -36,7 +36,8 @@ from unittest import mock
 
 import torch
 
-LIMIT = 1e-5
+LIMIT, BF16_LIMIT = 1e-5, 1e-2
+"""In bf16 products of other shapes round otherwise; gradients that are not reduced over 2 ranks are off by 0.7."""
 ROWS = 37
 EPOCHS = 2
 GLOBAL_BATCH = 16
@@ -77,6 +78,11 @@ class Variant:
     patch: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
     needs_compiler: bool = False
 
+    @property
+    def limit(self) -> float:
+        """The largest difference that is rounding."""
+        return BF16_LIMIT if self.settings.get("trainer.precision") == "bf16-mixed" else LIMIT
+
 
 FSDP2 = "lit_sft.strategies.FSDP2Strategy"
 FSDP2_OPTIONS = {"cpu_offload": True, "reshard_after_forward": False, "sync_every_micro_batch": False}
@@ -84,6 +90,9 @@ TWO_RANKS = {"trainer.devices": 2, "data.micro_batch_size": 2}
 # One step per epoch: the only way to have the same examples in each step, packed and not.
 ONE_STEP = {"data.global_batch_size": 64, "data.micro_batch_size": 1, "trainer.max_epochs": 3}
 LORA = {"model.lora.r": 4, "model.lora.lora_alpha": 16}
+BF16 = {"trainer.precision": "bf16-mixed"}
+# Before, during and after training; the weights are cast for them meanwhile.
+ANSWERS = {"data.questions": ["abc"], "model.evaluation.num_samples": 2, "model.generation.max_new_tokens": 4}
 VARIANTS = {
     "one process": Variant(),
     "accumulation of 4": Variant({"data.micro_batch_size": 4}),
@@ -119,6 +128,11 @@ VARIANTS = {
     "lora": Variant(LORA, like="lora"),
     "lora, ddp": Variant({**LORA, **TWO_RANKS, "trainer.strategy": "ddp"}, like="lora"),
     "lora, fsdp2": Variant({**LORA, **TWO_RANKS, "trainer.strategy": "fsdp2"}, like="lora"),
+    "bf16": Variant(BF16, like="bf16"),
+    "bf16, accumulation of 4": Variant({**BF16, "data.micro_batch_size": 4}, like="bf16"),
+    "bf16, answers": Variant({**BF16, **ANSWERS}, like="bf16"),
+    "bf16, ddp, answers": Variant({**BF16, **ANSWERS, **TWO_RANKS, "trainer.strategy": "ddp"}, like="bf16"),
+    "bf16, fsdp2, answers": Variant({**BF16, **ANSWERS, **TWO_RANKS, "trainer.strategy": "fsdp2"}, like="bf16"),
 }
 
 
@@ -273,7 +287,7 @@ def compare(names: list[str], optimizer: str, scratch: Path) -> list[dict[str, A
     rows, done, table = write_rows(scratch / "train.jsonl"), {}, []
     for name in names:
         variant, started = VARIANTS[name], time.monotonic()
-        line: dict[str, Any] = {"optimizer": optimizer, "variant": name}
+        line: dict[str, Any] = {"optimizer": optimizer, "variant": name, "limit": variant.limit}
         if (reason := missing(variant)) is not None:
             print(f"| {optimizer} | {name} | skipped: {reason} | | | |", flush=True)
             table.append({**line, "skipped": reason})
@@ -300,8 +314,9 @@ def main() -> None:
     print("| optimizer | variant | loss | gradient norm | weights | time |\n|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         table = [line for optimizer in args.optimizers for line in compare(names, optimizer, Path(scratch))]
-    off = [line for line in table if not all(line.get(key, 0.0) <= LIMIT for key in ("loss", "grad_norm", "weights"))]
-    print(json.dumps({"limit": LIMIT, "off": [f"{o['optimizer']}, {o['variant']}" for o in off], "runs": table}))
+    keys = ("loss", "grad_norm", "weights")
+    off = [line for line in table if not all(line.get(key, 0.0) <= line["limit"] for key in keys)]
+    print(json.dumps({"off": [f"{o['optimizer']}, {o['variant']}" for o in off], "runs": table}))
     sys.exit(1 if off else 0)
 
 

@@ -8,7 +8,7 @@ import torch
 from verify_equivalence import EPOCHS, LIMIT, VARIANTS, Variant, differences, missing, train, write_rows
 
 STEPS = 3 * EPOCHS
-ADAMW = ("accumulation of 16", "activation checkpointing", "ddp", "fsdp2", "fsdp2, resumed")
+ADAMW = ("accumulation of 16", "activation checkpointing", "ddp", "fsdp2", "fsdp2, resumed", "bf16, ddp, answers")
 ELSEWHERE = ("ddp, resumed on one",)  # test_resume
 SLOW = ("2 nodes", "resumed", "offloaded", "compile", "lora, ")
 
@@ -48,7 +48,7 @@ def test_the_same_run(result, name, optimizer):
     expected = result(VARIANTS[name].like, optimizer)
     assert len(expected.loss) == len(expected.grad_norm) >= 3
     off = differences(result(name, optimizer), expected)
-    assert all(value <= LIMIT for value in off.values()), off
+    assert all(value <= VARIANTS[name].limit for value in off.values()), off
 
 
 def test_all_kinds_of_steps_are_in_the_set(place, monkeypatch):
@@ -85,9 +85,8 @@ def test_the_test_can_fail(place, result, monkeypatch):
 
     def mean_of_means(self, batch, batch_idx):
         output = self(batch)
-        self.window = self.window + torch.stack(
-            [output.loss_sum.detach().double(), output.num_targets.double(), torch.tensor(1.0)]
-        )
+        self.window[0] += output.loss_sum.detach()
+        self.window[1] += output.num_targets
         return output.loss_sum / output.num_targets.clamp(min=1)
 
     monkeypatch.setattr(SFTModule, "training_step", mean_of_means)

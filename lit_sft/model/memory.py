@@ -84,9 +84,7 @@ def estimate(
     text = config.get_text_config()
     hidden, layers, vocabulary = text.hidden_size, text.num_hidden_layers, text.vocab_size
     numbers = _block_numbers(text, adapted, input_copies) + normed_heads * sum(_sizes(text)[1:3])
-    block = 2 * hidden * stored_bytes + numbers * compute_bytes
-    costly = _costly_numbers(text) * compute_bytes if gradient_checkpointing == "selective" else 0
-    kept = layers * (hidden * stored_bytes + costly) + block if gradient_checkpointing else layers * block
+    kept = _kept_per_token(text, numbers, stored_bytes, compute_bytes, gradient_checkpointing)
     ends = vocabulary * hidden * (1 if text.tie_word_embeddings else 2)  # embedding and head
     weights = num_parameters * (stored_bytes + (compute_bytes if compute_bytes < stored_bytes else 0))
     of_block = (num_parameters - ends) // layers
@@ -108,6 +106,14 @@ def estimate(
         logits=logits,
         checkpoint=trained + remembered,
     )
+
+
+def _kept_per_token(text: Any, numbers: int, stored_bytes: int, compute_bytes: int, checkpointing: bool | str) -> int:
+    """Bytes that all blocks keep; of those that are checkpointed what goes in, some products, and all of one block."""
+    layers, stream = text.num_hidden_layers, text.hidden_size * stored_bytes
+    block = 2 * stream + numbers * compute_bytes
+    costly = _costly_numbers(text) * compute_bytes if checkpointing == "selective" else 0
+    return int(layers * (stream + costly) + block if checkpointing else layers * block)
 
 
 def _sizes(text: Any) -> tuple[int, int, int, int]:
