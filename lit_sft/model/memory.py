@@ -79,24 +79,24 @@ def estimate(
         on_cpu: Count what the process itself grows by, too.
         quantized: The linear layers of the blocks are stored in 4 bits.
         shards: Devices that weights, gradients and optimizer state are spread over; each gathers embedding and head,
-            two blocks, and the gradients of one.
+            and two blocks.
     """
     text = config.get_text_config()
-    hidden, layers, vocabulary = text.hidden_size, text.num_hidden_layers, text.vocab_size
-    numbers = _block_numbers(text, adapted, input_copies) + normed_heads * sum(_sizes(text)[1:3])
+    hidden, vocabulary = text.hidden_size, text.vocab_size
+    numbers = _block_numbers(text, adapted, input_copies, normed_heads)
     kept = _kept_per_token(text, numbers, stored_bytes, compute_bytes, gradient_checkpointing)
     ends = vocabulary * hidden * (1 if text.tie_word_embeddings else 2)  # embedding and head
     weights = num_parameters * (stored_bytes + (compute_bytes if compute_bytes < stored_bytes else 0))
-    of_block = (num_parameters - ends) // layers
     if shards > 1:
-        weights = num_parameters * stored_bytes // shards + (ends + 2 * of_block) * compute_bytes
+        gathered = ends + 2 * (num_parameters - ends) // text.num_hidden_layers
+        weights = num_parameters * stored_bytes // shards + gathered * compute_bytes
     if quantized:  # half a byte, and the scales
         weights = ends * stored_bytes + int((num_parameters - ends) * 0.52)
     weights += 4 * num_trained * adapted // shards  # in fp32, whatever the base is in
     logits = min(tokens, max(1, chunk_elements // vocabulary)) * vocabulary * compute_bytes
     head = 0 if adapted else vocabulary * hidden * (4 + compute_bytes)  # its gradient, and that of a chunk
     trained, remembered = num_trained * (4 if adapted else stored_bytes), int(num_trained * optimizer_bytes)
-    gradients = trained // shards + (0 if adapted or shards == 1 else 4 * of_block)
+    gradients = trained // shards
     activations, logits = tokens * kept + (CPU_SCRATCH if on_cpu else 0), logits + 3 * 4 * PIECE_ELEMENTS[on_cpu] + head
     return MemoryEstimate(
         weights=weights,
@@ -133,7 +133,7 @@ def _costly_numbers(text: Any) -> int:
     return 2 * queries + keys + inner + hidden
 
 
-def _block_numbers(text: Any, adapted: bool, input_copies: bool) -> int:
+def _block_numbers(text: Any, adapted: bool, input_copies: bool, normed_heads: bool) -> int:
     """Numbers in compute type that a Llama-like block keeps per token, beside the two inputs of its norms: the norms'
     outputs, query, key, value, the attention's output, the two factors of the MLP; with adapters their product, too.
     """
@@ -141,7 +141,7 @@ def _block_numbers(text: Any, adapted: bool, input_copies: bool) -> int:
     linear_inputs = 2 * hidden + inner * adapted
     if input_copies:
         linear_inputs = 5 * hidden + queries + 2 * inner
-    return int(linear_inputs + 2 * (queries + keys) + 2 * inner)
+    return int(linear_inputs + 2 * (queries + keys) + 2 * inner + normed_heads * (queries + keys))
 
 
 def resident(peak: bool = False) -> int:
