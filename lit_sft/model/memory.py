@@ -78,8 +78,7 @@ def estimate(
         chunk_elements: Logits that the loss holds at once.
         on_cpu: Count what the process itself grows by, too.
         quantized: The linear layers of the blocks are stored in 4 bits.
-        shards: Devices that weights, gradients and optimizer state are spread over; each gathers embedding and head,
-            and two blocks.
+        shards: Devices that share weights, gradients and optimizer state; each gathers head, embedding, two blocks.
     """
     text = config.get_text_config()
     hidden, vocabulary = text.hidden_size, text.vocab_size
@@ -96,11 +95,10 @@ def estimate(
     logits = min(tokens, max(1, chunk_elements // vocabulary)) * vocabulary * compute_bytes
     head = 0 if adapted else vocabulary * hidden * (4 + compute_bytes)  # its gradient, and that of a chunk
     trained, remembered = num_trained * (4 if adapted else stored_bytes), int(num_trained * optimizer_bytes)
-    gradients = trained // shards
-    activations, logits = tokens * kept + (CPU_SCRATCH if on_cpu else 0), logits + 3 * 4 * PIECE_ELEMENTS[on_cpu] + head
+    activations, logits = tokens * kept + CPU_SCRATCH * on_cpu, logits + 3 * 4 * PIECE_ELEMENTS[on_cpu] + head
     return MemoryEstimate(
         weights=weights,
-        gradients=gradients if accumulates else max(0, gradients - activations - logits),
+        gradients=trained // shards if accumulates else max(0, trained // shards - activations - logits),
         optimizer=remembered // shards,
         activations=activations,
         logits=logits,
