@@ -84,13 +84,7 @@ def estimate(
     hidden, vocabulary = text.hidden_size, text.vocab_size
     numbers = _block_numbers(text, adapted, input_copies, normed_heads)
     kept = _kept_per_token(text, numbers, stored_bytes, compute_bytes, gradient_checkpointing)
-    ends = vocabulary * hidden * (1 if text.tie_word_embeddings else 2)  # embedding and head
-    weights = num_parameters * (stored_bytes + (compute_bytes if compute_bytes < stored_bytes else 0))
-    if shards > 1:
-        gathered = ends + 2 * (num_parameters - ends) // text.num_hidden_layers
-        weights = num_parameters * stored_bytes // shards + gathered * compute_bytes
-    if quantized:  # half a byte, and the scales
-        weights = ends * stored_bytes + int((num_parameters - ends) * 0.52)
+    weights = _weights(text, num_parameters, stored_bytes, compute_bytes, quantized, shards)
     weights += 4 * num_trained * adapted // shards  # in fp32, whatever the base is in
     logits = min(tokens, max(1, chunk_elements // vocabulary)) * vocabulary * compute_bytes
     head = 0 if adapted else vocabulary * hidden * (4 + compute_bytes)  # its gradient, and that of a chunk
@@ -104,6 +98,17 @@ def estimate(
         logits=logits,
         checkpoint=trained + remembered,
     )
+
+
+def _weights(text: Any, count: int, stored_bytes: int, compute_bytes: int, quantized: bool, shards: int) -> int:
+    """Bytes of all weights, and of their copies in compute type."""
+    ends = text.vocab_size * text.hidden_size * (1 if text.tie_word_embeddings else 2)  # embedding and head
+    if quantized:  # half a byte, and the scales
+        return int(ends * stored_bytes + int((count - ends) * 0.52))
+    if shards > 1:
+        gathered = ends + 2 * (count - ends) // text.num_hidden_layers
+        return int(count * stored_bytes // shards + gathered * compute_bytes)
+    return count * (stored_bytes + (compute_bytes if compute_bytes < stored_bytes else 0))
 
 
 def _kept_per_token(text: Any, numbers: int, stored_bytes: int, compute_bytes: int, checkpointing: bool | str) -> int:
