@@ -26,7 +26,7 @@ class EvaluationOptions:
     every_n_validations: int = 1
     """Answer at every n-th validation."""
     answer_regex: str | None = None
-    """What exact_match compares: the last match (its first group) in both texts. null compares whole texts."""
+    """What exact_match compares: the last match (its first group) in both texts, not empty. null compares whole texts."""
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "every_n_validations"):
