@@ -63,7 +63,8 @@ class SFTData:
             if (Path(beside) / "tokenizer_config.json").is_file():  # tokens and template that it was trained with
                 log.info("tokenizer and chat template: those of the adapter %s", path := beside)
         tokenizer = load.load_tokenizer(path, trust_remote_code=self.options.trust_remote_code)
-        tokens.add_tokens(tokenizer, self.options.add_tokens or [])
+        if new := self.options.add_tokens:
+            tokens.add_tokens(tokenizer, new, resolve_chat_template(tokenizer, self.options.chat_template) or "")
         return tokenizer
 
     @property
@@ -258,20 +259,19 @@ class SFTData:
         return self.asked(rows if self.options.max_samples is None else sources.limit(rows, self.options.max_samples))
 
     def asked(self, rows: Rows, count: int | None = None, skip: bool = False) -> list[Prompt]:
-        """The first `count` rows (None: all), and the last answer of each.
+        """The first `count` rows (None: all; of a mixture, of each member in proportion), and the last answer of each.
 
         Args:
             rows: Of one data set.
             count: How many.
             skip: Leave out bad rows where `data.on_bad_row` says so; they are counted where they are tokenized.
         """
-        preparation, prompts = self.preparation(rows), []
-        for index in range(len(rows) if count is None else min(count, len(rows))):
+        preparation, rows, prompts = self.preparation(rows), sources.first_rows(rows, count), []
+        for index in range(len(rows)):
             try:
-                conversation = preparation.conversation(rows, index, need_answer=False)
                 # the whole: the prompt is the one that the answer is trained behind, with the same template switch
-                reference = formats.conversation_to_prompt(conversation)[1]
-                prompts += encode([Asked(conversation, reference, rows.where(index))], self.renderer)
+                conversation = preparation.conversation(rows, index, need_answer=False)
+                prompts += encode([Asked(conversation, rows.where(index))], self.renderer)
             except UserError:
                 if not skip or self.options.on_bad_row != "skip":
                     raise
@@ -279,7 +279,7 @@ class SFTData:
 
     def _listed(self, questions: Sequence[str], key: str) -> list[Asked]:
         self._check_system_prompt()
-        return [Asked(self.question(text), None, f"{key}[{n}]") for n, text in enumerate(questions)]
+        return [Asked(self.question(text), f"{key}[{n}]") for n, text in enumerate(questions)]
 
 
 def _readable(parts: Mapping[str, Any]) -> dict[str, str]:

@@ -22,11 +22,11 @@ class EvaluationOptions:
     metrics: list[str] | None = None
     """What is computed, logged as `val/<name>` and `test/<name>`. null: exact_match, where the rows have answers."""
     num_samples: int = 64
-    """Rows of the validation (test) set that are answered, from its start."""
+    """Rows of the validation (test) set that are answered: its first; of a mixture, of each member in proportion."""
     every_n_validations: int = 1
     """Answer at every n-th validation."""
     answer_regex: str | None = None
-    """What exact_match compares: the last match (its first group) in both texts. null compares whole texts."""
+    """What exact_match compares: the last match (its first group) in both texts, if not empty; null: whole texts."""
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "every_n_validations"):
@@ -79,6 +79,18 @@ def choose_prompts(
     return kept, (
         f"{key}: {len(prompts) - len(kept)} of {len(prompts)} prompts leave no room for an answer in the model's "
         f"context of {context} tokens and are not scored, such as {long.where}"
+    )
+
+
+def too_long_to_match(prompts: Sequence[Prompt], key: str, max_new_tokens: int) -> str:
+    """A message for the user where references are longer than answers may be; else empty."""
+    lengths = [prompt.num_reference_tokens for prompt in prompts if prompt.reference]
+    long = [length for length in lengths if length > max_new_tokens]
+    if not long:
+        return ""
+    return (
+        f"{key}: {len(long)} of {len(lengths)} references are longer than the {max_new_tokens} tokens of "
+        f"model.generation.max_new_tokens (the longest: {max(long)}), so answers end before they can match; raise it"
     )
 
 

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import re
+import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
-from torchmetrics.functional.text import chrf_score, rouge_score, sacre_bleu_score, squad
+from torchmetrics.functional.text import chrf_score, rouge_score, sacre_bleu_score
 
 from lit_sft.types import LossOutput
 
 METRICS = ("exact_match", "rouge", "bleu", "chrf", "token_f1")
 """Of texts."""
 
-THINKING = re.compile(r"<think>.*?(?:</think>|\Z)|\A(?:(?!<think>).)*</think>", re.DOTALL)
+_OPEN, _CLOSE = r"(?:<think>|\[THINK\])", r"(?:</think>|\[/THINK\])"
+THINKING = re.compile(rf"{_OPEN}.*?(?:{_CLOSE}|\Z)|\A(?:(?!{_OPEN}).)*{_CLOSE}", re.DOTALL)
 """A block of thoughts; also one that the answer's length cut off, and one that the prompt had opened."""
 _CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-_WORD = re.compile(rf"[{_CJK}]|(?:(?![{_CJK}])[^\W_])+")
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+_ARTICLES = {"a", "an", "the"}
 _ROUGE = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}
 
 
@@ -56,20 +60,18 @@ def without_thinking(text: str) -> str:
 
 
 def extract_answer(text: str, answer_regex: str | None) -> str:
-    """What is compared in a text: the last match of the expression (its first group, if it has one), else the whole
-    text.
+    """What is compared in a text: the last match of the expression (its first group that took part, if it has groups)
+    that is not empty, else the whole text.
 
-    Thinking blocks are removed first; commas inside numbers are dropped from a match, so that `1,000` equals `1000`.
+    Thinking blocks are removed first; commas between thousands are dropped from a match, so that `1,000` equals `1000`.
     """
     text = without_thinking(text)
     if answer_regex is None:
         return text
-    matches = list(re.finditer(answer_regex, text))
-    if not matches:
-        return text
-    last = matches[-1]
-    answer = last.group(1) if last.re.groups else last.group(0)
-    return re.sub(r"(?<=\d),(?=\d)", "", answer or "").strip().rstrip(".")
+    matches = re.finditer(answer_regex, text)
+    found = [next((group for group in m.groups() if group is not None), "") if m.re.groups else m[0] for m in matches]
+    answers = [_THOUSANDS.sub("", answer).strip().rstrip(".") for answer in found]
+    return next(filter(None, reversed(answers)), text)
 
 
 def exact_match(prediction: str, reference: str, answer_regex: str | None = None) -> bool:
@@ -78,8 +80,14 @@ def exact_match(prediction: str, reference: str, answer_regex: str | None = None
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words without punctuation; of Chinese and Japanese, which have no spaces, every character."""
-    return _WORD.findall(text.lower())
+    """Lower-case words without punctuation; of Chinese and Japanese, which have no spaces, every character.
+
+    A mark (a vowel sign of Hindi or Thai, an accent) belongs to the letter before it.
+    """
+    text = unicodedata.normalize("NFC", text.lower())
+    found = "".join(sorted(char for char in set(text) if unicodedata.category(char).startswith("M")))
+    marks = f"[{found}]*" if found else ""
+    return re.findall(rf"[{_CJK}]{marks}|(?:(?![{_CJK}])[^\W_]{marks})+", text)
 
 
 def score_names(metrics: Iterable[str]) -> list[str]:
@@ -93,7 +101,7 @@ def text_scores(
     """How near predictions come to their references, one each; 0 is not at all, 1 is the same.
 
     Args:
-        metrics: What to compute; torchmetrics does all but the comparison of strings.
+        metrics: What to compute; torchmetrics does rouge, bleu and chrf.
         predictions: At least one.
         references: As many.
         answer_regex: For the exact match (see `extract_answer`); the other metrics take the texts without thoughts.
@@ -118,14 +126,20 @@ def text_scores(
             score: Any = chrf_score(ours, [[text] for text in theirs], n_word_order=0)
             scores[metric] = float(score)
         else:
-            scores[metric] = _token_f1(ours, theirs)
+            scores[metric] = sum(map(_token_f1, ours, theirs)) / len(ours)
     return scores
 
 
-def _token_f1(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """Mean overlap of words, as SQuAD counts it (arXiv:1606.05250)."""
-    ours: Any = [{"prediction_text": " ".join(words(p)), "id": str(n)} for n, p in enumerate(predictions)]
-    theirs: Any = [
-        {"answers": {"answer_start": [0], "text": [" ".join(words(r))]}, "id": str(n)} for n, r in enumerate(references)
-    ]
-    return float(squad(ours, theirs)["f1"]) / 100
+def _token_f1(prediction: str, reference: str) -> float:
+    """Overlap of words without articles, as SQuAD counts it (arXiv:1606.05250).
+
+    Where that leaves no word of one text, articles count (the `A` of a multiple choice), and where that leaves none,
+    too (operators), whatever stands between spaces: else such texts would equal an empty answer.
+    """
+    ours, theirs = words(prediction), words(reference)
+    if not (ours and theirs):
+        ours, theirs = prediction.lower().split(), reference.lower().split()
+    elif not (_ARTICLES.issuperset(ours) or _ARTICLES.issuperset(theirs)):
+        ours, theirs = ([word for word in text if word not in _ARTICLES] for text in (ours, theirs))
+    common = (Counter(ours) & Counter(theirs)).total()
+    return 2 * common / (len(ours) + len(theirs)) if common else 0.0

@@ -40,7 +40,7 @@ class SFTModule(L.LightningModule):
         dtype: Type of the stored weights. `auto`: trained ones in fp32 (with `bf16-true` and `16-true` in 16 bits), a
             frozen base in the type that `trainer.precision` computes in.
         trainable: Regular expressions on parameter names for partial fine-tuning; the rest is frozen.
-        add_tokens: New special tokens, whose embeddings are trained.
+        add_tokens: New tokens, which are never split and whose embeddings are trained.
         attn_implementation: `auto` takes packed attention where the architecture allows; else a name of transformers'.
         gradient_checkpointing: Recompute activations: a third more time with `full` (or true), less with `selective`.
         compile: Compile every decoder layer with torch.compile.

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
+from lit_sft.data.formats import conversation_to_prompt
 from lit_sft.data.render import Renderer
-from lit_sft.model.generate import GenerationOptions, left_pad
+from lit_sft.model.generate import GenerationOptions, decode_completion, left_pad
 from lit_sft.types import Conversation, Prompts, UserError
 
 TOKENS_PER_BATCH = 16_384
@@ -21,9 +24,7 @@ class Asked(NamedTuple):
     """A question of the data."""
 
     conversation: Conversation
-    """A last assistant turn is left out of the prompt."""
-    reference: str | None
-    """The answer the data has for it."""
+    """A last assistant turn is left out of the prompt: it is the answer that the data has."""
     where: str
     """File and row, or setting, for messages."""
 
@@ -35,7 +36,10 @@ class Prompt(NamedTuple):
     text: str
     """The last user turn."""
     reference: str | None
+    """The answer that the data has for it, as the model would write it."""
     where: str
+    num_reference_tokens: int = 0
+    """Without the stop token."""
 
 
 def encode(asked: Iterable[Asked], renderer: Renderer) -> list[Prompt]:
@@ -45,13 +49,32 @@ def encode(asked: Iterable[Asked], renderer: Renderer) -> list[Prompt]:
         UserError: The template cannot write one of them.
     """
     prompts = []
-    for conversation, reference, where in asked:
+    for conversation, where in asked:
         try:
             ids = renderer.prompt(conversation)
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
-        prompts.append(Prompt(ids, _last_user_text(conversation), reference, where))
+        answer = _answer_ids(conversation, ids, renderer)
+        reference = decode_completion(renderer.tokenizer, answer, ()) or None
+        prompts.append(Prompt(ids, _last_user_text(conversation), reference, where, len(answer)))
     return prompts
+
+
+def _answer_ids(conversation: Conversation, prompt_ids: list[int], renderer: Renderer) -> list[int]:
+    """The ids that are trained behind a prompt, without the stop token; none where the data has no answer for it.
+
+    Not those of the message's text: a template may trim it, and add thoughts, channels and tool calls. That text is
+    taken where the row cannot be trained.
+    """
+    content = conversation_to_prompt(conversation)[1]
+    if content is None:
+        return []
+    [examples] = replace(renderer, train_on="last_completion").render([conversation], [0])
+    if isinstance(examples, UserError):
+        return list(renderer.tokenizer(content, add_special_tokens=False)["input_ids"])
+    ids, mask = examples[-1].input_ids, examples[-1].loss_mask
+    begin = len(os.path.commonprefix([ids, prompt_ids]))  # all of the prompt, but for data.unproved: lenient
+    return ids[begin : len(mask) - 1 - mask[::-1].index(1)]
 
 
 def fits(prompt: Prompt, max_new_tokens: int, context: int | None) -> bool:

@@ -13,7 +13,7 @@ from terminal import log_lines, refused
 from tiny import save_tiny
 
 from lit_sft.callbacks import evaluation as callback
-from lit_sft.evaluation import EvaluationOptions, choose_prompts
+from lit_sft.evaluation import EvaluationOptions, choose_prompts, too_long_to_match
 from lit_sft.prompts import Prompt
 from lit_sft.types import UserError
 
@@ -208,6 +208,29 @@ def test_prompts_without_room_are_not_scored():
     kept, message = choose_prompts(prompts, EvaluationOptions(), "data.test", 10, 100)
     assert kept == prompts[:2] and "1 of 3 prompts" in message and "rows.jsonl line 95" in message
     assert choose_prompts(prompts, EvaluationOptions(), "data.test", 10, None) == (prompts, "")
+
+
+def test_references_that_are_longer_than_answers_are_counted():
+    prompts = [Prompt([5], "x", "y", "row", length) for length in (3, 10, 11, 12)] + [Prompt([5], "x", None, "row")]
+    assert too_long_to_match(prompts, "data.test", 12) == ""
+    assert too_long_to_match(prompts, "data.test", 10).startswith(
+        "data.test: 2 of 4 references are longer than the 10 "
+    )
+
+
+def test_a_mixture_is_asked_in_proportion_and_long_references_are_told(place, tmp_path):
+    """Untrained answers are no references; nothing says that rows were left out by data.max_samples."""
+    held_out = [[row(f"{name} {n}", "one two three") for n in range(8)] for name in ("A", "B")]
+    held_out[1][0]["messages"][-1]["weight"] = 0
+    paths = [write_rows(tmp_path / f"{n}.jsonl", rows) for n, rows in enumerate(held_out)]
+    options = {"data__test": paths, "model__evaluation": {"num_samples": 4}, "model__generation__max_new_tokens": 2}
+    with log_lines() as lines:
+        run("test", arguments(str(place / "model"), "none.jsonl", tmp_path / "runs", **options))
+    rows = table(tmp_path / "runs")
+    assert [(line["index"], line["prompt"]) for line in rows] == [(0, "A 0"), (1, "A 1"), (2, "B 0"), (3, "B 1")]
+    assert [line.get("reference") for line in rows] == ["one two three", "one two three", None, "one two three"]
+    assert sum("3 of 3 references are longer than the 2 tokens" in line for line in lines) == 1
+    assert not any("max_samples" in line for line in lines)
 
 
 @pytest.mark.parametrize("wrong", [{"num_samples": 0}, {"every_n_validations": 0}, {"metrics": []}])

@@ -1,6 +1,7 @@
 """Every format, in the spellings that are out there, becomes the same conversation."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -221,6 +222,8 @@ def test_prompts_for_predict():
     asked = Conversation(HI[:1])
     assert conversation_to_prompt(Conversation(HI)) == (asked, "hello")
     assert conversation_to_prompt(asked) == (asked, None)
+    assert conversation_to_prompt(Conversation((*HI[:1], replace(HI[1], train=True)))) == (asked, "hello")
+    assert conversation_to_prompt(Conversation((*HI[:1], replace(HI[1], train=False)))) == (asked, None)
     for row in ({"prompt": "hi"}, {"prompt": "hi", "completion": ""}, {"prompt": "hi", "completion": None}):
         assert to_conversation(row, format="prompt_completion", need_answer=False) == asked
     row = {"instruction": "hi", "output": ""}

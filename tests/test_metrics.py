@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from torchmetrics.functional.text import rouge_score
+from torchmetrics.functional.text import rouge_score, squad
 
 from lit_sft.metrics import (
     METRICS,
@@ -16,6 +16,7 @@ from lit_sft.metrics import (
 )
 from lit_sft.types import LossOutput
 
+BOXED = r"#### (-?\d+)|\\boxed\{(.*?)\}"
 LAST_INTEGER = r"(-?\d+)\D*$"
 
 
@@ -28,6 +29,14 @@ LAST_INTEGER = r"(-?\d+)\D*$"
         ("<think>9 or 8</think>\n7", LAST_INTEGER, "7"),
         ("She has 1,234.\n#### 1,234", r"#### (-?[\d,.]+)", "1234"),
         ("#### 12.", r"#### (-?[\d,.]+)", "12"),
+        ("#### 1,2", "#### (.*)", "1,2"),
+        ("#### 1,234,567.5 and 1,2345", "#### (.*)", "1234567.5 and 1,2345"),
+        (r"so \boxed{5}", BOXED, "5"),
+        ("#### 5", BOXED, "5"),
+        ("Answer: 5", r"Answer:(?: (-?\d+\.\d+))?", "Answer: 5"),
+        ("it is 5", r"(-?\d*)", "5"),
+        ("it is 5.", r"[\d,.]*", "5"),
+        ("it is.", r"[\d,.]*", "it is."),
         ("  text ", None, "text"),
     ],
 )
@@ -42,13 +51,16 @@ def test_exact_match():
 
 
 @pytest.mark.parametrize("text", ["<think>a</think> b", "<think>\na\n</think>\n\nb", "a</think>b", "b<think>cut off"])
-def test_thoughts_are_removed(text):
-    assert without_thinking(text) == "b"
+@pytest.mark.parametrize("marks", [("<think>", "</think>"), ("[THINK]", "[/THINK]")])
+def test_thoughts_are_removed(text, marks):
+    assert without_thinking(text.replace("<think>", marks[0]).replace("</think>", marks[1])) == "b"
 
 
 def test_words():
     assert words("The cat's  mat, 3.5 snake_case") == ["the", "cat", "s", "mat", "3", "5", "snake", "case"]
     assert words("GPT你好,世界") == ["gpt", "你", "好", "世", "界"]
+    assert words("हिन्दी का की தமிழ் สวัสดี") == ["हिन्दी", "का", "की", "தமிழ்", "สวัสดี"]
+    assert words("Cafe\u0301 a\u0332 \u2764\ufe0f 1") == ["caf\u00e9", "a\u0332", "1"]  # no word of a mark alone
 
 
 def test_scores_are_those_of_the_field():
@@ -64,6 +76,31 @@ def test_scores_are_those_of_the_field():
     # 13a: 8 + 4 tokens, of which 6 + 2, 5 + 1, 4 and 3 n-grams are found; no brevity penalty
     assert scores["bleu"] == pytest.approx((8 / 12 * 6 / 10 * 4 / 8 * 3 / 6) ** 0.25, rel=1e-5)
     assert 0.7 < scores["chrf"] < 1 and scores["exact_match"] == 0
+
+
+def test_token_f1_is_that_of_squad():
+    texts = ["The cat sat on a mat.", "a cat", "An answer: 5", "", "the old cat cat"]
+    for ours in texts:
+        for theirs in filter(None, texts):
+            answers = [{"answers": {"answer_start": [0], "text": [theirs]}, "id": "1"}]
+            f1 = squad([{"prediction_text": ours, "id": "1"}], answers)["f1"] / 100
+            assert text_scores(["token_f1"], [ours], [theirs], None)["token_f1"] == pytest.approx(float(f1))
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "score"),
+    [
+        ("", "A", 0),
+        ("the", "A", 0),
+        ("A.", "A", 1),
+        ("A B", "A", 2 / 3),
+        ("A", "the A", 2 / 3),
+        ("-", "+", 0),
+        ("+", "+", 1),
+    ],
+)
+def test_token_f1_of_texts_without_words(ours, theirs, score):
+    assert text_scores(["token_f1"], [ours], [theirs], None)["token_f1"] == pytest.approx(score)
 
 
 def test_equal_texts_score_one_and_empty_ones_nothing():

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from lit_sft.data.sources import Rows, by_source, files, hub, limit, open_rows, split_rows, subset
+from lit_sft.data.sources import Rows, by_source, files, first_rows, hub, limit, open_rows, split_rows, subset
 from lit_sft.types import UserError
 
 ROWS = [{"prompt": f"é {i}", "completion": "x\ny" * i} for i in range(5)]
@@ -276,6 +276,7 @@ def test_limit_takes_of_each_member_in_proportion(tmp_path):
         assert [n for _, n in few.counts()] == expected and len(few) == count
         assert read(few) == read(limit(mixture(tmp_path), count))
     assert read(limit(rows, 8))[:5] == read(rows)[:5]
+    assert read(first_rows(rows, 8)) == read(limit(rows, 8)) and read(first_rows(rows, None)) == read(rows)
 
 
 def test_a_mixture_of_every_kind(tmp_path, monkeypatch):

@@ -11,15 +11,17 @@ from lit_sft.types import UserError
 NEW = ["<call>", "</call>"]
 
 
-def test_a_new_token_is_one_id_and_special_also_after_saving(tmp_path):
+@pytest.mark.parametrize(("template", "text"), [("", "hello<call>1</call>"), ("{{ '<call>' }}", "hello1</call>")])
+def test_a_new_token_is_one_id_and_special_if_the_template_writes_it(tmp_path, template, text):
+    """Also after saving."""
     tokenizer = tiny_tokenizer()
-    ids = add_tokens(tokenizer, NEW)
+    ids = add_tokens(tokenizer, NEW, template)
     assert ids == [320, 321]
     tokenizer.save_pretrained(tmp_path)
     for one in (tokenizer, load_tokenizer(str(tmp_path))):
         encoded = one("hello<call>1</call>", add_special_tokens=False)["input_ids"]
         assert [i for i in encoded if i >= 320] == ids
-        assert one.decode(encoded, skip_special_tokens=True) == "hello1"
+        assert one.decode(encoded, skip_special_tokens=True) == text
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from typing_extensions import override
 
 from lit_sft.display import answers_markdown
-from lit_sft.evaluation import choose_prompts, evaluate
+from lit_sft.evaluation import choose_prompts, evaluate, too_long_to_match
 from lit_sft.model.generate import GenerationOptions, context_length
 from lit_sft.prompts import Prompt
 from lit_sft.types import Prompts, UserError
@@ -29,7 +29,7 @@ SHOWN_ROWS, SHOWN_CHARACTERS = 16, 500
 
 
 class Evaluation(Callback):
-    """Answers the first rows of the validation (test) set greedily and logs `val/<score>`; before training, too."""
+    """Answers some rows of the validation (test) set greedily and logs `val/<score>`; before training, too."""
 
     def __init__(self) -> None:
         self.before: dict[str, float] = {}
@@ -119,10 +119,11 @@ class Evaluation(Callback):
         self.prompts[stage] = []
         if options is not None and SETS[stage] in data.rows:
             asked = data.asked(data.rows[SETS[stage]], options.num_samples, skip=True)
-            room = (module.generation.max_new_tokens, context_length(module.model.lm.config))
-            self.prompts[stage], message = choose_prompts(asked, options, f"data.{SETS[stage]}", *room)
-            if message:
-                log.warning(message)
+            key, most = f"data.{SETS[stage]}", module.generation.max_new_tokens
+            kept, message = choose_prompts(asked, options, key, most, context_length(module.model.lm.config))
+            self.prompts[stage] = kept
+            for line in filter(None, (message, too_long_to_match(kept, key, most))):
+                log.warning(line)
         return message
 
     def _evaluate(self, trainer: Any, module: Any, stage: str, step: int) -> dict[str, float]:

@@ -5,6 +5,7 @@ Letters: B prompts, T tokens of the longest prompt, R answers per prompt.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -56,6 +57,16 @@ class GenerationOptions:
 
 
 _SAMPLING = ("temperature", "top_p", "top_k", "num_return_sequences")
+
+_THOUGHTS = ("<think>", "</think>", "[THINK]", "[/THINK]")
+"""Marks that stay in the text of an answer, so that thoughts can be told from it; most tokenizers have them as text."""
+_CHANNELS = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>")
+_CHANNEL = re.compile(
+    r"(?:<\|start\|>assistant)?<\|channel\|>analysis<\|message\|>(.*?)(?:<\|end\|>|\Z)"
+    r"|(?:<\|start\|>assistant)?<\|channel\|>(?:final|commentary)<\|message\|>|<\|start\|>assistant",
+    re.DOTALL,
+)
+"""Headers of gpt-oss, which thinks in a message of its own, in the channel `analysis`, before the one to the user."""
 
 
 def stop_token_ids(
@@ -136,13 +147,22 @@ def generate(
 
 
 def decode_completion(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stop_ids: Sequence[int]) -> str:
-    """The text of an answer, without its stop token and without special tokens."""
+    """The text of an answer, without its stop token and without special tokens.
+
+    Marks of thoughts stay, whatever they are to the tokenizer; what gpt-oss thinks is put between `<think>` marks.
+    """
     ended = bool(ids) and ids[-1] in set(stop_ids)
-    text = tokenizer.decode(
-        list(ids[:-1] if ended else ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
-    )
+    special = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+    special |= {index: str(token) for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    has_channels = "<|channel|>" in special.values()
+    marks = _THOUGHTS + _CHANNELS if has_channels else _THOUGHTS
+    kept = [i for i in (ids[:-1] if ended else ids) if i not in special or special[i] in marks]
+    text = tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     assert isinstance(text, str)
-    return text
+    if not has_channels:
+        return text
+    text = _CHANNEL.sub(lambda found: "" if found[1] is None else f"<think>{found[1]}</think>", text)
+    return re.sub("|".join(map(re.escape, _CHANNELS)), "", text)
 
 
 def context_length(config: PretrainedConfig) -> int | None:

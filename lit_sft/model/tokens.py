@@ -16,8 +16,14 @@ ROWS_MULTIPLE = 64
 """An embedding that has to grow gets a multiple of this many rows: matrix units are slow with odd sizes."""
 
 
-def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> list[int]:
-    """Adds special tokens: never split, and left out of decoded answers.
+def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str], template: str = "") -> list[int]:
+    """Adds tokens that are never split.
+
+    Args:
+        tokenizer: Is changed.
+        tokens: Their texts.
+        template: Text of the chat template. A token that it writes marks roles, turns or calls, and so is special: it
+            may end an answer, and is left out of decoded ones, by servers, too. Others (`<answer>`) are text.
 
     Returns:
         Their ids.
@@ -25,6 +31,8 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> lis
     Raises:
         UserError: One is empty, named twice, or already there.
     """
+    from transformers import AddedToken
+
     known = tokenizer.get_vocab()
     for number, token in enumerate(tokens):
         if not token.strip() or token != token.strip():
@@ -32,7 +40,7 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> lis
         if token in known or token in tokens[:number]:
             where = "is in the tokenizer already" if token in known else "is named twice"
             raise UserError(f"model.add_tokens: {token!r} {where}; leave it out")
-    tokenizer.add_tokens(list(tokens), special_tokens=True)
+    tokenizer.add_tokens([AddedToken(token, special=token in template, normalized=False) for token in tokens])
     vocabulary = tokenizer.get_vocab()
     return [vocabulary[token] for token in tokens]
 

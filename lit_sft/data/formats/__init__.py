@@ -106,9 +106,13 @@ def to_conversation(
 
 
 def conversation_to_prompt(conversation: Conversation) -> tuple[Conversation, str | None]:
-    """Take off the last turn where it is the assistant's: (what is asked, the expected answer or None)."""
+    """Take off the last turn where it is the assistant's: (what is asked, the expected answer or None).
+
+    A turn that its own flag keeps out of training is no expected answer. That of one that only calls tools is empty.
+    """
     if conversation.messages and (last := conversation.messages[-1]).role == "assistant":
-        return Conversation(conversation.messages[:-1], conversation.tools), last.content or None
+        asked = Conversation(conversation.messages[:-1], conversation.tools)
+        return asked, None if last.train is False else last.content
     return conversation, None
 
 

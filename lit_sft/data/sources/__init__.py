@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 from lit_sft.data.sources.files import DATA_FILE, FilePart, _ArrowRows, _content_hash, open_file
 from lit_sft.data.sources.hub import load_hub, load_saved
-from lit_sft.data.sources.rows import Rows, by_source, join, limit, mix, split_rows, subset
+from lit_sft.data.sources.rows import Rows, by_source, first_rows, join, limit, mix, split_rows, subset
 from lit_sft.types import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["Rows", "by_source", "limit", "open_rows", "split_rows", "subset"]
+__all__ = ["Rows", "by_source", "first_rows", "limit", "open_rows", "split_rows", "subset"]
 
 ENTRY_KEYS = ("path", "name", "split", "weight")
 NO_DATA = ("dataset_info.json", "dataset_infos.json")

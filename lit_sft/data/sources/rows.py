@@ -146,7 +146,7 @@ def by_source(rows: Rows) -> dict[int, Rows]:
 
 
 def limit(rows: Rows, count: int) -> Rows:
-    """The first `count` rows (`data.max_samples`); of a mixture the first rows of each member, in proportion.
+    """The `first_rows` of a data set that `data.max_samples` asks for, which is said.
 
     Raises:
         UserError: `count` is not positive.
@@ -155,7 +155,12 @@ def limit(rows: Rows, count: int) -> Rows:
         raise UserError(f"`data.max_samples` is {count}, expected at least 1 (or null for all rows)")
     if count < len(rows):
         log.info("%s: the first %s of %s rows (data.max_samples)", rows.name, f"{count:,}", f"{len(rows):,}")
-    count = min(count, len(rows))
+    return first_rows(rows, count)
+
+
+def first_rows(rows: Rows, count: int | None) -> Rows:
+    """The first `count` rows (None: all); of a mixture the first rows of each member, in proportion."""
+    count = len(rows) if count is None else min(count, len(rows))
     if len(rows.sources) == 1:
         return subset(rows, np.arange(count))
     ids = rows.source_ids()
