@@ -130,11 +130,15 @@ class SFTModule(L.LightningModule):
         (rotary frequencies in bf16 are others: 13 % of a logit at position 2,900).
         """
         buffers = dict(self.named_buffers())
+        trained = {} if self.adapter is None else {n: p.detach() for n, p in self.named_parameters() if p.requires_grad}
         super().to(*args, **kwargs)
         for name, buffer in self.named_buffers():
             buffer.data = buffers[name].to(buffer.device)
         if self.adapter is not None:
             lift_trained(self)
+            with torch.no_grad():  # they were rounded on the way: back to what was restored, or loaded
+                for name in trained:
+                    self.get_parameter(name).copy_(trained[name])
         return self
 
     # ------------------------------------------------------------------ training

@@ -10,7 +10,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from lit_sft.data.sources import limit
+from lit_sft.data.sources import first_rows
 from lit_sft.dataset import SFTData
 from lit_sft.display import coloured_tokens, console
 from lit_sft.prepare import Counts
@@ -29,7 +29,7 @@ def preview(data: SFTData, num_rows: int, output: Literal["rich", "json"]) -> No
     """
     if num_rows < 1:
         raise UserError(f"--num_rows is {num_rows}, it must be at least 1")
-    rows = limit(data.open("train"), num_rows)
+    rows = first_rows(data.open("train"), num_rows)
     preparation = data.preparation(rows)
     counts = Counts()
     examples = list(preparation.examples(rows, counts))

@@ -101,12 +101,13 @@ def test_a_checkpoint_is_as_small_as_what_is_trained(finished):
     assert 12 * numbers < size < 12 * numbers + 60_000
 
 
-@pytest.mark.parametrize("kind", ["lora", "qlora"])
+@pytest.mark.parametrize("kind", ["lora", "qlora", "bf16-true"])
 def test_a_resumed_run_is_the_same_run(kind, place, tmp_path):
     """With noise, dropout and new tokens. Only the whole run answers a question before, which must change nothing."""
     options = {
         "lora": {"model__lora": {**LORA, "lora_dropout": 0.1}},
         "qlora": {**QLORA, "model__gradient_checkpointing": True},
+        "bf16-true": {"model__lora": LORA, "trainer__precision": "bf16-true"},
     }[kind]
     options |= {"model__neftune_noise_alpha": 5, "model__add_tokens": NEW}
     options |= {"trainer__max_steps": 4, "checkpoint__every_n_train_steps": 2, "data__questions": ["abc"]}
@@ -229,12 +230,13 @@ def test_a_base_saved_in_4_bits_needs_the_setting(finished, place, tmp_path, cap
 # ------------------------------------------------------------------------------------------------ existing adapters
 
 
-@pytest.mark.parametrize("name", ["lora", "tokens"])
-def test_an_adapter_goes_on_where_it_was(name, finished, place, tmp_path):
+@pytest.mark.parametrize(("name", "precision"), [("lora", "32-true"), ("lora", "bf16-true"), ("tokens", "32-true")])
+def test_an_adapter_goes_on_where_it_was(name, precision, finished, place, tmp_path):
     """One step with a rate of 0 leaves it as it is; without the setting a new adapter starts elsewhere."""
     hf = version(finished(name)) / "hf"
     base = place[1] if name == "lora" else hf / "base"
     options = {"model__model_name_or_path": base, "model__adapter_name_or_path": hf, "trainer__max_steps": 1}
+    options["trainer__precision"] = precision
     same = fit(place, tmp_path / "same", model__optimizer__lr=0.0, **options)
     before = final_weights(finished(name))
     assert same.keys() == before.keys() and all(torch.equal(value, before[key]) for key, value in same.items())
@@ -381,6 +383,17 @@ WRONG = {
 def test_what_is_wrong_is_one_line(options, message, place, tmp_path, capsys):
     line = refused(capsys, "fit", settings(place, tmp_path / "runs", **options))
     assert message in line
+
+
+def test_rows_of_a_head_with_a_bias(place, tmp_path, capsys):
+    """peft would leave the bias out, in training and when the adapter is loaded."""
+    from transformers import PhiConfig, PhiForCausalLM
+
+    tokenizer = tiny_tokenizer()
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    phi = save_tiny(tmp_path / "phi", PhiForCausalLM(PhiConfig(vocab_size=len(tokenizer), **sizes)), tokenizer)
+    args = settings(place, tmp_path / "runs", model__model_name_or_path=phi, model__lora=LORA, model__add_tokens=NEW)
+    assert refused(capsys, "fit", args).startswith("the head of PhiForCausalLM has a bias, which peft drops")
 
 
 def test_4_bit_weights_are_not_sharded(place, tmp_path, capsys):

@@ -54,6 +54,18 @@ def test_chunked_equals_the_models_own_logits(lm, options, monkeypatch):
     torch.testing.assert_close(our_grads, gradients(model), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("own_logits", [False, True])
+@pytest.mark.parametrize("options", [LossOptions(label_smoothing=0.1), LossOptions(type="dft")], ids=str)
+def test_models_are_compared_by_the_plain_loss(options, own_logits):
+    """Without gradients, as in validation: dft's loss rises while a model gets better, and would choose the worst."""
+    lm, inputs = packed(tiny_llama()), batch()
+    model, plain = CausalLMLoss(lm, options), CausalLMLoss(lm)
+    model.own_logits = plain.own_logits = own_logits
+    assert abs(float(model(**inputs).loss_sum - plain(**inputs).loss_sum)) > 0.1
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).loss_sum, plain(**inputs).loss_sum)
+
+
 def test_the_loss_is_that_of_plain_cross_entropy():
     lm, inputs = packed(tiny_llama()), batch(lengths=(12,))
     logits = lm(input_ids=inputs["input_ids"]).logits

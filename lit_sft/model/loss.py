@@ -25,9 +25,7 @@ CHUNK_ELEMENTS = 2**26
 which costs as much as its product for 128 targets (V 49,152, a CPU), so chunks are few.
 """
 PIECE_ELEMENTS = {"cpu": 2**21, "cuda": 2**24}
-"""Logits of a chunk that are turned into gradients at once, in fp32. 8 MiB stay in a CPU's cache; on a GPU few launches
-matter more.
-"""
+"""Logits of a chunk that become gradients at once, in fp32: 8 MiB stay in a CPU's cache, a GPU wants few launches."""
 
 
 @dataclass
@@ -35,9 +33,7 @@ class LossOptions:
     """What is minimized for every target token."""
 
     type: Literal["nll", "dft"] = "nll"
-    """`nll`: negative log likelihood. `dft`: the same times the (detached) probability of the target
-    (arXiv:2508.05629).
-    """
+    """`nll`: negative log likelihood. `dft`: times the (detached) probability of the target (arXiv:2508.05629)."""
     label_smoothing: float = 0.0
     """Share of the target's probability spread over the vocabulary, in [0, 1)."""
 
@@ -186,16 +182,24 @@ class CausalLMLoss(nn.Module):
     def __init__(self, lm: PreTrainedModel, options: LossOptions | None = None) -> None:
         super().__init__()
         self.lm = lm
-        self.options = options or LossOptions()
+        self.trained_options = options or LossOptions()
         self.fused: list[str] = []
         """Modules of the LM whose forward pass was replaced (see `fused`)."""
         self.separate_rows = False
         """Set where the model would mix examples of a pack: each becomes a padded row of its own."""
         head = lm.get_output_embeddings()
         # what peft trains as a whole, or some rows of it, it wraps around the original
+        if type(head).__name__ == "TrainableTokensWrapper" and head.original_module.bias is not None:
+            left_out = f"the head of {type(lm).__name__} has a bias, which peft drops where rows of it are trained"
+            raise UserError(f"{left_out}: leave out model.add_tokens and trainable_token_indices, or model.lora")
         self.own_logits = type(getattr(head, "original_module", head)) is not nn.Linear or lm.base_model is lm
         if self.own_logits:
             log.warning("The head of %s is not a plain linear layer: its own full logits are used.", type(lm).__name__)
+
+    @property
+    def options(self) -> LossOptions:
+        """What is minimized; without gradients nll, by which models compare: the loss of dft rises before it falls."""
+        return self.trained_options if torch.is_grad_enabled() else LossOptions()
 
     @property
     def head(self) -> Head:
@@ -280,10 +284,8 @@ class CausalLMLoss(nn.Module):
         tolerance = 1e-4 if own.dtype == torch.float32 else 2e-2
         self.own_logits = not torch.allclose(own.float(), ours, rtol=tolerance, atol=tolerance * float(own.abs().max()))
         if self.own_logits:
-            log.warning(
-                "%s does not compute its logits as scale * hidden @ head: its own full logits are used (more memory).",
-                type(self.lm).__name__,
-            )
+            why = "does not compute its logits as scale * hidden @ head: its own full logits are used (more memory)"
+            log.warning("%s %s.", type(self.lm).__name__, why)
 
 
 def _rows_of_one(input_ids: Tensor, labels: Tensor, lengths: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
