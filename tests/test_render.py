@@ -225,6 +225,15 @@ def test_raw_is_prompt_completion_and_one_eos(adds_bos):
     assert example.input_ids[:begin] == tokenizer("你好。\n问题：1+1\n回答：")["input_ids"]
 
 
+def test_raw_does_not_double_a_bos():
+    tokenizer = byte_tokenizer(NO_TEMPLATE, adds_bos=True)
+    renderer = renderer_of(tokenizer, "raw")
+    [example] = render_one(renderer, user("<s>Hi"), assistant(" Hello"))
+    assert tokenizer.decode(example.input_ids) == "<s>Hi Hello</s>"
+    [(begin, _)] = runs(example)
+    assert renderer.prompt(Conversation((user("<s>Hi"),))) == example.input_ids[:begin]
+
+
 def test_raw_trains_the_last_answer_only():
     tokenizer = byte_tokenizer(NO_TEMPLATE)
     [example] = render_one(renderer_of(tokenizer, "raw"), *TWO, user("Hi"))
@@ -260,15 +269,24 @@ def test_an_eos_that_the_tokenizer_appends_is_not_doubled():
     assert tokenizer.decode(renderer.prompt(Conversation(ONE[:1]))) == "<s>Hi"
 
 
-@pytest.mark.parametrize("text", ["Hello there", "Hello there</s>"])
-def test_plain_text_is_trained_whole_and_ends_with_one_eos(text):
+@pytest.mark.parametrize(
+    "text", ["Hello there", "Hello there</s>", "Hello there</s>\n", "<s>Hello there", "<s>Hello there</s> \n"]
+)
+def test_plain_text_is_trained_whole_between_one_bos_and_one_eos(text):
     tokenizer = byte_tokenizer(NO_TEMPLATE, adds_bos=True)
     renderer = renderer_of(tokenizer)
     [[example]] = renderer.render([Conversation((), text=text)], [3])
     assert tokenizer.decode(example.input_ids) == "<s>Hello there</s>"
     assert example.loss_mask == [1] * len(example.input_ids)
     assert (example.row, example.stop_ids) == (3, (tokenizer.eos_token_id,))
-    assert tokenizer.decode(renderer.prompt(Conversation((), text="Hello"))) == "<s>Hello"
+    for prompt in ("Hello", "<s>Hello"):
+        assert tokenizer.decode(renderer.prompt(Conversation((), text=prompt))) == "<s>Hello"
+
+
+def test_white_space_is_kept_where_no_eos_is_before_it():
+    tokenizer = byte_tokenizer(NO_TEMPLATE)
+    [[example]] = renderer_of(tokenizer).render([Conversation((), text="Hi</s> there \n")], [0])
+    assert tokenizer.decode(example.input_ids) == "Hi</s> there \n</s>"
 
 
 def test_plain_text_needs_an_eos():

@@ -32,20 +32,13 @@ class _Template(Protocol):
 
     @property
     def is_raw(self) -> bool: ...
-
     @property
     def unproved(self) -> str: ...
-
     def fingerprint(self) -> dict[str, Any]: ...
-
     def prove(self, conversation: Conversation, index: int) -> RenderedTurn: ...
-
     def write(self, conversation: Conversation, switch: Any = ()) -> tuple[str, Any]: ...
-
     def prompt(self, conversation: Conversation) -> str: ...
-
     def left_out(self, conversation: Conversation, texts: Sequence[str]) -> tuple[str, ...]: ...
-
     def find_stop(self, text: str, conversation: Conversation, index: int) -> tuple[int, str]: ...
 
 
@@ -125,8 +118,8 @@ class Renderer:
             UserError: The template cannot write it.
         """
         text = self.template.prompt(conversation) if conversation.text is None else conversation.text
-        is_bare = conversation.text is not None or self.template.is_raw
-        return [*(self._bos_ids if is_bare else ()), *self._encode([text])[text].ids]
+        ids = self._encode([text])[text].ids
+        return [*self._missing_bos(ids), *ids] if conversation.text is not None or self.template.is_raw else ids
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything that decides what `render` returns, as plain JSON values."""
@@ -147,7 +140,9 @@ class Renderer:
             eos = self.tokenizer.eos_token
             if eos is None:
                 raise UserError("the tokenizer has no eos token to end a text; give it one")
-            return [_Draft(conversation.text.removesuffix(eos) + eos, (), label=1, stops=(eos,), bare=True)]
+            before, _, rest = conversation.text.rpartition(eos)
+            text = conversation.text if rest.strip() else before  # behind which eos stands already
+            return [_Draft(text + eos, (), label=1, stops=(eos,), bare=True)]
         messages = conversation.messages
         answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
         if self.template.is_raw:  # what comes before the last answer is its prompt, whoever said it
@@ -201,9 +196,9 @@ class Renderer:
         return [self._example(draft, ids, mask, row, part)]
 
     def _example(self, draft: _Draft, ids: list[int], mask: list[int], row: int, part: int) -> Example:
-        if draft.bare:
-            ids, mask = self._bos_ids + ids, [draft.label] * len(self._bos_ids) + mask
-        return Example(ids, mask, row, part, tuple(map(self._id, draft.stops)), draft.notes)
+        bos = self._missing_bos(ids) if draft.bare else []
+        mask = [draft.label] * len(bos) + mask
+        return Example(bos + ids, mask, row, part, tuple(map(self._id, draft.stops)), draft.notes)
 
     def _spans(self, turn: RenderedTurn, text: str, tokens: dict[str, _Tokens]) -> list[tuple[int, int]] | None:
         """Where the trained parts of a turn lie in the ids; None if a token reaches over one of their ends."""
@@ -284,6 +279,10 @@ class Renderer:
         encoded = self.tokenizer(unique, add_special_tokens=False, **options)
         encodings = encoded.encodings or [None] * len(unique)
         return dict(zip(unique, map(_Tokens, encoded["input_ids"], encodings), strict=True))
+
+    def _missing_bos(self, ids: list[int]) -> list[int]:
+        """What stands before a text that no template wrote, unless the text begins with it already."""
+        return [] if ids[: len(self._bos_ids)] == self._bos_ids else self._bos_ids
 
     @cached_property
     def _bos_ids(self) -> list[int]:
