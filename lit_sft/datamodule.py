@@ -284,17 +284,17 @@ class SFTDataModule(L.LightningDataModule):
         assert done % order.accumulation == 0 or at_end, "checkpoints are saved between optimizer steps only"
         return {
             "position": [epoch + 1, 0] if at_end and not self.trainer.validating else [epoch, steps],
-            "data": self.data.fingerprint(),
+            "data": self.data.fingerprint(self.packs["train"]),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from a position.
 
         Raises:
-            UserError: The data, the template or the tokenizer is not that of the checkpoint.
+            UserError: The data is not that of the checkpoint, or validates on rows that it may be trained on.
         """
-        if "train" not in self.orders:
-            return
-        if not self.options.allow_other_data:
-            self.data.check_same(state["data"])
-        self.position = (state["position"][0], state["position"][1])
+        if "train" in self.orders:
+            self.data.check_same(state["data"], self.packs["train"])
+            self.position = (state["position"][0], state["position"][1])
+        elif "train" in self.data.rows:
+            self.data.check_split(state["data"])

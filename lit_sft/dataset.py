@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from lit_sft import demo
+from lit_sft import demo, resuming
 from lit_sft.build import tokenizer_directory
 from lit_sft.data import formats, sources
-from lit_sft.data.cache import ExampleCache
+from lit_sft.data.cache import ExampleCache, cache_key
+from lit_sft.data.packing import Packs
 from lit_sft.data.render import Renderer
 from lit_sft.data.templates import resolve_chat_template
 from lit_sft.data.turns import ChatTemplate
@@ -53,6 +52,8 @@ class SFTData:
         self.caches: dict[str, ExampleCache] = {}
         self._told: set[str] = set()
         """Sources whose format, and data sets whose sources were logged."""
+        self._identity: dict[str, Any] | None = None
+        """`Preparation.identity` of the training rows when they were read: the source may change during the run."""
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -105,7 +106,12 @@ class SFTData:
         for name in needed:
             if name in self.rows and name not in self.caches:
                 rows = self.rows[name]
-                self.caches[name] = self.preparation(rows).cached(rows, self._cache_dir(), name, self._num_workers())
+                preparation = self.preparation(rows)
+                identity = preparation.identity(rows)
+                path = self._cache_dir() / cache_key(identity)
+                self.caches[name] = preparation.cached(rows, path, name, self._num_workers())
+                if name == "train":
+                    self._identity = identity
                 self._report_overlap(name)
                 self.__dict__.pop("stop_ids", None)  # the property is computed anew
         if stage in ("validate", "test") and needed[0] not in self.caches:
@@ -134,35 +140,30 @@ class SFTData:
                 self._told.add(f"data.{name}")
                 log.info("%s: %s", name, ", ".join(f"{rows:,} rows of {source}" for source, rows in counts))
 
-    def fingerprint(self) -> dict[str, Any]:
-        """The training examples as a hash, and by the names of the settings all that decides them and their order."""
-        rows, options = self.rows["train"], self.options
-        parts = self.preparation(rows).identity(rows)
-        order = {"packing": options.packing, "global_batch_size": options.global_batch_size, "seed": options.seed}
-        return {
-            "examples": self.caches["train"].fingerprint,
-            "settings": _readable({**parts.pop("renderer"), **parts}),
-            "order": _readable(order),
-        }
+    def fingerprint(self, packs: Packs) -> dict[str, Any]:
+        """What a checkpoint keeps of the data (see `resuming.remember`); no source is read for it."""
+        assert self._identity is not None
+        return resuming.remember(self._identity, self.options, self.caches, packs)
 
-    def check_same(self, saved: dict[str, Any]) -> None:
+    def check_same(self, saved: dict[str, Any], packs: Packs) -> None:
         """Refuses to go on with other examples, or in another order, than those of a checkpoint.
 
         Args:
             saved: What `fingerprint` returned then.
+            packs: Which training examples share a row now.
 
         Raises:
             UserError: Says which setting differs.
         """
-        now = self.fingerprint()
-        changed = _differences(saved["order"], now["order"])
-        if saved["examples"] != now["examples"]:
-            changed += _differences(saved["settings"], now["settings"]) or ["the tokens themselves, by no setting"]
-        if changed:
-            raise UserError(
-                f"the checkpoint was made with other examples or in another order: {'; '.join(changed)}: restore that, "
-                "or set resume.allow_other_data to true"
-            )
+        now = self.fingerprint(packs)
+        if not self.options.allow_other_data:
+            resuming.check_same(saved, now)
+        resuming.tell_other_validation(saved, now)
+
+    def check_split(self, saved: dict[str, Any]) -> None:
+        """Refuses to evaluate on rows that a checkpoint may have been trained on (see `resuming.check_split`)."""
+        if self.options.val_size is not None and not self.options.allow_other_data:
+            resuming.check_split(saved, self.rows["train"].fingerprint)
 
     def open(self, name: str) -> Rows:
         """The rows of one data set.
@@ -280,21 +281,3 @@ class SFTData:
     def _listed(self, questions: Sequence[str], key: str) -> list[Asked]:
         self._check_system_prompt()
         return [Asked(self.question(text), f"{key}[{n}]") for n, text in enumerate(questions)]
-
-
-def _readable(parts: Mapping[str, Any]) -> dict[str, str]:
-    """Settings as short texts: long ones are hashed."""
-    texts = {key: json.dumps(value, sort_keys=True, ensure_ascii=False) for key, value in parts.items()}
-    return {
-        key: text if len(text) <= 80 else "#" + hashlib.sha256(text.encode()).hexdigest()[:12]
-        for key, text in texts.items()
-    }
-
-
-def _differences(saved: Mapping[str, str], current: Mapping[str, str]) -> list[str]:
-    """What differs, as `max_length (2048, now 1024)`."""
-    return [
-        f"{key} ({saved.get(key, 'unset')}, now {current.get(key, 'unset')})"
-        for key in sorted(saved.keys() | current.keys())
-        if saved.get(key) != current.get(key)
-    ]

@@ -17,7 +17,6 @@ from tqdm import tqdm
 from lit_sft.data.cache import (
     Block,
     ExampleCache,
-    cache_key,
     open_cache,
     to_block,
     wait_for_cache,
@@ -195,23 +194,18 @@ class Preparation:
             **options,
         }
 
-    def key(self, rows: Rows) -> str:
-        """A hash of all that decides the examples."""
-        return cache_key(self.identity(rows))
-
-    def cached(self, rows: Rows, cache_dir: Path, name: str, num_workers: int = 1) -> ExampleCache:
+    def cached(self, rows: Rows, path: Path, name: str, num_workers: int = 1) -> ExampleCache:
         """The examples of a data set, from the cache or made now: by global rank 0, while the others wait.
 
         Args:
             rows: The data set.
-            cache_dir: Folder of all caches.
+            path: Where the cache is, or is to be: named by the hash of `identity`.
             name: How to call it in the log, `train` or `validation`.
             num_workers: Processes that tokenize.
 
         Raises:
             UserError: A row is bad, or no row is left.
         """
-        path = cache_dir / self.key(rows)
         failure = path.with_suffix(".error")
         if global_rank() != 0:
             return wait_for_cache(path, failure)

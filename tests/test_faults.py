@@ -351,6 +351,17 @@ def test_data_that_changes_during_the_run(how, place, tmp_path, at_step_2, capsy
     assert len(references) == 2 * 4 and references[:4] == references[4:]  # before and after
 
 
+def test_training_data_that_grows_during_the_run(place, tmp_path, at_step_2):
+    """What a checkpoint knows of the data is what it was at the start."""
+    path = Path(write_rows(tmp_path / "train.jsonl", chat_rows(ROWS)))
+    before = path.read_text()
+    at_step_2(lambda trainer: path.write_text(before + before[: before.index("\n") + 1]))
+    fit(place[1], path, tmp_path / "runs", data__val_size=4)
+    path.write_text(before)
+    fit(place[1], path, tmp_path / "runs", "--ckpt_path=last", data__val_size=4, trainer__max_epochs=2)
+    assert len(scalars(tmp_path / "runs", "train/loss")) == 2 * (ROWS - 4) // 4
+
+
 def test_no_place_for_the_cache(place, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     args = arguments(*place[1:], tmp_path / "runs", **PLAIN, data__cache_dir=tmp_path / "file" / "cache")

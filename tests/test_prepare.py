@@ -15,8 +15,9 @@ from terminal import log_lines
 from tiny import CHATML, save_tiny, tiny_llama, tiny_tokenizer
 
 from lit_sft import prepare
-from lit_sft.data.cache import COLUMNS, META, TOKENS, Block, write_cache
+from lit_sft.data.cache import COLUMNS, META, TOKENS, Block, cache_key, write_cache
 from lit_sft.data.counts import Counts
+from lit_sft.data.packing import one_per_pack
 from lit_sft.data.render import Renderer
 from lit_sft.data.workers import map_in_order
 from lit_sft.datamodule import SFTDataModule
@@ -336,7 +337,7 @@ OTHER = {
 
 def key(data):
     rows = data.open("train")
-    return data.preparation(rows).key(rows)
+    return cache_key(data.preparation(rows).identity(rows))
 
 
 @pytest.mark.parametrize("option", SAME)
@@ -358,6 +359,16 @@ def test_other_rows_and_other_tokenizers_change_the_key(open_data, tmp_path):
     other = save_tiny(tmp_path / "other", tiny_llama(len(tokenizer)), tokenizer)
     assert key(open_data([A, B], model_name_or_path=other)) != first
     assert key(open_data([A, B])) == first
+
+
+def test_what_a_checkpoint_remembers_is_of_the_rows_that_were_read(prepared, monkeypatch):
+    data = prepared([A, B])
+    packs = one_per_pack(2)
+    before = data.fingerprint(packs)
+    with open(data.options.train, "a") as file:
+        file.write(json.dumps(C) + "\n")
+    monkeypatch.setattr(Renderer, "fingerprint", lambda *_: pytest.fail("the tokenizer is written out again"))
+    assert data.fingerprint(packs) == before
 
 
 @pytest.mark.parametrize("name", [META, *COLUMNS, *TOKENS])

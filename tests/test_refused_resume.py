@@ -8,11 +8,12 @@ import sys
 import pytest
 from running import REPOSITORY, arguments, chat_rows, environment, run, scalars, version, write_rows
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from terminal import refused
+from terminal import log_lines, refused
 from tiny import save_tiny, tiny_llama
 
 from lit_sft.datamodule import SFTDataModule
 from lit_sft.logfiles import MetricsFile
+from lit_sft.resuming import check_same
 from lit_sft.types import UserError
 
 SIX_STEPS = {
@@ -116,6 +117,71 @@ def test_on_two_ranks(place, root):
     run("fit", [*settings(place, root, 2, trainer__max_steps=5), *DDP], subprocesses=True)
     assert_five_steps(root)
     assert not version(root, 1).exists()
+
+
+def pack(place, root, *more, **options):
+    packed = {"data__packing": True, "data__global_batch_size": 2, "trainer__max_steps": 4, **options}
+    rows = str(place / "train.jsonl")
+    return [*arguments(str(place / "model"), rows, root, **{**SIX_STEPS, "data__val_size": None, **packed}), *more]
+
+
+def test_another_length_of_packs(place, tmp_path, capsys):
+    """No example changes, but which of them share a row: some would be trained twice and others never."""
+    root, steps = tmp_path / "runs", {"trainer__max_steps": 6}
+    run("fit", pack(place, root))
+    before = contents(root)
+    line = refused(capsys, "fit", pack(place, root, "--ckpt_path=last", data__max_length=200, **steps))
+    assert "max_length (128, now 200): restore that" in line
+    assert contents(root) == before
+    run("fit", pack(place, root, "--ckpt_path=last", data__micro_batch_size=2, **steps))
+    assert len(scalars(root, "train/loss")) == 6
+
+
+def test_another_length_that_packs_alike(place, tmp_path):
+    """And a checkpoint from before packs were remembered."""
+    saved = {}
+    for length, rows in ((400, 2), (500, 2), (500, 16)):
+        settings = {"model_name_or_path": str(place / "model"), "cache_dir": str(tmp_path), "max_samples": rows}
+        module = SFTDataModule(train=str(place / "train.jsonl"), max_length=length, **settings)
+        module.prepare("fit")
+        saved[length, rows] = module.data.fingerprint(module.pack("train"))
+    check_same(saved[400, 2], saved[500, 2])
+    others = {**saved[500, 16], "packs": "others"}
+    with pytest.raises(UserError, match="which examples share a row, by no setting"):
+        check_same(others, saved[500, 16])
+    others.pop("packs")
+    check_same(others, saved[500, 16])
+
+
+def test_other_validation_rows_are_told(place, tmp_path):
+    """They are no reason to refuse, but losses of different rows are compared."""
+    root, other = tmp_path / "runs", write_rows(tmp_path / "other.jsonl", chat_rows(4, seed=1))
+    mine = {"data__val_size": None, "data__validation": str(place / "train.jsonl"), "trainer__max_steps": 4}
+    said = "validation: other examples than before the checkpoint"
+    for more, count in (
+        ({}, 0),
+        ({"trainer__max_steps": 5}, 0),
+        ({"trainer__max_steps": 6, "data__validation": other}, 1),
+    ):
+        args = arguments(str(place / "model"), str(place / "train.jsonl"), root, **{**SIX_STEPS, **mine, **more})
+        with log_lines() as lines:
+            run("fit", [*args, "--ckpt_path=last"])
+        assert sum(line.startswith(said) for line in lines) == count
+
+
+def test_validation_rows_split_off_other_rows_are_refused(place, root, tmp_path, capsys):
+    """Most of them were trained by then."""
+    last = f"--ckpt_path={version(root) / 'checkpoints' / 'last.ckpt'}"
+    run("validate", [last])
+    before = contents(root)
+    longer = write_rows(tmp_path / "longer.jsonl", chat_rows(17))
+    others = ("--data.max_samples=12", "--data.val_size=5", "--seed_everything=2", f"--data.train={longer}")
+    for other in others:
+        line = refused(capsys, "validate", [last, other])
+        assert line.startswith("data.val_size splits off other rows") and "data.validation" in line
+    assert contents(root) == before
+    run("validate", [last, others[0], "--resume.allow_other_data=true"])
+    run("validate", [last, others[0], "--data.val_size=null", f"--data.validation={longer}"])
 
 
 def test_half_a_row_is_left_alone_until_there_is_another(tmp_path):

@@ -261,10 +261,11 @@ def test_other_tokens_by_no_setting_are_refused(place, tmp_path):
         model_name_or_path=place[0], train=place[1], max_length=128, cache_dir=str(tmp_path / "cache")
     )
     module.prepare("fit")
-    saved = module.data.fingerprint()
-    module.data.check_same(saved)
+    packs = module.pack("train")
+    saved = module.data.fingerprint(packs)
+    module.data.check_same(saved, packs)
     with pytest.raises(UserError, match="the tokens themselves, by no setting"):
-        module.data.check_same({**saved, "examples": "others"})
+        module.data.check_same({**saved, "examples": "others"}, packs)
 
 
 def test_a_rate_that_the_checkpoint_overrides_is_said(place, tmp_path):

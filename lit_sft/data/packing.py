@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -39,6 +40,14 @@ class Packs:
 
     def __getitem__(self, pack: int) -> npt.NDArray[np.int64]:
         return self.examples[self.bounds[pack] : self.bounds[pack + 1]]
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all that decides what shares a pack in any epoch."""
+        digest = hashlib.blake2b(digest_size=12)
+        for array in (self.examples, self.bounds, self.sizes):
+            digest.update(b"" if array is None else np.ascontiguousarray(array).data)
+        return digest.hexdigest()
 
     def num_tokens(self, lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Tokens in each pack, [P]."""
