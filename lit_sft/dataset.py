@@ -51,7 +51,7 @@ class SFTData:
         self.rows: dict[str, Rows] = {}
         self.caches: dict[str, ExampleCache] = {}
         self._told: set[str] = set()
-        """Sources whose format, and data sets whose sources were logged."""
+        """Sources whose format, data sets whose sources, and questions whose form was logged."""
         self._identity: dict[str, Any] | None = None
         """`Preparation.identity` of the training rows when they were read: the source may change during the run."""
 
@@ -241,8 +241,10 @@ class SFTData:
         return min(num_cores, MAX_WORKERS)
 
     def question(self, text: str) -> Conversation:
-        """A question as the model is asked it."""
-        system = self.options.system_prompt
+        """A question as the model is asked it: in `data.prompt_template` where that has one field."""
+        system, template = self.options.system_prompt, self.options.prompt_template
+        if len(self._fields) == 1:
+            text = template.format_map({self._fields[0]: text})
         return Conversation((*([Message("system", system)] if system else []), Message("user", text)))
 
     def questions(self) -> list[Prompt]:
@@ -280,4 +282,12 @@ class SFTData:
 
     def _listed(self, questions: Sequence[str], key: str) -> list[Asked]:
         self._check_system_prompt()
+        if questions and len(self._fields) > 1 and key not in self._told:
+            self._told.add(key)
+            log.info("%s: not asked as rows are trained: data.prompt_template has more fields than one", key)
         return [Asked(self.question(text), f"{key}[{n}]") for n, text in enumerate(questions)]
+
+    @property
+    def _fields(self) -> Sequence[str]:
+        """Of `data.prompt_template`."""
+        return () if self.options.prompt_template is None else formats.template_fields(self.options.prompt_template)

@@ -9,6 +9,7 @@ from terminal import log_lines, refused
 from tiny import save_tiny
 
 from lit_sft import prompts
+from lit_sft.datamodule import SFTDataModule
 
 ANSWERS = {  # of different lengths, so that batches are padded and answers end at different steps
     "say a": "a",
@@ -91,6 +92,27 @@ def test_a_list_of_questions(place, tmp_path):
 def test_the_questions_where_nothing_else_is_asked(place, tmp_path):
     records = predict(place, tmp_path / "out.jsonl", '--data.questions=["say a"]')
     assert records == [{"index": 0, "prompt": "say a", "prediction": "a"}]
+
+
+@pytest.mark.parametrize("key", ["questions", "predict"])
+def test_a_question_is_asked_as_rows_are_trained(key, place, tmp_path):
+    """In the template, if it has one field; else it is said, once."""
+    rows = write_rows(tmp_path / "rows.jsonl", [{"question": "a {x}", "context": "b", "answer": "c"}])
+    settings = {"model_name_or_path": str(place / "model"), "cache_dir": str(tmp_path), "chat_template": "raw"}
+
+    def ask(template):
+        data = SFTDataModule(train=rows, prompt_template=template, **settings, **{key: ["a {x}"]}).data
+        data.prepare("fit")
+        with log_lines() as lines:
+            asked, again = [data.asked_by_predict() if key == "predict" else data.questions() for _ in range(2)]
+        ids = data.caches["train"][0][0].tolist()
+        assert asked == again
+        return [ids[: len(prompt.ids)] == prompt.ids for prompt in asked], [prompt.text for prompt in asked], lines
+
+    assert ask("Question: {question}\nAnswer: ") == ([True], ["Question: a {x}\nAnswer: "], [])
+    _, texts, lines = ask("{context} {question}")
+    assert texts == ["a {x}"]
+    assert lines == [f"data.{key}: not asked as rows are trained: data.prompt_template has more fields than one"]
 
 
 def test_rows_without_answer_and_rows_of_several_turns(place, tmp_path):

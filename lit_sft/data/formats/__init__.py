@@ -16,7 +16,14 @@ from lit_sft.data.formats.placeholders import find_placeholders
 from lit_sft.data.formats.values import as_object, as_objects, check_text, kind, listed, required, typed
 from lit_sft.types import Conversation, Message, UserError
 
-__all__ = ["FORMATS", "conversation_to_prompt", "detect_format", "find_placeholders", "to_conversation"]
+__all__ = [
+    "FORMATS",
+    "conversation_to_prompt",
+    "detect_format",
+    "find_placeholders",
+    "template_fields",
+    "to_conversation",
+]
 
 FORMATS = ("messages", "sharegpt", "alpaca", "prompt_completion", "text")
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -99,7 +106,7 @@ def to_conversation(
     if not need_answer and turns and turns[-1][1] == Message("assistant", ""):
         turns = turns[:-1]
     _check_turns(turns, need_answer)
-    fields = () if prompt_template is None else _fields(prompt_template)
+    fields = () if prompt_template is None else template_fields(prompt_template)
     blank = tuple(name for name in fields if row[name] == "")
     messages = tuple(message for _, message in turns)
     return Conversation(messages, _read_tools(row.get("tools") or []), blank=blank)
@@ -171,7 +178,7 @@ def _read_prompt_completion(row: Mapping[str, Any]) -> list[_Turn]:
 
 
 def _read_template(row: Mapping[str, Any], template: str) -> list[_Turn]:
-    fields = _fields(template)
+    fields = template_fields(template)
     for name in fields:
         if not isinstance(value := required(row, name, f"data.prompt_template {{{name}}}"), str | int | float):
             raise UserError(f"`{name}` is {kind(value)}, but `data.prompt_template` fills in strings and numbers")
@@ -181,8 +188,12 @@ def _read_template(row: Mapping[str, Any], template: str) -> list[_Turn]:
 
 
 @lru_cache(maxsize=8)
-def _fields(template: str) -> tuple[str, ...]:
-    """Columns that a template fills in."""
+def template_fields(template: str) -> tuple[str, ...]:
+    """Columns that a template fills in.
+
+    Raises:
+        UserError: It is broken, or has none.
+    """
     try:
         fields = {name: bool(spec or cast) for _, name, spec, cast in Formatter().parse(template) if name is not None}
     except ValueError as error:
