@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,8 +16,9 @@ from lit_sft.data import formats, sources
 from lit_sft.data.cache import ExampleCache, cache_key
 from lit_sft.data.packing import Packs
 from lit_sft.data.render import Renderer
-from lit_sft.data.templates import resolve_chat_template
+from lit_sft.data.templates import TODAY, kept_date, resolve_chat_template, with_date
 from lit_sft.data.turns import ChatTemplate
+from lit_sft.data.workers import num_workers_of
 from lit_sft.model import load, tokens
 from lit_sft.prepare import Preparation, Reading, num_overlapping
 from lit_sft.prompts import Asked, Prompt, encode
@@ -31,8 +31,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MAX_WORKERS = 16
-"""Processes that tokenize, at most: the one that writes what they make keeps no more of them busy."""
+DATE_FILE = "chat_template_date"
 
 
 class SFTData:
@@ -74,10 +73,24 @@ class SFTData:
         return max((int(cache.lengths.max(initial=0)) for cache in self.caches.values()), default=0)
 
     @cached_property
+    def chat_template(self) -> str | None:
+        """The text of the template, as it is exported; None for `raw`."""
+        return resolve_chat_template(self.tokenizer, self.options.chat_template)
+
+    @cached_property
+    def template_date(self) -> str | None:
+        """What the template gets where it asks for today's date: the same as long as the cache is kept."""
+        if TODAY not in (self.chat_template or ""):
+            return None
+        day = kept_date(path := self._cache_dir() / DATE_FILE)
+        log.info("the chat template asks for the date of the day: it gets %s in all rows and prompts (%s)", day, path)
+        return day
+
+    @cached_property
     def renderer(self) -> Renderer:
         """The tokenizer together with the template."""
-        options = self.options
-        text = resolve_chat_template(self.tokenizer, options.chat_template)
+        options, text, day = self.options, self.chat_template, self.template_date
+        text = text if text is None or day is None else with_date(text, day)
         template = ChatTemplate(self.tokenizer, text, options.chat_template_kwargs, options.unproved)
         return Renderer(self.tokenizer, template, options.train_on)
 
@@ -109,9 +122,10 @@ class SFTData:
                 preparation = self.preparation(rows)
                 identity = preparation.identity(rows)
                 path = self._cache_dir() / cache_key(identity)
-                self.caches[name] = preparation.cached(rows, path, name, self._num_workers())
+                self.caches[name] = preparation.cached(rows, path, name, num_workers_of(self.options.num_workers))
                 if name == "train":
-                    self._identity = identity
+                    of_date = {f"{DATE_FILE} in data.cache_dir": self.template_date}
+                    self._identity = identity | of_date | {"chat_template": self.chat_template}  # without the date
                 self._report_overlap(name)
                 self.__dict__.pop("stop_ids", None)  # the property is computed anew
         if stage in ("validate", "test") and needed[0] not in self.caches:
@@ -230,15 +244,6 @@ class SFTData:
         if self.options.cache_dir is not None:
             return Path(self.options.cache_dir).expanduser()
         return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "lit_sft"
-
-    def _num_workers(self) -> int:
-        """Processes that tokenize: `auto` is one for each core that this process may use."""
-        if self.options.num_workers != "auto":
-            if self.options.num_workers < 0:
-                raise UserError(f"data.num_workers is {self.options.num_workers}, expected auto or 0 and more")
-            return int(self.options.num_workers)
-        num_cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-        return min(num_cores, MAX_WORKERS)
 
     def question(self, text: str) -> Conversation:
         """A question as the model is asked it: in `data.prompt_template` where that has one field."""

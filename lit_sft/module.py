@@ -288,7 +288,7 @@ class SFTModule(L.LightningModule):
             datamodule.tokenizer,
             output_dir,
             stop_ids=self.stop_ids,
-            chat_template=datamodule.data.renderer.template.text,
+            chat_template=datamodule.data.chat_template,
             base_name_or_path=None if is_ours else base_name(options.model_name_or_path),
             base_revision=options.revision,
             state_dict=None if state_dict is None else {k.removeprefix("lm."): v for k, v in state_dict.items()},

@@ -25,7 +25,7 @@ def remember(
     """What a checkpoint keeps of the data: hashes, and by the names of the settings all that decides the examples.
 
     Args:
-        settings: `Preparation.identity` of the training set.
+        settings: `Preparation.identity` of the training set; what stands beside its `renderer` wins.
         options: Of the data module.
         caches: The tokenized training set, and the validation set if there is one.
         packs: Which training examples share a row.

@@ -4,7 +4,7 @@ import pytest
 import torch
 from running import arguments, chat_rows, run, version, write_rows
 from terminal import refused
-from tiny import save_tiny, tiny_llama
+from tiny import CHATML, save_tiny, tiny_llama
 
 KINDS = {
     "a file": {},
@@ -88,3 +88,9 @@ def test_another_type(place, tmp_path, capsys):
     ckpt = trained(place, tmp_path / "adapted", model__lora={"r": 4})
     assert "add --merge_lora true" in refused(capsys, "export", [*ckpt, f"--output_dir={tmp_path / 'adapter'}", half])
     assert not (tmp_path / "adapter").exists()
+
+
+def test_a_template_that_asks_for_the_date_is_exported_as_it_is(place, tmp_path):
+    template = "{{ '<|im_start|>system\\n' + strftime_now('%d %b %Y') + '<|im_end|>\\n' }}" + CHATML
+    trained(place, tmp_path / "runs", data__chat_template=template)
+    assert (version(tmp_path / "runs") / "hf" / "chat_template.jinja").read_text() == template

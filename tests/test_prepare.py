@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import time
 import tracemalloc
+from datetime import date, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,10 @@ import pytest
 from running import chat_rows, write_rows
 from terminal import log_lines
 from tiny import CHATML, save_tiny, tiny_llama, tiny_tokenizer
+from transformers.utils import chat_template_utils
 
 from lit_sft import prepare
+from lit_sft.data import templates
 from lit_sft.data.cache import COLUMNS, META, TOKENS, Block, cache_key, write_cache
 from lit_sft.data.counts import Counts
 from lit_sft.data.packing import one_per_pack
@@ -22,6 +25,7 @@ from lit_sft.data.render import Renderer
 from lit_sft.data.workers import map_in_order
 from lit_sft.datamodule import SFTDataModule
 from lit_sft.prepare import num_overlapping
+from lit_sft.prompts import Asked, encode
 from lit_sft.types import UserError
 
 
@@ -359,6 +363,45 @@ def test_other_rows_and_other_tokenizers_change_the_key(open_data, tmp_path):
     other = save_tiny(tmp_path / "other", tiny_llama(len(tokenizer)), tokenizer)
     assert key(open_data([A, B], model_name_or_path=other)) != first
     assert key(open_data([A, B])) == first
+
+
+DATED = "{{ '<|im_start|>system\\n' + strftime_now('%d %b %Y') + '<|im_end|>\\n' }}" + CHATML
+
+
+class NextYear(date):
+    @classmethod
+    def today(cls):
+        return date.today() + timedelta(days=365)
+
+
+class InNextYear(datetime):
+    @classmethod
+    def now(cls, tz=None):
+        return datetime.now() + timedelta(days=365)
+
+
+def test_a_template_that_writes_the_date_gets_the_same_on_every_day(prepared, monkeypatch):
+    """In the rows and in what is asked; where the date is lost, a resume is refused and names it."""
+    data = prepared([A, B], chat_template=DATED)
+    packs, path = one_per_pack(2), Path(data.options.cache_dir) / "chat_template_date"
+    saved, first = data.fingerprint(packs), path.read_text().strip()
+    monkeypatch.setattr(templates, "date", NextYear)
+    monkeypatch.setattr(chat_template_utils, "datetime", InNextYear)
+    later = prepared([A, B], chat_template=DATED)
+    assert later.fingerprint(packs) == saved and later.caches["train"].path == data.caches["train"].path
+    [prompt] = encode([Asked(later.question("Hello"), None, "")], later.renderer)
+    assert examples(data)[0][0][: len(prompt.ids)] == prompt.ids
+    path.unlink()
+    with log_lines() as lines:
+        anew = prepared([A, B], chat_template=DATED)
+    second = path.read_text().strip()
+    assert second == str(NextYear.today()) != first
+    assert any(f"the date of the day: it gets {second} " in line and str(path) in line for line in lines)
+    assert anew.caches["train"].path != data.caches["train"].path
+    said = f'order: chat_template_date in data.cache_dir \\("{first}", now "{second}"\\): restore that'
+    with pytest.raises(UserError, match=said):
+        anew.check_same(saved, packs)
+    assert anew.chat_template == DATED  # as it is exported
 
 
 def test_what_a_checkpoint_remembers_is_of_the_rows_that_were_read(prepared, monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import date, datetime
+
 import pytest
 from chat_templates import (
     CHATML,
@@ -16,9 +18,10 @@ from chat_templates import (
     user,
 )
 
-from lit_sft.data.templates import PLAIN_TEMPLATE, resolve_chat_template
-from lit_sft.types import UserError
+from lit_sft.data.templates import PLAIN_TEMPLATE, kept_date, resolve_chat_template, with_date
+from lit_sft.types import Conversation, UserError
 
+ONE = Conversation((user("Hi"), assistant("Yes.")))
 NO_TEMPLATE = Family(None, ("<pad>",), eos="</s>", bos="<s>")
 
 
@@ -90,3 +93,52 @@ def test_nothing_would_end_an_answer(setting, said):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_compiles(family):
     assert resolve_chat_template(tokenizer_of(family), None)
+
+
+# ---- the date --------------------------------------------------------------------------------------------
+
+DATED = {
+    "llama-3.2": """{%- if not date_string is defined %}
+    {%- if strftime_now is defined %}
+        {%- set date_string = strftime_now("%d %b %Y") %}
+    {%- else %}
+        {%- set date_string = "26 Jul 2024" %}
+    {%- endif %}
+{%- endif %}
+{{- "Today Date: " + date_string + "\\n\\n" }}""",
+    "smollm3": "{%- set today = strftime_now('%d %B %Y') -%}\n{{ 'Today Date: ' ~ today ~ '\\n' }}",
+    "gpt-oss": """{%- macro build_system_message() -%}
+    {{- "Current date: " + strftime_now("%Y-%m-%d") + "\\n\\n" }}
+{%- endmacro -%}
+{{- build_system_message() }}""",
+    "of its own": "\n  {% if true %}\n {{ 1 }}% {{ strftime_now('%A %-d.%-m.%y \"%j\"')|upper }}\n  {% endif %}\n\n",
+}
+
+
+@pytest.mark.parametrize("name", DATED)
+def test_a_date_is_written_as_it_would_be_on_that_day(name, monkeypatch):
+    from transformers.utils import chat_template_utils
+
+    class ThatDay(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime(2025, 3, 4, 15, 16)
+
+    template = DATED[name] + CHATML
+    written, _ = renderer_of(tokenizer_of("chatml"), with_date(template, "2025-03-04")).template.write(ONE)
+    monkeypatch.setattr(chat_template_utils, "datetime", ThatDay)
+    expected, _ = renderer_of(tokenizer_of("chatml"), template).template.write(ONE)
+    assert written == expected and expected.startswith(("\n", "Today Date: 04 Mar", "Current date: 2025-03-04"))
+    kwargs = {"date_string": "then"}
+    given = renderer_of(tokenizer_of("chatml"), with_date(template, "2025-03-04"), chat_template_kwargs=kwargs).template
+    assert ("then" in given.write(ONE)[0]) == (name == "llama-3.2")
+
+
+def test_the_date_of_a_file_is_todays_where_there_is_none(tmp_path):
+    path = tmp_path / "cache" / "date"
+    assert kept_date(path) == str(date.today()) and [file.name for file in path.parent.iterdir()] == ["date"]
+    path.write_text("2025-03-04")
+    assert kept_date(path) == "2025-03-04" == path.read_text()
+    path.write_text("4.3.2025")
+    with pytest.raises(UserError, match="holds no date such as 2026-11-30"):
+        kept_date(path)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
+from datetime import date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
+from uuid import uuid4
 
 from lit_sft.types import UserError
 
@@ -12,6 +16,9 @@ if TYPE_CHECKING:
 
 RAW = "raw"
 """Value of `data.chat_template` for prompt and completion as they are."""
+
+TODAY = "strftime_now"
+"""What a template calls for the date of the day."""
 
 PLAIN_TEMPLATE = (
     "{% for message in messages %}"
@@ -51,6 +58,34 @@ def resolve_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str
         template, origin = _read(chat_template), f"data.chat_template {chat_template}"
     _check_syntax(template, origin)
     return template
+
+
+def with_date(template: str, day: str) -> str:
+    """The template, which gets this date (2026-11-30) in place of today's; nothing else in it changes.
+
+    By a macro before it: as a variable, transformers would pass no function.
+    """
+    moment = datetime.fromisoformat(day)
+    directives = sorted(set(re.findall(r"%-?[A-Za-z]", template)))
+    written = "".join(f" | replace({json.dumps(d)}, {json.dumps(moment.strftime(d))})" for d in directives)
+    return f"{{%- macro {TODAY}(format) -%}}{{{{ format{written} }}}}{{%- endmacro %}}\n{template}"
+
+
+def kept_date(path: Path) -> str:
+    """The date in a file; where there is no file, today's is put into it.
+
+    Raises:
+        UserError: It holds no date.
+    """
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f"{path.name}.{uuid4().hex}")
+        aside.write_text(f"{date.today()}\n")
+        aside.replace(path)
+    try:
+        return str(date.fromisoformat(path.read_text().strip()))
+    except ValueError:
+        raise UserError(f"{path} holds no date such as 2026-11-30: write one, or remove it for today's") from None
 
 
 def _own_template(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -13,15 +13,31 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context, parent_process
 from threading import Thread
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from lit_sft.types import UserError
 
 T = TypeVar("T")
 R = TypeVar("R")
 
+MOST = 16
+"""Workers: the process that takes what they make keeps no more of them busy."""
+
 _function: Callable[[Any], Any]
 """What this worker calls; set when it starts, so that it is not sent along with every item."""
+
+
+def num_workers_of(setting: int | Literal["auto"]) -> int:
+    """Processes for `data.num_workers`: `auto` is one for each core that this process may use.
+
+    Raises:
+        UserError: It is negative.
+    """
+    if setting != "auto":
+        if setting < 0:
+            raise UserError(f"data.num_workers is {setting}, expected auto or 0 and more")
+        return setting
+    return min(MOST, len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1)
 
 
 def map_in_order(function: Callable[[T], R], items: Iterable[T], num_workers: int) -> Iterator[R]:
