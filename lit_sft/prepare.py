@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from lit_sft.data.cache import (
     Block,
     ExampleCache,
+    cache_key,
     open_cache,
     to_block,
     wait_for_cache,
@@ -39,6 +41,10 @@ CHUNK_ROWS = 200
 """Rows rendered and tokenized together."""
 ROWS_PER_WORKER = 1000
 """For fewer, a process costs more than it saves."""
+JOB = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT", "TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
+"""What launchers tell all ranks of a job, before the first of them prepares the data. Lightning's starts the others
+later.
+"""
 SHOWN_SKIPS = 10
 """Skipped rows that are shown; more are only counted."""
 
@@ -206,7 +212,7 @@ class Preparation:
         Raises:
             UserError: A row is bad, or no row is left.
         """
-        failure = path.with_suffix(".error")
+        failure = path.with_name(f"{path.name}.{_job()}.error")
         if global_rank() != 0:
             return wait_for_cache(path, failure)
         failure.unlink(missing_ok=True)
@@ -219,7 +225,7 @@ class Preparation:
                     f"data.{name} ({rows.name}): no row is left to train on: {reasons}; the longest example has "
                     f"{counts.longest} tokens, data.max_length is {self.max_length}"
                 )
-        except BaseException as error:
+        except Exception as error:  # not a signal: the other ranks get it, too, and a run started anew does not
             write_failure(failure, error)
             raise
         for line in counts.lines(name):
@@ -254,6 +260,11 @@ class Preparation:
         cache = write_cache(path, blocks(), meta)
         log.info("tokenized %s rows in %.1f s", f"{counts.rows_read:,}", time.monotonic() - started)
         return cache
+
+
+def _job() -> str:
+    """A name that all ranks of a job have in common, and other jobs with the same data have not."""
+    return cache_key({variable: os.environ.get(variable) for variable in JOB})[:8]
 
 
 def num_overlapping(train: ExampleCache, validation: ExampleCache) -> int:

@@ -431,11 +431,11 @@ def test_a_damaged_cache_is_set_aside_and_made_anew(name, prepared):
 FORK = multiprocessing.get_context("fork")
 
 
-def start_rank(rank, data, results):
+def start_rank(rank, data, results, **variables):
     """Prepares in a process of its own, as a launcher would start it; puts (rank, what came of it) into the queue."""
 
     def work():
-        os.environ["RANK"] = str(rank)
+        os.environ.update(variables, RANK=str(rank))
         if rank:
             Renderer.render = lambda *_: pytest.fail("only rank 0 tokenizes")
         try:
@@ -479,9 +479,43 @@ def test_other_ranks_end_with_the_error_of_rank_0(open_data):
     assert got[1] == got[2] == f"rank 0 could not prepare the data: {got[0]}"
 
 
+def test_the_error_of_another_job_does_not_count(open_data, monkeypatch):
+    data, results = open_data([A, B, C]), FORK.Queue()
+    processes = [start_rank(1, data, results, SLURM_JOB_ID="1")]
+    with monkeypatch.context() as patched:
+        patched.setattr(prepare.Preparation, "_write", raising(UserError("disk full")))
+        processes.append(start_rank(0, data, results, SLURM_JOB_ID="2"))
+    try:
+        assert results.get(timeout=20) == (0, "disk full")
+        time.sleep(0.5)
+        assert results.empty()
+        processes.append(start_rank(0, data, results, SLURM_JOB_ID="1"))
+        got = dict(results.get(timeout=20) for _ in range(2))
+        assert got[0] == got[1] and len(got[0]) == 3
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def raising(error):
+    def fail(*_):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_an_interrupt_is_no_error_of_the_data(error, open_data, monkeypatch):
+    data = open_data([A, B, C])
+    monkeypatch.setattr(prepare.Preparation, "_write", raising(error()))
+    with pytest.raises(error):
+        data.prepare("fit")
+    assert not list(Path(data.options.cache_dir).glob("*.error"))
+
+
 def test_an_error_of_an_earlier_run_does_not_count(open_data):
     data = open_data([A, B, C])
-    failure = Path(data.options.cache_dir) / f"{key(data)}.error"
+    failure = Path(data.options.cache_dir) / f"{key(data)}.{prepare._job()}.error"
     failure.parent.mkdir()
     failure.write_text("disk full")
     os.utime(failure, (time.time() - 3600,) * 2)

@@ -209,7 +209,7 @@ def open_cache(path: Path) -> ExampleCache | None:
         return None
 
 
-def write_failure(path: Path, error: BaseException) -> None:
+def write_failure(path: Path, error: Exception) -> None:
     """Tells those who wait for a cache why it will not come."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.{os.getpid()}")
