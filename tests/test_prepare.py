@@ -389,7 +389,7 @@ def test_a_template_that_writes_the_date_gets_the_same_on_every_day(prepared, mo
     monkeypatch.setattr(chat_template_utils, "datetime", InNextYear)
     later = prepared([A, B], chat_template=DATED)
     assert later.fingerprint(packs) == saved and later.caches["train"].path == data.caches["train"].path
-    [prompt] = encode([Asked(later.question("Hello"), None, "")], later.renderer)
+    [prompt] = encode([Asked(later.question("Hello"), "")], later.renderer)
     assert examples(data)[0][0][: len(prompt.ids)] == prompt.ids
     path.unlink()
     with log_lines() as lines:
