@@ -145,6 +145,15 @@ def test_stopped(hook, step, nth, options, place, uninterrupted, tmp_path):
     assert_same_run(root, uninterrupted(**options))
 
 
+def test_stopped_in_the_last_of_epochs_that_got_shorter(place, tmp_path):
+    """What is left is counted from the position: steps that are still to come are not taken for an end."""
+    root, options = tmp_path / "runs", {"trainer__max_epochs": 4}
+    assert code(start(place, root, hook="on_train_epoch_start", step=5, **options)) == 128 + signal.SIGTERM
+    options |= {"trainer__limit_train_batches": 16}
+    assert code(start(place, root, "--ckpt_path=last", hook="on_train_batch_start", step=9, **options)) == 143
+    assert os.readlink(version(root) / "checkpoints" / "last.ckpt") == "step=000010.ckpt"
+
+
 def test_the_test_can_fail(place, uninterrupted, tmp_path, monkeypatch):
     """A save that is a step old is not the same run."""
     from lit_sft.checkpointing import Checkpointer
