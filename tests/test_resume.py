@@ -146,20 +146,24 @@ def test_killed_twice(place, uninterrupted, tmp_path):
     assert_same_run(root, uninterrupted())
 
 
-def test_killed_in_the_final_export(place, uninterrupted, tmp_path):
+EMA = {"trainer__callbacks": [{"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging"}]}
+
+
+@pytest.mark.parametrize("options", [{}, EMA], ids=["plain", "averaged"])
+def test_killed_in_the_final_export(options, place, uninterrupted, tmp_path):
     """There is no step left; `hf/` is written all the same, and what the export left half-way is gone."""
     root = tmp_path / "runs"
-    process = multiprocessing.get_context(START).Process(target=_run_until_exported, args=(place, root))
+    process = multiprocessing.get_context(START).Process(target=_run_until_exported, args=(place, root, options))
     process.start()
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
     assert not (version(root) / "hf").exists() and list(version(root).glob(".hf.*/new/model.safetensors"))
-    assert resume(place, root) == 10
-    assert_same_run(root, uninterrupted())
-    assert_same_export(root, uninterrupted())
+    assert resume(place, root, **options) == 10
+    assert_same_run(root, uninterrupted(**options))
+    assert_same_export(root, uninterrupted(**options))
 
 
-def _run_until_exported(place, root):
+def _run_until_exported(place, root, options):
     rename = os.rename
 
     def renamed(source, target):
@@ -168,7 +172,7 @@ def _run_until_exported(place, root):
         rename(source, target)
 
     os.rename = renamed
-    fit(place, root)
+    fit(place, root, **options)
 
 
 def assert_same_export(root, expected):

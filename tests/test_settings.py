@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from collections import defaultdict
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from lit_sft import cli, slurm
 from lit_sft.checkpointing import find_last, read_checkpoint
 from lit_sft.checkpointing.files import keep
 from lit_sft.data.sampling import StepOrder
+from lit_sft.module import SFTModule
 from lit_sft.optim import restored
 from lit_sft.types import UserError
 
@@ -382,6 +384,34 @@ def test_averages_of_weights(place, tmp_path, capsys):
     start, plain, averaged = (load_file(folder / "model.safetensors") for folder in folders)
     moved = [sum(float((end[name] - start[name]).abs().sum()) for name in start) for end in (plain, averaged)]
     assert 0 < moved[1] < moved[0] / 2
+
+
+def test_an_average_is_validated_and_stays(place, tmp_path, capsys, monkeypatch):
+    """The loss and the answers of a validation are of the same weights; a resume without the average is refused."""
+    asked = defaultdict(set)
+
+    def spied(name):
+        real = getattr(SFTModule, name)
+
+        def spy(self, *args, **kwargs):
+            weights = sum(float(parameter.double().abs().sum()) for parameter in self.parameters())
+            asked[name, self.trainer.global_step].add(weights)
+            return real(self, *args, **kwargs)
+
+        return spy
+
+    for name in ("training_step", "validation_step", "answer"):
+        monkeypatch.setattr(SFTModule, name, spied(name))
+    own = [{"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging", "init_args": {"decay": 0.5}}]
+    more = {"data__val_size": 4, "data__questions": ["hi"], "model__evaluation": {"metrics": ["exact_match"]}}
+    args = settings(place, tmp_path / "runs", trainer__max_epochs=2, **more)
+    run("fit", [*args, f"--trainer.callbacks={json.dumps(own)}"])
+    for step in (4, 8):
+        assert asked["validation_step", step] == asked["answer", step] and len(asked["answer", step]) == 1
+    assert asked["validation_step", 4].isdisjoint(asked["training_step", 4])
+    assert "holds averaged weights" in refused(capsys, "fit", [*args, "--trainer.max_epochs=3", "--ckpt_path=last"])
+    line = refused(capsys, "fit", [*args, "--trainer.strategy=fsdp2", f"--trainer.callbacks={json.dumps(own)}"])
+    assert line.startswith("trainer.callbacks: WeightAveraging does not take sharded weights")
 
 
 def test_doctor_leaves_out_callbacks_that_save(place, tmp_path, capsys):

@@ -122,6 +122,7 @@ def assert_same_run(root, expected):
 
 # ---------------------------------------------------------------------------------------------------- bit for bit
 
+EMA = {"trainer__callbacks": [{"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging"}]}
 PLACES = {
     "within a window": ("on_train_batch_start", 3, 5, {}),
     "at the end of a step": ("on_train_batch_end", 4, 1, {}),
@@ -133,6 +134,8 @@ PLACES = {
     "in a validation within the epoch": ("on_validation_batch_end", 2, 2, WITHIN),
     "after a validation within the epoch": ("on_validation_end", 2, 1, WITHIN),
     "in an epoch that ends within a window": ("on_validation_batch_end", 2, 2, {"trainer__limit_train_batches": 12}),
+    "in the validation of an average": ("on_validation_batch_end", 5, 3, EMA),
+    "within the epoch, with an average": ("on_train_batch_start", 3, 1, EMA),
     "without a validation": ("on_train_batch_start", 4, 1, {"data__val_size": None}),
 }
 

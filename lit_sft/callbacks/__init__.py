@@ -1,6 +1,7 @@
 """What happens around the training loop: one file per concern, none of which knows another."""
 
 from lit_sft.callbacks.answers import Answers, FirstExample
+from lit_sft.callbacks.averaging import Averaging
 from lit_sft.callbacks.evaluation import Evaluation
 from lit_sft.callbacks.failing import FailTogether
 from lit_sft.callbacks.guard import FaultOptions, Guard
@@ -12,6 +13,7 @@ from lit_sft.callbacks.throughput import Throughput
 
 __all__ = [
     "Answers",
+    "Averaging",
     "Evaluation",
     "FailTogether",
     "FaultOptions",
