@@ -36,6 +36,7 @@ from lit_sft.callbacks import (
     PredictionWriter,
     Progress,
     Throughput,
+    has_stopped_early,
 )
 from lit_sft.checkpointing import Checkpointer, CheckpointFiles
 from lit_sft.datamodule import SFTDataModule
@@ -74,8 +75,10 @@ class SFTTrainer(L.Trainer):
     @override
     def _run_stage(self) -> Any:
         """As in Lightning, which leaves out all hooks of training where a resumed run has no step left: one that was
-        killed after its last checkpoint is exported still, under the settings of now.
+        killed after its last checkpoint is exported still, under the settings of now. One that early stopping had ended
+        has none left, too.
         """
+        self.should_stop = self.should_stop or (self.state.fn == "fit" and has_stopped_early(self))
         results = super()._run_stage()
         for callback in self.callbacks if self.state.fn == "fit" else []:  # type: ignore[attr-defined]
             if isinstance(callback, runs.RunFolder):

@@ -308,6 +308,19 @@ def test_logged_steps_after_a_stop_within_the_epoch(why, place, uninterrupted, t
     assert scalars(root, "train/loss") == scalars(uninterrupted(**options), "train/loss")
 
 
+@pytest.mark.parametrize("patience", [0, 1])
+def test_early_stopping_is_not_forgotten(patience, place, tmp_path):
+    """A run that it ended, killed in its final export, has no step left; with more patience it has."""
+    root, options = tmp_path / "runs", {"model__optimizer__lr": 0.3, **WITHIN}
+    kill(place, root, "on_train_end", 4, **options, early_stopping={"patience": patience})
+    with log_lines() as lines:
+        fit(place, root, "--ckpt_path=last", **options, early_stopping={"patience": patience})
+    assert "stopped at step 4 of 10: val/loss did not improve for 1 validation" in lines
+    assert len(scalars(root, "train/loss")) == 4 and (version(root) / "hf" / "model.safetensors").is_file()
+    assert resume(place, root, **options, early_stopping={"patience": 9}) == 4
+    assert len(scalars(root, "train/loss")) == 10
+
+
 class StopAtStep(Callback):
     def __init__(self, step):
         self.step = step

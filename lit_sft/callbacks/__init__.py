@@ -8,7 +8,7 @@ from lit_sft.callbacks.guard import FaultOptions, Guard
 from lit_sft.callbacks.hf_export import HFExport
 from lit_sft.callbacks.logs import KeepFolder, LeaveFolder
 from lit_sft.callbacks.predictions import PredictionWriter
-from lit_sft.callbacks.progress import Lines, Progress
+from lit_sft.callbacks.progress import Lines, Progress, has_stopped_early
 from lit_sft.callbacks.throughput import Throughput
 
 __all__ = [
@@ -26,4 +26,5 @@ __all__ = [
     "PredictionWriter",
     "Progress",
     "Throughput",
+    "has_stopped_early",
 ]
