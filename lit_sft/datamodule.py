@@ -133,8 +133,8 @@ class SFTDataModule(L.LightningDataModule):
         self.sampler: PositionSampler | None = None
         self.predicted: set[int] = set()
         """Prompts of `predict` that an earlier run has answered."""
-        self.position = (0, 0)
-        """(epoch, optimizer steps done in it) to go on from."""
+        self.position, self.steps_done = (0, 0), 0
+        """(epoch, optimizer steps done in it) to go on from; optimizer steps before it in all epochs."""
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -206,16 +206,15 @@ class SFTDataModule(L.LightningDataModule):
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the whole run. Not from `trainer.estimated_stepping_batches`, which breaks resuming
-        (#20550).
-        """
+        """Those of the whole run, done and left (`trainer.estimated_stepping_batches` breaks resuming, #20550)."""
         trainer, order = self.trainer, self.orders["train"]
         assert trainer is not None
         steps = -(-order.limited_batches(trainer.limit_train_batches) // order.accumulation)
-        by_epochs = None if trainer.max_epochs in (None, -1) else steps * trainer.max_epochs
-        if trainer.max_steps != -1:
-            return trainer.max_steps if by_epochs is None else min(by_epochs, trainer.max_steps)
-        return steps * 1000 if by_epochs is None else by_epochs
+        if trainer.max_epochs in (None, -1):
+            return steps * 1000 if trainer.max_steps == -1 else trainer.max_steps
+        epoch, done = self.position
+        by_epochs = self.steps_done + max(0, steps - done) + steps * (trainer.max_epochs - epoch - 1)
+        return by_epochs if trainer.max_steps == -1 else min(by_epochs, trainer.max_steps)
 
     def train_dataloader(self) -> DataLoader:
         """Micro-batches of this rank, from the stored position on."""

@@ -207,7 +207,10 @@ class SFTModule(L.LightningModule):
         optim.check_takes(optimizer, sharded, scaled := self.trainer.precision == "16-mixed")
         if not scaled:  # Lightning unscales before clipping, fused Adam would itself
             optim.prefer_fused(optimizer)
-        factor = optim.lr_factor(self.options.lr_schedule, self.trainer.datamodule.total_steps)  # type: ignore[attr-defined]
+
+        def factor(step: int) -> float:  # a resumed run knows its steps later, under fsdp2
+            return optim.lr_factor(self.options.lr_schedule, self.trainer.datamodule.total_steps)(step)  # type: ignore[attr-defined]
+
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

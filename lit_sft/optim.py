@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Adam, AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from lit_sft.types import UserError
 
@@ -58,6 +59,20 @@ def lr_factor(options: ScheduleOptions, total_steps: int) -> Callable[[int], flo
         return options.min_lr_ratio + (1.0 - options.min_lr_ratio) * decay
 
     return factor
+
+
+def go_on(schedule: LambdaLR) -> tuple[float, float]:
+    """Gives a resumed optimizer the rate of the settings of now; its state brings that of the settings of before, which
+    the schedule would replace after a step only. The same number, bit for bit, where they are the same.
+
+    Returns:
+        The rate of before, and that of now, of the first parameter group.
+    """
+    groups = schedule.optimizer.param_groups
+    before = groups[0]["lr"]
+    for group, rate, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+        group["lr"] = rate * factor(schedule.last_epoch)
+    return before, groups[0]["lr"]
 
 
 def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:

@@ -94,7 +94,7 @@ class StopOnSignal(Checkpoint):
 
     @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.global_step >= trainer.datamodule.total_steps or trainer.should_stop:  # type: ignore[attr-defined]
+        if _is_over(trainer):
             interrupts.wait(for_training=False)  # what is left is saved; it is finished
         elif self._look(trainer):
             self.save(trainer)  # is saved; but it may still be on its way to the disk
@@ -163,6 +163,14 @@ class StopOnSignal(Checkpoint):
                 code = 0 if slurm.requeue(self.signal, self.max_restarts, has_stepped) else code
         trainer.strategy.barrier("leave")  # a rank that left sooner would take the first one with it
         raise SystemExit(code if trainer.is_global_zero else 0)
+
+
+def _is_over(trainer: L.Trainer) -> bool:
+    """Whether the epoch that ends is the last. Not `fit_loop.done`, which rewrites the number of the epoch."""
+    loop = trainer.fit_loop
+    by_epochs = -1 != loop.max_epochs <= loop.epoch_progress.current.processed  # type: ignore[operator, attr-defined]
+    by_steps = -1 != loop.max_steps <= trainer.global_step
+    return by_epochs or by_steps or (trainer.should_stop and loop._can_stop_early)
 
 
 def _nothing() -> None:

@@ -17,12 +17,14 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
+from lightning.pytorch.strategies import ModelParallelStrategy
 from typing_extensions import override
 
 from lit_sft import checkpointing, doctor, exporting, logfiles, preview, runs, slurm
 from lit_sft.build import is_adapted
 from lit_sft.callbacks import (
     Answers,
+    Averaging,
     Evaluation,
     FailTogether,
     FirstExample,
@@ -34,6 +36,7 @@ from lit_sft.callbacks import (
     PredictionWriter,
     Progress,
     Throughput,
+    has_stopped_early,
 )
 from lit_sft.checkpointing import Checkpointer, CheckpointFiles
 from lit_sft.datamodule import SFTDataModule
@@ -72,13 +75,17 @@ class SFTTrainer(L.Trainer):
     @override
     def _run_stage(self) -> Any:
         """As in Lightning, which leaves out all hooks of training where a resumed run has no step left: one that was
-        killed after its last checkpoint is exported still, under the settings of now.
+        killed after its last checkpoint is exported still, under the settings of now. One that early stopping had ended
+        has none left, too.
         """
+        self.should_stop = self.should_stop or (self.state.fn == "fit" and has_stopped_early(self))
         results = super()._run_stage()
         for callback in self.callbacks if self.state.fn == "fit" else []:  # type: ignore[attr-defined]
             if isinstance(callback, runs.RunFolder):
                 callback.begin(self)
             if isinstance(callback, HFExport) and not callback.is_done:
+                for averaging in [c for c in self.callbacks if isinstance(c, WeightAveraging)]:  # type: ignore[attr-defined]
+                    averaging.on_train_end(self, self.lightning_module)  # the model takes the average
                 callback.on_train_end(self, self.lightning_module)
         return results
 
@@ -149,6 +156,8 @@ def run_callbacks(
         files: Writes the checkpoints.
         save_config: Writes config.yaml.
     """
+    if is_fit:
+        _refuse_sharded_averages(config.trainer)
     first_step = checkpointing.step_of(Path(ckpt_path)) if ckpt_path and is_fit else None
     checkpointer = Checkpointer(config.checkpoint, files)
     folder = runs.RunFolder(ckpt_path, first_step, save_config, slurm.job_id())
@@ -163,6 +172,7 @@ def run_callbacks(
         FirstExample(),
         Evaluation(),
         Answers(),
+        Averaging(),
         HFExport(),
         PredictionWriter(config.predict_output, ckpt_path),
         logfiles.LastRow(),
@@ -188,7 +198,7 @@ def own_callbacks(chosen: Any, model: SFTModule, dry: bool = False) -> list[Call
     Raises:
         UserError: One of them would do nothing, or could not go on after a stop.
     """
-    callbacks = [] if chosen is None else chosen if isinstance(chosen, list) else [chosen]
+    callbacks = _as_list(chosen)
     if any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks):
         raise UserError(
             "trainer.callbacks: StochasticWeightAveraging copies the module before its model is built, and averages "
@@ -201,6 +211,20 @@ def own_callbacks(chosen: Any, model: SFTModule, dry: bool = False) -> list[Call
             "remove it, or set model.lora, model.adapter_name_or_path and model.trainable to null"
         )
     return [callback for callback in callbacks if not dry or not isinstance(callback, (Checkpoint, ProgressBar))]
+
+
+def _refuse_sharded_averages(trainer: Any) -> None:
+    """Refuses settings of a trainer under which `WeightAveraging` would copy a model that has no weights yet."""
+    sharded = trainer.strategy in ("fsdp", "fsdp2") or isinstance(trainer.strategy, ModelParallelStrategy)
+    if sharded and any(isinstance(callback, WeightAveraging) for callback in _as_list(trainer.callbacks)):
+        raise UserError(
+            "trainer.callbacks: WeightAveraging does not take sharded weights: remove it, or set trainer.strategy to "
+            "ddp or auto"
+        )
+
+
+def _as_list(callbacks: Any) -> list[Callback]:
+    return [] if callbacks is None else callbacks if isinstance(callbacks, list) else [callbacks]
 
 
 def _save_and_wait(checkpointer: Checkpointer, files: CheckpointFiles) -> Callable[[L.Trainer], None]:

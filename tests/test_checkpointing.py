@@ -5,12 +5,23 @@ import os
 import subprocess
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from terminal import log_lines
 
-from lit_sft.checkpointing import CheckpointFiles, files, find_last, is_intact, open_checkpoint, read_checkpoint, shards
+from lit_sft.checkpointing import (
+    Checkpointer,
+    CheckpointFiles,
+    CheckpointOptions,
+    files,
+    find_last,
+    is_intact,
+    open_checkpoint,
+    read_checkpoint,
+    shards,
+)
 from lit_sft.types import UserError
 
 WHOLE = torch.arange(35.0).reshape(7, 5)
@@ -111,6 +122,19 @@ def test_a_part_that_runs_code_is_refused(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------- saving
+
+
+def test_a_resumed_run_looks_at_its_own_clock(monkeypatch):
+    """Steps of earlier starts took none of its time: it would not look again for thousands of steps."""
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    trainer = SimpleNamespace(global_step=1500, world_size=1, checkpoint_callbacks=[], ckpt_path=None)
+    checkpointer, late = Checkpointer(CheckpointOptions(), CheckpointFiles()), []
+    checkpointer.on_train_start(trainer, None)
+    for _ in range(20):
+        now, trainer.global_step = now + 1, trainer.global_step + 1
+        late.append(checkpointer._is_late(trainer, 10.0))
+    assert late.index(True) == 10
 
 
 @pytest.mark.parametrize("async_save", [False, True])

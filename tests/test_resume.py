@@ -16,6 +16,7 @@ import time
 import pytest
 import torch
 from crash_test import CLOCK
+from lightning.pytorch.callbacks import Callback
 from running import REPOSITORY, arguments, chat_rows, final_weights, run, scalars, version, write_rows
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from terminal import log_lines, refused
@@ -145,20 +146,24 @@ def test_killed_twice(place, uninterrupted, tmp_path):
     assert_same_run(root, uninterrupted())
 
 
-def test_killed_in_the_final_export(place, uninterrupted, tmp_path):
+EMA = {"trainer__callbacks": [{"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging"}]}
+
+
+@pytest.mark.parametrize("options", [{}, EMA], ids=["plain", "averaged"])
+def test_killed_in_the_final_export(options, place, uninterrupted, tmp_path):
     """There is no step left; `hf/` is written all the same, and what the export left half-way is gone."""
     root = tmp_path / "runs"
-    process = multiprocessing.get_context(START).Process(target=_run_until_exported, args=(place, root))
+    process = multiprocessing.get_context(START).Process(target=_run_until_exported, args=(place, root, options))
     process.start()
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
     assert not (version(root) / "hf").exists() and list(version(root).glob(".hf.*/new/model.safetensors"))
-    assert resume(place, root) == 10
-    assert_same_run(root, uninterrupted())
-    assert_same_export(root, uninterrupted())
+    assert resume(place, root, **options) == 10
+    assert_same_run(root, uninterrupted(**options))
+    assert_same_export(root, uninterrupted(**options))
 
 
-def _run_until_exported(place, root):
+def _run_until_exported(place, root, options):
     rename = os.rename
 
     def renamed(source, target):
@@ -167,7 +172,7 @@ def _run_until_exported(place, root):
         rename(source, target)
 
     os.rename = renamed
-    fit(place, root)
+    fit(place, root, **options)
 
 
 def assert_same_export(root, expected):
@@ -250,6 +255,88 @@ def test_one_more_epoch(place, uninterrupted, tmp_path):
     fit(place, root, **constant, trainer__max_epochs=1)
     assert resume(place, root, **constant) == 5
     assert_same_run(root, uninterrupted(**constant))
+
+
+def test_the_schedule_of_more_epochs(place, uninterrupted, tmp_path):
+    """From the first step on, which had the rate 0 at which the shorter schedule ended; it is said."""
+    root = tmp_path / "runs"
+    fit(place, root, trainer__max_epochs=1)
+    with log_lines() as lines:
+        fit(place, root, "--ckpt_path=last")
+    assert scalars(root, "train/lr")[5:] == scalars(uninterrupted(), "train/lr")[5:]
+    (line,) = [line for line in lines if line.startswith("model.lr_schedule")]
+    assert "over 10 steps in all (5 in the checkpoint): the next rate is 4.695e-05, not 0" in line
+    shutil.rmtree(root)
+    kill(place, root, "on_train_batch_start", 3)
+    with log_lines() as lines:
+        fit(place, root, "--ckpt_path=last")
+    assert not [line for line in lines if line.startswith("model.lr_schedule")]
+
+
+@pytest.mark.parametrize(
+    ("step", "options", "steps"),
+    [
+        (5, {"trainer__limit_train_batches": 16}, 11),  # 3 epochs of 2 steps are left
+        (3, {"trainer__limit_train_batches": 16}, 9),  # and 3 more
+        (2, {"trainer__limit_train_batches": 16}, 8),
+        (5, {"data__max_samples": 14, "resume__allow_other_data": True}, 8),
+        (5, {"trainer__limit_train_batches": 16, "trainer__max_steps": 8}, 8),
+    ],
+)
+def test_shorter_epochs_after_a_resume(step, options, steps, place, tmp_path):
+    """The schedule and the lines of the log end where the run does."""
+    root = tmp_path / "runs"
+    kill(place, root, "on_train_batch_start", step, trainer__max_epochs=4, checkpoint__keep_last=9)
+    with log_lines() as lines:
+        fit(place, root, "--ckpt_path=last", **{"trainer__max_epochs": 4, **options})
+    rates = scalars(root, "train/lr")
+    assert len(rates) == steps and 0 < rates[-1] < 0.1 * rates[0]
+    assert any(line.startswith(f"step {steps} of {steps}: ") for line in lines)
+    assert any(f"over {steps} steps in all (20 in the checkpoint)" in line for line in lines)
+
+
+@pytest.mark.parametrize("why", ["early stopping", "a callback"])
+def test_logged_steps_after_a_stop_within_the_epoch(why, place, uninterrupted, tmp_path):
+    root, options = tmp_path / "runs", {"model__lr_schedule__type": "constant", **WITHIN, "model__optimizer__lr": 0.3}
+    early, on = {"early_stopping": {"patience": 1}}, {"early_stopping": {"patience": 9}}
+    if why == "a callback":
+        early, on = {"trainer__callbacks": [{"class_path": "test_resume.StopAtStep", "init_args": {"step": 3}}]}, {}
+    fit(place, root, **options, **early)
+    assert 2 < len(scalars(root, "train/loss")) < 5
+    resume(place, root, **options, **on)
+    assert [row["step"] for row in rows(root) if "train/loss" in row] == list(range(10))
+    assert scalars(root, "train/loss") == scalars(uninterrupted(**options), "train/loss")
+
+
+@pytest.mark.parametrize("patience", [0, 1])
+def test_early_stopping_is_not_forgotten(patience, place, tmp_path):
+    """A run that it ended, killed in its final export, has no step left; with more patience it has."""
+    root, options = tmp_path / "runs", {"model__optimizer__lr": 0.3, **WITHIN}
+    kill(place, root, "on_train_end", 4, **options, early_stopping={"patience": patience})
+    with log_lines() as lines:
+        fit(place, root, "--ckpt_path=last", **options, early_stopping={"patience": patience})
+    assert "stopped at step 4 of 10: val/loss did not improve for 1 validation" in lines
+    assert len(scalars(root, "train/loss")) == 4 and (version(root) / "hf" / "model.safetensors").is_file()
+    assert resume(place, root, **options, early_stopping={"patience": 9}) == 4
+    assert len(scalars(root, "train/loss")) == 10
+
+
+class StopAtStep(Callback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, *_):
+        trainer.should_stop = trainer.global_step == self.step
+
+
+@pytest.mark.parametrize("step", [3, 6])
+def test_validations_over_epochs_after_another_accumulation(step, place, tmp_path):
+    """Lightning counts the forward passes of all epochs: those of earlier ones, too, are taken as they would be now."""
+    every = {"trainer__check_val_every_n_epoch": None, "data__max_samples": 38, "trainer__max_epochs": 3}
+    root = tmp_path / "runs"
+    kill(place, root, "on_train_batch_start", step, nth=2, **every, trainer__val_check_interval=24)
+    resume(place, root, **every, trainer__val_check_interval=12, data__micro_batch_size=2)
+    assert [row["step"] for row in rows(root) if "val/loss" in row] == [2, 5, 8, 11]
 
 
 SLOW = [pytest.param(what, marks=pytest.mark.slow) for what in ("lora dropout", "packing", "workers")]

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from collections import defaultdict
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from lit_sft import cli, slurm
 from lit_sft.checkpointing import find_last, read_checkpoint
 from lit_sft.checkpointing.files import keep
 from lit_sft.data.sampling import StepOrder
+from lit_sft.module import SFTModule
 from lit_sft.optim import restored
 from lit_sft.types import UserError
 
@@ -105,14 +107,15 @@ def test_max_time_ends_a_run_in_order(place, tmp_path, monkeypatch):
 
 
 def test_early_stopping_says_so(place, tmp_path, monkeypatch):
-    """A resumed run has reasons of its own."""
+    """A resumed run ends for the same reason, until there is more patience, and then for reasons of its own."""
     options = {"data__val_size": 4, "trainer__max_epochs": 5, "model__optimizer": "torch.optim.AdamW"}
     options |= {"model__optimizer__lr": 0.0, "early_stopping": {"monitor": "val/loss", "patience": 2}}
     args = settings(place, tmp_path / "runs", **options)
     assert stops(args) == ["stopped at step 12 of 20: val/loss did not improve for 2 validations"]
     args.append("--ckpt_path=last")
-    assert stops(args) == ["stopped at step 16 of 20: val/loss did not improve for 3 validations"]
-    assert stops([*args, "--early_stopping.patience=9", "--trainer.max_epochs=6"]) == []
+    assert stops(args) == ["stopped at step 12 of 20: val/loss did not improve for 2 validations"]
+    args.append("--early_stopping.patience=9")
+    assert stops([*args, "--trainer.max_epochs=6"]) == []
     make = cli.run_callbacks
     monkeypatch.setattr(cli, "run_callbacks", lambda *args: [*make(*args), AskToStop()])
     args += ["--trainer.limit_val_batches=0", "--trainer.max_epochs=8"]
@@ -383,6 +386,34 @@ def test_averages_of_weights(place, tmp_path, capsys):
     start, plain, averaged = (load_file(folder / "model.safetensors") for folder in folders)
     moved = [sum(float((end[name] - start[name]).abs().sum()) for name in start) for end in (plain, averaged)]
     assert 0 < moved[1] < moved[0] / 2
+
+
+def test_an_average_is_validated_and_stays(place, tmp_path, capsys, monkeypatch):
+    """The loss and the answers of a validation are of the same weights; a resume without the average is refused."""
+    asked = defaultdict(set)
+
+    def spied(name):
+        real = getattr(SFTModule, name)
+
+        def spy(self, *args, **kwargs):
+            weights = sum(float(parameter.double().abs().sum()) for parameter in self.parameters())
+            asked[name, self.trainer.global_step].add(weights)
+            return real(self, *args, **kwargs)
+
+        return spy
+
+    for name in ("training_step", "validation_step", "answer"):
+        monkeypatch.setattr(SFTModule, name, spied(name))
+    own = [{"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging", "init_args": {"decay": 0.5}}]
+    more = {"data__val_size": 4, "data__questions": ["hi"], "model__evaluation": {"metrics": ["exact_match"]}}
+    args = settings(place, tmp_path / "runs", trainer__max_epochs=2, **more)
+    run("fit", [*args, f"--trainer.callbacks={json.dumps(own)}"])
+    for step in (4, 8):
+        assert asked["validation_step", step] == asked["answer", step] and len(asked["answer", step]) == 1
+    assert asked["validation_step", 4].isdisjoint(asked["training_step", 4])
+    assert "holds averaged weights" in refused(capsys, "fit", [*args, "--trainer.max_epochs=3", "--ckpt_path=last"])
+    line = refused(capsys, "fit", [*args, "--trainer.strategy=fsdp2", f"--trainer.callbacks={json.dumps(own)}"])
+    assert line.startswith("trainer.callbacks: WeightAveraging does not take sharded weights")
 
 
 def test_doctor_leaves_out_callbacks_that_save(place, tmp_path, capsys):

@@ -122,6 +122,7 @@ def assert_same_run(root, expected):
 
 # ---------------------------------------------------------------------------------------------------- bit for bit
 
+EMA = {"trainer__callbacks": [{"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging"}]}
 PLACES = {
     "within a window": ("on_train_batch_start", 3, 5, {}),
     "at the end of a step": ("on_train_batch_end", 4, 1, {}),
@@ -133,6 +134,8 @@ PLACES = {
     "in a validation within the epoch": ("on_validation_batch_end", 2, 2, WITHIN),
     "after a validation within the epoch": ("on_validation_end", 2, 1, WITHIN),
     "in an epoch that ends within a window": ("on_validation_batch_end", 2, 2, {"trainer__limit_train_batches": 12}),
+    "in the validation of an average": ("on_validation_batch_end", 5, 3, EMA),
+    "within the epoch, with an average": ("on_train_batch_start", 3, 1, EMA),
     "without a validation": ("on_train_batch_start", 4, 1, {"data__val_size": None}),
 }
 
@@ -143,6 +146,15 @@ def test_stopped(hook, step, nth, options, place, uninterrupted, tmp_path):
     assert code(start(place, root, hook=hook, step=step, nth=nth, **options)) == 128 + signal.SIGTERM
     assert code(start(place, root, "--ckpt_path=last", **options)) == 0
     assert_same_run(root, uninterrupted(**options))
+
+
+def test_stopped_in_the_last_of_epochs_that_got_shorter(place, tmp_path):
+    """What is left is counted from the position: steps that are still to come are not taken for an end."""
+    root, options = tmp_path / "runs", {"trainer__max_epochs": 4}
+    assert code(start(place, root, hook="on_train_epoch_start", step=5, **options)) == 128 + signal.SIGTERM
+    options |= {"trainer__limit_train_batches": 16}
+    assert code(start(place, root, "--ckpt_path=last", hook="on_train_batch_start", step=9, **options)) == 143
+    assert os.readlink(version(root) / "checkpoints" / "last.ckpt") == "step=000010.ckpt"
 
 
 def test_the_test_can_fail(place, uninterrupted, tmp_path, monkeypatch):

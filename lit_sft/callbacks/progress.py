@@ -129,6 +129,17 @@ class Lines(Callback):
             log.info("stopped at step %s of %s: %s", f"{step:,}", f"{steps:,}", _why(trainer))
 
 
+def has_stopped_early(trainer: L.Trainer) -> bool:
+    """Whether early stopping has no patience left, before the first step: it asks at a validation only, and a resumed
+    run would go on to the next one.
+    """
+    stopped = False
+    for callback in trainer.early_stopping_callbacks:
+        if callback.wait_count >= max(1, callback.patience):
+            callback.stopping_reason, stopped = EarlyStoppingReason.PATIENCE_EXHAUSTED, True
+    return stopped
+
+
 def _why(trainer: L.Trainer) -> str:
     """Which callback has asked for a stop; Lightning says it where only its own messages are read."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -84,6 +84,8 @@ class Checkpointer(Checkpoint):
         self.improved = False
         self.owed = False
         """A save is due, but a validation comes first."""
+        self.planned: int | None = None
+        """Optimizer steps of the whole run, as the checkpoint has it."""
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -103,8 +105,29 @@ class Checkpointer(Checkpoint):
         for other in trainer.checkpoint_callbacks:
             if isinstance(other, ModelCheckpoint):  # else it saves the resumed step once more, within the next
                 other._last_global_step_saved = trainer.global_step
-        if trainer.ckpt_path is not None and (others := optim.restored(trainer.optimizers[0])):
+        self.looked, self.next_look = (trainer.global_step, time.monotonic()), trainer.global_step
+        if trainer.ckpt_path is not None:
+            self._go_on(trainer)
+
+    def _go_on(self, trainer: L.Trainer) -> None:
+        """Says which settings of the optimizer are the checkpoint's, and that the schedule is that of now."""
+        if others := optim.restored(trainer.optimizers[0]):
             log.warning("model.optimizer goes on as in the checkpoint: %s", "; ".join(others))
+        before, now = optim.go_on(trainer.lr_scheduler_configs[0].scheduler)  # type: ignore[arg-type]
+        steps = trainer.datamodule.total_steps  # type: ignore[attr-defined]
+        if before != now or self.planned != steps:
+            was = "" if self.planned in (None, steps) else f" ({self.planned:,} in the checkpoint)"
+            log.info(
+                "model.lr_schedule is computed anew, over %s steps in all%s: the next rate is %.4g, not %.4g",
+                *(f"{steps:,}", was, now, before),
+            )
+
+    @override
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Lightning logs by a count of its own, which it restores one too small or too large after some stops."""
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
 
     @override
     def on_train_batch_end(
@@ -170,6 +193,7 @@ class Checkpointer(Checkpoint):
     @override
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["optimizer"] = optim.name_of(trainer.optimizers[0])
+        checkpoint["total_steps"] = trainer.datamodule.total_steps  # type: ignore[attr-defined]
 
     @override
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -179,14 +203,18 @@ class Checkpointer(Checkpoint):
         state = checkpoint.get("SFTDataModule")
         if trainer.state.fn != "fit" or not state:
             return
+        self.planned = checkpoint.get("total_steps")
         optim.check_same(pl_module.options.optimizer, checkpoint.get("optimizer"))  # type: ignore[union-attr, arg-type]
         for stop in trainer.early_stopping_callbacks:  # which would go on with the patience of the checkpoint
             checkpoint["callbacks"].get(stop.state_key, {}).update(patience=stop.patience)
         loops = checkpoint["loops"]["fit_loop"]
-        _recount(loops["epoch_loop.batch_progress"], state, trainer)
+        position = _position(state["position"], loops["epoch_loop.val_loop.batch_progress"]["total"], trainer)
+        trainer.datamodule.position, trainer.datamodule.steps_done = position, checkpoint["global_step"]  # type: ignore[attr-defined]
+        _recount(loops["epoch_loop.batch_progress"], position, trainer)
         if state["position"][1]:
             for part in loops["epoch_progress"].values():
-                part["processed"] = part["completed"] = part["started"] - 1
+                part["processed"] = part["started"] - (position[1] > 0)
+                part["completed"] = part["started"] - 1
 
     def save(self, trainer: L.Trainer) -> None:
         """Saves the state of this step, then drops what is no longer kept. All ranks call it, between two steps.
@@ -230,16 +258,23 @@ def _refuse_saves_within_a_step(trainer: L.Trainer) -> None:
             )
 
 
-def _recount(progress: dict[str, Any], state: Mapping[str, Any], trainer: L.Trainer) -> None:
-    """Rewrites the micro-batch counters of the epoch from (optimizer steps done in it); what is a batch apart stays
-    so.
+def _position(saved: Sequence[int], validation: Mapping[str, int], trainer: L.Trainer) -> tuple[int, int]:
+    """Epoch and optimizer steps done in it; the next epoch where that one has got so short that it is over, unless the
+    checkpoint was saved in a validation, which comes first.
     """
+    (epoch, steps), order = saved, trainer.datamodule.orders["train"]  # type: ignore[attr-defined]
+    is_over = order.batches_in_steps(steps) >= order.limited_batches(trainer.limit_train_batches)
+    return (epoch + 1, 0) if steps and is_over and validation["ready"] == validation["processed"] else (epoch, steps)
+
+
+def _recount(progress: dict[str, Any], position: tuple[int, int], trainer: L.Trainer) -> None:
+    """Rewrites the micro-batch counters, of the epoch and of all, from the position; what is a batch apart stays so."""
     order = trainer.datamodule.orders["train"]  # type: ignore[attr-defined]
-    steps = state["position"][1]
-    batches = order.batches_in_steps(steps) if steps else order.batches_per_epoch
-    batches = min(batches, order.limited_batches(trainer.limit_train_batches))
-    current = progress["current"]
-    shift = batches - current["ready"]
-    for part in (progress["current"], progress["total"]):
+    epoch, steps = position
+    per_epoch = order.limited_batches(trainer.limit_train_batches)
+    batches = min(order.batches_in_steps(steps), per_epoch)
+    wanted = {"current": batches or per_epoch, "total": epoch * per_epoch + batches}
+    for name, ready in wanted.items():
+        shift = ready - progress[name]["ready"]
         for key in ("ready", "started", "processed", "completed"):
-            part[key] += shift
+            progress[name][key] += shift
