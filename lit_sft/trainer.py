@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import (
     Callback,
     Checkpoint,
     EarlyStopping,
+    GradientAccumulationScheduler,
     ProgressBar,
     StochasticWeightAveraging,
     WeightAveraging,
@@ -157,7 +158,7 @@ def run_callbacks(
         save_config: Writes config.yaml.
     """
     if is_fit:
-        _refuse_sharded_averages(config.trainer)
+        _refuse_averages(config.trainer)
     first_step = checkpointing.step_of(Path(ckpt_path)) if ckpt_path and is_fit else None
     checkpointer = Checkpointer(config.checkpoint, files)
     folder = runs.RunFolder(ckpt_path, first_step, save_config, slurm.job_id())
@@ -204,6 +205,11 @@ def own_callbacks(chosen: Any, model: SFTModule, dry: bool = False) -> list[Call
             "trainer.callbacks: StochasticWeightAveraging copies the module before its model is built, and averages "
             "nothing: take lightning.pytorch.callbacks.EMAWeightAveraging"
         )
+    if any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks):
+        raise UserError(
+            "trainer.callbacks: GradientAccumulationScheduler would change the batch of an optimizer step: leave it "
+            "out, accumulation follows from data.global_batch_size"
+        )
     is_partial = is_adapted(model.options) or model.options.trainable is not None
     if is_partial and any(isinstance(callback, WeightAveraging) for callback in callbacks):
         raise UserError(
@@ -213,10 +219,19 @@ def own_callbacks(chosen: Any, model: SFTModule, dry: bool = False) -> list[Call
     return [callback for callback in callbacks if not dry or not isinstance(callback, (Checkpoint, ProgressBar))]
 
 
-def _refuse_sharded_averages(trainer: Any) -> None:
-    """Refuses settings of a trainer under which `WeightAveraging` would copy a model that has no weights yet."""
+def _refuse_averages(trainer: Any) -> None:
+    """Refuses settings of a trainer under which `WeightAveraging` would copy a model that has no weights yet, or keep
+    an average that its small steps do not move.
+    """
+    if not any(isinstance(callback, WeightAveraging) for callback in _as_list(trainer.callbacks)):
+        return
+    if str(trainer.precision) in ("bf16-true", "16-true"):
+        raise UserError(
+            f"trainer.callbacks: WeightAveraging would keep its average in the 16 bits of trainer.precision "
+            f"{trainer.precision}, which are too few for it: set that to bf16-mixed"
+        )
     sharded = trainer.strategy in ("fsdp", "fsdp2") or isinstance(trainer.strategy, ModelParallelStrategy)
-    if sharded and any(isinstance(callback, WeightAveraging) for callback in _as_list(trainer.callbacks)):
+    if sharded:
         raise UserError(
             "trainer.callbacks: WeightAveraging does not take sharded weights: remove it, or set trainer.strategy to "
             "ddp or auto"

@@ -84,7 +84,7 @@ def test_another_type(place, tmp_path, capsys):
         sizes.append((tmp_path / "out" / "model.safetensors").stat().st_size)
     assert sizes[1] < 0.6 * sizes[0]  # the names of the tensors are in it, too
     whole = logits(version(tmp_path / "runs") / "hf")
-    torch.testing.assert_close(logits(tmp_path / "out"), whole, rtol=0.05, atol=0.05)
+    assert float((logits(tmp_path / "out") - whole).abs().max() / whole.abs().max()) < 0.05
     ckpt = trained(place, tmp_path / "adapted", model__lora={"r": 4})
     assert "add --merge_lora true" in refused(capsys, "export", [*ckpt, f"--output_dir={tmp_path / 'adapter'}", half])
     assert not (tmp_path / "adapter").exists()

@@ -378,6 +378,8 @@ def test_averages_of_weights(place, tmp_path, capsys):
         line = refused(capsys, command, settings(place, tmp_path / "runs", trainer__callbacks=own))
         assert line.startswith("trainer.callbacks: StochasticWeightAveraging ") and "EMAWeightAveraging" in line
     own[0] = {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging"}
+    args = settings(place, tmp_path / "runs", trainer__callbacks=own, trainer__precision="bf16-true")
+    assert "set that to bf16-mixed" in refused(capsys, "fit", args)
     args = settings(place, tmp_path / "runs", trainer__callbacks=own, model__trainable=["layers"])
     assert "leave out what is frozen" in refused(capsys, "fit", args)
     for name in ("none", "ema"):
