@@ -54,6 +54,9 @@ class Files(Protocol):
     def path(self, run_folder: Path, step: int) -> Path:
         """Where the checkpoint of an optimizer step lies."""
 
+    def go_back(self, path: Path, step: int, best_step: int | None) -> bool:
+        """Makes it the last of its folder; whether the best one up to there is there, too."""
+
     def wait(self) -> None:
         """Until nothing is being written any more; raises what failed."""
 
@@ -87,11 +90,43 @@ class Checkpointer(Checkpoint):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"best_score": self.best_score, "best_step": self.best_step}
+        chosen_by = {"monitor": self.options.monitor, "mode": self.options.mode}
+        return {"best_score": self.best_score, "best_step": self.best_step, **chosen_by}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best_score, self.best_step = state_dict["best_score"], state_dict["best_step"]
+        monitor, mode = self.options.monitor, self.options.mode
+        before = state_dict.get("monitor", monitor), state_dict.get("mode", mode)  # an old checkpoint does not say
+        if before == (monitor, mode):
+            self.best_score, self.best_step = state_dict["best_score"], state_dict["best_step"]
+        elif state_dict["best_score"] is not None:
+            log.warning(
+                "checkpoint.monitor was %s (%s) and is %s (%s): the next validation is the best so far",
+                *(*before, monitor, mode),
+            )
+
+    def go_on_from(self, trainer: L.Trainer, path: Path, step: int, run_folder: Path) -> None:
+        """Makes the checkpoint that a run goes on from the last of its folder, and forgets a best score whose
+        checkpoint is not there. All ranks call it, when everything is restored.
+
+        Args:
+            trainer: Of the run.
+            path: The checkpoint.
+            step: Its step.
+            run_folder: What the run writes into; the checkpoint may be from elsewhere.
+        """
+        has_best, error = False, None
+        if trainer.is_global_zero and path.absolute().parent.parent == run_folder.absolute():
+            try:
+                has_best = self.files.go_back(path, step, self.best_step)
+            except UserError as failed:
+                error = failed
+        has_best, error = trainer.strategy.broadcast((has_best, error))
+        if error is not None:
+            raise error
+        if self.best_step is not None and not has_best:
+            log.info("the best checkpoint so far, of step %s, is gone: the next validation is the best", self.best_step)
+            self.best_score = self.best_step = None
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -197,6 +232,8 @@ class Checkpointer(Checkpoint):
         folder = Path(trainer.strategy.broadcast(str(trainer.log_dir)))
         path = self.files.path(folder, trainer.global_step)
         if self.saved_step != trainer.global_step or self.improved:
+            if self.improved:  # a validation by the clock, within a step, is saved after the step
+                self.best_step = trainer.global_step
             keep = {"best": self.improved, "keep_last": self.options.keep_last}
             checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
             error = None
