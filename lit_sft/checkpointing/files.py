@@ -106,7 +106,7 @@ def put_in_place(path: Path) -> None:
 def remove(path: Path) -> None:
     """Removes a file or a directory; of a directory that is killed half-way no part bears the old name."""
     if path.is_dir() and not path.is_symlink():
-        doomed = path.with_name(f".{path.name}.old")
+        doomed = path.with_name(f".{path.name.removeprefix('.')}.old")  # a name that `keep` clears away
         shutil.rmtree(doomed, ignore_errors=True)
         with suppress(FileNotFoundError):  # another rank was faster
             os.replace(path, doomed)
