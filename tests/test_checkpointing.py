@@ -5,13 +5,17 @@ import os
 import subprocess
 import threading
 import time
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from terminal import log_lines
 
 from lit_sft.checkpointing import (
+    Checkpointer,
     CheckpointFiles,
+    CheckpointOptions,
     files,
     find_checkpoint,
     find_last,
@@ -298,3 +302,18 @@ def test_a_checkpoint_that_is_gone_back_to_is_the_newest_of_all_runs(tmp_path):
     assert find_last(tmp_path) == place(tmp_path, 1, version=1)
     files.go_back(place(tmp_path, 1), 1, best_step=None)
     assert find_last(tmp_path) == place(tmp_path, 1)
+
+
+def test_the_best_step_is_that_of_its_file(tmp_path):
+    """Also after a validation by the clock, within a step, which is saved after the step."""
+    checkpointer, saved = Checkpointer(CheckpointOptions(), CheckpointFiles()), []
+    checkpointer.best_score, checkpointer.best_step, checkpointer.improved = 0.5, 4, True
+    trainer: Any = SimpleNamespace(
+        global_step=5,
+        log_dir=str(tmp_path),
+        strategy=SimpleNamespace(broadcast=lambda value: value, save_checkpoint=lambda *args, **_: saved.append(args)),
+        _checkpoint_connector=SimpleNamespace(dump_checkpoint=lambda weights_only: checkpointer.state_dict()),
+    )
+    checkpointer.save(trainer)
+    ((state, path),) = saved
+    assert state["best_step"] == 5 and path.name == "step=000005.ckpt"

@@ -263,9 +263,7 @@ def find_last(logs: Path, run: str | None = None) -> Path | None:
     found = _newest_first(path for folder in runs for path in _all(folder))
     folders = list(dict.fromkeys(path.parent for path in found))
     named = {folder / (links.target(folder / LAST) or LAST) for folder in folders}
-    found += [
-        path for path in named if path not in found and path.exists()
-    ]  # a file of the user's that it went back to
+    found += [path for path in named if path not in found and path.exists()]  # not ours: a run went back to it
     for path in sorted(found, key=lambda path: (folders.index(path.parent), path not in named)):
         if is_intact(path):
             return path
