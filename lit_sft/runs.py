@@ -189,9 +189,9 @@ class RunFolder(Callback):
             return
         self.has_begun = True
         if self.ckpt_path is not None and self.first_step is not None:
-            log.info(
-                "resumed %s at step %s%s", self.ckpt_path, self.first_step, "" if has_steps else "; no step is left"
-            )
+            if trainer.is_global_zero:
+                suffix = "" if has_steps else "; no step is left"
+                log.info("resumed %s at step %s%s", self.ckpt_path, self.first_step, suffix)
             # before the job is written down: started again, it would take the last checkpoint of this folder
             self.go_on_from(trainer, Path(self.ckpt_path), self.first_step, self.folder)
         if not trainer.is_global_zero:
