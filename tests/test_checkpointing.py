@@ -317,3 +317,16 @@ def test_the_best_step_is_that_of_its_file(tmp_path):
     checkpointer.save(trainer)
     ((state, path),) = saved
     assert state["best_step"] == 5 and path.name == "step=000005.ckpt"
+
+
+@pytest.mark.parametrize("where", ["checkpoints", "own"])
+def test_a_file_of_the_users_that_a_run_went_back_to(where, tmp_path):
+    """Nothing else may be left of the way up to there."""
+    own = tmp_path / "version_0" / where / "good.ckpt"
+    for path in (place(tmp_path, 9), own, place(tmp_path, 1, version=1)):
+        files.clear(path, is_folder=False)
+        files.write({"step": 3}, path)
+    files.go_back(own, 3, best_step=None)
+    assert find_last(tmp_path) == own and not place(tmp_path, 9).exists()
+    CheckpointFiles().save_checkpoint({"step": 4}, place(tmp_path, 4), {"best": False, "keep_last": 1})
+    assert find_last(tmp_path) == place(tmp_path, 4) and own.exists()

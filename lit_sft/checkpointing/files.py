@@ -143,19 +143,14 @@ def go_back(path: Path, step: int, best_step: int | None) -> bool:
     Args:
         path: The checkpoint.
         step: Its step.
-        best_step: Step of the best checkpoint by then.
-
-    Returns:
-        Whether `best.ckpt` names that one now; otherwise it is gone, and so is `best.ckpt`.
+        best_step: Step of the best by then. Whether `best.ckpt` names that now is returned; else there is none.
     """
-    folder = path.parent
+    folder = path.parent.parent / FOLDER
     with reported(path):
-        if path.name not in (LAST, BEST) and links.target(folder / LAST) != path.name:
-            links.point(folder / LAST, path.name)
+        if path.name not in (LAST, BEST) and _last(path.parent.parent) != path:
+            links.point(folder / LAST, os.path.relpath(path, folder))
         has_best = _restore_best(folder, step, best_step)
-        later = sorted(
-            other for other in folder.glob("step=*.ckpt") if _is_ours(other) and (step_of(other) or 0) > step
-        )
+        later = [other for other in filter(_is_ours, folder.glob("step=*.ckpt")) if (step_of(other) or 0) > step]
         for other in later:
             remove(put_by := other.with_name(LATER.format(other.name)))
             os.replace(other, put_by)
@@ -259,12 +254,11 @@ def find_last(logs: Path, run: str | None = None) -> Path | None:
     """The last intact checkpoint of the newest run below `lightning_logs`, or of one; torn ones are passed over with a
     message. In a run the link says which was the last: a copied folder may have other times.
     """
-    runs = runs_below(logs) if run is None else [logs / run]
-    found = _newest_first(path for folder in runs for path in _all(folder))
-    folders = list(dict.fromkeys(path.parent for path in found))
-    named = {folder / (links.target(folder / LAST) or LAST) for folder in folders}
-    found += [path for path in named if path not in found and path.exists()]  # not ours: a run went back to it
-    for path in sorted(found, key=lambda path: (folders.index(path.parent), path not in named)):
+    found = {path: folder for folder in ([logs / run] if run else runs_below(logs)) for path in _all(folder)}
+    newest = _newest_first(found)
+    folders = list(dict.fromkeys(found[path] for path in newest))
+    named = {_last(folder) for folder in folders}
+    for path in sorted(newest, key=lambda path: (folders.index(found[path]), path not in named)):
         if is_intact(path):
             return path
         log.warning("%s is torn: passed over", path)
@@ -277,7 +271,16 @@ def runs_below(logs: Path) -> list[Path]:
 
 
 def _all(run: Path) -> list[Path]:
-    return [path for path in (run / FOLDER).glob("step=*.ckpt") if _is_ours(path) and not path.is_symlink()]
+    """Also one of the user's that the run went back to."""
+    ours = [path for path in (run / FOLDER).glob("step=*.ckpt") if _is_ours(path) and not path.is_symlink()]
+    last = _last(run)
+    return ours if last is None or last in ours or not last.exists() else [*ours, last]
+
+
+def _last(run: Path) -> Path | None:
+    """What its link names."""
+    name = links.target(run / FOLDER / LAST)
+    return None if name is None else Path(os.path.normpath(run / FOLDER / name))
 
 
 def _is_ours(path: Path) -> bool:
