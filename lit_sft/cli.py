@@ -22,7 +22,7 @@ from lit_sft.callbacks import FaultOptions
 from lit_sft.checkpointing import CheckpointFiles, CheckpointOptions
 from lit_sft.datamodule import SFTDataModule
 from lit_sft.module import SFTModule
-from lit_sft.trainer import SFTTrainer, own_callbacks, run_callbacks
+from lit_sft.trainer import GivenCheckpoint, SFTTrainer, own_callbacks, run_callbacks
 from lit_sft.types import UserError
 
 log = logging.getLogger("lit_sft")
@@ -159,6 +159,7 @@ class SFTCLI(LightningCLI):
             raise UserError(f"trainer: {error}") from error
         strategies.check(trainer.strategy)
         slurm.check_devices(trainer)
+        trainer._checkpoint_connector = GivenCheckpoint(trainer)
         return trainer
 
     def _save_config(self, path: Path) -> None:
@@ -172,15 +173,13 @@ class SFTCLI(LightningCLI):
     def before_fit(self) -> None:
         """Data work, before a process group exists; then the run's folder."""
         refuse_adapter(self.model.options)
-        folder = self._prepare("fit")
+        self._prepare("fit")
         config, validated = self.config_init["fit"], "validation" in self.datamodule.data.caches
         scores = self.model.evaluation.scores if self.model.evaluation else []
         if config.early_stopping is not None:
             runs.check_monitor("early_stopping", config.early_stopping, scores, validated)
         if validated:
             runs.check_monitor("checkpoint", config.checkpoint, scores, validated)
-        if self.ckpt_path is not None and folder is not None:
-            log.info("resumed %s at step %s", self.ckpt_path, checkpointing.step_of(Path(self.ckpt_path)))
 
     def before_validate(self) -> None:
         """As `before_fit`."""
@@ -195,17 +194,11 @@ class SFTCLI(LightningCLI):
         self._prepare("predict")
         log.info("predict: %s prompts", len(self.datamodule.predict_prompts))
 
-    def _prepare(self, stage: str) -> Path | None:
-        """On rank 0 the folder of the run, unless another run trains in it."""
+    def _prepare(self, stage: str) -> None:
         self.datamodule.prepare(stage)
-        folder = None
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, runs.RunFolder):
                 callback.claim(self.trainer, stage)
-                folder = callback.folder
-                if stage == "fit" and folder is not None:
-                    slurm.remember(folder)
-        return folder
 
 
 def _accelerator(chosen: Any) -> Any:

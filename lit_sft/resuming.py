@@ -1,11 +1,11 @@
-"""Whether a run goes on with the data of its checkpoint: what is remembered of it, and what differs, by name."""
+"""Whether a run goes on with the data of its checkpoint, and where: what is remembered, and what differs, by name."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -89,6 +89,28 @@ def check_split(saved: Mapping[str, Any], rows: str) -> None:
             "restore data.train, data.val_size, data.max_samples and seed_everything, set data.validation to rows it "
             "was not trained on, or set resume.allow_other_data to true"
         )
+
+
+def position(saved: Sequence[int], validation: Mapping[str, int], trainer: Any) -> tuple[int, int]:
+    """Epoch and optimizer steps done in it; the next epoch where that one has got so short that it is over, unless the
+    checkpoint was saved in a validation, which comes first.
+    """
+    (epoch, steps), order = saved, trainer.datamodule.orders["train"]
+    is_over = order.batches_in_steps(steps) >= order.limited_batches(trainer.limit_train_batches)
+    return (epoch + 1, 0) if steps and is_over and validation["ready"] == validation["processed"] else (epoch, steps)
+
+
+def recount(progress: dict[str, Any], position: tuple[int, int], trainer: Any) -> None:
+    """Rewrites the micro-batch counters, of the epoch and of all, from the position; what is a batch apart stays so."""
+    order = trainer.datamodule.orders["train"]
+    epoch, steps = position
+    per_epoch = order.limited_batches(trainer.limit_train_batches)
+    batches = min(order.batches_in_steps(steps), per_epoch)
+    wanted = {"current": batches or per_epoch, "total": epoch * per_epoch + batches}
+    for name, ready in wanted.items():
+        shift = ready - progress[name]["ready"]
+        for key in ("ready", "started", "processed", "completed"):
+            progress[name][key] += shift
 
 
 def _readable(parts: Mapping[str, Any]) -> dict[str, str]:

@@ -13,9 +13,10 @@ from typing import Any, Literal
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch import distributed
 from typing_extensions import override
 
-from lit_sft import locking, logfiles
+from lit_sft import locking, logfiles, slurm
 from lit_sft.interrupts import global_rank
 from lit_sft.logfiles import AppendingCSVLogger
 from lit_sft.types import UserError
@@ -91,7 +92,7 @@ class RunFolder(Callback):
         ckpt_path: The checkpoint that the run goes on from, or that it evaluates; its folder is used.
         first_step: The step that a resumed run starts with.
         save_config: Writes the configuration to a path.
-        job: Id of the SLURM job that the run is in.
+        go_on_from: (trainer, checkpoint, its step, the run's folder): makes the checkpoint the last of the folder.
     """
 
     def __init__(
@@ -99,9 +100,10 @@ class RunFolder(Callback):
         ckpt_path: str | None,
         first_step: int | None,
         save_config: Callable[[Path], None],
-        job: str | None = None,
+        go_on_from: Callable[[L.Trainer, Path, int, Path], None],
     ) -> None:
-        self.ckpt_path, self.first_step, self.save_config, self.job = ckpt_path, first_step, save_config, job
+        self.ckpt_path, self.first_step = ckpt_path, first_step
+        self.save_config, self.go_on_from = save_config, go_on_from
         self.folder: Path | None = None
         self.is_known = False
         """Whether all ranks have it."""
@@ -119,16 +121,19 @@ class RunFolder(Callback):
         """
         if global_rank() > 0:
             return
-        folder = self._choose(Path(trainer.default_root_dir), stage)
+        is_new = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+        folder = self._choose(Path(trainer.default_root_dir), stage, is_new)
         try:
             if stage == "fit":
-                locking.hold(folder, self.job)
+                locking.hold(folder, slurm.job_id())
         except UserError as error:
             if trainer.num_devices * trainer.num_nodes == 1:
                 raise
             self.refusal = error
             trainer.loggers = []  # which would write into it
             return
+        if stage == "fit" and not (folder / CONFIG).exists():
+            slurm.remember(folder)
         self._use(folder, trainer)
 
     @override
@@ -136,6 +141,7 @@ class RunFolder(Callback):
         chosen, refusal = trainer.strategy.broadcast((str(self.folder), self.refusal))
         if refusal is not None:
             raise refusal
+        self._check_same_checkpoint(trainer)
         folder, self.is_known = Path(chosen), True
         if trainer.is_global_zero:
             if stage == "fit" and not (folder / CONFIG).exists():
@@ -144,21 +150,62 @@ class RunFolder(Callback):
         else:
             self._use(folder, trainer)
 
+    def _check_same_checkpoint(self, trainer: L.Trainer) -> None:
+        """Each rank has looked for it by itself.
+
+        Raises:
+            UserError: They have found different ones; on all ranks.
+        """
+        if trainer.world_size == 1:
+            return
+        found = "no checkpoint"
+        if self.ckpt_path is not None:
+            path, run = Path(self.ckpt_path).absolute(), run_folder(self.ckpt_path)
+            found = path.name if run is None else str(path.relative_to(run.parent))
+            found += "" if self.first_step is None else f" (step {self.first_step})"
+        all_found = [found] * trainer.world_size
+        distributed.all_gather_object(all_found, found)
+        for rank, other in enumerate(all_found):
+            if other != all_found[0]:
+                raise UserError(
+                    f"rank 0 would go on from {all_found[0]}, rank {rank} from {other}: let trainer.default_root_dir "
+                    "lie on a file system that all nodes share, or give the path of one checkpoint as --ckpt_path"
+                )
+
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.begin(trainer)
 
-    def begin(self, trainer: L.Trainer) -> None:
-        """From here on the folder is that of this run: its settings, and no log of what it does again. Once, when the
-        checkpoint is restored: other data, another model or another optimizer would have been refused by now.
+    def begin(self, trainer: L.Trainer, has_steps: bool = True) -> None:
+        """From here on the folder is that of this run: its settings, no log of what it does again, no later checkpoint.
+        Once, when the checkpoint is restored: other data, another model or another optimizer would have been refused
+        by now. All ranks call it.
+
+        Args:
+            trainer: Of the run.
+            has_steps: Whether there is a step left; else the folder keeps the settings that its steps were made with.
         """
-        if self.has_begun or not trainer.is_global_zero or self.folder is None:
+        if self.has_begun or self.folder is None:
             return
         self.has_begun = True
-        if not self.config:
+        if self.ckpt_path is not None and self.first_step is not None:
+            if trainer.is_global_zero:
+                suffix = "" if has_steps else "; no step is left"
+                log.info("resumed %s at step %s%s", self.ckpt_path, self.first_step, suffix)
+            # before the job is written down: started again, it would take the last checkpoint of this folder
+            self.go_on_from(trainer, Path(self.ckpt_path), self.first_step, self.folder)
+        if not trainer.is_global_zero:
+            return
+        if not self.config and has_steps:
+            slurm.remember(self.folder)
             self._write_config(self.folder)
         if self.first_step is not None:
             logfiles.drop_from(trainer.loggers, self.first_step)
+
+    def restore(self, folder: Path) -> None:
+        """Writes again what the folder held from the start."""
+        slurm.remember(folder)
+        self._write_config(folder)
 
     @override
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -172,13 +219,13 @@ class RunFolder(Callback):
         self.folder = folder
         for logger in trainer.loggers:
             if isinstance(logger, (TensorBoardLogger, AppendingCSVLogger)):
-                logger._version = int(folder.name.removeprefix("version_"))
+                logger._version = folder.name
                 logger._root_dir, logger._name = str(folder.parent.parent), folder.parent.name
                 if isinstance(logger, AppendingCSVLogger):  # which asks this one, and fabric's the other
                     logger._save_dir = logger._root_dir
 
-    def _choose(self, root: Path, stage: str) -> Path:
-        if self.ckpt_path is not None and (folder := run_folder(self.ckpt_path)) is not None:
+    def _choose(self, root: Path, stage: str, is_new: bool) -> Path:
+        if not is_new and self.ckpt_path is not None and (folder := run_folder(self.ckpt_path)) is not None:
             writable = os.access(folder, os.W_OK)  # else TensorBoard fails in a thread of its own, with a traceback
             if stage == "fit" or (writable and not locking.is_held(folder)):
                 return folder

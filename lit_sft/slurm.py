@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import subprocess
+import sys
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -81,15 +84,19 @@ def plugins(given: list[Any]) -> list[Any]:
     return given if others or not SLURMEnvironment.detect() else [*given, SLURMEnvironment(auto_requeue=False)]
 
 
-def _own_mark() -> str:
-    """The job, and which `srun` of it: each goes on with its own run."""
-    return " ".join(filter(None, (job_id(), os.environ.get("SLURM_STEP_ID"))))
+def _own_mark(folder: str) -> str:
+    """The job, and which run of it: that of one `srun`, or else of one command line. A copy of the folder that bears
+    another name is not its run.
+    """
+    args = [arg for before, arg in zip(sys.argv, sys.argv[1:], strict=False) if "--ckpt_path" not in (before, arg)]
+    command = os.environ.get("SLURM_STEP_ID") or f"{zlib.crc32(repr(args).encode()):08x}"
+    return f"{job_id()} {command} {folder}"
 
 
 def remember(folder: Path) -> None:
     """Writes down which job a run belongs to."""
     if job_id() is not None:
-        (folder / JOB_FILE).write_text(f"{_own_mark()}\n")
+        (folder / JOB_FILE).write_text(f"{_own_mark(folder.name)}\n")
 
 
 def own_run(logs: Path) -> str | None:
@@ -101,9 +108,10 @@ def own_run(logs: Path) -> str | None:
     """
     if not num_restarts():
         return None
-    own = [path.parent.name for path in logs.glob(f"version_*/{JOB_FILE}") if path.read_text().strip() == _own_mark()]
+    marks = {path.parent.name: path.read_text().strip() for path in logs.glob(f"*/{JOB_FILE}")}
+    own = [name for name, mark in marks.items() if mark == _own_mark(name)]
     log.info("SLURM started job %s again, for time %s", job_id(), num_restarts())
-    return max(own, key=lambda name: int(name.removeprefix("version_")), default=None)
+    return max(own, key=lambda name: int(name[8:]) if re.fullmatch(r"version_\d+", name) else -1, default=None)
 
 
 # ---------------------------------------------------------------------------------------------------- requeueing

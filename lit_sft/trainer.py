@@ -19,9 +19,10 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from typing_extensions import override
 
-from lit_sft import checkpointing, doctor, exporting, logfiles, preview, runs, slurm
+from lit_sft import checkpointing, doctor, exporting, logfiles, preview, runs
 from lit_sft.build import is_adapted
 from lit_sft.callbacks import (
     Answers,
@@ -83,7 +84,7 @@ class SFTTrainer(L.Trainer):
         results = super()._run_stage()
         for callback in self.callbacks if self.state.fn == "fit" else []:  # type: ignore[attr-defined]
             if isinstance(callback, runs.RunFolder):
-                callback.begin(self)
+                callback.begin(self, has_steps=False)
             if isinstance(callback, HFExport) and not callback.is_done:
                 for averaging in [c for c in self.callbacks if isinstance(c, WeightAveraging)]:  # type: ignore[attr-defined]
                     averaging.on_train_end(self, self.lightning_module)  # the model takes the average
@@ -145,6 +146,16 @@ class SFTTrainer(L.Trainer):
         log.info("exported: %s", output_dir)
 
 
+class GivenCheckpoint(_CheckpointConnector):
+    """Goes on from `--ckpt_path` and nothing else: Lightning would take, without a word, what its own requeueing, or an
+    `OnExceptionCheckpoint` of another run, has left below `trainer.default_root_dir`.
+    """
+
+    @override
+    def _select_ckpt_path(self, state_fn: Any, ckpt_path: Any, model_provided: bool, model_connected: bool) -> Any:
+        return ckpt_path
+
+
 def run_callbacks(
     config: Any, ckpt_path: str | None, is_fit: bool, files: CheckpointFiles, save_config: Callable[[Path], None]
 ) -> list[Callback]:
@@ -159,13 +170,13 @@ def run_callbacks(
     """
     if is_fit:
         _refuse_averages(config.trainer)
-    first_step = checkpointing.step_of(Path(ckpt_path)) if ckpt_path and is_fit else None
+    first_step = checkpointing.saved_step(ckpt_path) if ckpt_path and is_fit else None
     checkpointer = Checkpointer(config.checkpoint, files)
-    folder = runs.RunFolder(ckpt_path, first_step, save_config, slurm.job_id())
+    folder = runs.RunFolder(ckpt_path, first_step, save_config, checkpointer.go_on_from)
     callbacks: list[Callback] = [
         FailTogether(doctor.needed_memory),
         Guard(config.faults),
-        KeepFolder(runs.CONFIG, save_config),
+        KeepFolder(runs.CONFIG, folder.restore),
         folder,
         checkpointer,
         Throughput(),

@@ -6,6 +6,7 @@ import subprocess
 import threading
 import time
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from lit_sft.checkpointing import (
     CheckpointFiles,
     CheckpointOptions,
     files,
+    find_checkpoint,
     find_last,
     is_intact,
     open_checkpoint,
@@ -259,3 +261,85 @@ def test_a_disk_that_is_full(async_save, small_disk):
 def test_the_manifest_names_every_part(tmp_path):
     sizes = json.loads((sharded(place(tmp_path)) / files.MANIFEST).read_text())["files"]
     assert sorted(sizes) == ["part-0.pt", "part-1.pt", "state.pt"]
+
+
+# ---------------------------------------------------------------------------------------------------- links
+
+
+def test_without_symbolic_links(tmp_path, monkeypatch):
+    """Some mounts have none: small text files in their place."""
+
+    def refuse(*args, **kwargs):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(os, "symlink", refuse)
+    writer, logs = CheckpointFiles(), tmp_path / "lightning_logs"
+    for step, best in ((1, True), (2, False), (3, False)):
+        writer.save_checkpoint({"step": step}, place(logs, step), {"best": best, "keep_last": 1})
+    folder = place(logs).parent
+    assert {path.name for path in folder.iterdir()} == {
+        "step=000001.ckpt",
+        "step=000003.ckpt",
+        "last.ckpt",
+        "best.ckpt",
+    }
+    os.utime(place(logs, 1))  # copied without its times
+    assert (folder / "last.ckpt").read_text() == "step=000003.ckpt" and find_last(logs) == place(logs, 3)
+    assert find_checkpoint("best", logs, "validate") == str(place(logs, 1))
+    assert find_checkpoint(str(folder / "best.ckpt"), logs, "validate") == str(place(logs, 1))
+    assert files.go_back(place(logs, 1), 1, best_step=1)
+    assert find_last(logs) == place(logs, 1) and not place(logs, 3).exists()
+
+
+@pytest.mark.parametrize("kind", ["file", "directory"])
+def test_going_back_sets_the_rest_aside_once_more(kind, tmp_path):
+    """A save that was killed before its link was switched leaves a second one of the same step."""
+    for _ in range(2):
+        for step in (1, 2, 3):
+            if kind == "directory":
+                sharded(place(tmp_path, step))
+            else:
+                CheckpointFiles().save_checkpoint({"step": step}, place(tmp_path, step))
+        assert not files.go_back(place(tmp_path, 1), 1, best_step=None)
+        assert find_last(tmp_path) == place(tmp_path, 1)
+    names = {"last.ckpt", "step=000001.ckpt", ".step=000002.ckpt.later", ".step=000003.ckpt.later"}
+    assert {path.name for path in place(tmp_path).parent.iterdir()} == names
+    files.keep(place(tmp_path, 1), best=False, keep_last=2)
+    assert {path.name for path in place(tmp_path).parent.iterdir()} == {"last.ckpt", "step=000001.ckpt"}
+
+
+def test_a_checkpoint_that_is_gone_back_to_is_the_newest_of_all_runs(tmp_path):
+    for version, step in ((0, 1), (0, 2), (1, 1)):
+        files.clear(place(tmp_path, step, version), is_folder=False)
+        files.write({"step": step}, place(tmp_path, step, version))
+    assert find_last(tmp_path) == place(tmp_path, 1, version=1)
+    files.go_back(place(tmp_path, 1), 1, best_step=None)
+    assert find_last(tmp_path) == place(tmp_path, 1)
+
+
+def test_the_best_step_is_that_of_its_file(tmp_path):
+    """Also after a validation by the clock, within a step, which is saved after the step."""
+    checkpointer, saved = Checkpointer(CheckpointOptions(), CheckpointFiles()), []
+    checkpointer.best_score, checkpointer.best_step, checkpointer.improved = 0.5, 4, True
+    trainer: Any = SimpleNamespace(
+        global_step=5,
+        log_dir=str(tmp_path),
+        strategy=SimpleNamespace(broadcast=lambda value: value, save_checkpoint=lambda *args, **_: saved.append(args)),
+        _checkpoint_connector=SimpleNamespace(dump_checkpoint=lambda weights_only: checkpointer.state_dict()),
+    )
+    checkpointer.save(trainer)
+    ((state, path),) = saved
+    assert state["best_step"] == 5 and path.name == "step=000005.ckpt"
+
+
+@pytest.mark.parametrize("where", ["checkpoints", "own"])
+def test_a_file_of_the_users_that_a_run_went_back_to(where, tmp_path):
+    """Nothing else may be left of the way up to there."""
+    own = tmp_path / "version_0" / where / "good.ckpt"
+    for path in (place(tmp_path, 9), own, place(tmp_path, 1, version=1)):
+        files.clear(path, is_folder=False)
+        files.write({"step": 3}, path)
+    files.go_back(own, 3, best_step=None)
+    assert find_last(tmp_path) == own and not place(tmp_path, 9).exists()
+    CheckpointFiles().save_checkpoint({"step": 4}, place(tmp_path, 4), {"best": False, "keep_last": 1})
+    assert find_last(tmp_path) == place(tmp_path, 4) and own.exists()

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent / "lit_sft"
 RANK = {
     "types": 0, "interrupts": 0,
     "data": 1, "model": 1, "optim": 1, "metrics": 1, "seeding": 1, "flops": 1, "demo": 1,
-    "display": 2, "failures": 2, "locking": 2, "prepare": 2, "prompts": 2, "build": 2, "resuming": 2,
+    "display": 2, "failures": 2, "links": 2, "locking": 2, "prepare": 2, "prompts": 2, "build": 2, "resuming": 2,
     "dataset": 3, "answering": 3, "evaluation": 4,
     "module": 5, "datamodule": 5, "callbacks": 5, "checkpointing": 5, "logfiles": 5, "slurm": 5,
     "runs": 6, "strategies": 6, "preview": 6, "doctor": 6, "exporting": 6, "comparing": 6, "stopping": 6,

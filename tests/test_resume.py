@@ -69,7 +69,7 @@ def resume(place, root, **overrides):
     told = [line for line in lines if line.startswith("resumed ")]
     assert len(told) == 1 and str(version(root) / "checkpoints") in told[0], lines
     assert not version(root, 1).exists()
-    return int(told[0].rpartition(" at step ")[2])
+    return int(told[0].rpartition(" at step ")[2].removesuffix("; no step is left"))
 
 
 def kill(place, root, hook, step, nth=1, **overrides):

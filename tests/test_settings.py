@@ -228,9 +228,8 @@ def test_a_checkpoint_that_vanishes_is_passed_over(tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     path = folder / "step=000002.ckpt"
     torch.save({}, path)
-    monkeypatch.setattr(
-        files, "_all", lambda logs, run: [tmp_path / "version_1" / "checkpoints" / "step=000009.ckpt", path]
-    )
+    gone = tmp_path / "version_1" / "checkpoints" / "step=000009.ckpt"
+    monkeypatch.setattr(files, "_all", lambda run: [gone, path])
     keep(path, best=False, keep_last=1)
     assert find_last(tmp_path) == path
 
@@ -244,9 +243,13 @@ def test_files_of_the_users_own_callbacks_are_kept(tmp_path):
     assert {path.name for path in folder.iterdir()} == {"step=3.ckpt", "step=000002.ckpt", "last.ckpt"}
 
 
-def test_each_srun_of_a_job_has_its_own_run(tmp_path, monkeypatch):
+@pytest.fixture
+def restarted_job(monkeypatch):
     monkeypatch.setattr(slurm, "job_id", lambda: "7")
     monkeypatch.setattr(slurm, "num_restarts", lambda: 1)
+
+
+def test_each_srun_of_a_job_has_its_own_run(tmp_path, monkeypatch, restarted_job):
     for number, step in enumerate(("0", "1")):
         monkeypatch.setenv("SLURM_STEP_ID", step)
         folder = tmp_path / f"version_{number}"
@@ -254,6 +257,21 @@ def test_each_srun_of_a_job_has_its_own_run(tmp_path, monkeypatch):
         slurm.remember(folder)
     assert slurm.own_run(tmp_path) == "version_1"
     monkeypatch.setenv("SLURM_STEP_ID", "0")
+    assert slurm.own_run(tmp_path) == "version_0"
+    for copy in ("version_7", "version_0_backup"):
+        shutil.copytree(tmp_path / "version_0", tmp_path / copy)
+    assert slurm.own_run(tmp_path) == "version_0"
+
+
+def test_each_command_of_a_job_without_srun_has_its_own_run(tmp_path, monkeypatch, restarted_job):
+    commands = [["lit_sft", "fit", "--a=1"], ["lit_sft", "fit", "--a=2"]]
+    for number, command in enumerate(commands):
+        monkeypatch.setattr(sys, "argv", command)
+        folder = tmp_path / f"version_{number}"
+        folder.mkdir()
+        slurm.remember(folder)
+    assert slurm.own_run(tmp_path) == "version_1"
+    monkeypatch.setattr(sys, "argv", [*commands[0], "--ckpt_path", "last"])
     assert slurm.own_run(tmp_path) == "version_0"
 
 

@@ -23,11 +23,11 @@ class KeepFolder(Callback):
 
     Args:
         config: Name of the file of settings, which tells whether the folder is there.
-        save_config: Writes it to a path.
+        restore: Writes it into the folder, and what else is there from the start.
     """
 
-    def __init__(self, config: str, save_config: Callable[[Path], None]) -> None:
-        self.config, self.save_config = config, save_config
+    def __init__(self, config: str, restore: Callable[[Path], None]) -> None:
+        self.config, self.restore = config, restore
         self.folder: Path | None = None
 
     @override
@@ -41,14 +41,13 @@ class KeepFolder(Callback):
     ) -> None:
         if self.folder is None or trainer.fit_loop._should_accumulate() or (self.folder / self.config).exists():
             return
-        path = self.folder / self.config
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.save_config(path)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.restore(self.folder)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.close()
                 logger._experiment = None  # the next access opens a new file
-        log.warning("%s was removed during the run: made anew, what TensorBoard had before is lost", path.parent)
+        log.warning("%s was removed during the run: made anew, what TensorBoard had before is lost", self.folder)
 
 
 class LeaveFolder(Checkpoint):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Callable
@@ -12,10 +13,13 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from torch import distributed
 from typing_extensions import override
 
+from lit_sft import links
 from lit_sft.checkpointing import files, shards
-from lit_sft.checkpointing.files import find_checkpoint, find_last, is_intact, step_of
+from lit_sft.checkpointing.files import find_last, is_intact, step_of
 from lit_sft.checkpointing.schedule import Checkpointer, CheckpointOptions
 from lit_sft.types import UserError
+
+log = logging.getLogger(__name__)
 
 __all__ = [
     "CheckpointFiles",
@@ -26,6 +30,7 @@ __all__ = [
     "is_intact",
     "open_checkpoint",
     "read_checkpoint",
+    "saved_step",
     "step_of",
 ]
 
@@ -49,6 +54,11 @@ class CheckpointFiles(TorchCheckpointIO):
     def path(run_folder: Path, step: int) -> Path:
         """Where the checkpoint of an optimizer step lies."""
         return files.path_of(run_folder, step)
+
+    @staticmethod
+    def go_back(path: Path, step: int, best_step: int | None) -> bool:
+        """Makes it the last of its folder; whether the best one up to there is there, too."""
+        return files.go_back(path, step, best_step)
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any = None) -> None:
@@ -185,3 +195,67 @@ def read_checkpoint(path: str | os.PathLike, without: tuple[str, ...] = ()) -> d
     """
     checkpoint = open_checkpoint(path)
     return shards.whole({key: value for key, value in checkpoint.items() if key not in without})
+
+
+def saved_step(path: str | os.PathLike) -> int:
+    """The optimizer steps in a checkpoint, whatever its name.
+
+    Raises:
+        UserError: It is not there, torn, or another kind of file.
+    """
+    step = open_checkpoint(path).get("global_step")
+    if step is None:
+        raise UserError(f"--ckpt_path {path} holds no global_step: it is not a checkpoint of a run")
+    return int(step)
+
+
+def find_checkpoint(ckpt_path: str | None, logs: Path, subcommand: str) -> str | None:
+    """The checkpoint that is meant: a path; with `last` the newest intact one (None where `fit` starts anew); with
+    `best`, but for `fit`, the best of the run that holds it.
+
+    Raises:
+        UserError: There is none.
+    """
+    if ckpt_path == "last" or ckpt_path == "best" and subcommand != "fit":
+        found = files.find_last(logs)
+        if found is not None:
+            _tell_of_newer(logs, found)
+        elif subcommand != "fit":
+            raise UserError(
+                f"--ckpt_path {ckpt_path}: there is no intact checkpoint below {logs}; run `fit` first, or give a path"
+            )
+        return None if found is None else str(_best_beside(found) if ckpt_path == "best" else found)
+    found = None if ckpt_path is None else Path(ckpt_path)
+    if found is not None and (found / files.FOLDER).is_dir():  # a run
+        found = files.find_last(found.absolute().parent, found.absolute().name)
+    if ckpt_path is not None and (found is None or not found.exists()):
+        raise UserError(f"--ckpt_path {ckpt_path}: there is no such checkpoint")
+    if found is not None and found.name in (files.LAST, files.BEST):
+        found = found.with_name(links.target(found) or found.name)
+    return None if found is None else str(found)
+
+
+def _best_beside(last: Path) -> Path:
+    """The best checkpoint of a run."""
+    name = links.target(last.parent / files.BEST)
+    if name is None or not is_intact(best := last.parent / name):
+        raise UserError(
+            f"--ckpt_path best: {last.parent} holds no intact {files.BEST}, which a run makes with data.validation or "
+            "data.val_size; take last, or give a path"
+        )
+    return best
+
+
+def _tell_of_newer(logs: Path, found: Path) -> None:
+    """Says which newer runs are passed over, because they were stopped before they saved anything."""
+    run, saved = found.parent.parent, found.stat().st_mtime
+    newer = [
+        folder.name
+        for folder in files.runs_below(logs)
+        if int(folder.name.removeprefix("version_")) > int(run.name.removeprefix("version_"))
+        and (settings := folder / "config.yaml").is_file()
+        and settings.stat().st_mtime > saved
+        and not any((folder / files.FOLDER).glob("step=*.ckpt"))
+    ]
+    if newer:
+        log.warning("%s: no checkpoint yet, passed over for the older %s", ", ".join(sorted(newer)), run)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from lit_sft import links
 from lit_sft.types import UserError
 
 log = logging.getLogger(__name__)
@@ -26,6 +27,8 @@ BEST = "best.ckpt"
 STATE = "state.pt"
 PART = "part-{}.pt"
 MANIFEST = "manifest.json"
+LATER = ".{}.later"
+"""A checkpoint of what a run did after the one that it went back to; the next save removes it."""
 
 
 def path_of(run_folder: Path, step: int) -> Path:
@@ -103,7 +106,7 @@ def put_in_place(path: Path) -> None:
 def remove(path: Path) -> None:
     """Removes a file or a directory; of a directory that is killed half-way no part bears the old name."""
     if path.is_dir() and not path.is_symlink():
-        doomed = path.with_name(f".{path.name}.old")
+        doomed = path.with_name(f".{path.name.removeprefix('.')}.old")  # a name that `keep` clears away
         shutil.rmtree(doomed, ignore_errors=True)
         with suppress(FileNotFoundError):  # another rank was faster
             os.replace(path, doomed)
@@ -123,21 +126,57 @@ def keep(path: Path, best: bool, keep_last: int) -> None:
     folder = path.parent
     _make_newest(path)
     for name in [LAST, *([BEST] if best else [])]:
-        link = aside(folder / name)
-        link.unlink(missing_ok=True)
-        link.symlink_to(path.name)
-        os.replace(link, folder / name)
-    kept = {os.readlink(folder / name) for name in (LAST, BEST) if (folder / name).is_symlink()}
+        links.point(folder / name, path.name)
+    kept = {links.target(folder / name) for name in (LAST, BEST)}
     for other in _newest_first(filter(_is_ours, folder.glob("step=*.ckpt")))[keep_last:]:
         if other.name not in kept:
             remove(other)
-    for left in folder.glob(".step=*"):  # of saves that were killed
+    for left in folder.glob(".step=*"):  # of saves that were killed, and of a way that was given up
         remove(left)
+
+
+def go_back(path: Path, step: int, best_step: int | None) -> bool:
+    """Makes a checkpoint that a run goes on from the last of its folder: else a restart before the next save would take
+    the end of a way that was given up. The later ones are set aside until that save is complete. What is killed
+    half-way is done by the next start.
+
+    Args:
+        path: The checkpoint.
+        step: Its step.
+        best_step: Step of the best by then. Whether `best.ckpt` names that now is returned; else there is none.
+    """
+    folder = path.parent.parent / FOLDER
+    with reported(path):
+        if path.name not in (LAST, BEST) and _last(path.parent.parent) != path:
+            links.point(folder / LAST, os.path.relpath(path, folder))
+        has_best = _restore_best(folder, step, best_step)
+        later = [other for other in filter(_is_ours, folder.glob("step=*.ckpt")) if (step_of(other) or 0) > step]
+        for other in later:
+            remove(put_by := other.with_name(LATER.format(other.name)))
+            os.replace(other, put_by)
+        with suppress(PermissionError):  # another user's
+            _make_newest(path)
+    if later:
+        log.info("%s: what was saved after step %s is set aside as .step=*.later until the next save", folder, step)
+    return has_best
+
+
+def _restore_best(folder: Path, step: int, best_step: int | None) -> bool:
+    link, named = folder / BEST, links.target(folder / BEST)
+    if best_step is not None and (best := path_of(folder.parent, best_step)).exists():
+        if named != best.name:
+            links.point(link, best.name)
+        return True
+    if named is not None and ((step_of(folder / named) or 0) > step or not (folder / named).exists()):
+        link.unlink()
+        return False
+    return named is not None
 
 
 def _make_newest(path: Path) -> None:
     """Newer than all others of all runs, also where the clock was turned back meanwhile."""
-    others = [_time(other) for other in _all(path.parent.parent.parent, "version_*") if other != path]
+    run = path.parent.parent
+    others = [_time(other) for folder in {run, *runs_below(run.parent)} for other in _all(folder) if other != path]
     if (latest := max(others, default=0)) >= _time(path):
         os.utime(path, ns=(latest + 1, latest + 1))
 
@@ -211,55 +250,37 @@ def _checksums_hold(path: Path, modified: int, size: int) -> bool:
         return False
 
 
-def find_last(logs: Path, run: str = "version_*") -> Path | None:
+def find_last(logs: Path, run: str | None = None) -> Path | None:
     """The last intact checkpoint of the newest run below `lightning_logs`, or of one; torn ones are passed over with a
     message. In a run the link says which was the last: a copied folder may have other times.
     """
-    found = _newest_first(_all(logs, run))
-    folders = list(dict.fromkeys(path.parent for path in found))
-    links = {folder / os.readlink(folder / LAST) for folder in folders if (folder / LAST).is_symlink()}
-    for path in sorted(found, key=lambda path: (folders.index(path.parent), path not in links)):
+    found = {path: folder for folder in ([logs / run] if run else runs_below(logs)) for path in _all(folder)}
+    newest = _newest_first(found)
+    folders = list(dict.fromkeys(found[path] for path in newest))
+    named = {_last(folder) for folder in folders}
+    for path in sorted(newest, key=lambda path: (folders.index(found[path]), path not in named)):
         if is_intact(path):
             return path
         log.warning("%s is torn: passed over", path)
     return None
 
 
-def find_checkpoint(ckpt_path: str | None, logs: Path, subcommand: str) -> str | None:
-    """The checkpoint that is meant: a path; with `last` the newest intact one (None where `fit` starts anew); with
-    `best`, but for `fit`, the best of the run that holds it.
-
-    Raises:
-        UserError: There is none.
-    """
-    if ckpt_path == "last" or ckpt_path == "best" and subcommand != "fit":
-        found = find_last(logs)
-        if found is None and subcommand != "fit":
-            raise UserError(
-                f"--ckpt_path {ckpt_path}: there is no intact checkpoint below {logs}; run `fit` first, or give a path"
-            )
-        return None if found is None else str(_best_beside(found) if ckpt_path == "best" else found)
-    found = None if ckpt_path is None else Path(ckpt_path)
-    if found is not None and (found / FOLDER).is_dir():  # a run
-        found = find_last(found.absolute().parent, found.absolute().name)
-    if ckpt_path is not None and (found is None or not found.exists()):
-        raise UserError(f"--ckpt_path {ckpt_path}: there is no such checkpoint")
-    return None if found is None else str(found)
+def runs_below(logs: Path) -> list[Path]:
+    """Folders with the names that runs get, and not what somebody has copied or renamed."""
+    return [path for path in logs.glob("version_*") if re.fullmatch(r"version_\d+", path.name)]
 
 
-def _best_beside(last: Path) -> Path:
-    """The best checkpoint of a run."""
-    link = last.parent / BEST
-    if not link.is_symlink() or not is_intact(best := last.parent / os.readlink(link)):
-        raise UserError(
-            f"--ckpt_path best: {last.parent} holds no intact {BEST}, which a run makes with data.validation or "
-            "data.val_size; take last, or give a path"
-        )
-    return best
+def _all(run: Path) -> list[Path]:
+    """Also one of the user's that the run went back to."""
+    ours = [path for path in (run / FOLDER).glob("step=*.ckpt") if _is_ours(path) and not path.is_symlink()]
+    last = _last(run)
+    return ours if last is None or last in ours or not last.exists() else [*ours, last]
 
 
-def _all(logs: Path, run: str) -> list[Path]:
-    return [path for path in logs.glob(f"{run}/{FOLDER}/step=*.ckpt") if _is_ours(path) and not path.is_symlink()]
+def _last(run: Path) -> Path | None:
+    """What its link names."""
+    name = links.target(run / FOLDER / LAST)
+    return None if name is None else Path(os.path.normpath(run / FOLDER / name))
 
 
 def _is_ours(path: Path) -> bool:

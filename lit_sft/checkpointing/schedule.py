@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -15,7 +14,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from typing_extensions import override
 
-from lit_sft import optim
+from lit_sft import optim, resuming
 from lit_sft.types import UserError
 
 log = logging.getLogger(__name__)
@@ -54,6 +53,9 @@ class Files(Protocol):
     def path(self, run_folder: Path, step: int) -> Path:
         """Where the checkpoint of an optimizer step lies."""
 
+    def go_back(self, path: Path, step: int, best_step: int | None) -> bool:
+        """Makes it the last of its folder; whether the best one up to there is there, too."""
+
     def wait(self) -> None:
         """Until nothing is being written any more; raises what failed."""
 
@@ -89,11 +91,43 @@ class Checkpointer(Checkpoint):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"best_score": self.best_score, "best_step": self.best_step}
+        chosen_by = {"monitor": self.options.monitor, "mode": self.options.mode}
+        return {"best_score": self.best_score, "best_step": self.best_step, **chosen_by}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best_score, self.best_step = state_dict["best_score"], state_dict["best_step"]
+        monitor, mode = self.options.monitor, self.options.mode
+        before = state_dict.get("monitor", monitor), state_dict.get("mode", mode)  # an old checkpoint does not say
+        if before == (monitor, mode):
+            self.best_score, self.best_step = state_dict["best_score"], state_dict["best_step"]
+        elif state_dict["best_score"] is not None:
+            log.warning(
+                "checkpoint.monitor was %s (%s) and is %s (%s): the next validation is the best so far",
+                *(*before, monitor, mode),
+            )
+
+    def go_on_from(self, trainer: L.Trainer, path: Path, step: int, run_folder: Path) -> None:
+        """Makes the checkpoint that a run goes on from the last of its folder, and forgets a best score whose
+        checkpoint is not there. All ranks call it, when everything is restored.
+
+        Args:
+            trainer: Of the run.
+            path: The checkpoint.
+            step: Its step.
+            run_folder: What the run writes into; the checkpoint may be from elsewhere.
+        """
+        has_best, error = False, None
+        if trainer.is_global_zero and path.absolute().parent.parent == run_folder.absolute():
+            try:
+                has_best = self.files.go_back(path, step, self.best_step)
+            except UserError as failed:
+                error = failed
+        has_best, error = trainer.strategy.broadcast((has_best, error))
+        if error is not None:
+            raise error
+        if self.best_step is not None and not has_best:
+            log.info("the best checkpoint so far, of step %s, is gone: the next validation is the best", self.best_step)
+            self.best_score = self.best_step = None
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -208,9 +242,9 @@ class Checkpointer(Checkpoint):
         for stop in trainer.early_stopping_callbacks:  # which would go on with the patience of the checkpoint
             checkpoint["callbacks"].get(stop.state_key, {}).update(patience=stop.patience)
         loops = checkpoint["loops"]["fit_loop"]
-        position = _position(state["position"], loops["epoch_loop.val_loop.batch_progress"]["total"], trainer)
+        position = resuming.position(state["position"], loops["epoch_loop.val_loop.batch_progress"]["total"], trainer)
         trainer.datamodule.position, trainer.datamodule.steps_done = position, checkpoint["global_step"]  # type: ignore[attr-defined]
-        _recount(loops["epoch_loop.batch_progress"], position, trainer)
+        resuming.recount(loops["epoch_loop.batch_progress"], position, trainer)
         if state["position"][1]:
             for part in loops["epoch_progress"].values():
                 part["processed"] = part["started"] - (position[1] > 0)
@@ -225,6 +259,8 @@ class Checkpointer(Checkpoint):
         folder = Path(trainer.strategy.broadcast(str(trainer.log_dir)))
         path = self.files.path(folder, trainer.global_step)
         if self.saved_step != trainer.global_step or self.improved:
+            if self.improved:  # a validation by the clock, within a step, is saved after the step
+                self.best_step = trainer.global_step
             keep = {"best": self.improved, "keep_last": self.options.keep_last}
             checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
             error = None
@@ -256,25 +292,3 @@ def _refuse_saves_within_a_step(trainer: L.Trainer) -> None:
                 "trainer.val_check_interval by the clock lets ModelCheckpoint (trainer.callbacks) save within an "
                 "optimizer step: set its save_on_train_epoch_end to true, or the interval to a number of forward passes"
             )
-
-
-def _position(saved: Sequence[int], validation: Mapping[str, int], trainer: L.Trainer) -> tuple[int, int]:
-    """Epoch and optimizer steps done in it; the next epoch where that one has got so short that it is over, unless the
-    checkpoint was saved in a validation, which comes first.
-    """
-    (epoch, steps), order = saved, trainer.datamodule.orders["train"]  # type: ignore[attr-defined]
-    is_over = order.batches_in_steps(steps) >= order.limited_batches(trainer.limit_train_batches)
-    return (epoch + 1, 0) if steps and is_over and validation["ready"] == validation["processed"] else (epoch, steps)
-
-
-def _recount(progress: dict[str, Any], position: tuple[int, int], trainer: L.Trainer) -> None:
-    """Rewrites the micro-batch counters, of the epoch and of all, from the position; what is a batch apart stays so."""
-    order = trainer.datamodule.orders["train"]  # type: ignore[attr-defined]
-    epoch, steps = position
-    per_epoch = order.limited_batches(trainer.limit_train_batches)
-    batches = min(order.batches_in_steps(steps), per_epoch)
-    wanted = {"current": batches or per_epoch, "total": epoch * per_epoch + batches}
-    for name, ready in wanted.items():
-        shift = ready - progress[name]["ready"]
-        for key in ("ready", "started", "processed", "completed"):
-            progress[name][key] += shift
