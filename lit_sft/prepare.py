@@ -34,7 +34,7 @@ from lit_sft.types import Conversation, Example, UserError
 
 log = logging.getLogger(__name__)
 
-CACHE_VERSION = 5
+CACHE_VERSION = 6
 """Raise it when formats, rendering or the cache's layout change what a cache holds."""
 CHUNK_ROWS = 200
 """Rows rendered and tokenized together."""
@@ -148,6 +148,7 @@ class Preparation:
         for conversation in good.values():
             counts.placeholders.update(find_placeholders(conversation))
             counts.blank.update(conversation.blank)
+            counts.notes.update(conversation.notes)
         rendered = dict(zip(good, self.renderer.render(list(good.values()), list(good)), strict=True))
         for index, item in parsed.items():
             result = item if isinstance(item, UserError) else rendered[index]

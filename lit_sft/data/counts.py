@@ -74,6 +74,9 @@ NOTES = {
         f"left_out:{role}_turn": f"a {role} turn that the template does not write, so the model does not see it"
         for role in ("system", "developer", "user", "tool")
     },
+    "unread:chat_template_kwargs": "chat_template_kwargs of the row are not read; those of all rows are "
+    "data.chat_template_kwargs",
+    "unread:functions": "functions are not read; to have them as tools, set data.column_mapping to {functions: tools}",
     "split_boundary": "tokenized in two parts, prompt and answer, as at inference",
     "partly_dropped": "some of the turns dropped: too long, or without a trained token",
 }
