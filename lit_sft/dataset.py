@@ -221,21 +221,20 @@ class SFTData:
         """Of one source. In a mixture a column mapping is for the members that have its columns."""
         format, mapping = self.options.format, self.options.column_mapping
         if not (first := rows.head(20)):  # all are bad: the first says why
-            self._refuse(rows, 0)
+            try:
+                rows[0]
+            except UserError as error:
+                raise UserError(f"{rows.where(0)}: {error}") from error
         if not is_alone and not {column for row in first for column in row}.intersection(mapping or ()):
             mapping = None
+        template, said = self.options.prompt_template, list[str]()
         if format == "auto":
-            format, reason = formats.detect_format(first, mapping, self.options.prompt_template)
-            if rows.name not in self._told:
-                self._told.add(rows.name)
-                log.info("%s: %s", rows.name, reason)
+            format, *said = formats.detect_format(first, mapping, template)
+        if rows.name not in self._told:
+            self._told.add(rows.name)
+            for line in (*said, *formats.report_unread(first, format, mapping, template)):
+                log.info("%s: %s", rows.name, line)
         return Reading(format, mapping)
-
-    def _refuse(self, rows: Rows, index: int) -> None:
-        try:
-            rows[index]
-        except UserError as error:
-            raise UserError(f"{rows.where(index)}: {error}") from error
 
     def _source_options(self) -> dict[str, Any]:
         return {"builtin": demo.rows, "seed": self.options.seed, "cache_dir": self._cache_dir() / "sources"}

@@ -153,6 +153,7 @@ class Preparation:
         for conversation in good.values():
             counts.placeholders.update(find_placeholders(conversation))
             counts.blank.update(conversation.blank)
+            counts.notes.update(conversation.notes)
         rendered = dict(zip(good, self.renderer.render(list(good.values()), list(good)), strict=True))
         for index, item in parsed.items():
             result = item if isinstance(item, UserError) else rendered[index]

@@ -59,6 +59,8 @@ class Conversation:
     """Plain text without turns (`format: text`): all of it is trained."""
     blank: tuple[str, ...] = ()
     """Fields of `data.prompt_template` that are empty in this row."""
+    notes: tuple[str, ...] = ()
+    """What of the row is not read although it changes how a conversation is written, to be counted in the log."""
 
 
 @dataclass(frozen=True, slots=True)

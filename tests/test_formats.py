@@ -5,7 +5,13 @@ from dataclasses import replace
 
 import pytest
 
-from lit_sft.data.formats import conversation_to_prompt, detect_format, find_placeholders, to_conversation
+from lit_sft.data.formats import (
+    conversation_to_prompt,
+    detect_format,
+    find_placeholders,
+    report_unread,
+    to_conversation,
+)
 from lit_sft.types import Conversation, Message
 
 HI = (Message("user", "hi"), Message("assistant", "hello"))
@@ -16,6 +22,9 @@ TOOL = {"name": "add", "parameters": {"type": "object"}}
 
 def turn(role, content, **more):
     return {"role": role, "content": content, **more}
+
+
+CSV_PROMPT = json.dumps([turn("user", "hi")], indent=1)
 
 
 def assistant(**more):
@@ -39,6 +48,8 @@ def assistant(**more):
         ("prompt_completion", {"prompt": "hi", "completion": "hello"}),
         ("prompt_completion", {"prompt": [turn("user", "hi")], "completion": [turn("assistant", "hello")]}),
         ("prompt_completion", {"prompt": [turn("user", "hi")], "completion": "hello"}),
+        ("prompt_completion", {"prompt": CSV_PROMPT, "completion": json.dumps([turn("assistant", "hello")])}),
+        ("prompt_completion", {"prompt": CSV_PROMPT, "completion": "hello"}),
     ],
 )  # fmt: skip
 def test_the_same_conversation(format, row):
@@ -50,6 +61,25 @@ def test_plain_text():
     row = {"text": "once upon a time"}
     assert detect_format([row], None, None)[0] == "text"
     assert to_conversation(row, format="text", system_prompt="x") == Conversation((), text="once upon a time")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion"),
+    [
+        ("hi", '[{"role": "assistant", "content": "hello"}]'),
+        ("[]", "[1]"),
+        ('[{"role": "narrator", "content": "hi"}]', "x"),
+        ('[{"user": "hi"}]', "x"),
+        ("[INST] hi [/INST]", "x"),
+        (CSV_PROMPT + " in JSON", "x"),
+        ([turn("user", "a chat as JSON")], CSV_PROMPT),
+    ],
+)
+def test_text_that_looks_like_messages_stays_text(prompt, completion):
+    row = {"prompt": prompt, "completion": completion}
+    *_, asked, answer = to_conversation(row, format="prompt_completion").messages
+    assert asked.content == (prompt if isinstance(prompt, str) else "a chat as JSON")
+    assert answer.content == completion
 
 
 @pytest.mark.parametrize("calls", [
@@ -91,6 +121,15 @@ def test_tool_answers_keep_their_ids():
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
 def test_reasoning(key):
     assert assistant(content="2", **{key: "1 and 1"}) == Message("assistant", "2", reasoning_content="1 and 1")
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+@pytest.mark.parametrize("blank", ["", " \n", None])
+def test_a_blank_name_of_reasoning_does_not_count(key, blank):
+    others = dict.fromkeys({"reasoning_content", "reasoning", "thinking"} - {key}, blank)
+    for keys in ({key: "hm", **others}, {**others, key: "hm"}, {key: "hm", **dict.fromkeys(others, "hm")}):
+        assert assistant(content="2", **keys).reasoning_content == "hm"
+    assert assistant(content="2", thinking="").reasoning_content == ""
 
 
 def test_think_marks_stay_in_the_content():
@@ -179,6 +218,46 @@ def test_the_template_never_takes_a_question_for_the_answer():
     row = {"output": "bad", "answer": "good"}
     conversation = to_conversation(row, format="alpaca", prompt_template="mend: {output}")
     assert conversation.messages[1].content == "good"
+
+
+DOLLY = {"instruction": "Who?", "context": "Ann wrote it.", "response": "Ann", "category": "qa", "note": ""}
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "names"),
+    [
+        (DOLLY, {"format": "alpaca", "column_mapping": {"response": "output"}}, "context, category"),
+        (DOLLY, {"prompt_template": "{context} {instruction}"}, "category"),
+        (DOLLY | {"output": "x", "system": "y"}, {"prompt_template": "{instruction}"}, "context, response, category"),
+        ({"text": "a", "tools": ["f"]}, {"format": "text"}, "tools"),
+        ({"messages": [], "tools": ["f"], "system": "x", "prompt": "hi"}, {"format": "messages"}, "prompt"),
+        ({"conversations": [], "tools": ["f"], "id": 0}, {"format": "sharegpt"}, "id"),
+        ({"instruction": "a", "input": "b", "output": "c", "history": [1]}, {"format": "alpaca"}, ""),
+        ({"q": "a", "completion": "b", "x": "c"}, {"column_mapping": {"q": "prompt", "x": "y"}}, "x"),
+        ({"prompt": "a", "completion": "b", "z": None, "y": [], "w": {}}, {}, ""),
+    ],
+)
+def test_columns_that_are_not_read(row, options, names):
+    options = {"format": "prompt_completion", "column_mapping": None, "prompt_template": None, **options}
+    lines = report_unread([{"more": None}, row, row], **options)
+    assert lines == ([f"columns that are not read: {names}"] if names else [])
+
+
+def test_unread_columns_that_would_change_the_text_are_noted():
+    row = {"messages": [turn("user", "hi"), turn("assistant", "hello")]}
+    noted = to_conversation({**row, "chat_template_kwargs": {"thinking": True}, "functions": [TOOL]}, format="messages")
+    assert noted == Conversation(HI, notes=("unread:chat_template_kwargs", "unread:functions"))
+    assert to_conversation({**row, "chat_template_kwargs": {}, "functions": []}, format="messages").notes == ()
+    mapping = {"functions": "tools"}
+    mapped = to_conversation({**row, "functions": [TOOL]}, format="messages", column_mapping=mapping)
+    assert mapped.notes == () and mapped.tools == ({"type": "function", "function": TOOL},)
+
+
+@pytest.mark.parametrize("call", [None, {}, "", {"name": None, "arguments": None}])
+def test_no_call_in_the_old_form(call):
+    assert assistant(content="x", function_call=call).content == "x"
+    message = assistant(content="x", function_call={"name": "now"}, tool_calls=[{"name": "now"}])
+    assert message.tool_calls[0]["function"]["name"] == "now"
 
 
 def test_detection_reads_past_empty_columns():

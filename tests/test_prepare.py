@@ -186,6 +186,27 @@ def test_empty_fields_of_a_template_are_counted(prepared):
     assert "train: 2 rows: input of data.prompt_template is empty" in lines
 
 
+@pytest.mark.parametrize("format", ["auto", "alpaca"])
+def test_columns_that_are_not_read_are_told_once(format, prepared, tmp_path):
+    rows = [{"instruction": f"Who {n}?", "context": "Ann.", "response": "Ann", "category": "qa"} for n in range(9)]
+    with log_lines() as lines:
+        prepared(rows, column_mapping={"response": "output"}, format=format, val_size=2)
+    line = f"{tmp_path / 'train.jsonl'}: columns that are not read: context, category"
+    assert lines.count(line) == 1
+    with log_lines() as lines:
+        prepared([A, B])
+    assert not [line for line in lines if "not read" in line]
+
+
+def test_unread_columns_that_would_change_the_text_are_counted(prepared):
+    rows = [{**A, "chat_template_kwargs": {"enable_thinking": False}}, {**B, "functions": [{"name": "f"}]}, B]
+    with log_lines() as lines:
+        data = prepared([*rows, rows[0]])
+    assert counts(data).notes == {"unread:chat_template_kwargs": 2, "unread:functions": 1}
+    assert any(line.startswith("train: 2 rows: chat_template_kwargs of the row are not read") for line in lines)
+    assert any(line.startswith("train: 1 rows: functions are not read;") for line in lines)
+
+
 def test_members_of_a_mixture_have_formats_of_their_own(model, tmp_path):
     """Each is detected; a column mapping is for the member that has its columns; rows of each are counted."""
     alpaca, pair = {"instruction": "Hello", "output": "world"}, {"question": "Hello", "answer": "fine"}

@@ -12,11 +12,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from terminal import log_lines
 
 from lit_sft.data.sources import Rows, by_source, files, first_rows, hub, limit, open_rows, split_rows, subset
 from lit_sft.types import UserError
 
 ROWS = [{"prompt": f"é {i}", "completion": "x\ny" * i} for i in range(5)]
+STEPS = {"instruction": "1+1-1", "output": "1", "steps": [{"add": 2}, {"subtract": 1}]}
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
 
 
@@ -68,6 +70,54 @@ def test_every_kind_of_file(suffix, ending, tmp_path):
     assert read(pickle.loads(pickle.dumps(rows))) == ROWS
 
 
+@pytest.mark.parametrize("suffix", [".JSONL", ".Json", ".CSV", ".TSV", ".Parquet", ".ARROW"])
+def test_the_case_of_suffixes_does_not_matter(suffix, tmp_path):
+    write_as(tmp_path / f"a{suffix.lower()}", suffix.lower())
+    packed = compress(tmp_path / f"a{suffix.lower()}", ".gz").rename(tmp_path / f"b{suffix}.GZ")
+    (tmp_path / f"a{suffix.lower()}").rename(tmp_path / f"a{suffix}")
+    for path in (tmp_path / f"a{suffix}", packed):
+        assert read(open_rows(str(path), cache_dir=tmp_path / "cache")) == ROWS
+    (tmp_path / "cache").rename(tmp_path / ".cache")
+    assert read(open_rows(str(tmp_path), cache_dir=tmp_path / ".cache")) == ROWS * 2
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".csv", ".csv.gz"])
+def test_a_copy_that_lost_a_part_is_made_anew(suffix, tmp_path):
+    """Cut at the end of a line it would read as fewer rows."""
+    write_as(tmp_path / "a.jsonl", ".jsonl")
+    write_as(tmp_path / "a.csv", ".csv")
+    for plain in (tmp_path / "a.jsonl", tmp_path / "a.csv"):
+        compress(plain, ".gz")
+    path, cache = str(tmp_path / f"a{suffix}"), tmp_path / "cache"
+    assert len(open_rows(path, cache_dir=cache)) == len(ROWS)
+    copies = [copy for copy in cache.rglob("*") if copy.is_file()]
+    for copy in copies:
+        copy.write_bytes(b"".join(copy.read_bytes().splitlines(keepends=True)[:-1]))
+    files._handle.cache_clear()  # as in another process
+    with log_lines() as lines:
+        assert read(open_rows(path, cache_dir=cache)) == ROWS
+        assert read(open_rows(path, cache_dir=cache)) == ROWS
+    assert len([line for line in lines if "is damaged and made anew" in line]) == len(copies) > 0
+
+
+def test_a_copy_has_its_name_only_when_it_is_on_disk(tmp_path, monkeypatch):
+    write_as(tmp_path / "a.csv", ".csv")
+    steps = []
+    for name in ("fsync", "replace"):
+        step = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args, name=name, step=step: steps.append(name) or step(*args))
+    open_rows(str(tmp_path / "a.csv"), cache_dir=tmp_path / "cache")
+    assert steps == ["fsync", "replace"]
+
+    def fail(*_):
+        raise OSError(28, "No space left on device", "copy")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(UserError, match="No space left on device"):
+        open_rows(str(tmp_path / "a.csv"), cache_dir=tmp_path / "other")
+    assert list((tmp_path / "other" / "lit_sft_sources").iterdir()) == []
+
+
 def test_arrow_files_that_are_no_streams(tmp_path):
     table = pa.Table.from_pylist(ROWS)
     with pa.ipc.new_file(tmp_path / "a.arrow", table.schema) as writer:
@@ -111,9 +161,16 @@ def test_a_row_of_ten_megabytes(tmp_path):
         (json.dumps(ROWS[1], indent=2), [ROWS[1]]),
         ('{"messages": [{"role": "user"}]}', [{"messages": [{"role": "user"}]}]),
         (LINES, ROWS),
+        (json.dumps({"prompt": None, "samples": ROWS}), ROWS),
+        (json.dumps(STEPS), [STEPS]),
+        (json.dumps(STEPS, indent=2), [STEPS]),
+        (json.dumps({"q": "1+1", "history": ROWS}), [{"q": "1+1", "history": ROWS}]),
     ],
-    ids=["object around", "indented", "one row", "one row indented", "one conversation", "lines by another name"],
-)
+    ids=[
+        "object around", "indented", "one row", "one row indented", "one conversation", "lines by another name",
+        "object around, null", "one row with steps", "one row with steps indented", "one row with a history",
+    ],
+)  # fmt: skip
 def test_shapes_of_json(text, expected, tmp_path):
     assert read(open_rows(write(tmp_path / "a.json", text))) == expected
 
@@ -191,6 +248,79 @@ def test_hidden_copies_in_a_directory_are_no_data(tmp_path):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         write(folder / f"{name}.jsonl", json.dumps({"a": name}))
     assert [row["a"] for row in read(open_rows(str(folder)))] == ["a"]
+
+
+def names_read(spec):
+    return [row["a"] for row in read(open_rows(str(spec)))]
+
+
+def test_links_to_directories_are_followed_once(tmp_path):
+    """Not in circles, not back up, and each directory by its own name."""
+    for name in ("in/b", "in/sub/c", "out/a", "out/deep/d", "beside"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path / f"{name}.jsonl", json.dumps({"a": name}))
+    links = {"in/again": "sub", "in/circle": ".", "in/sub/up": "../..", "in/z": "../out", "out/back": "../in"}
+    for link, target in (links | {"out/deep/own": ".", "in/file.jsonl": "../beside.jsonl"}).items():
+        (tmp_path / link).symlink_to(target)
+    assert names_read(tmp_path / "in") == ["in/b", "beside", "in/sub/c", "out/a", "out/deep/d"]
+    (tmp_path / "link").symlink_to("in")
+    assert names_read(tmp_path / "link") == names_read(tmp_path / "in")
+    assert sorted(names_read(tmp_path / "in" / "**" / "*.jsonl")) == sorted(names_read(tmp_path / "in"))
+    assert names_read(tmp_path / "in" / "*" / "c.jsonl") == ["in/sub/c"]
+
+
+@pytest.mark.parametrize("spec", ["rows", "rows/*.jsonl", "rows/**", "rows/c.jsonl"])
+def test_a_link_that_leads_nowhere_is_refused(spec, tmp_path):
+    """What git-annex and DVC leave where the content was not fetched."""
+    write(tmp_path / "rows" / "a.jsonl", json.dumps({"a": 1}))
+    (tmp_path / "rows" / "c.jsonl").symlink_to("../annex/c")
+    with pytest.raises(UserError, match=r"rows/c.jsonl` \(`data.train`\) is a link to `../annex/c`, which is not"):
+        open_rows(str(tmp_path / spec))
+
+
+def test_files_that_are_not_read_are_told(tmp_path):
+    write(tmp_path / "rows" / "a.jsonl", json.dumps({"a": 1}))
+    for name in ("README.md", "LICENSE", "license.txt", "load.py", "config.yaml", "dataset_info.json", ".git", "a.png"):
+        write(tmp_path / "rows" / name, "{}")
+    with log_lines() as lines:
+        assert names_read(tmp_path / "rows") == [1]
+    assert lines == []
+    write(tmp_path / "rows" / "more" / "b.jsonl.xz")
+    write(tmp_path / "rows" / "c.zip")
+    (tmp_path / "rows" / "gone").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "rows" / "pipe.jsonl")
+    with log_lines() as lines:
+        assert names_read(tmp_path / "rows") == [1]
+    assert lines == [f"{tmp_path / 'rows'}: not read: c.zip, gone, more/b.jsonl.xz, pipe.jsonl"]
+    for i in range(3000):
+        write(tmp_path / "rows" / f"{i:04}.bin")
+    with log_lines() as lines:
+        names_read(tmp_path / "rows")
+    assert lines[0].endswith("not read: 0000.bin, 0001.bin, 0002.bin, 0003.bin, 0004.bin and 2,999 more")
+
+
+def test_directories_that_a_glob_does_not_read_are_told(tmp_path):
+    write(tmp_path / "rows" / "a.jsonl", json.dumps({"a": 1}))
+    write(tmp_path / "rows" / "more" / "b.jsonl", json.dumps({"a": 2}))
+    with log_lines() as lines:
+        assert names_read(tmp_path / "rows" / "*") == [1]
+        assert names_read(tmp_path / "rows" / "**") == [1, 2]
+    assert lines == [f"{tmp_path}/rows/*: not read: {tmp_path}/rows/more"]
+
+
+def test_a_directory_that_cannot_be_read(tmp_path, monkeypatch):
+    write(tmp_path / "rows" / "a.jsonl")
+    (tmp_path / "rows" / "sub").mkdir()
+    scan = os.scandir
+
+    def refuse_sub(path):
+        if str(path).endswith("sub"):
+            raise PermissionError(13, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse_sub)
+    with pytest.raises(UserError, match=r"cannot read `.*rows/sub` \(`data.train`\): Permission denied; see the perm"):
+        open_rows(str(tmp_path / "rows"))
 
 
 def test_directories_with_splits(tmp_path):

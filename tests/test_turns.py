@@ -7,8 +7,10 @@ import random
 import pytest
 from chat_templates import (
     CHATML,
+    DEEPSEEK_V3,
     FAMILIES,
     assistant,
+    byte_tokenizer,
     call,
     render_one,
     renderer_of,
@@ -319,14 +321,52 @@ def test_what_the_template_does_not_write_is_noted(family, message, note):
     assert note in example.notes
 
 
-def test_tools_that_the_template_does_not_write_are_noted():
-    tools = ({"type": "function", "function": {"name": "get_weather"}},)
-    [example] = render_one(renderer_of(tokenizer_of("chatml")), *ONE, tools=tools)
-    assert example.notes == ("left_out:tools",)
-    tokenizer = tokenizer_of("qwen3")
-    [example] = render_one(renderer_of(tokenizer), *ONE, tools=tools)
-    assert example.notes == ()
-    assert '"get_weather"' in tokenizer.decode(example.input_ids)
+WEATHER = ({"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}},)
+IN_SYSTEM = CHATML.replace("+ message.content", "+ message.content + (message.tools or '')")
+"""Phi-4-mini looks for tools where no server puts them."""
+IF_TOOLS = "{{ '<|im_start|>system\nYou may call tools.<|im_end|>\n' if tools }}" + CHATML
+
+
+@pytest.mark.parametrize("train_on", ["completions", "last_completion", "all"])
+@pytest.mark.parametrize(
+    ("family", "template", "messages", "notes"),
+    [
+        ("chatml", None, ONE, ("left_out:tools",)),
+        ("chatml", IN_SYSTEM, (system("Be kind."), *ONE), ("left_out:tools",)),
+        ("chatml", IF_TOOLS, ONE, ("left_out:tools",)),
+        ("chatml", IF_TOOLS, (user("What is get_weather?"), ONE[1]), ()),  # it might be written
+        ("chatml", None, (user("What is get_weather?"), ONE[1]), ("left_out:tools",)),
+        ("deepseek-v3", None, TOOLS, ("left_out:tools",)),  # writes calls all the same
+        ("deepseek-v3", "{{ 'You may call tools.' if tools }}" + DEEPSEEK_V3, TOOLS, ("left_out:tools",)),
+        ("qwen3", None, ONE, ()),
+        ("qwen3", None, (*TOOLS, *TWO), ()),
+    ],
+)
+def test_tools_that_the_template_does_not_write_are_noted(train_on, family, template, messages, notes):
+    tokenizer = tokenizer_of(family)
+    example, *_ = render_one(renderer_of(tokenizer, template, train_on=train_on), *messages, tools=WEATHER)
+    assert tuple(note for note in example.notes if "tools" in note) == notes
+    assert ('"get_weather"' in tokenizer.decode(example.input_ids)) == (family == "qwen3")
+    example, *_ = render_one(renderer_of(tokenizer, template, train_on=train_on), *messages)
+    assert not [note for note in example.notes if "tools" in note]
+
+
+def test_tools_in_a_template_that_is_not_the_one_for_them_are_noted():
+    tokenizer = byte_tokenizer(FAMILIES["qwen3"])
+    qwen3 = FAMILIES["qwen3"].template
+    tokenizer.chat_template = {"default": CHATML, "tool_use": qwen3}
+    for template, tools, notes in (
+        (None, WEATHER, ("left_out:tools", "other_template")),
+        (None, None, ()),
+        (qwen3, WEATHER, ()),
+        (IF_TOOLS, WEATHER, ("left_out:tools",)),
+    ):
+        [example] = render_one(renderer_of(tokenizer, template), *ONE, tools=tools)
+        assert example.notes == notes
+    for named in ({"default": CHATML, "tool_use": CHATML}, {"default": CHATML, "rag": qwen3}):
+        tokenizer.chat_template = named
+        [example] = render_one(renderer_of(tokenizer), *ONE, tools=WEATHER)
+        assert example.notes == ("left_out:tools",)
 
 
 DEVELOPER = (Message("developer", "DEV"), *ONE)

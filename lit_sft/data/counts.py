@@ -70,10 +70,15 @@ NOTES = {
     "left_out:reasoning_content": "reasoning that the template does not write, so it is not trained",
     "left_out:content": "content beside a tool call that the template does not write, so it is not trained",
     "left_out:tools": "tools that the template does not write",
+    "other_template": "tools written by the tokenizer's template default, though it has one for them, tool_use; set "
+    "data.chat_template to that",
     **{
         f"left_out:{role}_turn": f"a {role} turn that the template does not write, so the model does not see it"
         for role in ("system", "developer", "user", "tool")
     },
+    "unread:chat_template_kwargs": "chat_template_kwargs of the row are not read; those of all rows are "
+    "data.chat_template_kwargs",
+    "unread:functions": "functions are not read; to have them as tools, set data.column_mapping to {functions: tools}",
     "split_boundary": "tokenized in two parts, prompt and answer, as at inference",
     "partly_dropped": "some of the turns dropped: too long, or without a trained token",
 }

@@ -12,8 +12,21 @@ from functools import lru_cache, partial
 from string import Formatter
 from typing import Any
 
+from lit_sft.data.formats.columns import answer_column, counted, unread
 from lit_sft.data.formats.placeholders import find_placeholders
-from lit_sft.data.formats.values import as_object, as_objects, check_text, kind, listed, required, typed
+from lit_sft.data.formats.values import (
+    as_object,
+    check_text,
+    kind,
+    listed,
+    parsed_messages,
+    reasoning,
+    required,
+    text_of,
+    tool_calls,
+    tool_schemas,
+    typed,
+)
 from lit_sft.types import Conversation, Message, UserError
 
 __all__ = [
@@ -21,6 +34,7 @@ __all__ = [
     "conversation_to_prompt",
     "detect_format",
     "find_placeholders",
+    "report_unread",
     "template_fields",
     "to_conversation",
 ]
@@ -29,15 +43,12 @@ FORMATS = ("messages", "sharegpt", "alpaca", "prompt_completion", "text")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 _FIRST_COLUMNS = dict(zip(("messages", "conversations", "instruction", "prompt", "text"), FORMATS, strict=True))
-_ANSWER_COLUMNS = ("completion", "output", "answer", "response")
 _SPEAKER_ROLES = (
     {"system": "system", "developer": "developer", "function_call": "function_call", "tool_call": "function_call"}
     | dict.fromkeys(("human", "user"), "user")
     | dict.fromkeys(("gpt", "assistant", "chatgpt", "bard", "model", "bot"), "assistant")
     | dict.fromkeys(("observation", "tool", "tool_response", "function_response"), "tool")
 )
-_TEXT_KEYS = ("name", "tool_call_id", "thinking", "reasoning", "reasoning_content")
-_ALIASES = {"thinking": "reasoning_content", "reasoning": "reasoning_content"}
 
 _Turn = tuple[str, Message]  # the key that the turn was read from, for error messages, and the turn
 
@@ -62,6 +73,22 @@ def detect_format(
             "`data.column_mapping` (such as {question: prompt, answer: completion}) and `data.format`"
         )
     return _FIRST_COLUMNS[first], f"format {_FIRST_COLUMNS[first]}, because the rows have the column `{first}`"
+
+
+def report_unread(
+    rows: Sequence[Mapping[str, Any]],
+    format: str,
+    column_mapping: Mapping[str, str] | None,
+    prompt_template: str | None,
+) -> list[str]:
+    """A line for the log about columns of the first rows that nothing reads; none if all are read or empty.
+
+    Raises:
+        UserError: The template is broken.
+    """
+    fields = () if prompt_template is None else _fields(prompt_template)
+    names = unread(rows, format, column_mapping or {}, fields)
+    return [f"columns that are not read: {listed(names)}"] if names else []
 
 
 def to_conversation(
@@ -109,7 +136,7 @@ def to_conversation(
     fields = () if prompt_template is None else template_fields(prompt_template)
     blank = tuple(name for name in fields if row[name] == "")
     messages = tuple(message for _, message in turns)
-    return Conversation(messages, _read_tools(row.get("tools") or []), blank=blank)
+    return Conversation(messages, tool_schemas(row.get("tools") or []), blank=blank, notes=counted(row))
 
 
 def conversation_to_prompt(conversation: Conversation) -> tuple[Conversation, str | None]:
@@ -170,6 +197,9 @@ def _read_alpaca(row: Mapping[str, Any]) -> list[_Turn]:
 
 def _read_prompt_completion(row: Mapping[str, Any]) -> list[_Turn]:
     """Only the completion is trained: an assistant turn inside the prompt is not, unless its own flag says so."""
+    if (messages := parsed_messages(required(row, "prompt"), ROLES)) is not None:
+        answer = parsed_messages(row.get("completion"), ROLES)
+        row = {**row, "prompt": messages} | ({} if answer is None else {"completion": answer})
     prompt = _read_turns(row, "prompt", "user", train=False)
     completion = _read_turns(row, "completion", "assistant") if "completion" in row else []
     if any(message.role not in ("assistant", "tool") for _, message in completion):
@@ -182,9 +212,8 @@ def _read_template(row: Mapping[str, Any], template: str) -> list[_Turn]:
     for name in fields:
         if not isinstance(value := required(row, name, f"data.prompt_template {{{name}}}"), str | int | float):
             raise UserError(f"`{name}` is {kind(value)}, but `data.prompt_template` fills in strings and numbers")
-    answers = [name for name in _ANSWER_COLUMNS if name in row and name not in fields][:1]
     prompt = _turn("user", template.format_map(row), "data.prompt_template")
-    return [prompt, *(_turn("assistant", row[name], name) for name in answers)]
+    return [prompt, *(_turn("assistant", row[name], name) for name in answer_column(row, fields))]
 
 
 @lru_cache(maxsize=8)
@@ -216,43 +245,20 @@ def _message(value: object, key: str, train: bool | None = None) -> Message:
     raw = as_object(value, key)
     if (role := required(raw, "role", f"{key}.role")) not in ROLES:
         raise UserError(f"`{key}.role` is {role!r:.40}, expected one of {listed(ROLES)}")
-    calls = _read_calls(raw.get("tool_calls", []), f"{key}.tool_calls")
+    calls = tool_calls(raw.get("tool_calls", []), f"{key}.tool_calls")
     if calls and role != "assistant":
         raise UserError(f"`{key}.tool_calls` is in a {role} turn, but only the assistant calls tools")
     flag = raw.get("weight", raw.get("train"))
     if flag not in (None, 0, 1) or (flag and role != "assistant"):
         raise UserError(f"`{key}` ({role}) has the weight {flag!r:.40}, expected 0 or 1, and 1 only in assistant turns")
     train = None if role != "assistant" else train if flag is None else bool(flag)
-    texts = {_ALIASES.get(name, name): typed(raw[name], str, f"{key}.{name}") for name in _TEXT_KEYS if name in raw}
+    old_call = raw.get("function_call")
+    if not calls and (any(old_call.values()) if isinstance(old_call, dict) else old_call):
+        raise UserError(f"`{key}.function_call` is a call in an old form that is not read; write it as `tool_calls`")
+    texts = {name: typed(raw[name], str, f"{key}.{name}") for name in ("name", "tool_call_id") if name in raw}
     content = raw.get("content", "") if calls else required(raw, "content", f"{key}.content")
-    return Message(role, _content(content, f"{key}.content"), tool_calls=calls or None, train=train, **texts)
-
-
-def _content(value: object, key: str) -> str:
-    if not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
-        return str(typed(value, str, key))
-    for i, part in enumerate(value):
-        if part.get("type") != "text":
-            raise UserError(f"`{key}[{i}].type` is {part.get('type')!r:.40}, but only text is trained; remove the part")
-    return "".join(typed(part.get("text"), str, f"{key}[{i}].text") for i, part in enumerate(value))
-
-
-def _read_calls(value: object, key: str) -> tuple[dict[str, Any], ...]:
-    calls = []
-    for i, call in enumerate(as_objects(value, key)):
-        function = as_object(call.get("function", call), f"{key}[{i}].function")
-        name = typed(required(function, "name", f"{key}[{i}].name"), str, f"{key}[{i}].name")
-        arguments = typed(function.get("arguments", {}), dict, f"{key}[{i}].arguments")
-        identity = {"id": call["id"]} if "id" in call else {}
-        calls.append({**identity, "type": "function", "function": {"name": name, "arguments": arguments}})
-    return tuple(calls)
-
-
-def _read_tools(value: object) -> tuple[dict[str, Any], ...] | None:
-    """Flat schemas are put into OpenAI's envelope, as inference servers do before they render the same template."""
-    tools = as_objects(value, "tools")
-    check_text(tools, "tools")
-    return tuple(tool if "function" in tool else {"type": "function", "function": tool} for tool in tools) or None
+    content = text_of(content, f"{key}.content")
+    return Message(role, content, reasoning(raw, key), tool_calls=calls or None, train=train, **texts)
 
 
 def _turn(role: str, text: object, key: str) -> _Turn:

@@ -13,11 +13,14 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from glob import glob, has_magic
+from functools import partial
+from glob import has_magic
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lit_sft.data.sources.copies import plain_copy
 from lit_sft.data.sources.files import DATA_FILE, FilePart, _ArrowRows, _content_hash, open_file
+from lit_sft.data.sources.finding import check_links, files_below, files_matching, report_unread
 from lit_sft.data.sources.hub import load_hub, load_saved
 from lit_sft.data.sources.rows import Rows, by_source, first_rows, join, limit, mix, split_rows, subset
 from lit_sft.types import UserError
@@ -130,30 +133,32 @@ class _Opener:
         if any(os.path.isfile(os.path.join(place, name)) for name in ("state.json", "dataset_dict.json")):
             return [_dataset_part(path, load_saved(place, self.split, self.key), self.split)]
         if os.path.isdir(place):
-            return [open_file(file, self.key, self.cache_dir) for file in self._files_of_split(place)]
+            return self._open_files(self._files_of_split(place))
+        check_links([place], self.key)
         if os.path.exists(place):
-            return [open_file(place, self.key, self.cache_dir)]
+            return self._open_files([place])
         if has_magic(place):
-            files = sorted(filter(os.path.isfile, glob(place, recursive=True)))
-            if not files:
+            if not (files := files_matching(place, self.key)):
                 raise UserError(f"no file matches `{path}`; correct `{self.key}`")
-            return [open_file(file, self.key, self.cache_dir) for file in files]
+            return self._open_files(files)
         if DATA_FILE.search(path) or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", path):
             raise UserError(f"file not found: `{path}`; correct `{self.key}` (relative paths start at {os.getcwd()})")
         return [_dataset_part(path, load_hub(path, config, self.split, self.key), self.split)]
 
+    def _open_files(self, paths: list[str]) -> list[FilePart]:
+        return [open_file(path, self.key, partial(plain_copy, self.cache_dir)) for path in paths]
+
     def _files_of_split(self, folder: str) -> list[str]:
         """The data files in a folder by name; where names tell splits (train.jsonl, test/0.parquet), those of ours."""
-        found = [
-            str(file)
-            for file in sorted(Path(folder).rglob("*"))
-            if DATA_FILE.search(file.name) and file.is_file() and not _is_hidden(file.relative_to(folder))
-        ]
+        files = files_below(folder, self.key)
+        check_links(filter(DATA_FILE.search, files), self.key)
+        found = [file for file in files if DATA_FILE.search(file) and os.path.isfile(file)]
+        report_unread(folder, [os.path.relpath(file, folder) for file in sorted(set(files).difference(found))])
         splits: dict[str, list[str]] = {}
         for file in found:
             words = re.split(r"[\W\d_]+", os.path.relpath(file, folder).lower())
             told = [split for split, marks in SPLIT_WORDS.items() if any(word in marks for word in words)]
-            if os.path.basename(file) not in NO_DATA:
+            if os.path.basename(file).lower() not in NO_DATA:
                 splits.setdefault(told[0] if told else "", []).append(file)
         if not splits:
             raise UserError(f"`{folder}` has no data file (json, jsonl, csv, parquet, arrow); correct `{self.key}`")
@@ -165,11 +170,6 @@ class _Opener:
                 f"`{folder}` has files of ({names}), {self.split} is asked for; name files or a glob in `{self.key}`"
             )
         return splits[self.split]
-
-
-def _is_hidden(path: Path) -> bool:
-    """Copies that editors, notebooks and systems keep (.ipynb_checkpoints/, ._train.jsonl) are no data."""
-    return any(part.startswith(".") for part in path.parts)
 
 
 def _dataset_part(name: str, dataset: Dataset, split: str) -> FilePart:

@@ -1,7 +1,7 @@
 """One file -> `FilePart`, whose rows are read one at a time.
 
 Held in memory: where each JSON line begins; all of a `.json` array; of csv, parquet and Arrow nothing (they are mapped,
-csv and parquet from an Arrow copy). Unpacked and converted copies lie in the cache, named by what they were made from.
+csv and parquet from an Arrow copy).
 """
 
 from __future__ import annotations
@@ -11,16 +11,11 @@ import hashlib
 import json
 import os
 import re
-import shutil
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from itertools import islice
-from pathlib import Path
+from functools import lru_cache
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
@@ -31,9 +26,11 @@ from lit_sft.types import UserError
 if TYPE_CHECKING:
     import datasets
 
-DATA_FILE = re.compile(r"(\.jsonl|\.ndjson|\.json|\.csv|\.tsv|\.parquet|\.arrow)(\.gz|\.zst)?$")
-_CODECS = {".gz": "gzip", ".zst": "zstd"}
-_ROW_KEYS = ("messages", "conversations", "prompt", "completion", "tools")
+DATA_FILE = re.compile(r"(\.jsonl|\.ndjson|\.json|\.csv|\.tsv|\.parquet|\.arrow)(\.gz|\.zst)?$", re.IGNORECASE)
+_ROW_COLUMNS = ("messages", "conversations", "instruction", "prompt", "text")
+"""An object that has one of them is a row: formats start from these."""
+_LIST_COLUMNS = ("completion", "tools", "history")
+"""Lists of objects in a row, under whatever names its other columns have."""
 _BLOCK = 1 << 22
 _STARTED = time.time()  # what is older was not changed during the run
 
@@ -65,11 +62,17 @@ class FilePart:
         return f"{self.name} row {i}" if self.lines is None else f"{self.name} line {self.lines[i] + 1}"
 
 
-def open_file(path: str, key: str, cache_dir: str | Path | None) -> FilePart:
-    """Open a json, jsonl, ndjson, csv, tsv, parquet or arrow file, also with .gz or .zst; `UserError` if it is none.
+def open_file(path: str, key: str, plain_copy: Callable[[str, str, str, str], str]) -> FilePart:
+    """Open a json, jsonl, ndjson, csv, tsv, parquet or arrow file, also with .gz or .zst.
 
-    `key` is the setting it comes from, such as `data.train`, for messages. An unpacked or converted copy goes to
-    `cache_dir`, by default beside the cache of `datasets`.
+    Args:
+        path: Of the file.
+        key: The setting it comes from, such as `data.train`, for messages.
+        plain_copy: (path, suffix, ending of a packed file or "", content hash) -> a file whose rows can be reached one
+            by one.
+
+    Raises:
+        UserError: It is no such file, or cannot be read.
     """
     import pyarrow as pa
 
@@ -77,10 +80,11 @@ def open_file(path: str, key: str, cache_dir: str | Path | None) -> FilePart:
         if not (found := DATA_FILE.search(path)):
             raise UserError("its name ends in none of .json .jsonl .ndjson .csv .tsv .parquet .arrow (+ .gz or .zst)")
         fingerprint = _content_hash(path)
-        plain = _plain_copy(path, found[1], _CODECS.get(found[2]), fingerprint, cache_dir)
-        if plain.endswith(".arrow"):
+        suffix, ending = found[1].lower(), (found[2] or "").lower()
+        plain = plain_copy(path, suffix, ending, fingerprint)
+        if plain.lower().endswith(".arrow"):
             return FilePart(path, fingerprint, _ArrowRows(_read_arrow(plain)))
-        if found[1] == ".json" and (array := _read_json(plain)) is not None:
+        if suffix == ".json" and (array := _read_json(plain)) is not None:
             return FilePart(path, fingerprint, array)
         starts, lines = _index_lines(plain)
         own = fingerprint if plain == path else _content_hash(plain)
@@ -210,77 +214,13 @@ def _read_json(path: str) -> list[Any] | None:
         file.seek(0)
         value = json.load(file)
     if isinstance(value, dict):
-        lists = [item for key, item in value.items() if isinstance(item, list) and item and key not in _ROW_KEYS]
+        lists = [item for key, item in value.items() if isinstance(item, list) and item and key not in _LIST_COLUMNS]
         lists = [item for item in lists if all(isinstance(row, dict) for row in item)]
-        return lists[0] if len(lists) == 1 else [value]
+        is_row = len(lists) != 1 or any(value.get(column) is not None for column in _ROW_COLUMNS)
+        return [value] if is_row else lists[0]
     if not isinstance(value, list):
         raise UserError(f"it holds one {type(value).__name__}, expected an array of objects")
     return value
-
-
-def _plain_copy(path: str, suffix: str, codec: str | None, fingerprint: str, cache_dir: str | Path | None) -> str:
-    """The file itself if its rows can be reached one by one, or else its unpacked or converted copy in the cache."""
-
-    def cached(name: str, write: Callable[[str], None]) -> str:
-        from datasets import config
-
-        folder = Path(cache_dir or config.HF_DATASETS_CACHE) / "lit_sft_sources"
-        if not (folder / name).exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder) as scratch:  # so that nobody sees it half-written
-                write(os.path.join(scratch, name))
-                os.replace(os.path.join(scratch, name), folder / name)
-        return str(folder / name)
-
-    if codec:
-        path = cached(fingerprint + suffix, partial(_unpack, path, codec))
-    if os.path.getsize(path) == 0:
-        raise UserError("it is empty; fill or remove it")
-    convert = {".csv": _convert_csv, ".tsv": _convert_csv, ".parquet": _convert_parquet}.get(suffix)
-    return path if convert is None else cached(f"{fingerprint}{suffix}.arrow", partial(convert, path))
-
-
-def _unpack(path: str, codec: str, target: str) -> None:
-    import pyarrow as pa
-
-    with pa.input_stream(path, compression=codec) as source, open(target, "wb") as file:
-        shutil.copyfileobj(source, file, _BLOCK)
-
-
-def _convert_csv(path: str, target: str) -> None:
-    """Every field is text: "007" stays "007", "NA" is no null, and an empty field is an empty string."""
-    import pyarrow as pa
-
-    csv.field_size_limit(sys.maxsize)
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.reader(file, "excel-tab" if target.endswith(".tsv.arrow") else "excel", strict=True)
-        header = next(reader, [])
-        if len(set(header)) < len(header) or any(not name.strip() or len(name) > 64 for name in header):
-            raise UserError("the first line is no header (its names must be short, different and not empty); add one")
-        schema = pa.schema([(name, pa.large_string()) for name in header])
-
-        def batches() -> Iterator[pa.RecordBatch]:
-            while chunk := list(islice(filter(None, reader), 1024)):
-                if odd := [row for row in chunk if len(row) != len(header)]:
-                    raise UserError(f"{odd[0]!s:.80} has {len(odd[0])} fields, the header {len(header)}; use quotes")
-                yield pa.record_batch(list(zip(*chunk, strict=True)), schema=schema)
-
-        _write_arrow(schema, batches(), target)
-
-
-def _convert_parquet(path: str, target: str) -> None:
-    from pyarrow.parquet import ParquetFile
-
-    with ParquetFile(path) as file:
-        _write_arrow(file.schema_arrow, file.iter_batches(1024), target)
-
-
-def _write_arrow(schema: Any, batches: Iterable[Any], target: str) -> None:
-    import pyarrow as pa
-
-    with pa.OSFile(target, "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-        for batch in batches:
-            writer.write_batch(batch)
 
 
 def _read_arrow(path: str) -> datasets.Dataset:

@@ -16,9 +16,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal
 
-from lit_sft.data.turns.left_out import END_OF_THINKING, of_answer, of_messages
+from lit_sft.data.turns.left_out import has_reasoning, of_answer, of_messages, of_tools
+from lit_sft.data.turns.marks import marked
 from lit_sft.types import Conversation, Message, RenderedTurn, UserError
 
 if TYPE_CHECKING:
@@ -160,8 +162,19 @@ class ChatTemplate:
         return stop.start(), stop.group()
 
     def left_out(self, conversation: Conversation, texts: Sequence[str]) -> tuple[str, ...]:
-        """Notes on messages, the assistant's aside, that are in none of the texts written of a conversation."""
-        return of_messages(conversation.messages, texts)
+        """Notes on tools, and on messages, the assistant's aside, that are in none of the texts of a conversation.
+
+        Tools are looked for in the prompt of the first answer: later a call has the name of its tool, too.
+        """
+        notes = of_messages(conversation.messages, texts)
+        if conversation.tools:
+            messages = tuple(takewhile(lambda message: message.role != "assistant", conversation.messages))
+            written, without = (
+                self.write(Conversation(messages, tools), generation_prompt=True)[0]
+                for tools in (conversation.tools, None)
+            )
+            notes += of_tools(conversation.tools, written, without) + self._other_template
+        return notes
 
     @property
     def is_raw(self) -> bool:
@@ -180,6 +193,13 @@ class ChatTemplate:
     @cached_property
     def _variables(self) -> dict[str, Any]:
         return {**self.tokenizer.special_tokens_map, **self.chat_template_kwargs}
+
+    @cached_property
+    def _other_template(self) -> tuple[str, ...]:
+        """A note for rows with tools, for which transformers takes another one of the tokenizer's templates."""
+        own = self.tokenizer.chat_template
+        is_other = isinstance(own, dict) and own.get("default") == self.text != own.get("tool_use", self.text)
+        return ("other_template",) if is_other else ()
 
     @cached_property
     def _switches(self) -> list[_Switch]:
@@ -211,12 +231,12 @@ class ChatTemplate:
                 where = f"turn {number} (assistant) holds {token!r} before its end, where a server would stop"
                 raise UserError(f"{where}; remove it from the row")
         left_out = self._left_out(conversation, index, answer)
-        thoughtless = self._opens_thinking(prompt) and not _has_reasoning(messages[index])
+        thoughtless = self._opens_thinking(prompt) and not has_reasoning(messages[index])
         if not lenient and (thoughtless or not fits):
             raise _does_not_fit(number, start, prompt, whole, thoughtless)
         notes = tuple(f"switch:{name}={str(value).lower()}" for name, value in switch)
         notes += ("lenient",) * lenient + left_out
-        parts = _marked(marks, start, stop_at, end, number) if self._has_marks else ((start, end),)
+        parts = marked(marks, start, stop_at, end, number) if self._has_marks else ((start, end),)
         return RenderedTurn(number, prompt, whole[:end], stop, start, self._anchor(prompt), parts, whole, switch, notes)
 
     def _opens_thinking(self, prompt: str) -> bool:
@@ -259,12 +279,7 @@ class ChatTemplate:
                     f"turn {index + 1} (assistant) calls {name!r}, which the chat template does not write; set "
                     "data.chat_template to a template with tool calls, or remove the row"
                 )
-        tools = ("left_out:tools",) if conversation.tools and "tools" not in (self.text or "") else ()
-        return tools + of_answer(message, answer)
-
-
-def _has_reasoning(message: Message) -> bool:
-    return bool((message.reasoning_content or "").strip()) or END_OF_THINKING.search(message.content) is not None
+        return of_answer(message, answer)
 
 
 def _does_not_fit(number: int, at: int, prompt: str, whole: str, thoughtless: bool) -> UserError:
@@ -280,16 +295,3 @@ def _does_not_fit(number: int, at: int, prompt: str, whole: str, thoughtless: bo
         f"turn {number} (assistant) does not continue the prompt of a server: {there}; set data.chat_template to a "
         "template whose turns begin as its generation prompt does, or data.unproved to lenient"
     )
-
-
-def _marked(marks: list[_Span], start: int, stop_at: int, end: int, number: int) -> tuple[_Span, ...]:
-    """What of an answer lies between `{% generation %}` marks; a stop token right behind them is trained, too."""
-    parts = [(max(start, first), min(last, end)) for first, last in marks if first < end and last > start]
-    if parts and parts[-1][1] == stop_at:
-        parts[-1] = (parts[-1][0], end)
-    if not parts or parts[-1][1] != end:
-        raise UserError(
-            f"the {{% generation %}} marks of the chat template leave out the stop token of turn {number} (assistant); "
-            "put {% endgeneration %} behind it (data.chat_template)"
-        )
-    return tuple(parts)

@@ -5,16 +5,22 @@ from __future__ import annotations
 import html
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from lit_sft.types import Message
 
-END_OF_THINKING = re.compile(r"[<\[]/[\w:|]*think[\w:|]*[>\]]", re.IGNORECASE)
+_END_OF_THINKING = re.compile(r"[<\[]/[\w:|]*think[\w:|]*[>\]]", re.IGNORECASE)
 
 _COMMANDS = re.compile(r"/(?:no_?think|think|system_override)\b")
 """What a template obeys, and takes out of the text (SmolLM3, Nemotron)."""
 _ESCAPES = re.compile(r"""\\+[nrtfb]?|["']""")
 """What differs between a text and the same text as JSON or as Python writes it, whatever the depth."""
+
+
+def has_reasoning(message: Message) -> bool:
+    """Whether there is a thought, of its own or in the content."""
+    return bool((message.reasoning_content or "").strip()) or _END_OF_THINKING.search(message.content) is not None
 
 
 def of_answer(message: Message, answer: str) -> tuple[str, ...]:
@@ -23,9 +29,22 @@ def of_answer(message: Message, answer: str) -> tuple[str, ...]:
     content = message.content.strip()
     is_left_out = {
         "reasoning_content": (message.reasoning_content or "").strip() not in answer,
-        "content": content not in answer and END_OF_THINKING.split(content)[-1].strip() not in answer,
+        "content": content not in answer and _END_OF_THINKING.split(content)[-1].strip() not in answer,
     }
     return tuple(f"left_out:{name}" for name, left_out in is_left_out.items() if left_out)
+
+
+def of_tools(tools: Iterable[Mapping[str, Any]], written: str, without: str) -> tuple[str, ...]:
+    """A note where a text has none of the tools.
+
+    Args:
+        tools: In OpenAI's envelope.
+        written: What the template writes of messages with these tools.
+        without: The same without tools: the messages themselves may have the name of one.
+    """
+    functions = (tool["function"] for tool in tools)
+    names = [str(function.get("name", "")) for function in functions if isinstance(function, dict)]
+    return () if written != without and any(name in written for name in names) else ("left_out:tools",)
 
 
 def of_messages(messages: Iterable[Message], texts: Sequence[str]) -> tuple[str, ...]:
