@@ -35,7 +35,7 @@ from lit_sft.types import Conversation, Example, UserError
 
 log = logging.getLogger(__name__)
 
-CACHE_VERSION = 6
+CACHE_VERSION = 7
 """Raise it when formats, rendering or the cache's layout change what a cache holds."""
 CHUNK_ROWS = 200
 """Rows rendered and tokenized together."""

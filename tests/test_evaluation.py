@@ -250,3 +250,12 @@ def test_training_goes_on_as_without_evaluation(tmp_path):
         run("fit", arguments(model, rows, root, model__evaluation=evaluation, **options))
         losses.append(scalars(root, "train/loss"))
     assert losses[0] == losses[1]
+
+
+def test_a_table_that_was_torn_within_a_character_goes_on(tmp_path):
+    """By a kill: only the last line is lost."""
+    path = tmp_path / "evaluation.jsonl"
+    callback.append(path, [{"step": 1, "stage": "val", "prompt": "什么"}], None)
+    path.write_bytes(path.read_bytes() + '{"step": 2, "prompt": "什'.encode()[:-1])
+    callback.append(path, [{"step": 2, "stage": "val", "prompt": "b"}], ("val", (2, 2)))
+    assert [json.loads(line)["step"] for line in path.read_text(encoding="utf-8").splitlines()] == [1, 2]

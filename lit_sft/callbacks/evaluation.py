@@ -165,7 +165,8 @@ def append(path: Path, rows: list[dict[str, Any]], replaced: tuple[str, tuple[in
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if replaced is not None and path.is_file():
-        whole = path.read_text(encoding="utf-8").split("\n")[:-1]  # `splitlines` splits at more than that
+        text = path.read_text(encoding="utf-8", errors="replace")  # a torn line may end within a character
+        whole = text.split("\n")[:-1]  # `splitlines` splits at more than that
         kept = [f"{line}\n" for line in whole if not _is_replaced(json.loads(line), *replaced)]
         aside = path.with_name(f".{path.name}.tmp")
         aside.write_text("".join(kept), encoding="utf-8")

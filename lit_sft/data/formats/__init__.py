@@ -86,7 +86,7 @@ def report_unread(
     Raises:
         UserError: The template is broken.
     """
-    fields = () if prompt_template is None else _fields(prompt_template)
+    fields = () if prompt_template is None else template_fields(prompt_template)
     names = unread(rows, format, column_mapping or {}, fields)
     return [f"columns that are not read: {listed(names)}"] if names else []
 
