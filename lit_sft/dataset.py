@@ -83,7 +83,7 @@ class SFTData:
         if TODAY not in (self.chat_template or ""):
             return None
         day = kept_date(path := self._cache_dir() / DATE_FILE)
-        log.info("the chat template asks for the date of the day: it gets %s in all rows and prompts (%s)", day, path)
+        log.info("the chat template asks for the date of the day: where it writes it, that is %s (%s)", day, path)
         return day
 
     @cached_property

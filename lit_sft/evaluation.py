@@ -89,8 +89,8 @@ def too_long_to_match(prompts: Sequence[Prompt], key: str, max_new_tokens: int) 
     if not long:
         return ""
     return (
-        f"{key}: {len(long)} of {len(lengths)} references are longer than the {max_new_tokens} tokens of "
-        f"model.generation.max_new_tokens (the longest: {max(long)}), so answers end before they can match; raise it"
+        f"{key}: answers are cut at {max_new_tokens} tokens, and {len(long)} of {len(lengths)} references are longer "
+        f"(the longest: {max(long)}); raise model.generation.max_new_tokens if answers need that length"
     )
 
 

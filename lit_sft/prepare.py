@@ -45,6 +45,8 @@ JOB = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT", "TORCHELASTIC_RUN
 """What launchers tell all ranks of a job, before the first of them prepares the data. Lightning's starts the others
 later.
 """
+DAY = 24 * 60 * 60
+"""Seconds, after which nobody waits for a failure of another job any more."""
 SHOWN_SKIPS = 10
 """Skipped rows that are shown; more are only counted."""
 
@@ -216,7 +218,9 @@ class Preparation:
         failure = path.with_name(f"{path.name}.{_job()}.error")
         if global_rank() != 0:
             return wait_for_cache(path, failure)
-        failure.unlink(missing_ok=True)
+        for old in path.parent.glob(f"{path.name}.*.error"):
+            if old == failure or time.time() - old.stat().st_mtime > DAY:
+                old.unlink(missing_ok=True)
         try:
             cache = open_cache(path) or self._write(path, rows, num_workers)
             counts = Counts(**cache.meta)

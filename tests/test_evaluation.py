@@ -213,8 +213,9 @@ def test_prompts_without_room_are_not_scored():
 def test_references_that_are_longer_than_answers_are_counted():
     prompts = [Prompt([5], "x", "y", "row", length) for length in (3, 10, 11, 12)] + [Prompt([5], "x", None, "row")]
     assert too_long_to_match(prompts, "data.test", 12) == ""
-    assert too_long_to_match(prompts, "data.test", 10).startswith(
-        "data.test: 2 of 4 references are longer than the 10 "
+    said = too_long_to_match(prompts, "data.test", 10)
+    assert said.startswith(
+        "data.test: answers are cut at 10 tokens, and 2 of 4 references are longer (the longest: 12)"
     )
 
 
@@ -229,7 +230,7 @@ def test_a_mixture_is_asked_in_proportion_and_long_references_are_told(place, tm
     rows = table(tmp_path / "runs")
     assert [(line["index"], line["prompt"]) for line in rows] == [(0, "A 0"), (1, "A 1"), (2, "B 0"), (3, "B 1")]
     assert [line.get("reference") for line in rows] == ["one two three", "one two three", None, "one two three"]
-    assert sum("3 of 3 references are longer than the 2 tokens" in line for line in lines) == 1
+    assert sum("cut at 2 tokens, and 3 of 3 references are longer" in line for line in lines) == 1
     assert not any("max_samples" in line for line in lines)
 
 

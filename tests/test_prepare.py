@@ -417,7 +417,9 @@ def test_a_template_that_writes_the_date_gets_the_same_on_every_day(prepared, mo
         anew = prepared([A, B], chat_template=DATED)
     second = path.read_text().strip()
     assert second == str(NextYear.today()) != first
-    assert any(f"the date of the day: it gets {second} " in line and str(path) in line for line in lines)
+    assert any(
+        f"the date of the day: where it writes it, that is {second} " in line and str(path) in line for line in lines
+    )
     assert anew.caches["train"].path != data.caches["train"].path
     said = f'order: chat_template_date in data.cache_dir \\("{first}", now "{second}"\\): restore that'
     with pytest.raises(UserError, match=said):

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import time
 
 import datasets
@@ -278,6 +279,14 @@ def test_a_link_that_leads_nowhere_is_refused(spec, tmp_path):
         open_rows(str(tmp_path / spec))
 
 
+def test_a_link_of_another_split_may_lead_nowhere(tmp_path):
+    write(tmp_path / "rows" / "train.jsonl", json.dumps({"a": 1}))
+    (tmp_path / "rows" / "test.jsonl").symlink_to("../annex/test")
+    assert names_read(tmp_path / "rows") == [1]
+    with pytest.raises(UserError, match=r"rows/test.jsonl` \(`data.train`\) is a link to"):
+        open_rows(str(tmp_path / "rows"), split="test")
+
+
 def test_files_that_are_not_read_are_told(tmp_path):
     write(tmp_path / "rows" / "a.jsonl", json.dumps({"a": 1}))
     for name in ("README.md", "LICENSE", "license.txt", "load.py", "config.yaml", "dataset_info.json", ".git", "a.png"):
@@ -309,7 +318,8 @@ def test_directories_that_a_glob_does_not_read_are_told(tmp_path):
 
 
 def test_a_directory_that_cannot_be_read(tmp_path, monkeypatch):
-    write(tmp_path / "rows" / "a.jsonl")
+    """Refused where it is the one that was named; below it (`lost+found` of a disk, say) it is told."""
+    write(tmp_path / "rows" / "a.jsonl", json.dumps({"a": 1}))
     (tmp_path / "rows" / "sub").mkdir()
     scan = os.scandir
 
@@ -319,8 +329,12 @@ def test_a_directory_that_cannot_be_read(tmp_path, monkeypatch):
         return scan(path)
 
     monkeypatch.setattr(os, "scandir", refuse_sub)
-    with pytest.raises(UserError, match=r"cannot read `.*rows/sub` \(`data.train`\): Permission denied; see the perm"):
-        open_rows(str(tmp_path / "rows"))
+    with log_lines() as lines:
+        assert names_read(tmp_path / "rows") == [1]
+    refusal = f"cannot read `{tmp_path}/rows/sub` (`data.train`): Permission denied; see the permissions"
+    assert lines == [refusal]
+    with pytest.raises(UserError, match=re.escape(refusal)):
+        open_rows(str(tmp_path / "rows" / "sub"))
 
 
 def test_directories_with_splits(tmp_path):

@@ -70,8 +70,8 @@ NOTES = {
     "left_out:reasoning_content": "reasoning that the template does not write, so it is not trained",
     "left_out:content": "content beside a tool call that the template does not write, so it is not trained",
     "left_out:tools": "tools that the template does not write",
-    "other_template": "tools written by the tokenizer's template default, though it has one for them, tool_use; set "
-    "data.chat_template to that",
+    "other_template": "tools written by the tokenizer's template default, though it has one for them, tool_use; save "
+    "that one to a file, and set data.chat_template to its path",
     **{
         f"left_out:{role}_turn": f"a {role} turn that the template does not write, so the model does not see it"
         for role in ("system", "developer", "user", "tool")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+from contextlib import suppress
 from datetime import date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -72,16 +74,21 @@ def with_date(template: str, day: str) -> str:
 
 
 def kept_date(path: Path) -> str:
-    """The date in a file; where there is no file, today's is put into it.
+    """The date in a file; where there is no file, today's is put into it, by one of several ranks or jobs.
 
     Raises:
         UserError: It holds no date.
     """
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f"{path.name}.{uuid4().hex}")
-        aside.write_text(f"{date.today()}\n")
-        aside.replace(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            aside.write_text(f"{date.today()}\n")
+        except OSError:  # questions need no cache
+            return str(date.today())
+        with suppress(FileExistsError):
+            os.link(aside, path)
+        aside.unlink()
     try:
         return str(date.fromisoformat(path.read_text().strip()))
     except ValueError:

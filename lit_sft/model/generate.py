@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -151,9 +152,9 @@ def decode_completion(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], st
 
     Marks of thoughts stay, whatever they are to the tokenizer; what gpt-oss thinks is put between `<think>` marks.
     """
-    ended = bool(ids) and ids[-1] in set(stop_ids)
-    special = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
-    special |= {index: str(token) for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    if not ids:
+        return ""
+    ended, special = ids[-1] in set(stop_ids), _special_tokens(tokenizer, len(tokenizer))
     has_channels = "<|channel|>" in special.values()
     marks = _THOUGHTS + _CHANNELS if has_channels else _THOUGHTS
     kept = [i for i in (ids[:-1] if ended else ids) if i not in special or special[i] in marks]
@@ -163,6 +164,13 @@ def decode_completion(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], st
         return text
     text = _CHANNEL.sub(lambda found: "" if found[1] is None else f"<think>{found[1]}</think>", text)
     return re.sub("|".join(map(re.escape, _CHANNELS)), "", text)
+
+
+@lru_cache(maxsize=4)
+def _special_tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> dict[int, str]:
+    """Texts by id, collected once: some tokenizers have hundreds. `size` tells when there are new ones."""
+    special = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+    return special | {index: str(token) for index, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
 def context_length(config: PretrainedConfig) -> int | None:

@@ -136,7 +136,7 @@ def to_conversation(
     fields = () if prompt_template is None else template_fields(prompt_template)
     blank = tuple(name for name in fields if row[name] == "")
     messages = tuple(message for _, message in turns)
-    return Conversation(messages, tool_schemas(row.get("tools") or []), blank=blank, notes=counted(row))
+    return Conversation(messages, tool_schemas(row.get("tools") or []), blank=blank, notes=counted(row, fields))
 
 
 def conversation_to_prompt(conversation: Conversation) -> tuple[Conversation, str | None]:

@@ -39,6 +39,6 @@ def unread(
     return [own for name, own in names.items() if name not in read]
 
 
-def counted(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """Notes on unread columns that would have changed how the row is written."""
-    return tuple(f"unread:{name}" for name in _COUNTED if row.get(name))
+def counted(row: Mapping[str, Any], fields: Sequence[str]) -> tuple[str, ...]:
+    """Notes on columns that would have changed how the row is written, and are no field of a `data.prompt_template`."""
+    return tuple(f"unread:{name}" for name in _COUNTED if row.get(name) and name not in fields)

@@ -151,8 +151,7 @@ class _Opener:
     def _files_of_split(self, folder: str) -> list[str]:
         """The data files in a folder by name; where names tell splits (train.jsonl, test/0.parquet), those of ours."""
         files = files_below(folder, self.key)
-        check_links(filter(DATA_FILE.search, files), self.key)
-        found = [file for file in files if DATA_FILE.search(file) and os.path.isfile(file)]
+        found = [file for file in files if DATA_FILE.search(file) and (os.path.isfile(file) or os.path.islink(file))]
         report_unread(folder, [os.path.relpath(file, folder) for file in sorted(set(files).difference(found))])
         splits: dict[str, list[str]] = {}
         for file in found:
@@ -163,12 +162,14 @@ class _Opener:
         if not splits:
             raise UserError(f"`{folder}` has no data file (json, jsonl, csv, parquet, arrow); correct `{self.key}`")
         if set(splits) == {""}:
+            check_links(splits[""], self.key)
             return splits[""]
         if self.split not in splits or "" in splits:
             names = ", ".join(f"{split or 'no split'}: {len(files)}" for split, files in splits.items())
             raise UserError(
                 f"`{folder}` has files of ({names}), {self.split} is asked for; name files or a glob in `{self.key}`"
             )
+        check_links(splits[self.split], self.key)
         return splits[self.split]
 
 

@@ -85,10 +85,13 @@ def report_unread(place: str, paths: Iterable[str]) -> None:
 
 
 def _walk(folder: str, key: str) -> Iterator[tuple[str, list[str]]]:
-    """Each directory from `folder` down, once, and the names of its files."""
+    """Each directory from `folder` down, once, and the names of its files. Of a disk some belong to the system."""
 
     def refuse(error: OSError) -> None:
-        raise UserError(f"cannot read `{error.filename}` (`{key}`): {error.strerror}; see the permissions") from error
+        what = f"cannot read `{error.filename}` (`{key}`): {error.strerror}; see the permissions"
+        if error.filename == folder:
+            raise UserError(what) from error
+        log.warning(what)
 
     places, seen = [folder], set()
     for place in places:  # links come last, so that a directory is known by its own name

@@ -169,11 +169,11 @@ class ChatTemplate:
         notes = of_messages(conversation.messages, texts)
         if conversation.tools:
             messages = tuple(takewhile(lambda message: message.role != "assistant", conversation.messages))
-            written, without = (
-                self.write(Conversation(messages, tools), generation_prompt=True)[0]
-                for tools in (conversation.tools, None)
-            )
-            notes += of_tools(conversation.tools, written, without) + self._other_template
+
+            def written(tools: Any) -> str:
+                return self.write(Conversation(messages, tools), generation_prompt=True)[0]
+
+            notes += of_tools(conversation.tools, messages, written) + self._other_template
         return notes
 
     @property
@@ -198,8 +198,10 @@ class ChatTemplate:
     def _other_template(self) -> tuple[str, ...]:
         """A note for rows with tools, for which transformers takes another one of the tokenizer's templates."""
         own = self.tokenizer.chat_template
-        is_other = isinstance(own, dict) and own.get("default") == self.text != own.get("tool_use", self.text)
-        return ("other_template",) if is_other else ()
+        if not isinstance(own, dict) or self.text is None or own.get("default") == own.get("tool_use"):
+            return ()
+        text = re.sub(r"\A\{%- macro strftime_now.*\n", "", self.text)  # the date that it was given
+        return ("other_template",) if "tool_use" in own and text == own.get("default") else ()
 
     @cached_property
     def _switches(self) -> list[_Switch]:

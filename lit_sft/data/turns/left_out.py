@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from lit_sft.types import Message
@@ -34,17 +34,21 @@ def of_answer(message: Message, answer: str) -> tuple[str, ...]:
     return tuple(f"left_out:{name}" for name, left_out in is_left_out.items() if left_out)
 
 
-def of_tools(tools: Iterable[Mapping[str, Any]], written: str, without: str) -> tuple[str, ...]:
-    """A note where a text has none of the tools.
+def of_tools(
+    tools: Iterable[Mapping[str, Any]], messages: Iterable[Message], written: Callable[[Any], str]
+) -> tuple[str, ...]:
+    """A note where the template writes none of the tools.
 
     Args:
         tools: In OpenAI's envelope.
-        written: What the template writes of messages with these tools.
-        without: The same without tools: the messages themselves may have the name of one.
+        messages: The prompt, which may have the name of one itself.
+        written: What the template writes of it with these tools, or with None.
     """
     functions = (tool["function"] for tool in tools)
     names = [str(function.get("name", "")) for function in functions if isinstance(function, dict)]
-    return () if written != without and any(name in written for name in names) else ("left_out:tools",)
+    found = [name for name in names if name in (prompt := written(tools))]
+    is_said = any(name in message.content for name in found for message in messages)
+    return ("left_out:tools",) if not found or (is_said and written(None) == prompt) else ()
 
 
 def of_messages(messages: Iterable[Message], texts: Sequence[str]) -> tuple[str, ...]:
