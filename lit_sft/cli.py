@@ -144,6 +144,7 @@ class SFTCLI(LightningCLI):
             asked = config.trainer
             present = trainer.accelerator.auto_device_count()
             trainer.plan = doctor.Plan.of_settings(asked.devices, asked.num_nodes, asked.strategy, present)
+            trainer._checkpoint_connector = GivenCheckpoint(trainer)
             return trainer
         files = CheckpointFiles(config.checkpoint.async_save)
         callbacks = run_callbacks(config, self.ckpt_path, self.subcommand == "fit", files, self._save_config)

@@ -69,6 +69,8 @@ class Plan:
         if isinstance(devices, str) and "," in devices:
             devices = devices.strip(",").split(",")
         every = present if devices in ("auto", -1, "-1") else None
+        if every is None and not isinstance(devices, list) and not str(devices).isdecimal():
+            raise UserError(f"trainer.devices is {devices}; set it to auto, a number, or a list of numbers")
         per_node = every or (len(devices) if isinstance(devices, list) else int(devices))
         return cls(per_node * num_nodes, "fsdp" in str(strategy).lower())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 LONGEST = 255
@@ -18,6 +19,8 @@ def point(link: Path, name: str) -> None:
     """
     aside = link.with_name(f".{link.name}.tmp")
     aside.unlink(missing_ok=True)
+    if link.is_dir() and not link.is_symlink():  # in a copy that was made of what links name
+        shutil.rmtree(link)
     try:
         aside.symlink_to(name)
     except OSError:  # some network and FUSE mounts, exFAT

@@ -91,7 +91,7 @@ class SFTModule(L.LightningModule):
         self.__dict__["adapter"] = None  # past `nn.Module`: it is no submodule, its layers live in `model`
         self.saved_stop_ids: list[int] = []
         self.loss_scale = 1.0
-        self.window: Tensor = torch.zeros(4, dtype=torch.float64)
+        self.window: Tensor = torch.zeros(5, dtype=torch.float64)
         """Since the last optimizer step on this rank, then over all: loss sum, targets, tokens; what `Guard` adds."""
         self.guard: Callable[[Optimizer, Tensor, Tensor], None] = lambda optimizer, window, norm: None
         self.metrics = TokenMetrics()

@@ -221,6 +221,12 @@ def own_callbacks(chosen: Any, model: SFTModule, dry: bool = False) -> list[Call
             "trainer.callbacks: GradientAccumulationScheduler would change the batch of an optimizer step: leave it "
             "out, accumulation follows from data.global_batch_size"
         )
+    in_16_bits = model.options.dtype not in ("auto", "float32")
+    if in_16_bits and any(isinstance(callback, WeightAveraging) for callback in callbacks):
+        raise UserError(
+            f"trainer.callbacks: WeightAveraging would keep its average in the 16 bits of model.dtype "
+            f"{model.options.dtype}, which are too few for it: set that to auto"
+        )
     is_partial = is_adapted(model.options) or model.options.trainable is not None
     if is_partial and any(isinstance(callback, WeightAveraging) for callback in callbacks):
         raise UserError(

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 from running import arguments, run, write_rows
-from terminal import log_lines
+from terminal import log_lines, refused
 from tiny import save_tiny
 
 from lit_sft.doctor import Plan
@@ -134,6 +134,11 @@ def test_a_model_that_fits_in_shards_only(model, tmp_path, capsys, monkeypatch):
 def test_devices_of_a_plan(devices, per_node):
     assert Plan.of_settings(devices, 3, "ddp", present=2) == Plan(3 * per_node, sharded=False)
     assert Plan.of_settings(devices, 1, {"class_path": "lit_sft.strategies.FSDP2Strategy"}, 2).sharded
+
+
+def test_devices_that_are_no_number(model, tmp_path, capsys):
+    args = arguments(model, write_rows(tmp_path / "a.jsonl", ROWS), tmp_path / "runs", trainer__devices="many")
+    assert refused(capsys, "doctor", args).startswith("trainer.devices is many; set it to auto, a number")
 
 
 def test_two_bos_are_an_error(tmp_path, capsys):

@@ -13,8 +13,9 @@ from running import arguments, chat_rows, run, scalars, version, write_rows
 from terminal import log_lines
 from tiny import save_tiny
 
+from lit_sft import links as links_module
 from lit_sft import runs
-from lit_sft.checkpointing import find_last, read_checkpoint
+from lit_sft.checkpointing import find_checkpoint, find_last, read_checkpoint
 
 FORK = multiprocessing.get_context("fork")
 TEN_STEPS = {
@@ -145,6 +146,24 @@ def test_a_best_score_whose_checkpoint_is_gone_is_forgotten(place, root):
         run("fit", [*args, back(root, "step=000003.ckpt")])
     assert "the best checkpoint so far, of step 2, is gone: the next validation is the best" in lines
     assert links(root) == {"last": "step=000005.ckpt", "best": "step=000005.ckpt"}
+
+
+def test_a_link_may_lead_elsewhere(root):
+    """To a file of the user's: its best checkpoint is still that of its run."""
+    folder, own = version(root) / "checkpoints", version(root) / "own"
+    own.mkdir()
+    shutil.move(folder / "step=000003.ckpt", own / "good.ckpt")
+    links_module.point(folder / "last.ckpt", "../own/good.ckpt")
+    logs = version(root).parent
+    assert find_checkpoint(str(folder / "last.ckpt"), logs, "test") == str(own / "good.ckpt")
+    assert find_checkpoint("best", logs, "test") == str(folder / links(root)["best"])
+
+
+def test_a_link_takes_the_place_of_a_copied_directory(tmp_path):
+    (tmp_path / "last.ckpt").mkdir()
+    (tmp_path / "last.ckpt" / "part-0.pt").touch()
+    links_module.point(tmp_path / "last.ckpt", "step=000003.ckpt")
+    assert links_module.target(tmp_path / "last.ckpt") == "step=000003.ckpt"
 
 
 @pytest.mark.parametrize("name", ["best.ckpt", "renamed.ckpt"])

@@ -398,6 +398,8 @@ def test_averages_of_weights(place, tmp_path, capsys):
     own[0] = {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging"}
     args = settings(place, tmp_path / "runs", trainer__callbacks=own, trainer__precision="bf16-true")
     assert "set that to bf16-mixed" in refused(capsys, "fit", args)
+    args = settings(place, tmp_path / "runs", trainer__callbacks=own, model__dtype="bfloat16")
+    assert "model.dtype bfloat16, which are too few for it" in refused(capsys, "fit", args)
     args = settings(place, tmp_path / "runs", trainer__callbacks=own, model__trainable=["layers"])
     assert "leave out what is frozen" in refused(capsys, "fit", args)
     for name in ("none", "ema"):

@@ -56,7 +56,7 @@ class Step(NamedTuple):
     batches: list[MicroBatch]
     """Of this rank."""
     numbers: Tensor
-    """[3] on the host: loss, gradient norm, and the share by which this rank's norm before was off the mean of all."""
+    """[3] on the host: loss, gradient norm, and by which share of their mean the norms of the step before differ."""
     arrived: torch.cuda.Event | None
     """Reached by the device when `numbers` can be read."""
 
@@ -86,6 +86,7 @@ class Guard(Callback):
         """One that is not yet judged."""
         self.norm: Tensor | None = None
         """Of the step before, as this rank has it."""
+        self.agree = RANKS_AGREE
         self.trainer: L.Trainer | None = None
 
     @override
@@ -116,23 +117,24 @@ class Guard(Callback):
     @override
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         if self.norm is not None:
-            pl_module.window[3] = self.norm  # type: ignore[index, operator, assignment]
+            pl_module.window[3:] = torch.stack([self.norm, self.norm.square()])  # type: ignore[index, operator, assignment]
 
     def inspect(self, optimizer: Optimizer, window: Tensor, norm: Tensor) -> None:
         """Called when the gradients of a step are final.
 
         Args:
             optimizer: Is about to step.
-            window: [4] over all ranks: loss sum, targets, tokens, and the sum of their norms of the step before.
+            window: [5] over all ranks: loss sum, targets, tokens, sum and sum of squares of the norms before.
             norm: [] of the gradients over all ranks, before clipping.
 
         Raises:
             UserError: This step, or the one before it, is wrong, and may not be left out.
         """
         assert self.trainer is not None
+        self.agree = max(RANKS_AGREE, torch.finfo(norm.dtype).eps)
         norm = norm.to(window.device).double()  # that of offloaded gradients is on the CPU
-        mean = window[3] / self.trainer.world_size
-        apart = torch.zeros_like(mean) if self.norm is None else (mean - self.norm).abs() / mean
+        mean, square = window[3:] / self.trainer.world_size
+        apart = (square - mean.square()).clamp(min=0).sqrt() / mean  # their deviation, the same on all ranks
         self.norm = norm
         self.judge()
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
@@ -160,9 +162,9 @@ class Guard(Callback):
         if step.arrived is not None:
             step.arrived.synchronize()
         loss, norm, apart = step.numbers.tolist()
-        if apart > RANKS_AGREE:
+        if apart > self.agree:
             raise UserError(
-                f"step {step.number - 1}: a rank's gradient norm is {apart:.1%} off the mean of all: gradients are not "
+                f"step {step.number - 1}: the gradient norms of the ranks differ by {apart:.1%}: gradients are not "
                 "reduced over ranks; look for what replaces parameters (trainer.callbacks?), or report it"
             )
         if math.isfinite(loss) and math.isfinite(norm) and norm <= self._limit:

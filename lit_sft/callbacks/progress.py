@@ -131,7 +131,7 @@ class Lines(Callback):
 
 def has_stopped_early(trainer: L.Trainer) -> bool:
     """Whether early stopping has no patience left, before the first step: it asks at a validation only, and a resumed
-    run would go on to the next one.
+    run would go on to the next one. Its callback gets the reason, which the last line tells.
     """
     stopped = False
     for callback in trainer.early_stopping_callbacks:

@@ -61,9 +61,11 @@ class Throughput(Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self.paused:  # which it only is between two steps
-            waited = trainer.train_dataloader.waited - self.waited  # type: ignore[union-attr]
-            self.step_began, self.paused = time.monotonic() - waited, False
+        waited = trainer.train_dataloader.waited  # type: ignore[union-attr]
+        self.waited = min(self.waited, waited)  # a loader that was made anew begins at 0
+        if self.paused and not self.tokens:  # else it was within a step, for a validation by the clock
+            self.step_began = time.monotonic() - (waited - self.waited)
+        self.paused = False
         if batch["rows"][0] >= 0:
             self.tokens += sum(batch["lengths"])
             self.squares += sum(length * length for length in batch["lengths"])
@@ -72,7 +74,7 @@ class Throughput(Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer.fit_loop._should_accumulate():
             return
-        _, targets, tokens, _ = pl_module.window
+        _, targets, tokens, *_ = pl_module.window
         seconds, waited = time.monotonic() - self.step_began, trainer.train_dataloader.waited - self.waited  # type: ignore[union-attr]
         self.waited += waited
         self.num_tokens = tokens + self.num_tokens

@@ -231,16 +231,17 @@ def find_checkpoint(ckpt_path: str | None, logs: Path, subcommand: str) -> str |
     if ckpt_path is not None and (found is None or not found.exists()):
         raise UserError(f"--ckpt_path {ckpt_path}: there is no such checkpoint")
     if found is not None and found.name in (files.LAST, files.BEST):
-        found = found.with_name(links.target(found) or found.name)
+        found = Path(os.path.normpath(found.parent / (links.target(found) or found.name)))
     return None if found is None else str(found)
 
 
 def _best_beside(last: Path) -> Path:
-    """The best checkpoint of a run."""
-    name = links.target(last.parent / files.BEST)
-    if name is None or not is_intact(best := last.parent / name):
+    """The best checkpoint of a run, whose last one may be a file of the user's beside its own."""
+    folder = last.parent.parent / files.FOLDER
+    name = links.target(folder / files.BEST)
+    if name is None or not is_intact(best := folder / name):
         raise UserError(
-            f"--ckpt_path best: {last.parent} holds no intact {files.BEST}, which a run makes with data.validation or "
+            f"--ckpt_path best: {folder} holds no intact {files.BEST}, which a run makes with data.validation or "
             "data.val_size; take last, or give a path"
         )
     return best

@@ -149,13 +149,13 @@ def go_back(path: Path, step: int, best_step: int | None) -> bool:
     with reported(path):
         if path.name not in (LAST, BEST) and _last(path.parent.parent) != path:
             links.point(folder / LAST, os.path.relpath(path, folder))
+        with suppress(PermissionError):  # another user's
+            _make_newest(path)
         has_best = _restore_best(folder, step, best_step)
         later = [other for other in filter(_is_ours, folder.glob("step=*.ckpt")) if (step_of(other) or 0) > step]
         for other in later:
             remove(put_by := other.with_name(LATER.format(other.name)))
             os.replace(other, put_by)
-        with suppress(PermissionError):  # another user's
-            _make_newest(path)
     if later:
         log.info("%s: what was saved after step %s is set aside as .step=*.later until the next save", folder, step)
     return has_best

@@ -149,7 +149,7 @@ class Checkpointer(Checkpoint):
             log.warning("model.optimizer goes on as in the checkpoint: %s", "; ".join(others))
         before, now = optim.go_on(trainer.lr_scheduler_configs[0].scheduler)  # type: ignore[arg-type]
         steps = trainer.datamodule.total_steps  # type: ignore[attr-defined]
-        if before != now or self.planned != steps:
+        if before != now or self.planned not in (None, steps):  # an older checkpoint does not say
             was = "" if self.planned in (None, steps) else f" ({self.planned:,} in the checkpoint)"
             log.info(
                 "model.lr_schedule is computed anew, over %s steps in all%s: the next rate is %.4g, not %.4g",
