@@ -105,6 +105,6 @@ def test_within_a_quarter(case, tmp_path):
         env=environment(),
     )
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    (took,) = re.findall(r"memory of a real step: ([\d.]+) GiB", done.stderr)
+    (took,) = re.findall(r"memory of a real step on one device: ([\d.]+) GiB", done.stderr)
     expected = json.loads(done.stdout.splitlines()[-1])["memory"]
     assert expected["total"] / 2**30 == pytest.approx(float(took), rel=0.25), (took, expected)
