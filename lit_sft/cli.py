@@ -22,7 +22,7 @@ from lit_sft.callbacks import FaultOptions
 from lit_sft.checkpointing import CheckpointFiles, CheckpointOptions
 from lit_sft.datamodule import SFTDataModule
 from lit_sft.module import SFTModule
-from lit_sft.trainer import GivenCheckpoint, SFTTrainer, own_callbacks, run_callbacks
+from lit_sft.trainer import GivenCheckpoint, SFTTrainer, as_list, own_callbacks, run_callbacks
 from lit_sft.types import UserError
 
 log = logging.getLogger("lit_sft")
@@ -137,7 +137,7 @@ class SFTCLI(LightningCLI):
             one_step = {"devices": 1, "num_nodes": 1, "strategy": "auto", "max_steps": 2, "limit_val_batches": 0}
             quiet = {"logger": DummyLogger(), "enable_checkpointing": False, "enable_progress_bar": False}
             own = {
-                "callbacks": own_callbacks(config.trainer.callbacks, self.model, dry=True),
+                "callbacks": own_callbacks(config.trainer, self.model, dry=True),
                 "default_root_dir": str(root),
             }
             trainer: Any = self._instantiate_trainer({**config.trainer, **one_step, **quiet, **own}, [])
@@ -150,8 +150,8 @@ class SFTCLI(LightningCLI):
         callbacks = run_callbacks(config, self.ckpt_path, self.subcommand == "fit", files, self._save_config)
         trainer_config = dict(config.trainer)
         if self.subcommand == "fit":
-            trainer_config["callbacks"] = own_callbacks(config.trainer.callbacks, self.model)
-        trainer_config["plugins"] = slurm.plugins([*_as_list(trainer_config.get("plugins")), files])
+            trainer_config["callbacks"] = own_callbacks(config.trainer, self.model)
+        trainer_config["plugins"] = slurm.plugins([*as_list(trainer_config.get("plugins")), files])
         if trainer_config.get("logger") in (None, True):
             trainer_config["logger"] = runs.loggers(root)
         try:
@@ -210,10 +210,6 @@ def _accelerator(chosen: Any) -> Any:
         raise UserError(f"trainer.accelerator {chosen}: Apple's GPU cannot sum losses in float64: set it to cpu")
     log.info("Apple's GPU cannot sum losses in float64: the CPU is taken (trainer.accelerator)")
     return "cpu"
-
-
-def _as_list(value: Any) -> list[Any]:
-    return [] if value is None else value if isinstance(value, list) else [value]
 
 
 NOT_HERE = (

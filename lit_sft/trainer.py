@@ -168,8 +168,6 @@ def run_callbacks(
         files: Writes the checkpoints.
         save_config: Writes config.yaml.
     """
-    if is_fit:
-        _refuse_averages(config.trainer)
     first_step = checkpointing.saved_step(ckpt_path) if ckpt_path and is_fit else None
     checkpointer = Checkpointer(config.checkpoint, files)
     folder = runs.RunFolder(ckpt_path, first_step, save_config, checkpointer.go_on_from)
@@ -199,18 +197,18 @@ def run_callbacks(
     return callbacks
 
 
-def own_callbacks(chosen: Any, model: SFTModule, dry: bool = False) -> list[Callback]:
+def own_callbacks(trainer: Any, model: SFTModule, dry: bool = False) -> list[Callback]:
     """The user's callbacks.
 
     Args:
-        chosen: `trainer.callbacks`.
+        trainer: Settings of the trainer.
         model: What is trained.
         dry: Without those that save or draw.
 
     Raises:
         UserError: One of them would do nothing, or could not go on after a stop.
     """
-    callbacks = _as_list(chosen)
+    callbacks = as_list(trainer.callbacks)
     if any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks):
         raise UserError(
             "trainer.callbacks: StochasticWeightAveraging copies the module before its model is built, and averages "
@@ -221,42 +219,39 @@ def own_callbacks(chosen: Any, model: SFTModule, dry: bool = False) -> list[Call
             "trainer.callbacks: GradientAccumulationScheduler would change the batch of an optimizer step: leave it "
             "out, accumulation follows from data.global_batch_size"
         )
-    in_16_bits = model.options.dtype not in ("auto", "float32")
-    if in_16_bits and any(isinstance(callback, WeightAveraging) for callback in callbacks):
-        raise UserError(
-            f"trainer.callbacks: WeightAveraging would keep its average in the 16 bits of model.dtype "
-            f"{model.options.dtype}, which are too few for it: set that to auto"
-        )
-    is_partial = is_adapted(model.options) or model.options.trainable is not None
-    if is_partial and any(isinstance(callback, WeightAveraging) for callback in callbacks):
+    if any(isinstance(callback, WeightAveraging) for callback in callbacks):
+        _check_averaged(trainer, model)
+    return [callback for callback in callbacks if not dry or not isinstance(callback, (Checkpoint, ProgressBar))]
+
+
+def _check_averaged(trainer: Any, model: SFTModule) -> None:
+    """Refuses settings under which `WeightAveraging` would copy a model that has no weights yet, save a part of it, or
+    keep an average in 16 bits, which its small steps do not move.
+    """
+    if is_adapted(model.options) or model.options.trainable is not None:
         raise UserError(
             "trainer.callbacks: WeightAveraging needs all weights in its checkpoints, which leave out what is frozen: "
             "remove it, or set model.lora, model.adapter_name_or_path and model.trainable to null"
         )
-    return [callback for callback in callbacks if not dry or not isinstance(callback, (Checkpoint, ProgressBar))]
-
-
-def _refuse_averages(trainer: Any) -> None:
-    """Refuses settings of a trainer under which `WeightAveraging` would copy a model that has no weights yet, or keep
-    an average that its small steps do not move.
-    """
-    if not any(isinstance(callback, WeightAveraging) for callback in _as_list(trainer.callbacks)):
-        return
-    if str(trainer.precision) in ("bf16-true", "16-true"):
-        raise UserError(
-            f"trainer.callbacks: WeightAveraging would keep its average in the 16 bits of trainer.precision "
-            f"{trainer.precision}, which are too few for it: set that to bf16-mixed"
-        )
-    sharded = trainer.strategy in ("fsdp", "fsdp2") or isinstance(trainer.strategy, ModelParallelStrategy)
-    if sharded:
+    for key, value, remedy in (
+        ("trainer.precision", str(trainer.precision), "bf16-mixed"),
+        ("model.dtype", model.options.dtype, "auto"),
+    ):
+        if value in ("bf16-true", "16-true", "bfloat16", "float16"):
+            raise UserError(
+                f"trainer.callbacks: WeightAveraging would keep its average in the 16 bits of {key} {value}, which are "
+                f"too few for it: set that to {remedy}"
+            )
+    if trainer.strategy == "fsdp2" or isinstance(trainer.strategy, ModelParallelStrategy):
         raise UserError(
             "trainer.callbacks: WeightAveraging does not take sharded weights: remove it, or set trainer.strategy to "
             "ddp or auto"
         )
 
 
-def _as_list(callbacks: Any) -> list[Callback]:
-    return [] if callbacks is None else callbacks if isinstance(callbacks, list) else [callbacks]
+def as_list(value: Any) -> list[Any]:
+    """Of a setting that takes one thing, a list, or nothing."""
+    return [] if value is None else value if isinstance(value, list) else [value]
 
 
 def _save_and_wait(checkpointer: Checkpointer, files: CheckpointFiles) -> Callable[[L.Trainer], None]:
