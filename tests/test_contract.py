@@ -1,0 +1,123 @@
+"""What users, their scripts and their files rely on: keys and defaults, scalar tags, JSON keys, files, exit codes.
+
+The snapshot in `records/contract.json` is compared whole. A change of it is a change for users: it belongs into
+CHANGELOG, and a new snapshot is written by
+
+    python tests/test_contract.py
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from running import REPOSITORY, arguments, chat_rows, environment, version, write_rows
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny import save_tiny
+
+SNAPSHOT = Path(__file__).parent / "records" / "contract.json"
+COMMANDS = ("fit", "validate", "test", "predict", "preview", "doctor")
+SETTINGS = {"data__val_size": 4, "data__packing": True, "data__questions": ["abc"], "model__evaluation": {}}
+
+
+def command(*args: str) -> subprocess.CompletedProcess[str]:
+    """`python -m lit_sft ARGS` in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "lit_sft", *args], cwd=REPOSITORY, capture_output=True, text=True, env=environment()
+    )
+
+
+def flat(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys with their defaults; an empty mapping is a default."""
+    if isinstance(tree, Mapping) and tree:
+        for name, value in tree.items():
+            yield from flat(value, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, tree
+
+
+def defaults(name: str, *args: str) -> dict[str, Any]:
+    done = command(name, *args, "--print_config")
+    assert done.returncode == 0, done.stderr
+    return dict(flat(yaml.safe_load(done.stdout)))
+
+
+def files(folder: Path) -> list[str]:
+    """Names below a folder; what carries a time or a process number is cut off."""
+    names = (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    return sorted({name.split(".tfevents")[0] + ".tfevents" if ".tfevents" in name else name for name in names})
+
+
+def observe(folder: Path) -> dict[str, Any]:
+    """Runs every command once on a tiny model and writes down what it leaves."""
+    model, root = save_tiny(folder / "model"), folder / "run"
+    rows = write_rows(folder / "train.jsonl", chat_rows(24))
+    base = arguments(model, rows, root, **SETTINGS)
+    lines = {}
+    for name in ("fit", "validate", "predict"):
+        more = [] if name == "fit" else [f"--ckpt_path={root}/lightning_logs/version_0/checkpoints/last.ckpt"]
+        done = command(name, *base, *more)
+        assert done.returncode == 0, done.stderr
+    doctor = command("doctor", *base, "--output=json")
+    preview = command("preview", *base, "--output=json", "--num_rows=2")
+    run = version(root)
+    with (run / "metrics.csv").open() as file:
+        columns = sorted(csv.DictReader(file).fieldnames or [])
+    events = EventAccumulator(str(run)).Reload()
+    predictions = root.glob("lightning_logs/version_*/predictions.jsonl")
+    lines["predictions"] = next(predictions).read_text().splitlines()[0]
+    lines["evaluation"] = (run / "evaluation.jsonl").read_text().splitlines()[0]
+    lines["preview"] = preview.stdout.splitlines()[0]
+    lines["doctor"] = doctor.stdout.splitlines()[-1]
+    checkpoint = run / "checkpoints" / "last.ckpt"
+    return {
+        "config": {name: defaults(name) for name in COMMANDS},
+        "config of export": sorted(defaults("export", f"--ckpt_path={checkpoint}")),
+        "json": {name: sorted(dict(flat(json.loads(line)))) for name, line in lines.items()},
+        "metrics.csv": columns,
+        "scalars": sorted(events.Tags()["scalars"]),
+        "texts": sorted(events.Tags()["tensors"]),
+        "files": files(run),
+        "checkpoint": checkpoint_keys(checkpoint),
+        "exit": {
+            "no command": command().returncode,
+            "unknown key": command("fit", "--modle.lora.r=4").returncode,
+            "wrong value": command("fit", "--trainer.max_epochs=two").returncode,
+            "no such file": command("fit", *base, "--data.train=nowhere.jsonl").returncode,
+            "no checkpoint": command("export", "--ckpt_path=nowhere.ckpt").returncode,
+            "fine": doctor.returncode,
+        },
+    }
+
+
+def checkpoint_keys(path: Path) -> list[str]:
+    """Entries of a checkpoint down to the states of callbacks, which an older run must find again."""
+    import torch
+
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    inside = {"callbacks": checkpoint["callbacks"], "SFTDataModule": checkpoint["SFTDataModule"]}
+    return sorted([*checkpoint, *(f"{group}.{name}" for group, values in inside.items() for name in values)])
+
+
+@pytest.fixture(scope="module")
+def observed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return json.loads(json.dumps(observe(tmp_path_factory.mktemp("contract"))))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", sorted(json.loads(SNAPSHOT.read_text())) if SNAPSHOT.exists() else [])
+def test_the_contract_is_kept(observed, part):
+    assert observed[part] == json.loads(SNAPSHOT.read_text())[part]
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as scratch:
+        SNAPSHOT.write_text(json.dumps(observe(Path(scratch)), indent=1, sort_keys=True) + "\n")
