@@ -1,14 +1,14 @@
 """`python -m lit_sft` and `lit-sft`: first the signals, then what takes seconds to import."""
 
-from lit_sft import interrupts
+from lit_sft import signals
 
 
 def main() -> None:
     """Runs the command line."""
-    interrupts.install()
-    from lit_sft import cli
+    signals.install()
+    from lit_sft.cli import main as main_module
 
-    cli.main()
+    main_module.main()
 
 
 if __name__ == "__main__":

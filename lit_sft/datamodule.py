@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, Any, Literal
 import lightning as L
 from torch.utils.data import DataLoader, Dataset
 
-from lit_sft import interrupts
+from lit_sft import signals
 from lit_sft.data.cache import ExampleCache
 from lit_sft.data.collate import collate
-from lit_sft.data.loading import TimedLoader
+from lit_sft.data.loader import TimedLoader
 from lit_sft.data.packing import Packs, one_per_pack, pack_examples, refill
-from lit_sft.data.sampling import PositionSampler, StepOrder
-from lit_sft.dataset import SFTData
+from lit_sft.data.sampler import PositionSampler, StepOrder
+from lit_sft.data_pipeline import SFTData
+from lit_sft.errors import UserError
+from lit_sft.generation.prompts import Prompt, deal
 from lit_sft.model.generate import GenerationOptions
-from lit_sft.prompts import Prompt, deal
-from lit_sft.types import Batch, Prompts, UserError
+from lit_sft.types import Batch, Prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -247,7 +248,7 @@ class SFTDataModule(L.LightningDataModule):
             batch_size=None,
             pin_memory=not on_cpu,
             num_workers=(0 if on_cpu else 2) if workers == "auto" else workers,
-            worker_init_fn=interrupts.shield_worker,
+            worker_init_fn=signals.shield_worker,
         )
 
     # ------------------------------------------------------------------ prompts

@@ -13,17 +13,19 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from lit_sft import answering, optim
-from lit_sft.build import base_name, build_model, check_options
-from lit_sft.evaluation import EvaluationOptions
-from lit_sft.metrics import TokenMetrics
-from lit_sft.model import exact, frozen, memory, parallel
-from lit_sft.model.adapters import LoraConfig, lift_trained
+from lit_sft.errors import UserError
+from lit_sft.generation import answer as answer_module
+from lit_sft.generation.scoring import EvaluationOptions
+from lit_sft.model import base_fingerprint, memory_estimate, parallel, self_check
 from lit_sft.model.export import export_hf
 from lit_sft.model.generate import GenerationOptions, context_length, stop_token_ids
+from lit_sft.model.lora.adapters import LoraConfig, lift_trained
 from lit_sft.model.loss import CausalLMLoss, LossOptions
-from lit_sft.seeding import seed_all
-from lit_sft.types import Batch, LossOutput, Prompts, UserError
+from lit_sft.model_builder import base_name, build_model, check_options
+from lit_sft.training import optim
+from lit_sft.training.seeding import seed_all
+from lit_sft.training.token_metrics import TokenMetrics
+from lit_sft.types import Batch, LossOutput, Prompts
 
 if TYPE_CHECKING:
     from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -106,17 +108,17 @@ class SFTModule(L.LightningModule):
         if self.model is not None:
             return
         if self.trainer.strategy.root_device.type == "cpu":
-            memory.keep_freed_memory()
+            memory_estimate.keep_freed_memory()
         if self.options.quantization and isinstance(self.trainer.strategy, ModelParallelStrategy):
             raise UserError("model.quantization: 4-bit weights are not sharded; set trainer.strategy to ddp or auto")
         sharded = isinstance(self.trainer.strategy, ModelParallelStrategy) and self.trainer.world_size > 1
         with torch.device("cpu"):  # Lightning makes the GPU the default, whose random start values are others
             model, adapter = build_model(self.options, self.trainer.precision, sharded=sharded)
         longest = self.trainer.datamodule.data.longest  # type: ignore[attr-defined]
-        exact.check_length(model.lm, longest, context_length(model.lm.config))
+        self_check.check_length(model.lm, longest, context_length(model.lm.config))
         self.loss_scale = 1.0 / 1024 if self.trainer.precision.startswith("16") else 1.0
-        self.model, is_partial = model, frozen.is_frozen(model.lm)
-        self.base = frozen.base_of(model.lm, self.options.init, self.options.seed) if is_partial else None
+        self.model, is_partial = model, base_fingerprint.is_frozen(model.lm)
+        self.base = base_fingerprint.base_of(model.lm, self.options.init, self.options.seed) if is_partial else None
         self.__dict__["adapter"] = adapter
 
     def shard(self, mesh: Any, **options: bool) -> None:
@@ -247,11 +249,11 @@ class SFTModule(L.LightningModule):
         sharded = isinstance(self.trainer.strategy, ModelParallelStrategy)
         how = {"options": options or self.generation, "stop_ids": self.stop_ids, "seed": self.options.seed}
         with self.trainer.precision_plugin.forward_context():  # callbacks, too, ask the model that `predict` asks
-            return answering.answer(self.model, tokenizer, prompts, synced=sharded, **how)
+            return answer_module.answer(self.model, tokenizer, prompts, synced=sharded, **how)
 
     def predict_step(self, batch: Prompts, batch_idx: int) -> list[dict[str, Any]]:
         """One record per prompt (see `answering.records`)."""
-        return answering.records(batch, self.answer(batch))
+        return answer_module.records(batch, self.answer(batch))
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -259,18 +261,18 @@ class SFTModule(L.LightningModule):
         """Leaves out what is frozen, and remembers what that was; and how answers end."""
         checkpoint |= {"base": self.base, "quantization": self.options.quantization, "stop_ids": self.stop_ids}
         if self.base is not None:
-            checkpoint["state_dict"] = frozen.trained(self, checkpoint["state_dict"])
+            checkpoint["state_dict"] = base_fingerprint.trained(self, checkpoint["state_dict"])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses what does not belong to this model; takes back how answers end."""
         if "state_dict" in checkpoint:  # Lightning's FSDP strategy has taken it out
-            frozen.check_fits(self, checkpoint["state_dict"])
-        frozen.check_base(checkpoint["base"], self.base)
+            base_fingerprint.check_fits(self, checkpoint["state_dict"])
+        base_fingerprint.check_base(checkpoint["base"], self.base)
         # Answers, scores and merges over other bits than those of the training are asked for by name, and may be.
         goes_on, datamodule = self.trainer.state.fn == "fit", self.trainer.datamodule  # type: ignore[attr-defined]
         if goes_on and not datamodule.options.allow_other_data:
             now = self.options.quantization
-            frozen.check_quantization(checkpoint.get("quantization", now), now)
+            base_fingerprint.check_quantization(checkpoint.get("quantization", now), now)
         self.saved_stop_ids = checkpoint["stop_ids"]
 
     # ------------------------------------------------------------------ export
@@ -295,6 +297,6 @@ class SFTModule(L.LightningModule):
             base_name_or_path=None if is_ours else base_name(options.model_name_or_path),
             base_revision=options.revision,
             state_dict=None if state_dict is None else {k.removeprefix("lm."): v for k, v in state_dict.items()},
-            record_base=frozen.record_base,
+            record_base=base_fingerprint.record_base,
             **how,
         )

@@ -22,29 +22,28 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from typing_extensions import override
 
-from lit_sft import checkpointing, doctor, exporting, logfiles, preview, runs
-from lit_sft.build import is_adapted
-from lit_sft.callbacks import (
-    Answers,
-    Averaging,
-    Evaluation,
-    FailTogether,
-    FirstExample,
-    Guard,
-    HFExport,
-    KeepFolder,
-    LeaveFolder,
-    Lines,
-    PredictionWriter,
-    Progress,
-    Throughput,
-    has_stopped_early,
-)
-from lit_sft.checkpointing import Checkpointer, CheckpointFiles
+from lit_sft.callbacks.checkpointer import Checkpointer
+from lit_sft.callbacks.fail_together import FailTogether
+from lit_sft.callbacks.generation_metrics import Evaluation
+from lit_sft.callbacks.hf_export import HFExport
+from lit_sft.callbacks.nan_guard import Guard
+from lit_sft.callbacks.prediction_writer import PredictionWriter
+from lit_sft.callbacks.progress import Lines, Progress, has_stopped_early
+from lit_sft.callbacks.run_folder import KeepFolder, LeaveFolder
+from lit_sft.callbacks.sample_answers import Answers, FirstExample
+from lit_sft.callbacks.throughput import Throughput
+from lit_sft.callbacks.weight_averaging import Averaging
+from lit_sft.checkpoint import io as checkpoint_io
+from lit_sft.checkpoint.io import CheckpointFiles
+from lit_sft.commands import doctor, preview
+from lit_sft.commands import export as commands_export
 from lit_sft.datamodule import SFTDataModule
+from lit_sft.errors import UserError
+from lit_sft.model_builder import is_adapted
 from lit_sft.module import SFTModule
-from lit_sft.stopping import StopOnSignal
-from lit_sft.types import UserError
+from lit_sft.run import folder as run_folder
+from lit_sft.run import loggers
+from lit_sft.run.preemption import StopOnSignal
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +60,7 @@ class SFTTrainer(L.Trainer):
     @override
     def log_dir(self) -> str | None:
         """The run's folder, whatever the loggers are; Lightning asks the first of them."""
-        chosen = next((c for c in self.callbacks if isinstance(c, runs.RunFolder) and c.is_known), None)  # type: ignore[attr-defined]
+        chosen = next((c for c in self.callbacks if isinstance(c, run_folder.RunFolder) and c.is_known), None)  # type: ignore[attr-defined]
         return super().log_dir if chosen is None else str(chosen.folder)
 
     @property
@@ -83,7 +82,7 @@ class SFTTrainer(L.Trainer):
         self.should_stop = self.should_stop or (self.state.fn == "fit" and has_stopped_early(self))
         results = super()._run_stage()
         for callback in self.callbacks if self.state.fn == "fit" else []:  # type: ignore[attr-defined]
-            if isinstance(callback, runs.RunFolder):
+            if isinstance(callback, run_folder.RunFolder):
                 callback.begin(self, has_steps=False)
             if isinstance(callback, HFExport) and not callback.is_done:
                 for averaging in [c for c in self.callbacks if isinstance(c, WeightAveraging)]:  # type: ignore[attr-defined]
@@ -142,7 +141,9 @@ class SFTTrainer(L.Trainer):
             dequantize: Merge over a 4-bit base too, whose values are then written in bf16.
             dtype: Type of the written weights; null keeps theirs, which is fp32 where they were trained.
         """
-        exporting.export_checkpoint(self, model, datamodule, ckpt_path, Path(output_dir), merge_lora, dequantize, dtype)
+        commands_export.export_checkpoint(
+            self, model, datamodule, ckpt_path, Path(output_dir), merge_lora, dequantize, dtype
+        )
         log.info("exported: %s", output_dir)
 
 
@@ -168,13 +169,13 @@ def run_callbacks(
         files: Writes the checkpoints.
         save_config: Writes config.yaml.
     """
-    first_step = checkpointing.saved_step(ckpt_path) if ckpt_path and is_fit else None
+    first_step = checkpoint_io.saved_step(ckpt_path) if ckpt_path and is_fit else None
     checkpointer = Checkpointer(config.checkpoint, files)
-    folder = runs.RunFolder(ckpt_path, first_step, save_config, checkpointer.go_on_from)
+    folder = run_folder.RunFolder(ckpt_path, first_step, save_config, checkpointer.go_on_from)
     callbacks: list[Callback] = [
         FailTogether(doctor.needed_memory),
         Guard(config.faults),
-        KeepFolder(runs.CONFIG, folder.restore),
+        KeepFolder(run_folder.CONFIG, folder.restore),
         folder,
         checkpointer,
         Throughput(),
@@ -185,7 +186,7 @@ def run_callbacks(
         Averaging(),
         HFExport(),
         PredictionWriter(config.predict_output, ckpt_path),
-        logfiles.LastRow(),
+        loggers.LastRow(),
         StopOnSignal(_save_and_wait(checkpointer, files), config.resume.max_restarts),
         LeaveFolder(lambda: folder.folder),
     ]

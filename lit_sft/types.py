@@ -12,13 +12,6 @@ IGNORE_INDEX = -100
 """Label of a position that is not trained (the value `torch.nn.functional.cross_entropy` skips by default)."""
 
 
-class UserError(ValueError):
-    """Something the user can mend: one line that says what is wrong, where, and the remedy.
-
-    The command line prints it without a traceback and exits with a code other than 0.
-    """
-
-
 @dataclass(frozen=True, slots=True)
 class Message:
     """One turn of a conversation, named as chat templates name it."""

@@ -141,8 +141,8 @@ def trl_python(venv: Path) -> str:
 
 def write_pairs(data: Path, path: Path) -> int:
     """Writes the rows as TRL wants them, messages before the last answer and that answer; returns their number."""
-    from lit_sft.data.formats import conversation_to_prompt, detect_format, to_conversation
-    from lit_sft.data.sources import open_rows
+    from lit_sft.data.formats.parse import conversation_to_prompt, detect_format, to_conversation
+    from lit_sft.data.sources.open_rows import open_rows
 
     rows = open_rows(str(data))
     mapping = PAIR if set(PAIR) <= set(rows.columns()) else None
@@ -161,7 +161,7 @@ def measure_lit_sft(args: argparse.Namespace) -> dict[str, Any]:
     """Seconds of a preparation: from scratch, or again if the folder named in the environment holds the result."""
     import resource
 
-    from lit_sft.data.sources import open_rows
+    from lit_sft.data.sources.open_rows import open_rows
     from lit_sft.datamodule import SFTDataModule
 
     mapping = PAIR if set(PAIR) <= set(open_rows(str(args.data)).columns()) else None

@@ -14,11 +14,11 @@ import logging
 import sys
 from pathlib import Path
 
-from lit_sft.comparing import ask, page
+from lit_sft.commands.compare import ask, page
+from lit_sft.console import answers_table, console
 from lit_sft.datamodule import QUESTIONS
-from lit_sft.display import answers_table, console
+from lit_sft.errors import UserError
 from lit_sft.model.generate import GenerationOptions
-from lit_sft.types import UserError
 
 
 def main() -> None:

@@ -67,7 +67,7 @@ def last_loss(root: Path) -> float:
 
 def count_rows(data: str) -> tuple[int, int]:
     """Rows with an empty input, and all rows."""
-    from lit_sft.data.sources import open_rows
+    from lit_sft.data.sources.open_rows import open_rows
 
     rows = open_rows(data)
     return sum(not rows[index].get("input") for index in range(len(rows))), len(rows)

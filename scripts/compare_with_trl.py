@@ -78,9 +78,9 @@ def write_start(seed: int, place: Path) -> Path:
     """Writes random weights with their tokenizer, and the rows as token ids and masks."""
     import torch
 
-    from lit_sft.build import model_directory
     from lit_sft.datamodule import SFTDataModule
     from lit_sft.model import load
+    from lit_sft.model_builder import model_directory
 
     path = model_directory("builtin:demo")
     model = load.load_model(path, init="random", dtype=torch.float32, attn_implementation="sdpa", seed=seed)

@@ -29,7 +29,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
-from lit_sft.checkpointing import read_checkpoint
+from lit_sft.checkpoint.io import read_checkpoint
 
 ROWS = "rows"
 CLOCK = {

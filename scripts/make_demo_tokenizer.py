@@ -11,7 +11,7 @@ from collections import Counter
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from lit_sft import demo
+from lit_sft.demo import builtin as demo
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>")
 ROLES = ("system", "user", "assistant")

@@ -71,9 +71,10 @@ def our_losses(args: argparse.Namespace, scratch: Path, examples: Path) -> list[
     from verify_equivalence import fit, read
 
     from lit_sft import datamodule
+    from lit_sft.data import collate as data_collate
 
     used: list[dict[str, list[int]]] = []
-    collate = datamodule.collate
+    collate = data_collate.collate
 
     def recording(parts: Any) -> Any:
         used.extend({"input_ids": ids.tolist(), "completion_mask": mask.tolist()} for ids, mask, _ in parts)

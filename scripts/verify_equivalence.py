@@ -84,7 +84,7 @@ class Variant:
         return BF16_LIMIT if self.settings.get("trainer.precision") == "bf16-mixed" else LIMIT
 
 
-FSDP2 = "lit_sft.strategies.FSDP2Strategy"
+FSDP2 = "lit_sft.distributed.fsdp2.FSDP2Strategy"
 FSDP2_OPTIONS = {"cpu_offload": True, "reshard_after_forward": False, "sync_every_micro_batch": False}
 TWO_RANKS = {"trainer.devices": 2, "data.micro_batch_size": 2}
 # One step per epoch: the only way to have the same examples in each step, packed and not.
@@ -208,7 +208,7 @@ def fit(settings: dict[str, Any], nodes: int = 1) -> None:
     """`python -m lit_sft fit`: in this process if it is one, else by Lightning's launcher or by torchrun's agents."""
     args = ["fit", *(f"--{key}={_text(value)}" for key, value in settings.items())]
     if settings["trainer.devices"] == 1 and nodes == 1:
-        from lit_sft.cli import main
+        from lit_sft.cli.main import main
 
         with mock.patch.object(sys, "argv", ["lit_sft"]), contextlib.redirect_stdout(io.StringIO()):
             main(args)
@@ -242,7 +242,7 @@ def fit(settings: dict[str, Any], nodes: int = 1) -> None:
 
 def read(root: Path) -> Result:
     """Losses and gradient norms from metrics.csv, weights from the last checkpoint."""
-    from lit_sft.checkpointing import read_checkpoint
+    from lit_sft.checkpoint.io import read_checkpoint
 
     folder = root / "lightning_logs" / "version_0"
     with (folder / "metrics.csv").open() as file:

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from lit_sft.data.render import Renderer
-from lit_sft.data.templates import resolve_chat_template
-from lit_sft.data.turns import ChatTemplate
-from lit_sft.types import Conversation, Example, Message, UserError
+from lit_sft.data.assistant_turns import ChatTemplate
+from lit_sft.data.chat_template import resolve_chat_template
+from lit_sft.data.tokenize import Renderer
+from lit_sft.errors import UserError
+from lit_sft.types import Conversation, Example, Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast

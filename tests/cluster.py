@@ -21,7 +21,7 @@ from pathlib import Path
 from lightning.pytorch.callbacks import Callback
 from running import REPOSITORY, environment
 
-from lit_sft import interrupts
+from lit_sft import signals
 
 NODES = ("node1", "node2")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "unshare")
@@ -69,7 +69,7 @@ class Hold(Callback):
         if trainer.global_step != self.step or "SLURM_RESTART_COUNT" in os.environ:
             return
         Path(f"{self.says}.{trainer.global_rank}").write_text(str(os.getpid()))
-        while not interrupts.received():
+        while not signals.received():
             time.sleep(0.01)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lit_sft.checkpointing import read_checkpoint
+from lit_sft.checkpoint.io import read_checkpoint
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -68,7 +68,7 @@ def arguments(model: str, train: str, root: Path, **overrides: Any) -> list[str]
 def run(command: str, args: list[str], subprocesses: bool = False, timeout: float = 240) -> str:
     """Runs `python -m lit_sft COMMAND ...`; in this process unless ranks or exit codes matter. Returns its output."""
     if not subprocesses:
-        from lit_sft.cli import main
+        from lit_sft.cli.main import main
 
         main([command, *args])
         return ""

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from terminal import log_lines, refused
 from tiny import save_tiny, tiny_llama, tiny_qwen3, tiny_tokenizer
 
-from lit_sft.model.frozen import record_base
+from lit_sft.model.base_fingerprint import record_base
 from lit_sft.model.load import load_tokenizer
 
 LORA = {"r": 4, "lora_alpha": 8}

@@ -8,17 +8,11 @@ import pytest
 import torch
 from tiny import tiny_gpt2, tiny_llama, tiny_qwen3
 
-from lit_sft.model.adapters import (
-    LoraConfig,
-    apply_lora,
-    is_adapter_dir,
-    load_adapter,
-    merge,
-    merge_error,
-    set_trainable,
-)
-from lit_sft.model.frozen import check_fits
-from lit_sft.types import UserError
+from lit_sft.errors import UserError
+from lit_sft.model.base_fingerprint import check_fits
+from lit_sft.model.lora.adapters import LoraConfig, apply_lora, is_adapter_dir, load_adapter
+from lit_sft.model.lora.merge import merge, merge_error
+from lit_sft.model.trainable import set_trainable
 
 IDS = torch.arange(5, 29).reshape(2, 12)
 

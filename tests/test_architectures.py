@@ -14,8 +14,8 @@ from running import arguments, chat_rows, environment, run, version, write_rows
 from terminal import log_lines, refused
 from tiny import save_tiny, tiny_gpt2, tiny_llama, tiny_tokenizer
 
-from lit_sft.model import adapters
-from lit_sft.model.adapters import LoraConfig, apply_lora
+from lit_sft.model import trainable
+from lit_sft.model.lora.adapters import LoraConfig, apply_lora
 
 SIZES = {
     "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -108,11 +108,11 @@ def test_all_linear_is_what_text_passes_through(name):
 
 def test_a_tower_is_not_trained():
     model = gemma3()
-    adapters.freeze_unread(model)
+    trainable.freeze_unread(model)
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     assert frozen and all("vision" in name or "projector" in name for name in frozen)
     plain = tiny_llama()
-    adapters.freeze_unread(plain)
+    trainable.freeze_unread(plain)
     assert all(p.requires_grad for p in plain.parameters())
 
 

@@ -3,16 +3,18 @@ import torch
 from terminal import log_lines
 from tiny import tiny_gpt2, tiny_llama, tiny_qwen3
 
-from lit_sft.build import check
-from lit_sft.model import attention, exact, parallel
+from lit_sft.errors import UserError
+from lit_sft.model import parallel, self_check
+from lit_sft.model.attention import cpu_kernel
+from lit_sft.model.attention import packed as attention_packed
 from lit_sft.model.generate import GenerationOptions, generate, left_pad
 from lit_sft.model.loss import CausalLMLoss, pack_kwargs
-from lit_sft.types import UserError
+from lit_sft.model_builder import check
 
 
 def hidden(lm, input_ids, lengths):
     position_ids = torch.cat([torch.arange(n) for n in lengths])[None]
-    packed = lm.config._attn_implementation == attention.PACKED
+    packed = lm.config._attn_implementation == attention_packed.PACKED
     kwargs = pack_kwargs(lengths, input_ids.device) if packed else {}
     return lm.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **kwargs).last_hidden_state
 
@@ -20,14 +22,14 @@ def hidden(lm, input_ids, lengths):
 @pytest.mark.parametrize("make", [tiny_llama, tiny_qwen3, tiny_gpt2])
 def test_an_example_in_a_pack_equals_the_example_alone(make):
     lm = make()
-    attention.register()
-    lm.set_attn_implementation(attention.PACKED)
+    attention_packed.register()
+    lm.set_attn_implementation(attention_packed.PACKED)
     lengths = (4, 1, 7, 3)
     input_ids = torch.randint(0, 320, (1, sum(lengths)), generator=torch.Generator().manual_seed(0))
     together = hidden(lm, input_ids, lengths).split(lengths, dim=1)
     for part, ids in zip(together, input_ids.split(lengths, dim=1), strict=True):
         torch.testing.assert_close(part, hidden(lm, ids, (ids.shape[1],)), rtol=1e-5, atol=1e-5)
-    assert exact.packs_are_exact(lm, pack_kwargs)
+    assert self_check.packs_are_exact(lm, pack_kwargs)
 
 
 def test_the_same_as_transformers_own_mask_for_packs():
@@ -35,8 +37,8 @@ def test_the_same_as_transformers_own_mask_for_packs():
     lengths = (6, 5, 2)
     input_ids = torch.randint(0, 320, (1, 13), generator=torch.Generator().manual_seed(0))
     expected = hidden(lm, input_ids, lengths)  # sdpa with a block-diagonal mask from the position ids
-    attention.register()
-    lm.set_attn_implementation(attention.PACKED)
+    attention_packed.register()
+    lm.set_attn_implementation(attention_packed.PACKED)
     torch.testing.assert_close(hidden(lm, input_ids, lengths), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -52,8 +54,8 @@ def test_sliding_window_is_honoured():
     lengths = (9, 3, 6)
     input_ids = torch.randint(0, 320, (1, 18))
     expected = hidden(lm, input_ids, lengths)
-    attention.register()
-    lm.set_attn_implementation(attention.PACKED)
+    attention_packed.register()
+    lm.set_attn_implementation(attention_packed.PACKED)
     torch.testing.assert_close(hidden(lm, input_ids, lengths), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -66,22 +68,22 @@ def test_gradients_are_those_of_separate_calls(window):
     grad = torch.randn(1, 12, 4, 8, generator=generator)
     made = []
     for run in (
-        lambda *qkv: attention.cpu.packed_attention_cpu(*qkv, bounds, 0.3, window)[0],
-        lambda *qkv: attention._per_segment(*qkv, 0.0, bounds, 0.3, window),
+        lambda *qkv: cpu_kernel.packed_attention_cpu(*qkv, bounds, 0.3, window)[0],
+        lambda *qkv: attention_packed._per_segment(*qkv, 0.0, bounds, 0.3, window),
     ):
         inputs = [x.clone().requires_grad_() for x in (query, key, value)]
         out = run(*inputs)
         made.append([out, *torch.autograd.grad(out, inputs, grad)])
     for ours, expected in zip(*made, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
-    torch.library.opcheck(attention.cpu.packed_attention_cpu, (*inputs, bounds, 0.3, window))
+    torch.library.opcheck(cpu_kernel.packed_attention_cpu, (*inputs, bounds, 0.3, window))
 
 
 @pytest.mark.parametrize(("kv_heads", "scaling"), [(1, None), (2, 0.3), (6, None)])
 def test_gradients_in_bf16_are_as_exact_as_those_of_sdpa(kv_heads, scaling):
     """Against fp64, for examples of no block, of one and of several: our products beside the kernel's own backward."""
     generator = torch.Generator().manual_seed(0)
-    lengths = (40, attention.cpu.SHORT, attention.cpu.BLOCK, 2 * attention.cpu.BLOCK + 1)
+    lengths = (40, cpu_kernel.SHORT, cpu_kernel.BLOCK, 2 * cpu_kernel.BLOCK + 1)
     bounds = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
     inputs = [
         (2 * torch.randn(1, heads, sum(lengths), 64, generator=generator)).bfloat16()
@@ -94,10 +96,10 @@ def test_gradients_in_bf16_are_as_exact_as_those_of_sdpa(kv_heads, scaling):
         return torch.autograd.grad(run(*own), own, grad.to(dtype))
 
     def by_sdpa(*qkv):
-        return attention._per_segment(*qkv, 0.0, bounds, scaling, None)
+        return attention_packed._per_segment(*qkv, 0.0, bounds, scaling, None)
 
     exact = gradients(by_sdpa, torch.float64)
-    made = gradients(lambda *qkv: attention.cpu.packed_attention_cpu(*qkv, bounds, scaling, None)[0], torch.bfloat16)
+    made = gradients(lambda *qkv: cpu_kernel.packed_attention_cpu(*qkv, bounds, scaling, None)[0], torch.bfloat16)
     for ours, theirs, expected in zip(made, gradients(by_sdpa, torch.bfloat16), exact, strict=True):
         for part in zip(*(x.split(lengths, dim=2) for x in (ours, theirs, expected)), strict=True):
             error, usual = ((x.double() - part[2]).norm() / part[2].norm() for x in part[:2])
@@ -112,8 +114,8 @@ def test_compiled_once_for_packs_of_any_number_of_examples(monkeypatch):
     compile_module = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: compile_module(self, backend=counter, **kw))
     lm = tiny_llama()
-    attention.register()
-    lm.set_attn_implementation(attention.PACKED)
+    attention_packed.register()
+    lm.set_attn_implementation(attention_packed.PACKED)
     packs = [tuple(41 + (5 * i + j) % 7 for j in range(i)) for i in range(1, 12)]
     ids = [torch.arange(sum(lengths))[None] % 320 for lengths in packs]
     plain = [hidden(lm, *pack) for pack in zip(ids, packs, strict=True)]
@@ -135,8 +137,8 @@ def test_answers_leave_compiled_blocks_as_they_are(monkeypatch):
     compile_module = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: compile_module(self, backend=counter, **kw))
     lm = tiny_llama(num_hidden_layers=6)
-    attention.register()
-    lm.set_attn_implementation(attention.PACKED)
+    attention_packed.register()
+    lm.set_attn_implementation(attention_packed.PACKED)
     parallel.apply_compile(lm)
     ids, mask = left_pad([[5, 6, 7, 8], [9, 10]], 0)
     answers = generate(lm, ids, mask, options=GenerationOptions(max_new_tokens=6), stop_ids=[], pad_id=0)
@@ -150,8 +152,8 @@ def test_generation_goes_through_sdpa():
     input_ids = torch.tensor([[0, 0, 5, 6], [7, 8, 9, 10]])
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
     expected = lm.generate(input_ids, attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0)
-    attention.register()
-    lm.set_attn_implementation(attention.PACKED)
+    attention_packed.register()
+    lm.set_attn_implementation(attention_packed.PACKED)
     assert torch.equal(
         lm.generate(input_ids, attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0), expected
     )
@@ -164,15 +166,15 @@ def test_a_state_space_model_is_found_out():
     lm = MambaForCausalLM(
         MambaConfig(vocab_size=320, hidden_size=16, num_hidden_layers=2, state_size=4, initializer_range=0.5)
     )
-    assert not exact.packs_are_exact(lm, pack_kwargs)
+    assert not self_check.packs_are_exact(lm, pack_kwargs)
 
 
 def test_choose():
     from transformers import Gemma2Config, LlamaConfig
 
-    assert attention.choose(LlamaConfig(), "auto") == attention.PACKED
-    assert attention.choose(LlamaConfig(), "sdpa") == "sdpa"
-    assert attention.choose(Gemma2Config(), "auto") == "eager"  # its scores are soft-capped
+    assert attention_packed.choose(LlamaConfig(), "auto") == attention_packed.PACKED
+    assert attention_packed.choose(LlamaConfig(), "sdpa") == "sdpa"
+    assert attention_packed.choose(Gemma2Config(), "auto") == "eager"  # its scores are soft-capped
 
 
 # ---------------------------------------------------------------------- what packed attention cannot do is found out
@@ -205,41 +207,41 @@ def small(name, attn_implementation="eager", **sizes):
 @pytest.mark.parametrize("name", LOST)
 def test_what_is_lost(name):
     sizes, expected = LOST[name]
-    attention.register()
-    lost = exact.what_is_lost(small(name, attention.PACKED, **sizes), pack_kwargs)
+    attention_packed.register()
+    lost = self_check.what_is_lost(small(name, attention_packed.PACKED, **sizes), pack_kwargs)
     assert lost is None if expected is None else expected in lost
 
 
 @pytest.mark.parametrize("name", [name for name in LOST if name != "Gemma2"])  # `choose` knows its caps
 def test_what_is_lost_in_bf16(name):
     sizes, expected = LOST[name]
-    attention.register()
-    lost = exact.what_is_lost(small(name, attention.PACKED, **sizes).bfloat16(), pack_kwargs)
+    attention_packed.register()
+    lost = self_check.what_is_lost(small(name, attention_packed.PACKED, **sizes).bfloat16(), pack_kwargs)
     assert lost is None if expected is None else expected in lost
 
 
 def test_rounding_in_bf16_is_no_loss():
     """It grows from layer to layer: the frozen base of every adapted model had been trained with `eager` for it."""
-    attention.register()
-    lm = small("Llama", attention.PACKED, num_hidden_layers=30, hidden_size=64).bfloat16()
+    attention_packed.register()
+    lm = small("Llama", attention_packed.PACKED, num_hidden_layers=30, hidden_size=64).bfloat16()
     with log_lines() as lines:
         check(CausalLMLoss(lm))
-    assert lm.config._attn_implementation == attention.PACKED and lines == []
+    assert lm.config._attn_implementation == attention_packed.PACKED and lines == []
 
 
 def test_a_model_that_stumbles_is_one_of_them(monkeypatch):
-    attention.register()
-    lm = small("Llama", attention.PACKED)
+    attention_packed.register()
+    lm = small("Llama", attention_packed.PACKED)
     monkeypatch.setattr(lm.model, "forward", lambda **inputs: inputs["attention_mask"].shape)
-    assert exact.what_is_lost(lm, pack_kwargs) == "attention code of its own"
+    assert self_check.what_is_lost(lm, pack_kwargs) == "attention code of its own"
 
 
 @pytest.mark.parametrize("name", [name for name in LOST if LOST[name][1]])
 def test_such_a_model_falls_back_aloud_and_is_exact(name):
     """A row of three examples, two of them longer than the window, beside each alone in the model as it is."""
     sizes, expected = LOST[name]
-    attention.register()
-    lm, lengths = small(name, attention.PACKED, **sizes), (9, 3, 6)
+    attention_packed.register()
+    lm, lengths = small(name, attention_packed.PACKED, **sizes), (9, 3, 6)
     model = CausalLMLoss(lm)
     with log_lines() as lines:
         check(model)
@@ -262,11 +264,11 @@ def test_a_model_that_sees_what_follows_is_refused():
     from transformers import BertConfig, BertLMHeadModel
 
     sizes = {key: SIZES[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")}
-    attention.register()
+    attention_packed.register()
     for is_decoder in (True, False):
         config = BertConfig(**sizes, intermediate_size=64, is_decoder=is_decoder)
-        lm = BertLMHeadModel._from_config(config, attn_implementation=attention.PACKED)
-        assert exact.is_causal(lm) or not is_decoder
+        lm = BertLMHeadModel._from_config(config, attn_implementation=attention_packed.PACKED)
+        assert self_check.is_causal(lm) or not is_decoder
     with pytest.raises(UserError, match="BertLMHeadModel lets tokens see those that follow.*is_decoder"):
         check(CausalLMLoss(lm))
 
@@ -302,25 +304,27 @@ def without_groups(query, key, value, bounds, _, longest, __, *, scale=None, win
 @pytest.mark.parametrize("window", [None, 4])
 def test_the_flash_kernel_gets_lengths_window_and_groups(varlen, window, monkeypatch):
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
-    attention._varlen_is_told.cache_clear()
+    attention_packed._varlen_is_told.cache_clear()
     bounds = torch.tensor([0, 9, 12, 18], dtype=torch.int32)
     query, key, value = (torch.randn(1, heads, 18, 8) for heads in (4, 2, 2))
-    ours = attention._varlen(query, key, value, 9, bounds, None, window)
-    expected = attention._per_segment(query, key, value, 0.0, bounds, None, window)
+    ours = attention_packed._varlen(query, key, value, 9, bounds, None, window)
+    expected = attention_packed._per_segment(query, key, value, 0.0, bounds, None, window)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
     monkeypatch.undo()
-    attention._varlen_is_told.cache_clear()
+    attention_packed._varlen_is_told.cache_clear()
 
 
 def test_mixed_precision_reaches_the_flash_kernel(monkeypatch, caplog):
     """Rotary embeddings lift query and key to fp32 under autocast, which must not keep the kernel away."""
     caplog.set_level("INFO", "lit_sft")
     lm, seen = tiny_qwen3().train(), []
-    attention.register()
-    lm.set_attn_implementation(attention.PACKED)
-    monkeypatch.setattr(attention, "flash_takes", lambda query, value: query.dtype == torch.bfloat16)
-    monkeypatch.setattr(attention, "_varlen", lambda q, k, v, *_: seen.append((q.dtype, k.dtype)) or q.transpose(1, 2))
-    attention._tell.cache_clear()
+    attention_packed.register()
+    lm.set_attn_implementation(attention_packed.PACKED)
+    monkeypatch.setattr(attention_packed, "flash_takes", lambda query, value: query.dtype == torch.bfloat16)
+    monkeypatch.setattr(
+        attention_packed, "_varlen", lambda q, k, v, *_: seen.append((q.dtype, k.dtype)) or q.transpose(1, 2)
+    )
+    attention_packed._tell.cache_clear()
     with log_lines() as lines, torch.autocast("cpu", torch.bfloat16):
         hidden(lm, torch.arange(3, 10)[None], (3, 4))
     assert seen == [(torch.bfloat16, torch.bfloat16)] * 2
@@ -329,4 +333,4 @@ def test_mixed_precision_reaches_the_flash_kernel(monkeypatch, caplog):
 
 def test_flash_takes_nothing_on_a_cpu():
     query = torch.zeros(1, 4, 3, 64, dtype=torch.bfloat16)
-    assert not attention.flash_takes(query, query)
+    assert not attention_packed.flash_takes(query, query)

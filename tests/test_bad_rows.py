@@ -7,11 +7,12 @@ import pytest
 from chat_templates import renderer_of, tokenizer_of
 from running import write_rows
 
-from lit_sft.data.counts import Counts
-from lit_sft.data.formats import detect_format, to_conversation
-from lit_sft.data.sources import limit, open_rows, split_rows
-from lit_sft.prepare import Preparation, Reading
-from lit_sft.types import UserError
+from lit_sft.data.formats.parse import detect_format, to_conversation
+from lit_sft.data.sources.open_rows import open_rows
+from lit_sft.data.sources.rows import limit, split_rows
+from lit_sft.data.stats import Counts
+from lit_sft.errors import UserError
+from lit_sft.preprocessing import Preparation, Reading
 
 USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
 HUMAN, GPT = {"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}
@@ -279,7 +280,7 @@ def test_an_unreadable_file(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     (tmp_path / "a.jsonl").write_bytes(LINE)
-    monkeypatch.setattr("lit_sft.data.sources.files.open", refuse, raising=False)
+    monkeypatch.setattr("lit_sft.data.sources.open_rows.data_files.open", refuse, raising=False)
     with pytest.raises(UserError) as caught:
         open_rows(str(tmp_path / "a.jsonl"))
     one_line(caught, ["a.jsonl", "Permission denied", "data.train"])

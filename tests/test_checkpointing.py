@@ -12,19 +12,12 @@ import pytest
 import torch
 from terminal import log_lines
 
-from lit_sft.checkpointing import (
-    Checkpointer,
-    CheckpointFiles,
-    CheckpointOptions,
-    files,
-    find_checkpoint,
-    find_last,
-    is_intact,
-    open_checkpoint,
-    read_checkpoint,
-    shards,
-)
-from lit_sft.types import UserError
+from lit_sft.callbacks.checkpointer import Checkpointer, CheckpointOptions
+from lit_sft.checkpoint import files
+from lit_sft.checkpoint import sharded as checkpoint_sharded
+from lit_sft.checkpoint.files import find_last, is_intact
+from lit_sft.checkpoint.io import CheckpointFiles, find_checkpoint, open_checkpoint, read_checkpoint
+from lit_sft.errors import UserError
 
 WHOLE = torch.arange(35.0).reshape(7, 5)
 
@@ -61,12 +54,12 @@ def test_a_region_is_read_from_its_pieces(rows, tmp_path):
 def test_a_missing_piece_is_noticed():
     tree = {"w": torch.empty(7, 5, device="meta")}
     with pytest.raises(ValueError, match="20 of the 35 numbers of w"):
-        shards.join(tree, [{"w": ([0, 0], WHOLE[:4])}])
+        checkpoint_sharded.join(tree, [{"w": ([0, 0], WHOLE[:4])}])
 
 
 def test_tied_weights_are_copied_once():
     tied = torch.ones(3)
-    copy_once = shards.HostCopy()
+    copy_once = checkpoint_sharded.HostCopy()
     first = copy_once({"a": tied, "b": tied.detach(), "c": [1, None]})
     assert first["a"].data_ptr() == first["b"].data_ptr() != tied.data_ptr() and first["c"] == [1, None]
     address = first["a"].data_ptr()

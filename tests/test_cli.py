@@ -12,7 +12,7 @@ from terminal import log_lines, refused
 from tiny import save_tiny, tiny_tokenizer
 from transformers import AutoTokenizer
 
-from lit_sft import parsing
+from lit_sft.cli import errors as cli_errors
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +171,7 @@ def test_missing_config(typed, capsys):
 
 def test_a_recipe_by_its_name_from_anywhere(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert parsing.packaged_config("qwen").endswith("qwen.yaml") and parsing.packaged_config("gone") is None
+    assert cli_errors.packaged_config("qwen").endswith("qwen.yaml") and cli_errors.packaged_config("gone") is None
     printed = print_config(capsys, ["--config", "qwen"])
     assert printed["data"]["train"] == "banghua/DL-SFT-Dataset" and printed["data"]["packing"] is False
 
@@ -221,7 +221,7 @@ def finished(place):
 
 def parsed(monkeypatch, command, args):
     """The settings that a command ends up with, without running it."""
-    from lit_sft import cli
+    from lit_sft.cli import main as main_module
 
     seen = {}
 
@@ -229,7 +229,7 @@ def parsed(monkeypatch, command, args):
         seen.update(self.config[command].as_dict())
         raise SystemExit(0)
 
-    monkeypatch.setattr(cli.SFTCLI, "before_instantiate_classes", keep)
+    monkeypatch.setattr(main_module.SFTCLI, "before_instantiate_classes", keep)
     with pytest.raises(SystemExit):
         run(command, args)
     return seen

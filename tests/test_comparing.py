@@ -9,7 +9,7 @@ import pytest
 from running import REPOSITORY, chat_rows, environment, write_rows
 from tiny import save_tiny, tiny_llama
 
-from lit_sft.comparing import page
+from lit_sft.commands.compare import page
 
 
 def compare(folder, *args):

@@ -13,9 +13,9 @@ import pytest
 import yaml
 from running import REPOSITORY, environment, scalars, version
 
-from lit_sft import demo
-from lit_sft.metrics import exact_match, extract_answer
-from lit_sft.types import UserError
+from lit_sft.demo import builtin as demo
+from lit_sft.errors import UserError
+from lit_sft.generation.text_metrics import exact_match, extract_answer
 
 SPLITS = ("train", "validation", "test")
 CONFIG = yaml.safe_load((REPOSITORY / "configs" / "demo.yaml").read_text())

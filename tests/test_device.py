@@ -12,10 +12,12 @@ from lightning.pytorch.trainer.connectors.logger_connector import result
 from running import arguments, chat_rows, run, scalars, write_rows
 from tiny import save_tiny, tiny_qwen3, tiny_tokenizer
 
-from lit_sft import answering, failures
-from lit_sft.callbacks import failing
-from lit_sft.checkpointing.schedule import Checkpointer, CheckpointOptions
-from lit_sft.model import attention
+from lit_sft import errors
+from lit_sft.callbacks import fail_together
+from lit_sft.callbacks.checkpointer import Checkpointer, CheckpointOptions
+from lit_sft.generation import answer as answer_module
+from lit_sft.model import generate
+from lit_sft.model.attention import cpu_kernel, packed
 from lit_sft.model.loss import pack_kwargs
 
 
@@ -62,9 +64,9 @@ class Quiet(TQDMProgressBar):
 
 def test_answers_in_fit_are_made_as_in_predict(place, tmp_path, monkeypatch):
     """Under the precision of the trainer, not in the type in which weights are stored."""
-    seen, plain = [], answering.generate
+    seen, plain = [], generate.generate
     monkeypatch.setattr(
-        answering, "generate", lambda *a, **k: seen.append(torch.is_autocast_enabled("cpu")) or plain(*a, **k)
+        answer_module, "generate", lambda *a, **k: seen.append(torch.is_autocast_enabled("cpu")) or plain(*a, **k)
     )
     options = {"trainer__precision": "bf16-mixed", "data__questions": ["abc"]}
     run("fit", settings(place, tmp_path / "run", **options))
@@ -92,15 +94,15 @@ def test_the_clock_is_looked_at_every_few_seconds(monkeypatch):
 def test_sdpa_does_not_ask_cudnn():
     """Which makes a plan for every length that it has not seen, and answers have a new one at every token."""
     torch.backends.cuda.enable_cudnn_sdp(True)
-    attention.choose(tiny_qwen3().config, "sdpa")
+    packed.choose(tiny_qwen3().config, "sdpa")
     assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_lengths_are_not_read_from_the_device(monkeypatch):
     lm = tiny_qwen3()
-    attention.register()
-    lm.set_attn_implementation(attention.PACKED)
-    monkeypatch.setattr(attention.cpu, "takes", lambda *_: False)  # as on a GPU without the flash kernel
+    packed.register()
+    lm.set_attn_implementation(packed.PACKED)
+    monkeypatch.setattr(cpu_kernel, "takes", lambda *_: False)  # as on a GPU without the flash kernel
     bounds = pack_kwargs((3, 4), torch.device("cpu"))
     expected = lm(input_ids=torch.arange(7)[None], position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3]]), **bounds).logits
     monkeypatch.setattr(torch.Tensor, "diff", None)
@@ -116,8 +118,8 @@ def test_lengths_are_not_read_from_the_device(monkeypatch):
     ],
 )
 def test_errors_of_the_device(text, words):
-    assert words in failures.in_one_line(RuntimeError(text))
+    assert words in errors.in_one_line(RuntimeError(text))
 
 
 def test_a_failure_before_the_ranks_met_is_told():
-    assert failing._is_first(RuntimeError("no device"), rank=3)
+    assert fail_together._is_first(RuntimeError("no device"), rank=3)

@@ -9,7 +9,7 @@ from running import arguments, run, write_rows
 from terminal import log_lines, refused
 from tiny import save_tiny
 
-from lit_sft.doctor import Plan
+from lit_sft.commands.doctor import Plan
 
 KEYS = [
     "rows_read", "rows_kept", "dropped", "trained_token_share", "stop_tokens", "duplicates", "overlap", "pack_fill",
@@ -133,7 +133,7 @@ def test_a_model_that_fits_in_shards_only(model, tmp_path, capsys, monkeypatch):
 )
 def test_devices_of_a_plan(devices, per_node):
     assert Plan.of_settings(devices, 3, "ddp", present=2) == Plan(3 * per_node, sharded=False)
-    assert Plan.of_settings(devices, 1, {"class_path": "lit_sft.strategies.FSDP2Strategy"}, 2).sharded
+    assert Plan.of_settings(devices, 1, {"class_path": "lit_sft.distributed.fsdp2.FSDP2Strategy"}, 2).sharded
 
 
 def test_devices_that_are_no_number(model, tmp_path, capsys):

@@ -53,7 +53,7 @@ def test_the_same_run(result, name, optimizer):
 
 def test_all_kinds_of_steps_are_in_the_set(place, monkeypatch):
     """A last window that is partial, uneven rows over ranks, and a micro-batch without a target."""
-    from lit_sft.data.sampling import StepOrder
+    from lit_sft.data.sampler import StepOrder
 
     order = StepOrder(37, 16, 2, 2, seed=1, shuffle=True)
     rows = [[len(order.packs(0, batch, rank)) for rank in (0, 1)] for batch in range(order.batches_per_epoch)]

@@ -12,10 +12,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from terminal import log_lines, refused
 from tiny import save_tiny
 
-from lit_sft.callbacks import evaluation as callback
-from lit_sft.evaluation import EvaluationOptions, choose_prompts, too_long_to_match
-from lit_sft.prompts import Prompt
-from lit_sft.types import UserError
+from lit_sft.callbacks import generation_metrics
+from lit_sft.errors import UserError
+from lit_sft.generation.prompts import Prompt
+from lit_sft.generation.scoring import EvaluationOptions, choose_prompts, too_long_to_match
 
 ALL = ["exact_match", "rouge", "bleu", "chrf", "token_f1"]
 SCORES = ["exact_match", "rouge_1", "rouge_2", "rouge_l", "bleu", "chrf", "token_f1"]
@@ -102,9 +102,11 @@ def test_the_table_in_tensorboard_is_bounded(place):
     events = EventAccumulator(str(version(place / "runs")), size_guidance={"tensors": 0}).Reload()
     texts = [e.tensor_proto.string_val[0].decode() for e in events.Tensors("evaluation/val/text_summary")]
     assert len(texts) == 3 and texts[2].count("| 你好 |") == 1 and len(texts[2].splitlines()) == 2 + 7
-    text = callback.markdown([{"prompt": "p" * 9999, "prediction": "a" * 9999, "reference": "<b>"}] * 999)
-    assert len(text.splitlines()) == 2 + callback.SHOWN_ROWS
-    assert "&lt;b&gt;" in text and len(text) < 3 * callback.SHOWN_ROWS * (callback.SHOWN_CHARACTERS + 50)
+    text = generation_metrics.markdown([{"prompt": "p" * 9999, "prediction": "a" * 9999, "reference": "<b>"}] * 999)
+    assert len(text.splitlines()) == 2 + generation_metrics.SHOWN_ROWS
+    assert "&lt;b&gt;" in text and len(text) < 3 * generation_metrics.SHOWN_ROWS * (
+        generation_metrics.SHOWN_CHARACTERS + 50
+    )
 
 
 def test_a_resumed_run_writes_its_rows_once(tmp_path):
@@ -113,7 +115,7 @@ def test_a_resumed_run_writes_its_rows_once(tmp_path):
     late, other = {"step": 2, "stage": "val", "index": 0}, {"step": 9, "stage": "test", "index": 0}
     lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in (kept, late, other)]
     path.write_text("".join(lines) + '{"step": 3, "st')
-    callback.append(path, [late], ("val", (2, math.inf)))
+    generation_metrics.append(path, [late], ("val", (2, math.inf)))
     assert [json.loads(line) for line in path.read_text().split("\n")[:-1]] == [kept, other, late]
 
 
@@ -256,7 +258,7 @@ def test_training_goes_on_as_without_evaluation(tmp_path):
 def test_a_table_that_was_torn_within_a_character_goes_on(tmp_path):
     """By a kill: only the last line is lost."""
     path = tmp_path / "evaluation.jsonl"
-    callback.append(path, [{"step": 1, "stage": "val", "prompt": "什么"}], None)
+    generation_metrics.append(path, [{"step": 1, "stage": "val", "prompt": "什么"}], None)
     path.write_bytes(path.read_bytes() + '{"step": 2, "prompt": "什'.encode()[:-1])
-    callback.append(path, [{"step": 2, "stage": "val", "prompt": "b"}], ("val", (2, 2)))
+    generation_metrics.append(path, [{"step": 2, "stage": "val", "prompt": "b"}], ("val", (2, 2)))
     assert [json.loads(line)["step"] for line in path.read_text(encoding="utf-8").splitlines()] == [1, 2]

@@ -10,12 +10,13 @@ import pytest
 import torch
 from tiny import save_tiny, tiny_gpt2, tiny_llama, tiny_qwen3, tiny_tokenizer
 
-from lit_sft.model import attention
-from lit_sft.model.adapters import LoraConfig, apply_lora, load_adapter, merge
+from lit_sft.errors import UserError
+from lit_sft.model.attention import packed
 from lit_sft.model.export import export_hf, verify_export
 from lit_sft.model.generate import stop_token_ids
 from lit_sft.model.load import load_model, load_tokenizer
-from lit_sft.types import UserError
+from lit_sft.model.lora.adapters import LoraConfig, apply_lora, load_adapter
+from lit_sft.model.lora.merge import merge
 
 PROBES = [[5, 6, 7, 8], [100, 90, 80]]
 IDS = torch.arange(5, 29).reshape(2, 12)
@@ -111,10 +112,10 @@ def test_weights_can_be_written_in_another_type(tmp_path):
 
 def test_our_own_attention_leaves_no_trace(tmp_path):
     source = save_tiny(tmp_path / "base", tiny_llama())
-    attention.register()
-    model = load_model(source, init="pretrained", dtype=torch.float32, attn_implementation=attention.PACKED, seed=0)
+    packed.register()
+    model = load_model(source, init="pretrained", dtype=torch.float32, attn_implementation=packed.PACKED, seed=0)
     export(model, tmp_path / "hf")
-    assert attention.PACKED not in (tmp_path / "hf" / "config.json").read_text()
+    assert packed.PACKED not in (tmp_path / "hf" / "config.json").read_text()
     verify_export(tmp_path / "hf", model, tiny_tokenizer(), PROBES)
 
 

@@ -19,8 +19,8 @@ from running import REPOSITORY, arguments, chat_rows, environment, final_weights
 from terminal import log_lines, refused
 from tiny import save_tiny, tiny_llama, tiny_tokenizer
 
-from lit_sft.callbacks import guard
-from lit_sft.checkpointing import step_of
+from lit_sft.callbacks import nan_guard
+from lit_sft.checkpoint.files import step_of
 from lit_sft.module import SFTModule
 
 START = "forkserver" if torch.cuda.is_available() else "fork"
@@ -123,7 +123,7 @@ def test_resumed_before_and_after_a_skipped_step(skipped, place, tmp_path):
 
 def test_a_fused_optimizer_skips_by_itself(skipped, place, tmp_path, monkeypatch, capsys):
     """As on a GPU, where the host looks one step later: the same steps are left out, the same weights come out."""
-    monkeypatch.setattr(guard, "_can_defer", lambda optimizer, numbers: True)
+    monkeypatch.setattr(nan_guard, "_can_defer", lambda optimizer, numbers: True)
     fused = {"model__optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 8e-5, "weight_decay": 0.0}}}
     fused["model__optimizer"]["init_args"]["fused"] = True
     root, rows = tmp_path / "runs", skipped[1]

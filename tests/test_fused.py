@@ -5,8 +5,9 @@ import torch
 from tiny import tiny_gpt2, tiny_llama, tiny_qwen3
 
 from lit_sft.data.collate import collate
-from lit_sft.model import attention, fused
-from lit_sft.model.adapters import LoraConfig, apply_lora
+from lit_sft.model import fused_layers
+from lit_sft.model.attention import packed
+from lit_sft.model.lora.adapters import LoraConfig, apply_lora
 from lit_sft.model.loss import CausalLMLoss
 
 
@@ -32,15 +33,15 @@ def loss_and_gradients(lm, **autocast):
 def pair(make, adapt=None):
     """The model as transformers and peft write it, and fused."""
     plain = make()
-    attention.register()
-    plain.set_attn_implementation(attention.PACKED)
+    packed.register()
+    plain.set_attn_implementation(packed.PACKED)
     if adapt is not None:
         apply_lora(plain, LoraConfig(r=4, target_modules="all-linear", **adapt), seed=0)
         for name, parameter in plain.named_parameters():
             if "lora_B" in name:  # zeros hide what A does
                 torch.nn.init.normal_(parameter, std=0.1)
     ours = copy.deepcopy(plain)
-    return plain, ours, fused.fuse_blocks(ours)
+    return plain, ours, fused_layers.fuse_blocks(ours)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +93,7 @@ def test_less_is_kept(adapt, share):
 
 def test_unfused_it_is_the_same_bit_for_bit():
     plain, ours, replaced = pair(tiny_llama, {})
-    fused.unfuse_blocks(ours, replaced)
+    fused_layers.unfuse_blocks(ours, replaced)
     inputs = {"input_ids": batch()["input_ids"], "use_cache": False}
     assert torch.equal(ours.bfloat16()(**inputs).logits, plain.bfloat16()(**inputs).logits)
 
@@ -118,13 +119,13 @@ def test_an_adapter_that_computes_something_else_stays(dtype, monkeypatch):
     lm = tiny_llama().to(dtype)
     apply_lora(lm, LoraConfig(r=4, target_modules="all-linear"), seed=0)
     before = {name: parameter.clone() for name, parameter in lm.named_parameters()}
-    right = fused.fuse_blocks(lm)
+    right = fused_layers.fuse_blocks(lm)
     assert any(name.endswith("q_proj") for name in right)
     assert all(torch.equal(before[name], parameter) for name, parameter in lm.named_parameters())
-    fused.unfuse_blocks(lm, right)
-    forward = fused._LoraLinear.forward
-    monkeypatch.setattr(fused._LoraLinear, "forward", lambda ctx, *args: forward(ctx, *args[:-1], 2 * args[-1]))
-    assert not any(name.endswith("_proj") for name in fused.fuse_blocks(lm))
+    fused_layers.unfuse_blocks(lm, right)
+    forward = fused_layers._LoraLinear.forward
+    monkeypatch.setattr(fused_layers._LoraLinear, "forward", lambda ctx, *args: forward(ctx, *args[:-1], 2 * args[-1]))
+    assert not any(name.endswith("_proj") for name in fused_layers.fuse_blocks(lm))
 
 
 def test_what_computes_something_else_stays():
@@ -135,5 +136,5 @@ def test_what_computes_something_else_stays():
     gemma_like.config.hidden_act = "gelu"
     for layer in gemma_like.model.layers:
         layer.mlp.act_fn = torch.nn.GELU()
-    assert fused.fuse_blocks(gemma_like) == []
-    assert fused.fuse_blocks(tiny_gpt2()) == []
+    assert fused_layers.fuse_blocks(gemma_like) == []
+    assert fused_layers.fuse_blocks(tiny_gpt2()) == []

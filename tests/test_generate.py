@@ -8,10 +8,10 @@ import pytest
 import torch
 from tiny import tiny_gpt2, tiny_llama, tiny_qwen3, tiny_tokenizer
 
-from lit_sft.model import attention
-from lit_sft.model.adapters import LoraConfig, apply_lora
+from lit_sft.errors import UserError
+from lit_sft.model.attention import packed
 from lit_sft.model.generate import GenerationOptions, decode_completion, generate, left_pad
-from lit_sft.types import UserError
+from lit_sft.model.lora.adapters import LoraConfig, apply_lora
 
 PROMPTS = [[5, 6, 7], [40], list(range(60, 80)), [9, 8, 7, 6, 5, 4], [100, 200, 300]]
 # Wide weights make answers that wander instead of repeating one token.
@@ -43,10 +43,10 @@ def test_left_pad():
     assert input_ids.dtype == attention_mask.dtype == torch.int64
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager", attention.PACKED])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", packed.PACKED])
 @pytest.mark.parametrize("build", [tiny_llama, tiny_qwen3, tiny_gpt2])
 def test_a_batch_equals_its_prompts_one_by_one(build, implementation):
-    attention.register()
+    packed.register()
     lm = build(**WILD)
     lm.set_attn_implementation(implementation)
     together = answers(lm)

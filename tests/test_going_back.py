@@ -13,9 +13,10 @@ from running import arguments, chat_rows, run, scalars, version, write_rows
 from terminal import log_lines
 from tiny import save_tiny
 
-from lit_sft import links as links_module
-from lit_sft import runs
-from lit_sft.checkpointing import find_checkpoint, find_last, read_checkpoint
+from lit_sft import files
+from lit_sft.checkpoint.files import find_last
+from lit_sft.checkpoint.io import find_checkpoint, read_checkpoint
+from lit_sft.run import folder as run_folder
 
 FORK = multiprocessing.get_context("fork")
 TEN_STEPS = {
@@ -153,7 +154,7 @@ def test_a_link_may_lead_elsewhere(root):
     folder, own = version(root) / "checkpoints", version(root) / "own"
     own.mkdir()
     shutil.move(folder / "step=000003.ckpt", own / "good.ckpt")
-    links_module.point(folder / "last.ckpt", "../own/good.ckpt")
+    files.point(folder / "last.ckpt", "../own/good.ckpt")
     logs = version(root).parent
     assert find_checkpoint(str(folder / "last.ckpt"), logs, "test") == str(own / "good.ckpt")
     assert find_checkpoint("best", logs, "test") == str(folder / links(root)["best"])
@@ -162,8 +163,8 @@ def test_a_link_may_lead_elsewhere(root):
 def test_a_link_takes_the_place_of_a_copied_directory(tmp_path):
     (tmp_path / "last.ckpt").mkdir()
     (tmp_path / "last.ckpt" / "part-0.pt").touch()
-    links_module.point(tmp_path / "last.ckpt", "step=000003.ckpt")
-    assert links_module.target(tmp_path / "last.ckpt") == "step=000003.ckpt"
+    files.point(tmp_path / "last.ckpt", "step=000003.ckpt")
+    assert files.target(tmp_path / "last.ckpt") == "step=000003.ckpt"
 
 
 @pytest.mark.parametrize("name", ["best.ckpt", "renamed.ckpt"])
@@ -254,7 +255,7 @@ def test_the_mark_of_a_job_comes_back_with_the_folder(place, tmp_path):
     assert (version(tmp_path / "runs") / "slurm_job").read_text() == "77 0 version_0\n"
 
 
-class Remove(runs.Callback):
+class Remove(run_folder.Callback):
     """Removes the run's folder before the third step."""
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):

@@ -16,9 +16,9 @@ import pytest
 import torch
 from tiny import save_tiny, tiny_llama, tiny_qwen3, tiny_tokenizer
 
+from lit_sft.errors import UserError
 from lit_sft.model.generate import stop_token_ids
 from lit_sft.model.load import load_config, load_model, load_tokenizer, resolve
-from lit_sft.types import UserError
 
 
 def load(path, init="pretrained", dtype=torch.float32, attn_implementation="sdpa", seed=0):

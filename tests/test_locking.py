@@ -21,8 +21,8 @@ from running import REPOSITORY, arguments, chat_rows, environment, final_weights
 from terminal import log_lines, refused
 from tiny import save_tiny
 
-from lit_sft import locking
-from lit_sft.types import UserError
+from lit_sft.errors import UserError
+from lit_sft.run import lock as run_lock
 
 FORK = multiprocessing.get_context("fork")
 SETTINGS = {"data__packing": False, "data__global_batch_size": 4, "checkpoint__every_n_train_steps": 1}
@@ -60,7 +60,7 @@ def kill(process):
 
 
 def hold(folder, job, ready):
-    locking.hold(folder, job)
+    run_lock.hold(folder, job)
     ready.touch()
     time.sleep(600)
 
@@ -79,20 +79,20 @@ def held(tmp_path, children):
 def test_the_holder_is_named_and_its_lock_ends_with_it(held, job):
     folder, process = held
     with pytest.raises(UserError) as refusal:
-        locking.hold(folder, job)
+        run_lock.hold(folder, job)
     said = str(refusal.value)
     assert f"(process {process.pid} on {socket.gethostname()}, SLURM job 7, since 2" in said and str(folder) in said
     kill(process)
-    locking.hold(folder, job)
-    locking.hold(folder, job)  # it is ours
-    assert json.loads((folder / locking.LOCK).read_text())["pid"] == os.getpid()
-    locking.release(folder)
-    locking.release(folder)
+    run_lock.hold(folder, job)
+    run_lock.hold(folder, job)  # it is ours
+    assert json.loads((folder / run_lock.LOCK).read_text())["pid"] == os.getpid()
+    run_lock.release(folder)
+    run_lock.release(folder)
 
 
 def test_a_released_lock_is_free(tmp_path, children):
-    locking.hold(tmp_path)
-    locking.release(tmp_path)
+    run_lock.hold(tmp_path)
+    run_lock.release(tmp_path)
     children(hold, tmp_path, None, tmp_path / "ready")
     until((tmp_path / "ready").exists)
 
@@ -102,22 +102,22 @@ def test_a_requeued_job_waits_for_its_earlier_start(held, caplog):
     folder, process = held
     threading.Timer(1.0, os.kill, (process.pid, signal.SIGKILL)).start()
     with log_lines() as lines:
-        locking.hold(folder, "7")
+        run_lock.hold(folder, "7")
     assert lines == [f"{folder}: waiting for the earlier start of job 7 to end"]
-    locking.release(folder)
+    run_lock.release(folder)
 
 
 def test_it_does_not_wait_forever(held, monkeypatch):
-    monkeypatch.setattr(locking, "WAIT_SECONDS", 0.5)
+    monkeypatch.setattr(run_lock, "WAIT_SECONDS", 0.5)
     with log_lines(), pytest.raises(UserError, match="another run trains in"):
-        locking.hold(held[0], "7")
+        run_lock.hold(held[0], "7")
 
 
 def test_a_child_of_the_holder_does_not_keep_it(tmp_path, children):
     """A data worker that outlives its parent for some seconds."""
 
     def parent():
-        locking.hold(tmp_path)
+        run_lock.hold(tmp_path)
         pid = os.fork()
         if pid:
             (tmp_path / "ready.tmp").write_text(str(pid))
@@ -130,8 +130,8 @@ def test_a_child_of_the_holder_does_not_keep_it(tmp_path, children):
     try:
         kill(process)
         os.kill(worker, 0)  # it lives
-        locking.hold(tmp_path)
-        locking.release(tmp_path)
+        run_lock.hold(tmp_path)
+        run_lock.release(tmp_path)
     finally:
         os.kill(worker, signal.SIGKILL)
 
@@ -143,7 +143,7 @@ def test_a_file_system_without_locks_is_warned_of(number, tmp_path, monkeypatch)
 
     monkeypatch.setattr(fcntl, "flock", flock)
     with log_lines() as lines:
-        locking.hold(tmp_path)
+        run_lock.hold(tmp_path)
     assert lines == [f"{tmp_path} cannot be locked ({os.strerror(number)}): do not resume it twice at a time"]
 
 

@@ -8,9 +8,11 @@ from tiny import tiny_gpt2, tiny_llama, tiny_qwen3
 from torch import nn
 
 from lit_sft.data.collate import collate
-from lit_sft.model import attention, loss
+from lit_sft.errors import UserError
+from lit_sft.model import loss
+from lit_sft.model.attention import packed as attention_packed
 from lit_sft.model.loss import CausalLMLoss, LossOptions, pack_kwargs
-from lit_sft.types import IGNORE_INDEX, UserError
+from lit_sft.types import IGNORE_INDEX
 
 
 def batch(lengths=(5, 9, 3), vocab=320, seed=0, share=0.5):
@@ -28,8 +30,8 @@ def gradients(model):
 
 
 def packed(lm):
-    attention.register()
-    lm.set_attn_implementation(attention.PACKED)
+    attention_packed.register()
+    lm.set_attn_implementation(attention_packed.PACKED)
     return lm
 
 

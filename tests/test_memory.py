@@ -10,7 +10,7 @@ import torch
 from running import REPOSITORY, arguments, chat_rows, environment, run, write_rows
 from tiny import save_tiny, tiny_llama, tiny_tokenizer
 
-from lit_sft.model import memory, quantization
+from lit_sft.model import memory_estimate, quantization
 from lit_sft.model.load import load_model
 
 SMOLLM2 = {
@@ -37,7 +37,7 @@ def expected(of=None, **changes):
         num_parameters=1000, num_trained=1000, tokens=10, stored_bytes=4, compute_bytes=2, optimizer_bytes=8,
         gradient_checkpointing=False, chunk_elements=2**20,
     )  # fmt: skip
-    return memory.estimate(of or config(), **{**settings, **changes})
+    return memory_estimate.estimate(of or config(), **{**settings, **changes})
 
 
 def test_parts():

@@ -4,9 +4,8 @@ import pytest
 import torch
 from torchmetrics.functional.text import rouge_score, squad
 
-from lit_sft.metrics import (
+from lit_sft.generation.text_metrics import (
     METRICS,
-    TokenMetrics,
     exact_match,
     extract_answer,
     score_names,
@@ -14,6 +13,7 @@ from lit_sft.metrics import (
     without_thinking,
     words,
 )
+from lit_sft.training.token_metrics import TokenMetrics
 from lit_sft.types import LossOutput
 
 BOXED = r"#### (-?\d+)|\\boxed\{(.*?)\}"

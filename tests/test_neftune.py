@@ -4,10 +4,10 @@ import pytest
 import torch
 from tiny import tiny_qwen3
 
-from lit_sft.model.adapters import LoraConfig, apply_lora
+from lit_sft.errors import UserError
+from lit_sft.model.lora.adapters import LoraConfig, apply_lora
 from lit_sft.model.loss import CausalLMLoss
 from lit_sft.model.neftune import apply_neftune
-from lit_sft.types import UserError
 
 ALPHA, HIDDEN = 5.0, 32
 LENGTHS = (2, 30, 8)

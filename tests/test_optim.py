@@ -8,9 +8,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
-from lit_sft import optim
-from lit_sft.optim import ScheduleOptions, bytes_per_parameter, lr_factor, parameter_groups, prefer_fused
-from lit_sft.types import UserError
+from lit_sft.errors import UserError
+from lit_sft.training import optim
+from lit_sft.training.optim import ScheduleOptions, bytes_per_parameter, lr_factor, parameter_groups, prefer_fused
 
 
 def factors(total=10, **options):

@@ -8,8 +8,8 @@ from running import arguments, chat_rows, run, version, write_rows
 from terminal import log_lines, refused
 from tiny import save_tiny
 
-from lit_sft import prompts
 from lit_sft.datamodule import SFTDataModule
+from lit_sft.generation import prompts
 
 ANSWERS = {  # of different lengths, so that batches are padded and answers end at different steps
     "say a": "a",

@@ -14,8 +14,8 @@ from running import REPOSITORY, arguments, chat_rows, environment, run, version,
 from terminal import log_lines, refused
 from tiny import save_tiny, tiny_llama
 
-from lit_sft import prompts
-from lit_sft.build import fingerprint
+from lit_sft.generation import prompts
+from lit_sft.model_builder import fingerprint
 
 ROWS = 400
 

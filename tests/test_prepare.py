@@ -16,17 +16,17 @@ from terminal import log_lines
 from tiny import CHATML, save_tiny, tiny_llama, tiny_tokenizer
 from transformers.utils import chat_template_utils
 
-from lit_sft import prepare
-from lit_sft.data import templates
+from lit_sft import preprocessing
+from lit_sft.data import chat_template
 from lit_sft.data.cache import COLUMNS, META, TOKENS, Block, cache_key, write_cache
-from lit_sft.data.counts import Counts
 from lit_sft.data.packing import one_per_pack
-from lit_sft.data.render import Renderer
+from lit_sft.data.stats import Counts
+from lit_sft.data.tokenize import Renderer
 from lit_sft.data.workers import map_in_order
 from lit_sft.datamodule import SFTDataModule
-from lit_sft.prepare import num_overlapping
-from lit_sft.prompts import Asked, encode
-from lit_sft.types import UserError
+from lit_sft.errors import UserError
+from lit_sft.generation.prompts import Asked, encode
+from lit_sft.preprocessing import num_overlapping
 
 
 @pytest.fixture(autouse=True)
@@ -275,7 +275,7 @@ def test_many_skipped_rows_do_not_fill_the_screen(prepared):
     with log_lines() as lines:
         data = prepared([bad] * 40 + [chat("Hello", "world")], on_bad_row="skip")
     skips = [line for line in lines if line.startswith("skipped: ")]
-    assert len(skips) == prepare.SHOWN_SKIPS and "train.jsonl line 1: " in skips[0]
+    assert len(skips) == preprocessing.SHOWN_SKIPS and "train.jsonl line 1: " in skips[0]
     assert counts(data).dropped == {"bad row (data.on_bad_row: skip)": 40}
 
 
@@ -406,7 +406,7 @@ def test_a_template_that_writes_the_date_gets_the_same_on_every_day(prepared, mo
     data = prepared([A, B], chat_template=DATED)
     packs, path = one_per_pack(2), Path(data.options.cache_dir) / "chat_template_date"
     saved, first = data.fingerprint(packs), path.read_text().strip()
-    monkeypatch.setattr(templates, "date", NextYear)
+    monkeypatch.setattr(chat_template, "date", NextYear)
     monkeypatch.setattr(chat_template_utils, "datetime", InNextYear)
     later = prepared([A, B], chat_template=DATED)
     assert later.fingerprint(packs) == saved and later.caches["train"].path == data.caches["train"].path
@@ -506,7 +506,7 @@ def test_the_error_of_another_job_does_not_count(open_data, monkeypatch):
     data, results = open_data([A, B, C]), FORK.Queue()
     processes = [start_rank(1, data, results, SLURM_JOB_ID="1")]
     with monkeypatch.context() as patched:
-        patched.setattr(prepare.Preparation, "_write", raising(UserError("disk full")))
+        patched.setattr(preprocessing.Preparation, "_write", raising(UserError("disk full")))
         processes.append(start_rank(0, data, results, SLURM_JOB_ID="2"))
     try:
         assert results.get(timeout=20) == (0, "disk full")
@@ -530,7 +530,7 @@ def raising(error):
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
 def test_an_interrupt_is_no_error_of_the_data(error, open_data, monkeypatch):
     data = open_data([A, B, C])
-    monkeypatch.setattr(prepare.Preparation, "_write", raising(error()))
+    monkeypatch.setattr(preprocessing.Preparation, "_write", raising(error()))
     with pytest.raises(error):
         data.prepare("fit")
     assert not list(Path(data.options.cache_dir).glob("*.error"))
@@ -538,7 +538,7 @@ def test_an_interrupt_is_no_error_of_the_data(error, open_data, monkeypatch):
 
 def test_an_error_of_an_earlier_run_does_not_count(open_data):
     data = open_data([A, B, C])
-    failure = Path(data.options.cache_dir) / f"{key(data)}.{prepare._job()}.error"
+    failure = Path(data.options.cache_dir) / f"{key(data)}.{preprocessing._job()}.error"
     failure.parent.mkdir()
     failure.write_text("disk full")
     os.utime(failure, (time.time() - 3600,) * 2)
@@ -559,8 +559,8 @@ def test_a_damaged_cache_is_waited_for(prepared, open_data):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(prepare, "CHUNK_ROWS", 7)
-    monkeypatch.setattr(prepare, "ROWS_PER_WORKER", 20)
+    monkeypatch.setattr(preprocessing, "CHUNK_ROWS", 7)
+    monkeypatch.setattr(preprocessing, "ROWS_PER_WORKER", 20)
 
 
 def test_workers_change_nothing(prepared, small_chunks, tmp_path):
@@ -662,7 +662,7 @@ def test_a_chunk_of_rows_is_read_at_a_time(open_data, small_chunks, monkeypatch)
         for block in blocks:
             seen.append((len(block.lengths), len(read)))
 
-    monkeypatch.setattr(prepare, "write_cache", watch)
+    monkeypatch.setattr(preprocessing, "write_cache", watch)
     preparation._write(Path("unused"), rows, 1)
     assert [length for length, _ in seen] == [7, 7, 7, 7, 7, 5]
     assert [count for _, count in seen] == [7, 14, 21, 28, 35, 40]

@@ -13,7 +13,8 @@ from running import REPOSITORY, arguments, chat_rows, environment, run, scalars,
 from terminal import log_lines
 from tiny import save_tiny
 
-from lit_sft.callbacks import Progress, progress
+from lit_sft.callbacks import progress
+from lit_sft.callbacks.progress import Progress
 
 STEP_LINE = r"step (\d) of 4: loss \d\.\d{4}, [\d,]+ tokens/s, \d:\d\d:\d\d left"
 

@@ -18,11 +18,12 @@ from chat_templates import (
     user,
 )
 
-from lit_sft.metrics import exact_match, extract_answer
+from lit_sft.errors import UserError
+from lit_sft.generation.prompts import Asked, encode
+from lit_sft.generation.text_metrics import exact_match, extract_answer
 from lit_sft.model.generate import decode_completion, stop_token_ids
-from lit_sft.model.tokens import add_tokens
-from lit_sft.prompts import Asked, encode
-from lit_sft.types import Conversation, UserError
+from lit_sft.model.new_tokens import add_tokens
+from lit_sft.types import Conversation
 
 MAGISTRAL = Family(
     r"""{%- for message in messages %}

@@ -7,12 +7,13 @@ import pytest
 import torch
 from tiny import save_tiny, tiny_llama, tiny_qwen3, tiny_tokenizer
 
-from lit_sft.build import check_options
+from lit_sft.errors import UserError
 from lit_sft.model import quantization
-from lit_sft.model.adapters import LoraConfig, apply_lora, dequantized, merge, merge_error
 from lit_sft.model.load import load_model
+from lit_sft.model.lora.adapters import LoraConfig, apply_lora
+from lit_sft.model.lora.merge import dequantized, merge, merge_error
 from lit_sft.model.loss import CausalLMLoss
-from lit_sft.types import UserError
+from lit_sft.model_builder import check_options
 
 IDS = torch.arange(5, 37).reshape(1, 32)
 

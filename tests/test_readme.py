@@ -116,7 +116,7 @@ def arguments(command: str) -> list[str]:
 
 def lit_sft(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A command in this process."""
-    from lit_sft.cli import main
+    from lit_sft.cli.main import main
 
     args = arguments(command)
     monkeypatch.setattr(sys, "argv", ["lit_sft", *args])
@@ -214,7 +214,7 @@ def test_relative_links_exist(page):
 
 @pytest.mark.parametrize("row", [row for text in blocks_in("json") for row in text.splitlines()])
 def test_rows_are_read(row):
-    from lit_sft.data.formats import detect_format, to_conversation
+    from lit_sft.data.formats.parse import detect_format, to_conversation
 
     value = json.loads(row)
     conversation = to_conversation(value, format=detect_format([value], None, None)[0])
@@ -223,7 +223,7 @@ def test_rows_are_read(row):
 
 @pytest.mark.parametrize("text", blocks_in("yaml"))
 def test_settings_are_taken(text, tmp_path, monkeypatch, capsys):
-    from lit_sft.cli import main
+    from lit_sft.cli.main import main
 
     path = tmp_path / "settings.yaml"
     path.write_text(text)
@@ -236,12 +236,12 @@ def test_settings_are_taken(text, tmp_path, monkeypatch, capsys):
 
 def test_keys_exist(capsys):
     """Every key that a page names; those that README says are not there yet must not be there."""
-    from lit_sft import parsing
-    from lit_sft.cli import main
+    from lit_sft.cli import errors as cli_errors
+    from lit_sft.cli.main import main
 
     with pytest.raises(SystemExit):
         main(["fit", "--help"])
-    known = set(parsing.known_keys(parsing.OneLineParser.commands["fit"]))
+    known = set(cli_errors.known_keys(cli_errors.OneLineParser.commands["fit"]))
     for page in PAGES:
         text, _, limits = page.read_text(encoding="utf-8").partition(LIMITS)
         assert [key for key in KEY.findall(text) if key not in known] == [], page.name

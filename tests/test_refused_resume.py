@@ -11,10 +11,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from terminal import log_lines, refused
 from tiny import save_tiny, tiny_llama
 
+from lit_sft.checkpoint.data_position import check_same
 from lit_sft.datamodule import SFTDataModule
-from lit_sft.logfiles import MetricsFile
-from lit_sft.resuming import check_same
-from lit_sft.types import UserError
+from lit_sft.errors import UserError
+from lit_sft.run.loggers import MetricsFile
 
 SIX_STEPS = {
     "data__packing": False,

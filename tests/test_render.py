@@ -24,7 +24,8 @@ from chat_templates import (
     user,
 )
 
-from lit_sft.types import Conversation, UserError
+from lit_sft.errors import UserError
+from lit_sft.types import Conversation
 
 ONE = (user("Hi"), assistant("Hello"))
 TWO = (*ONE, user("x"), assistant("Yes."))

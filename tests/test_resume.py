@@ -22,7 +22,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from terminal import log_lines, refused
 from tiny import save_tiny, tiny_gpt2, tiny_llama
 
-from lit_sft import checkpointing, runs
+from lit_sft.checkpoint import files
+from lit_sft.checkpoint import io as checkpoint_io
+from lit_sft.run import folder as run_folder
 
 START = "forkserver" if torch.cuda.is_available() else "fork"  # autograd's threads on a GPU do not survive a fork
 TWO_EPOCHS = {
@@ -365,7 +367,7 @@ def test_kinds_of_runs(what, place, uninterrupted, tmp_path):
 def test_moments_of_eight_bits(place, uninterrupted):
     """Those of matrices, that is; the decay is that of the parameter group, and `config.yaml` can be read again."""
     root = uninterrupted(**EIGHT_BITS, model__optimizer__weight_decay=0.1)
-    checkpoint = checkpointing.read_checkpoint(version(root) / "checkpoints" / "last.ckpt")
+    checkpoint = checkpoint_io.read_checkpoint(version(root) / "checkpoints" / "last.ckpt")
     (optimizer,) = checkpoint["optimizer_states"]
     assert [group["weight_decay"] for group in optimizer["param_groups"]] == [0.1, 0.0]
     (moments,) = {tuple(state) for state in optimizer["state"].values()}  # bitsandbytes wraps them, for FSDP
@@ -401,7 +403,10 @@ def test_another_split_of_the_work(step, before, after, place, uninterrupted, tm
 
 DDP = {"trainer__devices": 2, "trainer__strategy": "ddp"}
 FSDP2 = {"trainer__devices": 2, "trainer__strategy": "fsdp2"}
-ONE_FILE = {"class_path": "lit_sft.strategies.FSDP2Strategy", "init_args": {"save_distributed_checkpoint": False}}
+ONE_FILE = {
+    "class_path": "lit_sft.distributed.fsdp2.FSDP2Strategy",
+    "init_args": {"save_distributed_checkpoint": False},
+}
 RANKS = {
     "1 to 2": ({}, DDP, 3),
     "2 to 1, at the end of an epoch": (DDP, {}, 5),
@@ -449,8 +454,8 @@ def test_another_number_of_ranks(before, after, step, place, uninterrupted, left
 
 def forget_after(root, step):
     for name, path in saved(root).items():
-        if name.startswith("step=") and checkpointing.step_of(path) > step:
-            checkpointing.files.remove(path)
+        if name.startswith("step=") and files.step_of(path) > step:
+            files.remove(path)
 
 
 @pytest.mark.slow
@@ -566,7 +571,7 @@ def test_a_full_disk(place, tmp_path, capfd):
     last = capfd.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("error: the checkpoint ") and "could not be written" in last
     assert saved(root).keys() == before
-    assert all(checkpointing.is_intact(path) for path in saved(root).values())
+    assert all(files.is_intact(path) for path in saved(root).values())
 
 
 def _run_with_small_files(place, root):
@@ -680,7 +685,7 @@ def test_a_file_that_runs_code_is_refused(place, tmp_path, capsys):
 
 @pytest.mark.parametrize(("mode", "kept"), [("min", "step=000010.ckpt"), ("max", "step=000005.ckpt")])
 def test_the_last_few_and_the_best_are_kept(mode, kept, place, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "check_monitor", lambda *_: None)  # it refuses a loss that should grow
+    monkeypatch.setattr(run_folder, "check_monitor", lambda *_: None)  # it refuses a loss that should grow
     root = tmp_path / "runs"
     fit(place, root, checkpoint__keep_last=2, checkpoint__mode=mode)
     losses = scalars(root, "val/loss")
@@ -696,7 +701,7 @@ def test_when_checkpoints_are_saved(every, place, tmp_path):
     root = tmp_path / "runs"
     fit(place, root, checkpoint__keep_last=9, checkpoint__every_n_train_steps=every, data__val_size=None)
     steps = [2, 4, 5, 6, 8, 10] if every else [5, 10]
-    assert sorted(map(checkpointing.step_of, set(saved(root).values()) - links(root))) == steps
+    assert sorted(map(files.step_of, set(saved(root).values()) - links(root))) == steps
 
 
 def links(root):

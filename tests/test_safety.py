@@ -15,7 +15,7 @@ from running import REPOSITORY, arguments, chat_rows, environment, run, version,
 from terminal import log_lines, refused
 from tiny import save_tiny
 
-from lit_sft import failures
+from lit_sft import errors
 
 TOKEN = "hf_" + "aBcDeFgH" * 4
 PASSWORD = "correct-horse"
@@ -50,13 +50,13 @@ def args(place, root, **overrides):
 )
 def test_redact(text, hidden, monkeypatch):
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    assert failures.redact(text) == (text if hidden is None else hidden)
+    assert errors.redact(text) == (text if hidden is None else hidden)
 
 
 def test_redact_by_name(monkeypatch):
-    assert failures.redact(os.environ.get("PWD", "/some/where")) == os.environ.get("PWD", "/some/where")
+    assert errors.redact(os.environ.get("PWD", "/some/where")) == os.environ.get("PWD", "/some/where")
     monkeypatch.setenv("SOME_API_KEY", "visible-otherwise")
-    assert failures.redact("it is visible-otherwise") == "it is <hidden>"
+    assert errors.redact("it is visible-otherwise") == "it is <hidden>"
     settings = {"api_key": "x", "pad_token": "<pad>", "max_new_tokens": 3, "a": [{"password": "y", "b": True}]}
     kept = {
         "api_key": "<hidden>",
@@ -64,7 +64,7 @@ def test_redact_by_name(monkeypatch):
         "max_new_tokens": 3,
         "a": [{"password": "<hidden>", "b": True}],
     }
-    assert failures.redact_settings(settings) == kept
+    assert errors.redact_settings(settings) == kept
 
 
 def test_secrets_reach_no_file_and_no_line(place, tmp_path):
@@ -109,7 +109,7 @@ def test_tracebacks_are_redacted(capsys):
     try:
         raise ZeroDivisionError(f"at {TOKEN}")
     except ZeroDivisionError as error:
-        failures.tell(error)
+        errors.tell(error)
     err = capsys.readouterr().err
     assert (
         "Traceback" in err and TOKEN not in err and err.splitlines()[-1].startswith("error: ZeroDivisionError: at <hid")
@@ -118,7 +118,7 @@ def test_tracebacks_are_redacted(capsys):
 
 def test_log_lines_are_redacted():
     record = logging.LogRecord("lit_sft", logging.INFO, "", 0, "token %s", (TOKEN,), None)
-    assert failures.RedactingFormatter("%(message)s").format(record) == "token <hidden>"
+    assert errors.RedactingFormatter("%(message)s").format(record) == "token <hidden>"
 
 
 # ---------------------------------------------------------------------------------------------------- code

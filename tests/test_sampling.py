@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from lit_sft.data.packing import TOKEN_COST, Packs, one_per_pack, pack_examples
-from lit_sft.data.sampling import PositionSampler, StepOrder
-from lit_sft.types import UserError
+from lit_sft.data.sampler import PositionSampler, StepOrder
+from lit_sft.errors import UserError
 
 
 def order(num_packs=19, global_batch_size=8, micro=1, world=1, seed=0, shuffle=True, costs=None):

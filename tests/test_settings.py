@@ -22,13 +22,15 @@ from safetensors.torch import load_file
 from terminal import log_lines, refused
 from tiny import save_tiny
 
-from lit_sft import cli, slurm
-from lit_sft.checkpointing import find_last, read_checkpoint
-from lit_sft.checkpointing.files import keep
-from lit_sft.data.sampling import StepOrder
+from lit_sft import trainer as trainer_module
+from lit_sft.checkpoint.files import find_last, keep
+from lit_sft.checkpoint.io import read_checkpoint
+from lit_sft.cli import main as main_module
+from lit_sft.data.sampler import StepOrder
+from lit_sft.errors import UserError
 from lit_sft.module import SFTModule
-from lit_sft.optim import restored
-from lit_sft.types import UserError
+from lit_sft.run import slurm
+from lit_sft.training.optim import restored
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +79,8 @@ class AskToStop(Callback):
 
 
 def test_a_stop_that_is_asked_for_within_a_step_comes_at_its_end(place, tmp_path, monkeypatch):
-    make = cli.run_callbacks
-    monkeypatch.setattr(cli, "run_callbacks", lambda *args: [*make(*args), AskToStop()])
+    make = trainer_module.run_callbacks
+    monkeypatch.setattr(main_module, "run_callbacks", lambda *args: [*make(*args), AskToStop()])
     run("fit", settings(place, tmp_path / "runs"))
     folder = version(tmp_path / "runs")
     assert find_last(folder.parent).name == "step=000002.ckpt" and (folder / "hf").is_dir()
@@ -116,8 +118,8 @@ def test_early_stopping_says_so(place, tmp_path, monkeypatch):
     assert stops(args) == ["stopped at step 12 of 20: val/loss did not improve for 2 validations"]
     args.append("--early_stopping.patience=9")
     assert stops([*args, "--trainer.max_epochs=6"]) == []
-    make = cli.run_callbacks
-    monkeypatch.setattr(cli, "run_callbacks", lambda *args: [*make(*args), AskToStop()])
+    make = trainer_module.run_callbacks
+    monkeypatch.setattr(main_module, "run_callbacks", lambda *args: [*make(*args), AskToStop()])
     args += ["--trainer.limit_val_batches=0", "--trainer.max_epochs=8"]
     assert stops(args) == ["stopped at step 26 of 32: a callback asked for it"]
 
@@ -222,7 +224,7 @@ def test_bad_rows_are_skipped_in_what_is_answered_too(place, tmp_path):
 
 def test_a_checkpoint_that_vanishes_is_passed_over(tmp_path, monkeypatch):
     """Runs share `lightning_logs`, and drop their own at any time."""
-    from lit_sft.checkpointing import files
+    from lit_sft.checkpoint import files
 
     folder = tmp_path / "version_0" / "checkpoints"
     folder.mkdir(parents=True)
@@ -351,7 +353,7 @@ def test_others_may_read_a_shared_cache(place, tmp_path):
 
 
 def test_an_empty_history_is_none():
-    from lit_sft.data.formats import to_conversation
+    from lit_sft.data.formats.parse import to_conversation
 
     row = {"instruction": "a", "input": "", "output": "b", "history": None}
     assert len(to_conversation(row, format="alpaca").messages) == 2
@@ -506,7 +508,7 @@ def test_advice_on_ranks_is_not_shown(monkeypatch):
     monkeypatch.setattr(result, "_distributed_is_initialized", lambda: True)
     monkeypatch.setattr(result, "warning_cache", result.WarningCache())
     with warnings.catch_warnings(record=True) as caught:
-        cli._quiet()
+        main_module._quiet()
         logged = result._ResultCollection(training=False)
         logged.log("on_validation_epoch_end", "val/loss", torch.tensor(1.0), on_step=False, on_epoch=True)
         logged.metrics(on_step=False)

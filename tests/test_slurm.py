@@ -13,7 +13,7 @@ from running import REPOSITORY, arguments, chat_rows, final_weights, run, scalar
 from terminal import refused
 from tiny import save_tiny
 
-from lit_sft import slurm
+from lit_sft.run import slurm
 
 SCRIPTS = REPOSITORY / "scripts" / "slurm"
 HERE = ("--gpus-per-node=0", "--cpus-per-task=1", "--ntasks-per-node=1", "--time=30")

@@ -15,8 +15,10 @@ import pyarrow.parquet
 import pytest
 from terminal import log_lines
 
-from lit_sft.data.sources import Rows, by_source, files, first_rows, hub, limit, open_rows, split_rows, subset
-from lit_sft.types import UserError
+from lit_sft.data.sources import data_files, hub_datasets
+from lit_sft.data.sources.open_rows import open_rows
+from lit_sft.data.sources.rows import Rows, by_source, first_rows, limit, split_rows, subset
+from lit_sft.errors import UserError
 
 ROWS = [{"prompt": f"é {i}", "completion": "x\ny" * i} for i in range(5)]
 STEPS = {"instruction": "1+1-1", "output": "1", "steps": [{"add": 2}, {"subtract": 1}]}
@@ -94,7 +96,7 @@ def test_a_copy_that_lost_a_part_is_made_anew(suffix, tmp_path):
     copies = [copy for copy in cache.rglob("*") if copy.is_file()]
     for copy in copies:
         copy.write_bytes(b"".join(copy.read_bytes().splitlines(keepends=True)[:-1]))
-    files._handle.cache_clear()  # as in another process
+    data_files._handle.cache_clear()  # as in another process
     with log_lines() as lines:
         assert read(open_rows(path, cache_dir=cache)) == ROWS
         assert read(open_rows(path, cache_dir=cache)) == ROWS
@@ -129,7 +131,7 @@ def test_arrow_files_that_are_no_streams(tmp_path):
 @pytest.mark.parametrize("block", [1, 7, 64, 1 << 20])
 @pytest.mark.parametrize("text", [LINES, LINES.rstrip(), "\ufeff" + LINES, LINES.replace("\n", "\r\n"), " " + LINES])
 def test_lines_wherever_blocks_end(block, text, tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "_BLOCK", block)
+    monkeypatch.setattr(data_files, "_BLOCK", block)
     rows = open_rows(write(tmp_path / "a.jsonl", text))
     assert read(rows) == ROWS
     assert rows.where(4).endswith("line 5")
@@ -475,7 +477,7 @@ def refuse(*_, **__):
 def test_hub_ids_fail_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hub, "HUB_SECONDS", 0.1)
+    monkeypatch.setattr(hub_datasets, "HUB_SECONDS", 0.1)
     for answer, words in ((refuse, "Name or service not known"), (lambda *_, **__: time.sleep(5), "no answer within")):
         monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", answer)
         start = time.monotonic()

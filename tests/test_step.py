@@ -11,9 +11,10 @@ from tiny import save_tiny, tiny_llama
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_sft.data.collate import collate
-from lit_sft.model import attention, loss, parallel
-from lit_sft.model.adapters import LoraConfig, apply_lora
-from lit_sft.model.fused import fuse_blocks
+from lit_sft.model import loss, parallel
+from lit_sft.model.attention import packed as attention_packed
+from lit_sft.model.fused_layers import fuse_blocks
+from lit_sft.model.lora.adapters import LoraConfig, apply_lora
 from lit_sft.model.loss import CausalLMLoss
 
 import numpy as np  # isort: skip
@@ -27,8 +28,8 @@ def batch(lengths=(40, 70, 9), share=0.5):
 
 def packed(**sizes):
     lm = tiny_llama(**sizes)
-    attention.register()
-    lm.set_attn_implementation(attention.PACKED)
+    attention_packed.register()
+    lm.set_attn_implementation(attention_packed.PACKED)
     return lm
 
 
@@ -187,10 +188,11 @@ class After(Callback):
 @pytest.fixture
 def after(monkeypatch):
     """Watches a run of the command line."""
-    from lit_sft import cli
+    from lit_sft import trainer as trainer_module
+    from lit_sft.cli import main as main_module
 
-    seen, make = After(), cli.run_callbacks
-    monkeypatch.setattr(cli, "run_callbacks", lambda *args: [*make(*args), seen])
+    seen, make = After(), trainer_module.run_callbacks
+    monkeypatch.setattr(main_module, "run_callbacks", lambda *args: [*make(*args), seen])
     return seen
 
 

@@ -21,7 +21,8 @@ from crash_test import CLOCK
 from running import REPOSITORY, arguments, chat_rows, environment, final_weights, run, version, write_rows
 from tiny import save_tiny, tiny_llama, tiny_tokenizer
 
-from lit_sft import interrupts
+from lit_sft import ranks as ranks_module
+from lit_sft import signals as run_signals
 
 SETTINGS = {
     "data__packing": False,
@@ -75,7 +76,7 @@ def start(place, root, *more, hook=None, step=None, nth=1, then=None, env=(), **
     def child():
         os.environ.update(env)
         sys.argv = ["lit_sft", "fit"]
-        interrupts.install()
+        run_signals.install()
         if hook is not None:
             _call_at(hook, step, nth, then or (lambda: os.kill(os.getpid(), signal.SIGTERM)))
         run("fit", [*args(place, root, **overrides), *more])
@@ -159,7 +160,7 @@ def test_stopped_in_the_last_of_epochs_that_got_shorter(place, tmp_path):
 
 def test_the_test_can_fail(place, uninterrupted, tmp_path, monkeypatch):
     """A save that is a step old is not the same run."""
-    from lit_sft.checkpointing import Checkpointer
+    from lit_sft.callbacks.checkpointer import Checkpointer
 
     monkeypatch.setattr(Checkpointer, "save", lambda self, trainer: None)
     root = tmp_path / "runs"
@@ -342,4 +343,4 @@ def test_a_rank_before_there_are_processes(variables, rank, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert interrupts.global_rank() == rank
+    assert ranks_module.global_rank() == rank

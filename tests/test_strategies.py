@@ -19,14 +19,14 @@ from tiny import save_tiny, tiny_gpt2, tiny_llama, tiny_qwen3
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.distributed.tensor import DTensor
 
-from lit_sft.build import build_model
-from lit_sft.checkpointing import read_checkpoint
+from lit_sft.checkpoint.io import read_checkpoint
+from lit_sft.distributed.fsdp2 import FSDP2Strategy, check
+from lit_sft.errors import UserError
 from lit_sft.model import parallel
-from lit_sft.model.adapters import LoraConfig, apply_lora
 from lit_sft.model.load import load_model
+from lit_sft.model.lora.adapters import LoraConfig, apply_lora
 from lit_sft.model.loss import LossOptions
-from lit_sft.strategies import FSDP2Strategy, check
-from lit_sft.types import UserError
+from lit_sft.model_builder import build_model
 
 
 def options(path, **changes):

@@ -18,8 +18,9 @@ from chat_templates import (
     user,
 )
 
-from lit_sft.data.templates import PLAIN_TEMPLATE, kept_date, resolve_chat_template, with_date
-from lit_sft.types import Conversation, UserError
+from lit_sft.data.chat_template import PLAIN_TEMPLATE, kept_date, resolve_chat_template, with_date
+from lit_sft.errors import UserError
+from lit_sft.types import Conversation
 
 ONE = Conversation((user("Hi"), assistant("Yes.")))
 NO_TEMPLATE = Family(None, ("<pad>",), eos="</s>", bos="<s>")

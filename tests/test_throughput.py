@@ -8,8 +8,9 @@ from lightning.pytorch.callbacks import Callback
 from running import arguments, chat_rows, run, scalars, write_rows
 from tiny import save_tiny, tiny_llama
 
-from lit_sft import cli, trainer
-from lit_sft.flops import peak_flops, step_cost
+from lit_sft import trainer
+from lit_sft.cli import main as main_module
+from lit_sft.training.flops import peak_flops, step_cost
 
 
 def test_a_run_logs_speed_and_cost(tmp_path):
@@ -44,7 +45,7 @@ class Slow(Callback):
 def test_what_is_no_training_does_not_count(tmp_path, monkeypatch):
     """Answers before the run, validations with what follows them, and saves."""
     add = trainer.run_callbacks
-    monkeypatch.setattr(cli, "run_callbacks", lambda *args: [*add(*args), Slow()])
+    monkeypatch.setattr(main_module, "run_callbacks", lambda *args: [*add(*args), Slow()])
     model, rows = save_tiny(tmp_path / "model"), write_rows(tmp_path / "train.jsonl", chat_rows(24))
     settings = {"data__val_size": 4, "trainer__val_check_interval": 0.5, "checkpoint__every_n_train_steps": 1}
     root = tmp_path / "run"

@@ -4,9 +4,9 @@ import pytest
 import torch
 from tiny import tiny_llama, tiny_qwen3, tiny_tokenizer
 
+from lit_sft.errors import UserError
 from lit_sft.model.load import load_tokenizer
-from lit_sft.model.tokens import add_tokens, make_room
-from lit_sft.types import UserError
+from lit_sft.model.new_tokens import add_tokens, make_room
 
 NEW = ["<call>", "</call>"]
 

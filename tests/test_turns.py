@@ -22,7 +22,8 @@ from chat_templates import (
     user,
 )
 
-from lit_sft.types import Conversation, Example, Message, UserError
+from lit_sft.errors import UserError
+from lit_sft.types import Conversation, Example, Message
 
 EOS = "<｜end▁of▁sentence｜>"
 ONE = (user("Hi"), assistant("Hello"))

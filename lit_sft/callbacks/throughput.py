@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
-from lit_sft.flops import StepCost, peak_flops, step_cost
-from lit_sft.model import memory
+from lit_sft.model import memory_estimate
+from lit_sft.training.flops import StepCost, peak_flops, step_cost
 
 
 class Throughput(Callback):
@@ -102,4 +102,4 @@ def peak_memory(device: torch.device) -> int:
     """Most bytes that were ever in use: allocated on a GPU, resident of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return memory.resident(peak=True)
+    return memory_estimate.resident(peak=True)

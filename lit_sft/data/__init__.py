@@ -1,1 +1,1 @@
-"""Rows to batches: one stage per file, plain Python, torch and datasets."""
+"""Rows to batches. Nothing here imports a model or Lightning."""

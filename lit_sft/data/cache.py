@@ -23,7 +23,8 @@ from uuid import uuid4
 import numpy as np
 import numpy.typing as npt
 
-from lit_sft.types import Example, UserError
+from lit_sft.errors import UserError
+from lit_sft.types import Example
 
 log = logging.getLogger(__name__)
 

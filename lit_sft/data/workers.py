@@ -15,7 +15,7 @@ from multiprocessing import get_context, parent_process
 from threading import Thread
 from typing import Any, Literal, TypeVar
 
-from lit_sft.types import UserError
+from lit_sft.errors import UserError
 
 T = TypeVar("T")
 R = TypeVar("R")

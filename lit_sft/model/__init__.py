@@ -1,1 +1,1 @@
-"""A directory or hub id to loss and text: one concern per file, plain PyTorch, transformers and peft."""
+"""A directory to loss and text. Nothing here imports the data stages or Lightning."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lit_sft.types import UserError
+from lit_sft.errors import UserError
 
 if TYPE_CHECKING:
     from peft import PeftModel

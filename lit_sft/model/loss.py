@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_sft.types import IGNORE_INDEX, LossOutput, UserError
+from lit_sft.errors import UserError
+from lit_sft.types import IGNORE_INDEX, LossOutput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_sft.types import UserError
+from lit_sft.errors import UserError
 
 
 def apply_neftune(loss: nn.Module, embedding: nn.Module, alpha: float) -> None:

@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lit_sft.types import UserError
+from lit_sft.errors import UserError
+from lit_sft.ranks import broadcast_from_rank_zero
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -125,13 +126,6 @@ def apply_fsdp2(
         _fill_from_rank_zero(loss, whole, mesh, cpu_offload)
 
 
-def tell(value: Any) -> Any:
-    """The value of rank 0, on every rank. A collective call."""
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
 def follow_rank_zero(loss: nn.Module) -> None:
     """Gives what was built on the meta device the types that rank 0 loaded. A collective call.
 
@@ -140,7 +134,7 @@ def follow_rank_zero(loss: nn.Module) -> None:
     """
     ours = _tensors(loss)
     shapes = {name: tuple(tensor.shape) for name, tensor in ours.items()}
-    rank_zero_shapes, dtypes = tell((shapes, {name: tensor.dtype for name, tensor in ours.items()}))
+    rank_zero_shapes, dtypes = broadcast_from_rank_zero((shapes, {name: tensor.dtype for name, tensor in ours.items()}))
     strangers = {name for name, _ in shapes.items() ^ rank_zero_shapes.items()}
     for name, module in loss.named_modules():  # tensors that are neither parameters nor buffers could not be filled
         strangers |= {f"{name}.{key}" for key, value in vars(module).items() if _is_meta(value)}

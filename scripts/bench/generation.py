@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 
-from lit_sft.answering import answer, records
 from lit_sft.datamodule import SFTDataModule
+from lit_sft.generation.answer import answer, records
+from lit_sft.generation.prompts import deal
 from lit_sft.model import load
-from lit_sft.model.attention import choose
+from lit_sft.model.attention.packed import choose
 from lit_sft.model.generate import GenerationOptions, stop_token_ids
 from lit_sft.model.loss import CausalLMLoss
-from lit_sft.prompts import deal
 
 
 def main() -> None:

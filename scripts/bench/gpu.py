@@ -118,9 +118,9 @@ def write_inputs(args: argparse.Namespace, case: str, work: Path) -> None:
     import numpy as np
     import transformers
 
-    from lit_sft.build import model_directory
     from lit_sft.data.cache import to_block, write_cache
-    from lit_sft.data.counts import Counts
+    from lit_sft.data.stats import Counts
+    from lit_sft.model_builder import model_directory
     from lit_sft.types import Example
 
     name, sizes = SHAPES[case.partition("-")[0]]
@@ -149,9 +149,9 @@ def train_lit_sft(args: argparse.Namespace) -> dict[str, Any]:
     """Trains with lit_sft; or says what a step is expected to take, where that is more than the device has."""
     from lightning.pytorch.callbacks import Callback
 
+    from lit_sft.commands.doctor import needed_memory
     from lit_sft.data.cache import ExampleCache
     from lit_sft.datamodule import SFTDataModule
-    from lit_sft.doctor import needed_memory
 
     class Rows(SFTDataModule):
         """Rows that are token ids already."""

@@ -57,9 +57,9 @@ def lit_sft_module(model: Path, lora: bool, **settings: Any) -> Any:
     """The module of the lit_sft side."""
     from torch.optim import AdamW
 
-    from lit_sft.model.adapters import LoraConfig
+    from lit_sft.model.lora.adapters import LoraConfig
     from lit_sft.module import SFTModule
-    from lit_sft.optim import ScheduleOptions
+    from lit_sft.training.optim import ScheduleOptions
 
     return SFTModule(
         model_name_or_path=str(model),

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from lit_sft.flops import peak_flops, step_cost
-from lit_sft.model import memory
+from lit_sft.model import memory_estimate
+from lit_sft.training.flops import peak_flops, step_cost
 
 
 class Speed:
@@ -16,7 +16,7 @@ class Speed:
 
     def __init__(self, device: torch.device, warm_steps: int) -> None:
         self.device, self.warm_steps, self.on_gpu = device, warm_steps, device.type == "cuda"
-        self.before = memory.resident()
+        self.before = memory_estimate.resident()
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats(device)
         self.sums = torch.zeros(3, dtype=torch.int64, device=device)
@@ -46,7 +46,11 @@ class Speed:
         """At the end of the last step."""
         seconds = self._now() - self.began
         tokens, targets, squares = self.sums.tolist()
-        peak = torch.cuda.max_memory_allocated(self.device) if self.on_gpu else memory.resident(peak=True) - self.before
+        peak = (
+            torch.cuda.max_memory_allocated(self.device)
+            if self.on_gpu
+            else memory_estimate.resident(peak=True) - self.before
+        )
         operations = step_cost(lm).of(tokens, targets, squares) / seconds
         return {
             "tokens_per_second": round(tokens / seconds, 1),

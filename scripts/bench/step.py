@@ -28,10 +28,9 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from lit_sft import cli
-from lit_sft.callbacks import Throughput
-from lit_sft.callbacks.throughput import peak_memory
-from lit_sft.flops import peak_flops, step_cost
+from lit_sft.callbacks.throughput import Throughput, peak_memory
+from lit_sft.cli import main as main_module
+from lit_sft.training.flops import peak_flops, step_cost
 
 WARM, MEASURED, BRIEF = 2, 6, 3
 
@@ -201,7 +200,7 @@ def main(args: list[str]) -> None:
     anatomy = Anatomy(profile="--profile" in args, brief="--brief" in args)
     args = [arg for arg in args if arg not in ("--profile", "--brief")]
 
-    class Bench(cli.SFTCLI):
+    class Bench(main_module.SFTCLI):
         """The real command line, without what a run does around its steps."""
 
         def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
@@ -218,9 +217,11 @@ def main(args: list[str]) -> None:
             "trainer.enable_progress_bar": "false",
             "data.questions": "[]",
         }
-        cli.SFTCLI = Bench  # type: ignore[misc]
+        main_module.SFTCLI = Bench  # type: ignore[misc]
         # Ranks that Lightning would start read sys.argv; this benchmark has one.
-        cli.main(["fit", *args, "--trainer.devices=1", *(f"--{key}={value}" for key, value in settings.items())])
+        main_module.main(
+            ["fit", *args, "--trainer.devices=1", *(f"--{key}={value}" for key, value in settings.items())]
+        )
     print(json.dumps(anatomy.report()))
 
 

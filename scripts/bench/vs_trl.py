@@ -147,7 +147,7 @@ def train_lit_sft(args: argparse.Namespace) -> dict[str, Any]:
     import lightning as L
     from lightning.pytorch.callbacks import Callback
 
-    from lit_sft.callbacks import Throughput
+    from lit_sft.callbacks.throughput import Throughput
 
     class Clock(Callback):
         """Takes the time, and the memory before anything is saved."""

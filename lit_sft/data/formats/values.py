@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from textwrap import shorten
 from typing import Any
 
-from lit_sft.types import UserError
+from lit_sft.errors import UserError
 
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _TYPE_NAMES: dict[type, str] = {str: "a string", list: "a list", dict: "an object"}

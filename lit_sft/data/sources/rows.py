@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from lit_sft.types import UserError
+from lit_sft.errors import UserError
 
 log = logging.getLogger(__name__)
 

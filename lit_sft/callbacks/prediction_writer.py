@@ -1,0 +1,138 @@
+"""The file that `predict` writes."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from typing_extensions import override
+
+from lit_sft.errors import UserError
+from lit_sft.generation.prompts import check_room
+from lit_sft.model.generate import context_length
+from lit_sft.model_builder import fingerprint
+
+log = logging.getLogger(__name__)
+
+PREDICTIONS = "predictions.jsonl"
+
+
+class PredictionWriter(Callback):
+    """Writes predictions as JSON lines: input order, every row exactly once, whatever the number of ranks.
+
+    Until all are there they lie beside the file in parts, one per rank, whose first line says of which prompts and
+    settings they are. A predict that is run again after it was stopped takes over the rows of such parts.
+
+    Args:
+        output: File to write; None is `predictions.jsonl` in the run's folder.
+        ckpt_path: The checkpoint that answers, if one does; Lightning knows it only when it is restored.
+    """
+
+    def __init__(self, output: str | None, ckpt_path: str | None) -> None:
+        self.output, self.ckpt_path = output, ckpt_path
+        self.path = Path()
+        self.head = ""
+        """First line of the parts."""
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Finds what an earlier run has left, before the prompts are dealt."""
+        if stage != "predict":
+            return
+        self.path = Path(trainer.strategy.broadcast(self.output or str(Path(str(trainer.log_dir)) / PREDICTIONS)))
+        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+        prompts, done = datamodule.predict_prompts, set[int]()
+        if trainer.is_global_zero:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            asked = [(prompt.ids, prompt.text, prompt.reference) for prompt in prompts]
+            settings = fingerprint(pl_module.options, trainer.precision, self.ckpt_path)  # type: ignore[arg-type]
+            self.head = json.dumps({"prompts": _hash(asked), "settings": _hash(settings)}) + "\n"
+            done = self._take_over(len(prompts))
+        self.head, datamodule.predicted = trainer.strategy.broadcast((self.head, done))
+
+    @override
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        config, generation = pl_module.model.lm.config, pl_module.generation  # type: ignore[union-attr]
+        check_room(trainer.datamodule.predict_prompts, generation.max_new_tokens, context_length(config))  # type: ignore[attr-defined, union-attr, arg-type]
+        self._part(trainer.global_rank).write_text(self.head, encoding="utf-8")
+
+    @override
+    def on_predict_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        with self._part(trainer.global_rank).open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in outputs)
+            file.flush()
+            os.fsync(file.fileno())
+
+    @override
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.strategy.barrier("predictions")
+        if trainer.is_global_zero:
+            parts = self._parts()
+            lines = self._lines(parts)
+            expected = len(trainer.datamodule.predict_prompts)  # type: ignore[attr-defined]
+            if sorted(lines) != list(range(expected)):
+                raise UserError(
+                    f"{self.path}: {len(lines)} predictions for {expected} prompts; the parts are kept beside it"
+                )
+            self._replace(self.path, (lines[index] for index in range(expected)))
+            for part in parts:
+                part.unlink()
+            log.info("predictions: %s (%s rows)", os.path.relpath(self.path), expected)
+        trainer.strategy.barrier("predictions merged")
+
+    def _part(self, name: int | str) -> Path:
+        return self.path.with_name(f".{self.path.name}.part{name}")
+
+    def _parts(self) -> list[Path]:
+        return sorted(self.path.parent.glob(f".{glob.escape(self.path.name)}.part*"))
+
+    def _take_over(self, num_prompts: int) -> set[int]:
+        """Gathers the rows that were left in parts, of however many ranks, in one; which rows these are."""
+        parts = self._parts()
+        lines = self._lines(parts)
+        if parts and not lines:
+            log.info("%s: the parts beside it are of other prompts or settings: started anew", self.path)
+        if lines:
+            log.info("predict goes on: %s of %s prompts are answered already", len(lines), num_prompts)
+            self._replace(self._part("s"), (self.head, *lines.values()))
+        for part in parts:  # their rows are in the new part, which was written first
+            if part != self._part("s") or not lines:
+                part.unlink()
+        return set(lines)
+
+    def _lines(self, parts: Iterable[Path]) -> dict[int, str]:
+        """Whole lines of these prompts and settings by index; what a kill has torn is left out."""
+        found: dict[int, str] = {}
+        for part in parts:
+            head, *lines = part.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] or [""]
+            if head + "\n" == self.head:
+                found |= {json.loads(line)["index"]: line + "\n" for line in lines}
+        return found
+
+    def _replace(self, path: Path, lines: Iterable[str]) -> None:
+        aside = self.path.with_name(f".{self.path.name}.tmp")
+        with aside.open("w", encoding="utf-8") as file:
+            file.writelines(lines)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]

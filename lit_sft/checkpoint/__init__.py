@@ -1,0 +1,1 @@
+"""Checkpoints: writing, finding, reading, and the position of a run in its data."""

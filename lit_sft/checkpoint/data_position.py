@@ -1,0 +1,128 @@
+"""Whether a run goes on with the data of its checkpoint, and where: what is remembered, and what differs, by name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+from lit_sft.data.cache import ExampleCache
+from lit_sft.data.packing import Packs
+from lit_sft.errors import UserError
+
+log = logging.getLogger(__name__)
+
+ORDER = ("packing", "global_batch_size", "seed")
+"""Settings that decide the order of the examples, besides what shares a pack."""
+
+
+def remember(
+    settings: Mapping[str, Any], options: SimpleNamespace, caches: Mapping[str, ExampleCache], packs: Packs
+) -> dict[str, Any]:
+    """What a checkpoint keeps of the data: hashes, and by the names of the settings all that decides the examples.
+
+    Args:
+        settings: `Preparation.identity` of the training set; what stands beside its `renderer` wins.
+        options: Of the data module.
+        caches: The tokenized training set, and the validation set if there is one.
+        packs: Which training examples share a row.
+    """
+    rest = dict(settings)
+    return {
+        "examples": caches["train"].fingerprint,
+        "settings": _readable({**rest.pop("renderer"), **rest}),
+        "order": _readable({key: getattr(options, key) for key in ORDER}),
+        "packs": packs.fingerprint,
+        "validation": caches["validation"].fingerprint if "validation" in caches else None,
+    }
+
+
+def check_same(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuses to go on with other examples, or in another order, than those of a checkpoint.
+
+    Args:
+        saved: What `remember` returned then; what an older checkpoint lacks counts as equal.
+        now: What it returns now.
+
+    Raises:
+        UserError: Says which setting differs.
+    """
+    changed = _differences(saved["order"], now["order"])
+    if saved["examples"] != now["examples"]:
+        changed += _differences(saved["settings"], now["settings"]) or ["the tokens themselves, by no setting"]
+    elif saved.get("packs", now["packs"]) != now["packs"]:
+        length = _differences(*({"max_length": data["settings"]["max_length"]} for data in (saved, now)))
+        changed += length or ([] if changed else ["which examples share a row, by no setting"])
+    if changed:
+        raise UserError(
+            f"the checkpoint was made with other examples or in another order: {'; '.join(changed)}: restore that, "
+            "or set resume.allow_other_data to true"
+        )
+
+
+def tell_other_validation(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Warns where losses before and after the checkpoint are of different rows, between which the best is chosen."""
+    before, after = saved.get("validation"), now["validation"]
+    if before and after and before != after:
+        log.warning(
+            "validation: other examples than before the checkpoint; the best score so far, which best.ckpt and early "
+            "stopping go by, was of those"
+        )
+
+
+def check_split(saved: Mapping[str, Any], rows: str) -> None:
+    """Refuses to split the validation rows off other rows than those the checkpoint was trained on the rest of.
+
+    Args:
+        saved: What `remember` returned then.
+        rows: Fingerprint of the training rows that are left now.
+
+    Raises:
+        UserError: Some of the rows to evaluate on may have been trained.
+    """
+    if _differences(saved["settings"], _readable({"rows": rows})):
+        raise UserError(
+            "data.val_size splits off other rows than it did for the checkpoint, which may have been trained on them: "
+            "restore data.train, data.val_size, data.max_samples and seed_everything, set data.validation to rows it "
+            "was not trained on, or set resume.allow_other_data to true"
+        )
+
+
+def position(saved: Sequence[int], validation: Mapping[str, int], trainer: Any) -> tuple[int, int]:
+    """Epoch and optimizer steps done in it; the next epoch where that one has got so short that it is over, unless the
+    checkpoint was saved in a validation, which comes first.
+    """
+    (epoch, steps), order = saved, trainer.datamodule.orders["train"]
+    is_over = order.batches_in_steps(steps) >= order.limited_batches(trainer.limit_train_batches)
+    return (epoch + 1, 0) if steps and is_over and validation["ready"] == validation["processed"] else (epoch, steps)
+
+
+def recount(progress: dict[str, Any], position: tuple[int, int], trainer: Any) -> None:
+    """Rewrites the micro-batch counters, of the epoch and of all, from the position; what is a batch apart stays so."""
+    order = trainer.datamodule.orders["train"]
+    epoch, steps = position
+    per_epoch = order.limited_batches(trainer.limit_train_batches)
+    batches = min(order.batches_in_steps(steps), per_epoch)
+    wanted = {"current": batches or per_epoch, "total": epoch * per_epoch + batches}
+    for name, ready in wanted.items():
+        shift = ready - progress[name]["ready"]
+        for key in ("ready", "started", "processed", "completed"):
+            progress[name][key] += shift
+
+
+def _readable(parts: Mapping[str, Any]) -> dict[str, str]:
+    """Settings as short texts: long ones are hashed."""
+    texts = {key: json.dumps(value, sort_keys=True, ensure_ascii=False) for key, value in parts.items()}
+    return {
+        key: text if len(text) <= 80 else "#" + hashlib.sha256(text.encode()).hexdigest()[:12]
+        for key, text in texts.items()
+    }
+
+
+def _differences(saved: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """What differs of all that both know, as `max_length (2048, now 1024)`."""
+    changed = [key for key in sorted(saved.keys() & now.keys()) if saved[key] != now[key]]
+    return [f"{key} ({saved[key]}, now {now[key]})" for key in changed]

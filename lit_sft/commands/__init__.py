@@ -1,0 +1,1 @@
+"""The commands that Lightning does not have: preview, doctor, export, compare."""

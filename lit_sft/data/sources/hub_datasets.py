@@ -1,0 +1,85 @@
+"""Data sets that `datasets` keeps itself: hub ids, its local cache, and directories written by `save_to_disk`."""
+
+from __future__ import annotations
+
+import logging
+from textwrap import shorten
+from threading import Thread
+from typing import TYPE_CHECKING
+
+from lit_sft.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+log = logging.getLogger(__name__)
+
+HUB_SECONDS = 3.0
+
+
+def load_saved(folder: str, split: str, key: str) -> Dataset:
+    """A directory written by `Dataset.save_to_disk`, or one split of a `DatasetDict`.
+
+    Raises:
+        UserError: It cannot be read or has no such split.
+    """
+    import datasets
+
+    try:
+        saved = datasets.load_from_disk(folder, keep_in_memory=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"cannot read the data set saved in `{folder}` (`{key}`): {shorten(str(error), 200)}"
+        ) from error
+    if isinstance(saved, datasets.Dataset):
+        return saved
+    if split not in saved:
+        raise UserError(
+            f"`{folder}` has no split {split} but {', '.join(saved)}; set `{key}` to [{{path: ..., split: ...}}]"
+        )
+    return saved[split]
+
+
+def load_hub(repo: str, config: str | None, split: str, key: str) -> Dataset:
+    """A hub data set, or what the local cache has of it where the hub cannot be asked. Runs no script.
+
+    Raises:
+        UserError: Neither has it, or not this configuration or split. Without a network this takes 3 seconds at most.
+    """
+    import datasets
+    from datasets.packaged_modules.cache.cache import Cache
+
+    reason = "HF_HUB_OFFLINE is set" if datasets.config.HF_HUB_OFFLINE else why_unreachable(repo)
+    try:
+        if reason is None:
+            return datasets.load_dataset(repo, config, split=split, keep_in_memory=False)
+        cached = Cache(
+            repo_id=repo, dataset_name=repo.split("/")[-1], config_name=config, version="auto", hash="auto"
+        ).as_dataset(split=split)
+        log.warning("data set %s comes from the local cache, its newest state was not looked up: %s", repo, reason)
+        return cached
+    except Exception as error:  # each library below `datasets` raises kinds of its own
+        reasons = shorten("; ".join(filter(None, (reason, str(error) or type(error).__name__))), 300)
+        raise UserError(
+            f"cannot get data set '{repo}' from the Hugging Face hub ({reasons}); "
+            f"give a local file or directory in `{key}`"
+        ) from error
+
+
+def why_unreachable(repo: str) -> str | None:
+    """None where the hub serves the data set. In a thread, because no client's time-out covers looking up names."""
+    from huggingface_hub import HfApi
+
+    answers: list[str | None] = []
+
+    def ask() -> None:
+        try:
+            HfApi().dataset_info(repo, timeout=HUB_SECONDS)
+            answers.append(None)
+        except Exception as error:  # the kinds depend on the HTTP client, which changes with the version
+            answers.append(str(error) or type(error).__name__)
+
+    thread = Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(HUB_SECONDS)
+    return answers[0] if answers else f"no answer within {HUB_SECONDS:.0f} s"

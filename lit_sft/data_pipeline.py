@@ -1,0 +1,306 @@
+"""SFTData: from the data settings to rows, tokenizer, template and tokenized examples. Plain Python, no Lightning."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from lit_sft.checkpoint import data_position
+from lit_sft.data.assistant_turns import ChatTemplate
+from lit_sft.data.cache import ExampleCache, cache_key
+from lit_sft.data.chat_template import TODAY, kept_date, resolve_chat_template, with_date
+from lit_sft.data.formats import parse
+from lit_sft.data.packing import Packs
+from lit_sft.data.sources import open_rows
+from lit_sft.data.sources import rows as sources_rows
+from lit_sft.data.tokenize import Renderer
+from lit_sft.data.workers import num_workers_of
+from lit_sft.demo import builtin as demo
+from lit_sft.errors import UserError
+from lit_sft.generation.prompts import Asked, Prompt, encode
+from lit_sft.model import load, new_tokens
+from lit_sft.model_builder import tokenizer_directory
+from lit_sft.preprocessing import Preparation, Reading, num_overlapping
+from lit_sft.types import Conversation, Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from lit_sft.data.sources.rows import Rows
+
+log = logging.getLogger(__name__)
+
+DATE_FILE = "chat_template_date"
+
+
+class SFTData:
+    """The data of a run.
+
+    Args:
+        options: The arguments of `SFTDataModule`, by name.
+
+    Attributes:
+        rows: Opened data sets by name (`train`, `validation`, `test`).
+        caches: Tokenized data sets by name.
+    """
+
+    def __init__(self, options: SimpleNamespace) -> None:
+        self.options = options
+        self.rows: dict[str, Rows] = {}
+        self.caches: dict[str, ExampleCache] = {}
+        self._told: set[str] = set()
+        """Sources whose format, data sets whose sources, and questions whose form was logged."""
+        self._identity: dict[str, Any] | None = None
+        """`Preparation.identity` of the training rows when they were read: the source may change during the run."""
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The one tokenizer, of the model, with `add_tokens`."""
+        path = tokenizer_directory(self.options.model_name_or_path, self.options.revision)
+        if adapter := getattr(self.options, "adapter_name_or_path", None):
+            beside = load.resolve(adapter, key="model.adapter_name_or_path", allow_adapter=True)
+            if (Path(beside) / "tokenizer_config.json").is_file():  # tokens and template that it was trained with
+                log.info("tokenizer and chat template: those of the adapter %s", path := beside)
+        tokenizer = load.load_tokenizer(path, trust_remote_code=self.options.trust_remote_code)
+        if new := self.options.add_tokens:
+            new_tokens.add_tokens(tokenizer, new, resolve_chat_template(tokenizer, self.options.chat_template) or "")
+        return tokenizer
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest example."""
+        return max((int(cache.lengths.max(initial=0)) for cache in self.caches.values()), default=0)
+
+    @cached_property
+    def chat_template(self) -> str | None:
+        """The text of the template, as it is exported; None for `raw`."""
+        return resolve_chat_template(self.tokenizer, self.options.chat_template)
+
+    @cached_property
+    def template_date(self) -> str | None:
+        """What the template gets where it asks for today's date: the same as long as the cache is kept."""
+        if TODAY not in (self.chat_template or ""):
+            return None
+        day = kept_date(path := self._cache_dir() / DATE_FILE)
+        log.info("the chat template asks for the date of the day: where it writes it, that is %s (%s)", day, path)
+        return day
+
+    @cached_property
+    def renderer(self) -> Renderer:
+        """The tokenizer together with the template."""
+        options, text, day = self.options, self.chat_template, self.template_date
+        text = text if text is None or day is None else with_date(text, day)
+        template = ChatTemplate(self.tokenizer, text, options.chat_template_kwargs, options.unproved)
+        return Renderer(self.tokenizer, template, options.train_on)
+
+    @cached_property
+    def stop_ids(self) -> list[int]:
+        """Stop tokens of the template (from a probe) and of every data set that was prepared."""
+        probe = Conversation((Message("user", "Hello"), Message("assistant", "Hi")))
+        rendered = self.renderer.render([probe], [0])[0]
+        template = set() if isinstance(rendered, UserError) else {i for example in rendered for i in example.stop_ids}
+        return sorted(template.union(*(cache.meta["stop_ids"] for cache in self.caches.values())))
+
+    def prepare(self, stage: str) -> None:
+        """Reads, renders and tokenizes what a stage needs; from the cache where nothing changed.
+
+        The command line calls it before any process group exists, so that no rank times out while one works.
+
+        Args:
+            stage: `fit`, `validate`, `test` or `predict`.
+
+        Raises:
+            UserError: A source, a row or a setting is wrong.
+        """
+        needed = {"fit": ["train", "validation"], "validate": ["validation"], "test": ["test"], "predict": []}[stage]
+        # a validation set that is split off needs the training rows
+        self._open_rows(["train", *needed] if "validation" in needed and self.options.val_size is not None else needed)
+        for name in needed:
+            if name in self.rows and name not in self.caches:
+                rows = self.rows[name]
+                preparation = self.preparation(rows)
+                identity = preparation.identity(rows)
+                path = self._cache_dir() / cache_key(identity)
+                self.caches[name] = preparation.cached(rows, path, name, num_workers_of(self.options.num_workers))
+                if name == "train":
+                    of_date = {f"{DATE_FILE} in data.cache_dir": self.template_date}
+                    self._identity = identity | of_date | {"chat_template": self.chat_template}  # without the date
+                self._report_overlap(name)
+                self.__dict__.pop("stop_ids", None)  # the property is computed anew
+        if stage in ("validate", "test") and needed[0] not in self.caches:
+            either = " or data.val_size" if stage == "validate" else ""
+            raise UserError(f"data.{needed[0]}{either} is not set: `{stage}` has nothing to evaluate")
+
+    def _report_overlap(self, name: str) -> None:
+        if name == "validation" and "train" in self.caches:
+            if overlap := num_overlapping(self.caches["train"], self.caches[name]):
+                log.warning("validation: %s rows are in the training set too", f"{overlap:,}")
+
+    def _open_rows(self, names: Sequence[str]) -> None:
+        options = self.options
+        for name in names:
+            spec = getattr(options, name)
+            if spec is None or name in self.rows:
+                continue
+            rows = open_rows.open_rows(spec, split=name, key=f"data.{name}", **self._source_options())
+            self.rows[name] = rows if options.max_samples is None else sources_rows.limit(rows, options.max_samples)
+            if name == "train" and options.val_size is not None:
+                rows = self.rows["train"]
+                train, validation = sources_rows.split_rows(len(rows), options.val_size, options.seed, rows.origins)
+                self.rows |= {
+                    "train": sources_rows.subset(rows, train),
+                    "validation": sources_rows.subset(rows, validation),
+                }
+        for name in names:
+            if name in self.rows and len(counts := self.rows[name].counts()) > 1 and f"data.{name}" not in self._told:
+                self._told.add(f"data.{name}")
+                log.info("%s: %s", name, ", ".join(f"{rows:,} rows of {source}" for source, rows in counts))
+
+    def fingerprint(self, packs: Packs) -> dict[str, Any]:
+        """What a checkpoint keeps of the data (see `resuming.remember`); no source is read for it."""
+        assert self._identity is not None
+        return data_position.remember(self._identity, self.options, self.caches, packs)
+
+    def check_same(self, saved: dict[str, Any], packs: Packs) -> None:
+        """Refuses to go on with other examples, or in another order, than those of a checkpoint.
+
+        Args:
+            saved: What `fingerprint` returned then.
+            packs: Which training examples share a row now.
+
+        Raises:
+            UserError: Says which setting differs.
+        """
+        now = self.fingerprint(packs)
+        if not self.options.allow_other_data:
+            data_position.check_same(saved, now)
+        data_position.tell_other_validation(saved, now)
+
+    def check_split(self, saved: dict[str, Any]) -> None:
+        """Refuses to evaluate on rows that a checkpoint may have been trained on (see `resuming.check_split`)."""
+        if self.options.val_size is not None and not self.options.allow_other_data:
+            data_position.check_split(saved, self.rows["train"].fingerprint)
+
+    def open(self, name: str) -> Rows:
+        """The rows of one data set.
+
+        Raises:
+            UserError: It is not set.
+        """
+        self._open_rows([name])
+        if name not in self.rows:
+            raise UserError(f"data.{name} is not set")
+        return self.rows[name]
+
+    def preparation(self, rows: Rows) -> Preparation:
+        """How the rows of a data set become examples, the format of each source decided."""
+        members = sources_rows.by_source(rows)
+        readings = {number: self._reading(member, len(members) == 1) for number, member in members.items()}
+        mapping = self.options.column_mapping
+        if mapping and all(reading.column_mapping is None for reading in readings.values()):
+            raise UserError(f"`data.column_mapping` names {', '.join(mapping)}, which no source of {rows.name} has")
+        if any(reading.format != "text" for reading in readings.values()):
+            self._check_system_prompt()
+        keys = ("prompt_template", "system_prompt", "on_bad_row", "max_length", "overlong")
+        return Preparation(self.renderer, readings, **{key: getattr(self.options, key) for key in keys})
+
+    def _check_system_prompt(self) -> None:
+        """In rows it would only be counted, but who sets it wants it seen."""
+        if not self.options.system_prompt:
+            return
+        probe, template = self.question("Hello"), self.renderer.template
+        try:
+            text = template.prompt(probe)
+        except UserError:
+            return  # a row is refused likewise, with its place
+        if "left_out:system_turn" in template.left_out(probe, [text]):
+            raise UserError(
+                "data.system_prompt is set, but the chat template does not write it, so the model would not see it; "
+                "set data.chat_template to a template that writes system turns, or data.system_prompt to null"
+            )
+
+    def _reading(self, rows: Rows, is_alone: bool) -> Reading:
+        """Of one source. In a mixture a column mapping is for the members that have its columns."""
+        format, mapping = self.options.format, self.options.column_mapping
+        if not (first := rows.head(20)):  # all are bad: the first says why
+            try:
+                rows[0]
+            except UserError as error:
+                raise UserError(f"{rows.where(0)}: {error}") from error
+        if not is_alone and not {column for row in first for column in row}.intersection(mapping or ()):
+            mapping = None
+        template, said = self.options.prompt_template, list[str]()
+        if format == "auto":
+            format, *said = parse.detect_format(first, mapping, template)
+        if rows.name not in self._told:
+            self._told.add(rows.name)
+            for line in (*said, *parse.report_unread(first, format, mapping, template)):
+                log.info("%s: %s", rows.name, line)
+        return Reading(format, mapping)
+
+    def _source_options(self) -> dict[str, Any]:
+        return {"builtin": demo.rows, "seed": self.options.seed, "cache_dir": self._cache_dir() / "sources"}
+
+    def _cache_dir(self) -> Path:
+        if self.options.cache_dir is not None:
+            return Path(self.options.cache_dir).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "lit_sft"
+
+    def question(self, text: str) -> Conversation:
+        """A question as the model is asked it: in `data.prompt_template` where that has one field."""
+        system, template = self.options.system_prompt, self.options.prompt_template
+        if len(self._fields) == 1:
+            text = template.format_map({self._fields[0]: text})
+        return Conversation((*([Message("system", system)] if system else []), Message("user", text)))
+
+    def questions(self) -> list[Prompt]:
+        """`data.questions`."""
+        return encode(self._listed(self.options.questions, "data.questions"), self.renderer)
+
+    def asked_by_predict(self) -> list[Prompt]:
+        """What `predict` answers: `data.predict`, or else `data.questions`."""
+        spec = self.options.questions if self.options.predict is None else self.options.predict
+        if not spec:
+            raise UserError("there is nothing to predict: set data.predict to a file or to a list of questions")
+        if isinstance(spec, list) and all(isinstance(text, str) for text in spec):
+            return encode(self._listed(spec, "data.predict"), self.renderer)
+        rows = open_rows.open_rows(spec, split="test", key="data.predict", **self._source_options())
+        return self.asked(
+            rows if self.options.max_samples is None else sources_rows.limit(rows, self.options.max_samples)
+        )
+
+    def asked(self, rows: Rows, count: int | None = None, skip: bool = False) -> list[Prompt]:
+        """The first `count` rows (None: all; of a mixture, of each member in proportion), and the last answer of each.
+
+        Args:
+            rows: Of one data set.
+            count: How many.
+            skip: Leave out bad rows where `data.on_bad_row` says so; they are counted where they are tokenized.
+        """
+        preparation, rows, prompts = self.preparation(rows), sources_rows.first_rows(rows, count), []
+        for index in range(len(rows)):
+            try:
+                # the whole: the prompt is the one that the answer is trained behind, with the same template switch
+                conversation = preparation.conversation(rows, index, need_answer=False)
+                prompts += encode([Asked(conversation, rows.where(index))], self.renderer)
+            except UserError:
+                if not skip or self.options.on_bad_row != "skip":
+                    raise
+        return prompts
+
+    def _listed(self, questions: Sequence[str], key: str) -> list[Asked]:
+        self._check_system_prompt()
+        if questions and len(self._fields) > 1 and key not in self._told:
+            self._told.add(key)
+            log.info("%s: not asked as rows are trained: data.prompt_template has more fields than one", key)
+        return [Asked(self.question(text), f"{key}[{n}]") for n, text in enumerate(questions)]
+
+    @property
+    def _fields(self) -> Sequence[str]:
+        """Of `data.prompt_template`."""
+        return () if self.options.prompt_template is None else parse.template_fields(self.options.prompt_template)

@@ -1,0 +1,233 @@
+"""What a failure says: one line with the remedy where the user can mend it, and never a secret."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import re
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import yaml
+from typing_extensions import override
+
+pass
+
+
+class UserError(ValueError):
+    """Something the user can mend: one line that says what is wrong, where, and the remedy.
+
+    The command line prints it without a traceback and exits with a code other than 0.
+    """
+
+
+@contextmanager
+def located(where: str) -> Iterator[None]:
+    """Puts the place of a problem in front of its message, such as the file and the row.
+
+    Args:
+        where: For people, such as `train.jsonl, line 3`.
+
+    Raises:
+        UserError: The one that the block raised, with the place.
+    """
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+HIDDEN = "<hidden>"
+"""Stands where a secret was."""
+_SECRET_NAME = re.compile(
+    r"(^|[_-])(token|secret|passw(or)?d|credentials?|(api|access|secret|private|auth)[_-]?key)$", re.IGNORECASE
+)
+"""Names of environment variables and settings whose values are secrets; not `max_new_tokens`."""
+_NO_SECRET = re.compile(
+    r"(^|[_-])(pad|eos|bos|unk|sep|cls|mask|image|audio|video|stop|special)[_-]?token$", re.IGNORECASE
+)
+_SECRETS = re.compile(
+    r"\bhf_[A-Za-z0-9]{16,}|\bsk-[A-Za-z0-9_-]{20,}|\bgh[a-z]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}|\bglpat-[\w-]{16,}"
+    r"|\bxox[a-z]-[\w-]{10,}|\bAKIA[0-9A-Z]{16}\b"  # of hubs and clouds
+    r"|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)|(?<=://)[^/\s:@]{8,}(?=@)"  # https://user:password@host
+    r"|(?<=[?&])(?:[\w-]*(?:token|signature|secret|api_?key|access_?key)|sig)=[^&\s\"']+",  # signed addresses
+    re.IGNORECASE,
+)
+_SHORTEST_SECRET = 8
+"""Characters of a variable's value below which hiding it would only make texts unreadable."""
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_REMEDIES = {
+    **dict.fromkeys(_FULL, "free some space or choose another disk (trainer.default_root_dir, data.cache_dir)"),
+    **dict.fromkeys(
+        (errno.EACCES, errno.EPERM, errno.EROFS),
+        "see the permissions, or choose another place (trainer.default_root_dir, data.cache_dir)",
+    ),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit (`ulimit -n 65536`) or lower data.num_workers"),
+    **dict.fromkeys((errno.EAGAIN, errno.ENOMEM), "lower data.num_workers, or raise the limits (`ulimit -u`, memory)"),
+    errno.EPIPE: "the program that read the output has ended",
+}
+_IN_A_WORKER = re.compile(
+    r"Caught \w+ in DataLoader worker process \d+\.\nOriginal Traceback.*\n(?:[\w.]+: )", re.DOTALL
+)
+_WORKER_DIED = re.compile(r"DataLoader worker \(pid\(?s?\)? [\d, ]+\) (.*?)\.?( Details|$)", re.DOTALL)
+_OUT_OF_MEMORY = re.compile(
+    r"out of memory|DefaultCPUAllocator: (can't|not enough memory)|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE
+)
+_ASKED_FOR = re.compile(r"[Tt]ried to allocate ([\d.]+ \w+)")
+_LAST_ERROR = re.compile(r"Last error:\s*(.+)")
+_LOST_RANK = re.compile(r"gloo|NCCL|Connection (closed|reset) by peer|\bTCPStore\b|recvValue|sendBytes", re.IGNORECASE)
+
+
+def redact(text: str) -> str:
+    """A text without secrets: those of the environment by their value, others by how they look."""
+    for name, value in os.environ.items():
+        if len(value) >= _SHORTEST_SECRET and _SECRET_NAME.search(name):
+            text = text.replace(value, HIDDEN)
+    return _SECRETS.sub(HIDDEN, text)
+
+
+def redact_settings(settings: Any, name: str = "") -> Any:
+    """The same for a tree of settings, in which a name can tell a secret, too."""
+    if isinstance(settings, Mapping):
+        return {key: redact_settings(value, str(key)) for key, value in settings.items()}
+    if isinstance(settings, list):
+        return [redact_settings(item, name) for item in settings]
+    if isinstance(settings, str):
+        secret = settings and _SECRET_NAME.search(name) and not _NO_SECRET.search(name)
+        return HIDDEN if secret else redact(settings)
+    return settings
+
+
+def redact_yaml(text: str) -> str:
+    """The same for a file of settings, which stays as it is where it has no secret."""
+    settings = yaml.safe_load(text)
+    hidden = redact_settings(settings)
+    return text if hidden == settings else yaml.safe_dump(hidden, sort_keys=False)
+
+
+def refuse_hidden(settings: Mapping[str, Any]) -> None:
+    """Refuses settings that were read back from where a secret was hidden.
+
+    Args:
+        settings: Values by dotted key.
+
+    Raises:
+        UserError: One of them was a secret.
+    """
+    for key, value in settings.items():
+        if not isinstance(value, Mapping) and HIDDEN in str(value):
+            raise UserError(f"{key} held a secret, which config.yaml does not keep: give it again")
+
+
+class RedactingFormatter(logging.Formatter):
+    """Log lines without secrets."""
+
+    @override
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the host had no memory left."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
+    )
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether the error only tells that another rank has ended."""
+    return isinstance(error, torch.distributed.DistError) or (
+        type(error) is RuntimeError and _LOST_RANK.search(str(error)) is not None
+    )
+
+
+def asked_for(error: BaseException) -> str:
+    """How much memory was asked for when there was none, in words."""
+    match = _ASKED_FOR.search(str(error))
+    if match is None:
+        return "some more"
+    number, unit = match[1].split()
+    return f"{int(number) / 2**30:.2f} GiB more" if unit == "bytes" else f"{match[1]} more"
+
+
+def in_one_line(error: BaseException) -> str | None:
+    """What happened and the remedy; None for what nobody foresaw, whose traceback is needed."""
+    text = _IN_A_WORKER.sub("", str(error))
+    if isinstance(error, UserError):
+        return " ".join(text.split())
+    if isinstance(error, ValueError) and isinstance(error.__cause__, UserError):
+        return in_one_line(error.__cause__)  # the parser wraps what the options of a group that may be null refuse
+    if match := _WORKER_DIED.search(text):
+        reason = "memory probably ran out" if "Killed" in match[1] or "exited" in match[1] else "see above"
+        return f"a process that builds batches died ({match[1]}): {reason}; lower data.num_workers"
+    if is_out_of_memory(error):
+        return f"out of memory: {asked_for(error)} could not be had ({' '.join(text.split())[:200] or 'host memory'})"
+    if is_lost_rank(error):
+        cause = _LAST_ERROR.search(text)  # of NCCL, which may be one of the settings
+        reason = f"{text.splitlines()[0][:200]}{f'; {cause[1][:200]}' if cause else ''}"
+        return f"the connection to another rank broke, which was killed or has failed ({reason})"
+    if isinstance(error, OSError) and error.errno is not None:
+        return _of_the_system(error)
+    if isinstance(error.__context__, OSError) and error.__context__.errno in _FULL:  # a library failed once more
+        return _of_the_system(error.__context__)
+    if "No space left on device" in text:  # libraries that write without Python
+        return f"{' '.join(text.split())[:200]}; {_REMEDIES[errno.ENOSPC]}"
+    return None
+
+
+def _of_the_system(error: OSError) -> str:
+    assert error.errno is not None
+    files = [str(name) for name in (error.filename, error.filename2) if name is not None]
+    frames = [
+        frame for frame in traceback.extract_tb(error.__traceback__) if f"{os.sep}lit_sft{os.sep}" in frame.filename
+    ]
+    place = f" ({Path(frames[-1].filename).name}, {frames[-1].name})" if frames else ""
+    remedy = f"; {_REMEDIES[error.errno]}" if error.errno in _REMEDIES else ""
+    return f"{' -> '.join(files) + ': ' if files else ''}{error.strerror}{place}{remedy}"
+
+
+_told: BaseException | None = None
+
+
+def tell(error: BaseException, rank: int = 0, advice: str = "") -> None:
+    """Says on stderr what happened, once: in one line, below its traceback where nobody foresaw it.
+
+    Args:
+        error: What was raised. Told once, though it, and what it causes, is seen in several places.
+        rank: Where it was raised.
+        advice: What the one who calls knows of it.
+    """
+    global _told
+    cause: BaseException | None = error
+    while cause is not None:
+        if cause is _told:
+            return
+        cause = cause.__cause__ or cause.__context__
+    _told = error
+    line = in_one_line(error)
+    if line is None:
+        print(redact("".join(traceback.format_exception(error))), file=sys.stderr, end="")
+        line = f"{type(error).__name__}: {' '.join(str(error).split())} (not foreseen: the traceback is above)"
+    line = f"{f'rank {rank}: ' if rank else ''}{line}{f'; {advice}' if advice else ''}"
+    print(f"error: {redact(line)}", file=sys.stderr, flush=True)
+
+
+def keep_silent(error: BaseException) -> None:
+    """Marks an error of which another rank tells."""
+    global _told
+    _told = error
+
+
+def end(error: Exception) -> NoReturn:
+    """Ends the program with exit code 1, having told why."""
+    tell(error)
+    if isinstance(error, BrokenPipeError):  # or the interpreter would fail once more when it flushes
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.exit(1)

@@ -1,0 +1,1 @@
+"""Prompts to answers, and answers to scores."""

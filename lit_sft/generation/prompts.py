@@ -1,0 +1,162 @@
+"""Questions to batches of prompts: sorted by length, filled up by tokens, as many batches on every rank."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from lit_sft.data.formats.parse import conversation_to_prompt
+from lit_sft.data.tokenize import Renderer
+from lit_sft.errors import UserError
+from lit_sft.model.generate import GenerationOptions, decode_completion, left_pad
+from lit_sft.types import Conversation, Prompts
+
+TOKENS_PER_BATCH = 16_384
+"""Prompts and answers of a batch, padding included: 2 GB of keys and values for an 8B Llama in 16 bits, 0.8 GB for
+SmolLM2-135M in fp32.
+"""
+PROMPTS_PER_BATCH = 64
+"""At most, as the batch goes on until its last answer ends."""
+
+
+class Asked(NamedTuple):
+    """A question of the data."""
+
+    conversation: Conversation
+    """A last assistant turn is left out of the prompt: it is the answer that the data has."""
+    where: str
+    """File and row, or setting, for messages."""
+
+
+class Prompt(NamedTuple):
+    """A question as the model is fed it."""
+
+    ids: list[int]
+    text: str
+    """The last user turn."""
+    reference: str | None
+    """The answer that the data has for it, as the model would write it."""
+    where: str
+    num_reference_tokens: int = 0
+    """Without the stop token."""
+
+
+def encode(asked: Iterable[Asked], renderer: Renderer) -> list[Prompt]:
+    """Renders and tokenizes.
+
+    Raises:
+        UserError: The template cannot write one of them.
+    """
+    prompts = []
+    for conversation, where in asked:
+        try:
+            ids = renderer.prompt(conversation)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+        answer = _answer_ids(conversation, ids, renderer)
+        reference = decode_completion(renderer.tokenizer, answer, ()) or None
+        prompts.append(Prompt(ids, _last_user_text(conversation), reference, where, len(answer)))
+    return prompts
+
+
+def _answer_ids(conversation: Conversation, prompt_ids: list[int], renderer: Renderer) -> list[int]:
+    """The ids that are trained behind a prompt, without the stop token; none where the data has no answer for it.
+
+    Not those of the message's text: a template may trim it, and add thoughts, channels and tool calls. That text is
+    taken where the row cannot be trained.
+    """
+    content = conversation_to_prompt(conversation)[1]
+    if content is None:
+        return []
+    [examples] = replace(renderer, train_on="last_completion").render([conversation], [0])
+    if isinstance(examples, UserError):
+        return list(renderer.tokenizer(content, add_special_tokens=False)["input_ids"])
+    ids, mask = examples[-1].input_ids, examples[-1].loss_mask
+    begin = len(os.path.commonprefix([ids, prompt_ids]))  # all of the prompt, but for data.unproved: lenient
+    return ids[begin : len(mask) - 1 - mask[::-1].index(1)]
+
+
+def fits(prompt: Prompt, max_new_tokens: int, context: int | None) -> bool:
+    """Whether prompt and answer are within the model's context (None: it has no limit)."""
+    return context is None or len(prompt.ids) + max_new_tokens <= context
+
+
+def check_room(prompts: Iterable[Prompt], max_new_tokens: int, context: int | None) -> None:
+    """Refuses prompts that leave no room for an answer, before any is answered.
+
+    Raises:
+        UserError: With the place of the first.
+    """
+    for prompt in prompts:
+        if not fits(prompt, max_new_tokens, context):
+            raise UserError(
+                f"{prompt.where}: a prompt of {len(prompt.ids)} tokens and model.generation.max_new_tokens "
+                f"{max_new_tokens} exceed the model's context of {context} tokens: shorten the prompt, or set a "
+                "smaller max_new_tokens"
+            )
+
+
+def deal(
+    prompts: Sequence[Prompt],
+    options: GenerationOptions,
+    pad_id: int,
+    rank: int = 0,
+    world_size: int = 1,
+    done: Collection[int] = (),
+) -> list[Prompts]:
+    """Makes batches of prompts of like length and deals them to the ranks.
+
+    Args:
+        prompts: All of them, in the order in which their answers are wanted (`Prompts.index` is the position in it).
+        options: Their lengths bound a batch.
+        pad_id: Fills the left of shorter prompts.
+        rank: Which share to return; with `world_size` 1 all of them.
+        world_size: Number of shares.
+        done: Indices that are answered already. A batch without any other is left out; the rest keep their batches, as
+            in 16 bits an answer may depend on its neighbours.
+
+    Returns:
+        This rank's batches. A rank that has none left in the last round gets a filler; index -1 marks answers that are
+        thrown away.
+    """
+    done = set(done)
+    batches = [batch for batch in _batches(prompts, options, world_size) if not done.issuperset(batch)]
+    rounds = max(bool(prompts), -(-len(batches) // world_size))
+    mine = batches[rank::world_size]
+    fillers: list[list[int]] = [[]] * (rounds - len(mine))
+    return [_padded(prompts, batch, done, pad_id) for batch in [*mine, *fillers]]
+
+
+def _batches(prompts: Sequence[Prompt], options: GenerationOptions, world_size: int) -> list[list[int]]:
+    """Indices, the longest prompts first; small sets are spread over the ranks."""
+    most = min(PROMPTS_PER_BATCH, -(-len(prompts) // world_size))
+    batches: list[list[int]] = []
+    room = 0
+    for index in sorted(range(len(prompts)), key=lambda index: -len(prompts[index].ids)):
+        if room == 0:
+            row = (len(prompts[index].ids) + options.max_new_tokens) * options.num_return_sequences
+            room = max(1, min(most, TOKENS_PER_BATCH // row))
+            batches.append([])
+        batches[-1].append(index)
+        room -= 1
+    return batches
+
+
+def _padded(prompts: Sequence[Prompt], batch: Sequence[int], done: set[int], pad_id: int) -> Prompts:
+    """An empty batch is a filler: one short prompt for company."""
+    chosen = [prompts[index] for index in batch] or [min(prompts, key=lambda prompt: len(prompt.ids))]
+    input_ids, attention_mask = left_pad([prompt.ids for prompt in chosen], pad_id)
+    return Prompts(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        index=[-1 if index in done else index for index in batch] or [-1],
+        texts=[prompt.text for prompt in chosen],
+        references=[prompt.reference for prompt in chosen],
+        number=batch[0] if batch else -1,
+    )
+
+
+def _last_user_text(conversation: Conversation) -> str:
+    return next((m.content for m in reversed(conversation.messages) if m.role == "user"), conversation.text or "")

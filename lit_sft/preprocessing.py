@@ -1,0 +1,293 @@
+"""Rows to tokenized examples on disk: composes the data stages, once, before any process group exists."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from lit_sft.data.cache import (
+    Block,
+    ExampleCache,
+    cache_key,
+    open_cache,
+    to_block,
+    wait_for_cache,
+    write_cache,
+    write_failure,
+)
+from lit_sft.data.formats.parse import to_conversation
+from lit_sft.data.formats.placeholders import find_placeholders
+from lit_sft.data.sources.rows import Rows
+from lit_sft.data.stats import Counts
+from lit_sft.data.tokenize import Renderer
+from lit_sft.data.workers import map_in_order
+from lit_sft.errors import UserError
+from lit_sft.ranks import global_rank
+from lit_sft.types import Conversation, Example
+
+log = logging.getLogger(__name__)
+
+CACHE_VERSION = 7
+"""Raise it when formats, rendering or the cache's layout change what a cache holds."""
+CHUNK_ROWS = 200
+"""Rows rendered and tokenized together."""
+ROWS_PER_WORKER = 1000
+"""For fewer, a process costs more than it saves."""
+JOB = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT", "TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
+"""What launchers tell all ranks of a job, before the first of them prepares the data. Lightning's starts the others
+later.
+"""
+DAY = 24 * 60 * 60
+"""Seconds, after which nobody waits for a failure of another job any more."""
+SHOWN_SKIPS = 10
+"""Skipped rows that are shown; more are only counted."""
+
+
+class Chunk(NamedTuple):
+    """What became of some rows."""
+
+    block: Block
+    counts: Counts
+    skipped: list[str]
+    """What was wrong with rows, each with its place."""
+
+
+class Reading(NamedTuple):
+    """How the rows of one source are read."""
+
+    format: str
+    column_mapping: Mapping[str, str] | None
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Everything that decides which examples a row becomes."""
+
+    renderer: Renderer
+    readings: Mapping[int, Reading]
+    """By source: the members of a mixture may have different formats."""
+    prompt_template: str | None
+    system_prompt: str | None
+    on_bad_row: Literal["error", "skip"]
+    max_length: int
+    overlong: Literal["drop", "truncate", "error"]
+
+    def conversation(self, rows: Rows, index: int, need_answer: bool = True) -> Conversation:
+        """One row as a conversation.
+
+        Raises:
+            UserError: With the file and the row before what is wrong with it.
+        """
+        reading = self.readings[rows.source_of(index)]
+        try:
+            return to_conversation(
+                rows[index],
+                format=reading.format,
+                column_mapping=reading.column_mapping,
+                prompt_template=self.prompt_template,
+                system_prompt=self.system_prompt,
+                need_answer=need_answer,
+            )
+        except UserError as error:
+            raise UserError(f"{rows.where(index)}: {error}") from error
+
+    def examples(self, rows: Rows, counts: Counts) -> list[Example]:
+        """All examples of a few rows, in order; what was dropped and why is added to `counts`.
+
+        Raises:
+            UserError: A row is bad.
+        """
+        return self._examples(rows, range(len(rows)), counts, [])
+
+    def _examples(self, rows: Rows, indices: range, counts: Counts, skipped: list[str]) -> list[Example]:
+        examples: list[Example] = []
+        for index, result in self._render(rows, indices, counts):
+            counts.rows_read += 1
+            if not isinstance(result, UserError):
+                examples += self._keep(result, rows.where(index), counts)
+            elif self.on_bad_row == "error":
+                raise result
+            else:
+                counts.dropped["bad row (data.on_bad_row: skip)"] += 1
+                skipped.append(str(result))
+        return examples
+
+    def _chunk(self, rows: Rows, indices: range) -> Chunk:
+        """Runs in a worker."""
+        counts = Counts()
+        skipped: list[str] = []
+        return Chunk(to_block(self._examples(rows, indices, counts, skipped)), counts, skipped)
+
+    def _keep(self, examples: list[Example], where: str, counts: Counts) -> list[Example]:
+        """Those of a row's examples that can be trained; all is counted."""
+        fitted = [self._fit(example, where, counts) for example in examples]
+        kept = [item for item in fitted if isinstance(item, Example)]
+        reasons = [item for item in fitted if isinstance(item, str)]
+        counts.rows_kept += bool(kept)
+        counts.notes.update({note for example in kept for note in example.notes})
+        if kept and reasons:
+            counts.notes["partly_dropped"] += 1
+        elif reasons:
+            counts.dropped[reasons[0]] += 1
+        counts.examples += len(kept)
+        counts.tokens += sum(len(example.input_ids) for example in kept)
+        counts.trained_tokens += sum(sum(example.loss_mask[1:]) for example in kept)
+        counts.stop_ids = sorted({*counts.stop_ids, *(i for example in kept for i in example.stop_ids)})
+        return kept
+
+    def _render(self, rows: Rows, indices: range, counts: Counts) -> Iterator[tuple[int, list[Example] | UserError]]:
+        """(row, its examples or what is wrong with it) in the order of the rows."""
+        parsed: dict[int, Conversation | UserError] = {}
+        for index in indices:
+            try:
+                parsed[index] = self.conversation(rows, index)
+            except UserError as error:
+                parsed[index] = error
+        good = {index: item for index, item in parsed.items() if isinstance(item, Conversation)}
+        for conversation in good.values():
+            counts.placeholders.update(find_placeholders(conversation))
+            counts.blank.update(conversation.blank)
+            counts.notes.update(conversation.notes)
+        rendered = dict(zip(good, self.renderer.render(list(good.values()), list(good)), strict=True))
+        for index, item in parsed.items():
+            result = item if isinstance(item, UserError) else rendered[index]
+            if isinstance(result, UserError) and not isinstance(item, UserError):
+                result = UserError(f"{rows.where(index)}: {result}")
+            yield index, result
+
+    def _fit(self, example: Example, where: str, counts: Counts) -> Example | str:
+        """The example if it has a target and fits, cut where `overlong` says so; else why it is dropped."""
+        length, targets = len(example.input_ids), sum(example.loss_mask[1:])
+        counts.longest = max(counts.longest, length)
+        if targets == 0:
+            return "no token of it is trained"
+        if length <= self.max_length:
+            return example
+        if self.overlong == "error":
+            raise UserError(
+                f"{where}: {length} tokens are more than data.max_length {self.max_length}; raise data.max_length, or "
+                "set data.overlong to drop or truncate"
+            )
+        ids, mask = example.input_ids[: self.max_length], example.loss_mask[: self.max_length]
+        if self.overlong == "drop" or not any(mask[1:]):
+            counts.lost_trained_tokens += targets
+            rest = " even after truncation, no target is left" if self.overlong == "truncate" else ""
+            return f"longer than data.max_length {self.max_length}{rest}"
+        counts.truncated += 1
+        counts.lost_trained_tokens += targets - sum(mask[1:])
+        trained = {token for token, label in zip(ids, mask, strict=True) if label}
+        return replace(
+            example, input_ids=ids, loss_mask=mask, stop_ids=tuple(i for i in example.stop_ids if i in trained)
+        )
+
+    def identity(self, rows: Rows) -> dict[str, Any]:
+        """All that decides the examples, as plain JSON values: data by content, tokenizer, template and options."""
+        import tokenizers
+        import transformers
+
+        options = {k: v for k, v in vars(self).items() if k not in ("renderer", "readings")}
+        return {
+            "cache": CACHE_VERSION,
+            "rows": rows.fingerprint,
+            "readings": [(source, *reading) for source, reading in self.readings.items()],
+            "renderer": self.renderer.fingerprint(),
+            "libraries": [transformers.__version__, tokenizers.__version__],
+            **options,
+        }
+
+    def cached(self, rows: Rows, path: Path, name: str, num_workers: int = 1) -> ExampleCache:
+        """The examples of a data set, from the cache or made now: by global rank 0, while the others wait.
+
+        Args:
+            rows: The data set.
+            path: Where the cache is, or is to be: named by the hash of `identity`.
+            name: How to call it in the log, `train` or `validation`.
+            num_workers: Processes that tokenize.
+
+        Raises:
+            UserError: A row is bad, or no row is left.
+        """
+        failure = path.with_name(f"{path.name}.{_job()}.error")
+        if global_rank() != 0:
+            return wait_for_cache(path, failure)
+        for old in path.parent.glob(f"{path.name}.*.error"):
+            if old == failure or time.time() - old.stat().st_mtime > DAY:
+                old.unlink(missing_ok=True)
+        try:
+            cache = open_cache(path) or self._write(path, rows, num_workers)
+            counts = Counts(**cache.meta)
+            if not len(cache):
+                reasons = "; ".join(f"{n:,} rows {reason}" for reason, n in counts.dropped.items()) or "it is empty"
+                raise UserError(
+                    f"data.{name} ({rows.name}): no row is left to train on: {reasons}; the longest example has "
+                    f"{counts.longest} tokens, data.max_length is {self.max_length}"
+                )
+        except Exception as error:  # not a signal: the other ranks get it, too, and a run started anew does not
+            write_failure(failure, error)
+            raise
+        for line in counts.lines(name):
+            log.info(line)
+        return cache
+
+    def _write(self, path: Path, rows: Rows, num_workers: int) -> ExampleCache:
+        counts = Counts()
+        meta: dict[str, Any] = {}
+        of_rows: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.uint64]]] = []
+
+        def blocks() -> Iterator[Block]:
+            num_skipped = 0
+            starts = range(0, len(rows), CHUNK_ROWS)
+            chunks = (range(start, min(start + CHUNK_ROWS, len(rows))) for start in starts)
+            workers = min(num_workers, len(rows) // ROWS_PER_WORKER)
+            with tqdm(desc="tokenizing", total=len(rows), unit=" rows", leave=False, disable=None) as bar:
+                for chunk in map_in_order(partial(self._chunk, rows), chunks, workers):
+                    counts.add(chunk.counts)
+                    of_rows.append(_row_hashes(chunk.block))
+                    for message in chunk.skipped[: max(0, SHOWN_SKIPS - num_skipped)]:
+                        log.warning("skipped: %s", message)
+                    num_skipped += len(chunk.skipped)
+                    bar.update(chunk.counts.rows_read)
+                    yield chunk.block
+            if of_rows:
+                kept, hashes = (np.concatenate(arrays) for arrays in zip(*of_rows, strict=True))
+                counts.duplicates = _num_duplicates(rows.origins[kept], hashes)
+            meta.update(vars(counts))  # not `asdict`, which breaks a Counter
+
+        started = time.monotonic()
+        cache = write_cache(path, blocks(), meta)
+        log.info("tokenized %s rows in %.1f s", f"{counts.rows_read:,}", time.monotonic() - started)
+        return cache
+
+
+def _job() -> str:
+    """A name that all ranks of a job have in common, and other jobs with the same data have not."""
+    return cache_key({variable: os.environ.get(variable) for variable in JOB})[:8]
+
+
+def num_overlapping(train: ExampleCache, validation: ExampleCache) -> int:
+    """Validation rows that are in the training set too."""
+    return int(np.isin(_row_hashes(validation)[1], _row_hashes(train)[1]).sum())
+
+
+def _num_duplicates(origins: npt.NDArray[np.int64], hashes: npt.NDArray[np.uint64]) -> int:
+    """Rows whose examples are exact copies of an earlier row's; what a mixture repeats on purpose does not count."""
+    distinct = np.unique(origins, return_index=True)[1]
+    return len(distinct) - len(np.unique(hashes[distinct]))
+
+
+def _row_hashes(examples: Block | ExampleCache) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint64]]:
+    """Rows that have examples, and a hash of all examples of each."""
+    first = np.flatnonzero(np.diff(examples.rows, prepend=-1))
+    parts = np.uint64(2) * examples.parts.astype(np.uint64) + np.uint64(1)  # odd, so no hash loses bits
+    hashes = examples.hashes * parts
+    return examples.rows[first], np.bitwise_xor.reduceat(hashes, first) if len(first) else hashes

@@ -1,0 +1,1 @@
+"""One run: its folder, lock, loggers, signals and SLURM job."""
