@@ -15,6 +15,7 @@ TEST = [
     "pytest-timeout>=2.3",
     "ruff>=0.16,<0.18",  # its formatter decides how the code looks, and so whether a test passes
     "mypy>=2.4,<2.5",
+    "import-linter>=2.5,<3",
     "setuptools>=70.1",  # a test builds the wheel without an environment of its own
 ]
 

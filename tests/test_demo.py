@@ -116,7 +116,7 @@ def test_first_validation_rows_are_a_mixture(splits):
 
 
 def test_the_same_rows_in_another_process(splits):
-    code = "import json; from lit_sft import demo; print(json.dumps(demo.rows('arithmetic', 'train')))"
+    code = "import json; from lit_sft.demo import builtin as demo; print(json.dumps(demo.rows('arithmetic', 'train')))"
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=REPOSITORY,

@@ -244,13 +244,13 @@ def test_a_rank_fails(ranks, kind, launcher, said, place, tmp_path):
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_nan_on_one_rank(strategy, place, tmp_path):
     rows, settings = bad_rows(tmp_path, BAD), {"trainer__strategy": strategy}
-    code, err = fit_ranks(place, tmp_path, "from lit_sft import cli\ncli.main()", rows=rows, overrides=settings)
+    code, err = fit_ranks(place, tmp_path, "from lit_sft.cli.main import main\nmain()", rows=rows, overrides=settings)
     assert code == 1 and len(errors(err)) == 1, err[-3000:]
     assert re.search(r"^error: step 3: the loss is nan.*rank \d: \S+bad.jsonl line 3;", errors(err)[0]), err[-3000:]
     if strategy == "ddp":
         return
     skip = {**settings, "faults__skip_steps": 1, "trainer__default_root_dir": tmp_path / "skipping"}
-    code, err = fit_ranks(place, tmp_path, "from lit_sft import cli\ncli.main()", rows=rows, overrides=skip)
+    code, err = fit_ranks(place, tmp_path, "from lit_sft.cli.main import main\nmain()", rows=rows, overrides=skip)
     assert code == 0 and scalars(tmp_path / "skipping", "train/skipped_steps")[-1] == 1, err[-3000:]
 
 

@@ -1,89 +1,54 @@
-"""The house: every file has a rank, and imports only point down. Function-local imports count too."""
+"""The structure of the package: import-linter's contracts in pyproject.toml, and foreign private attributes in few files."""
 
 import ast
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent / "lit_sft"
-RANK = {
-    "types": 0, "interrupts": 0,
-    "data": 1, "model": 1, "optim": 1, "metrics": 1, "seeding": 1, "flops": 1, "demo": 1,
-    "display": 2, "failures": 2, "links": 2, "locking": 2, "prepare": 2, "prompts": 2, "build": 2, "resuming": 2,
-    "dataset": 3, "answering": 3, "evaluation": 4,
-    "module": 5, "datamodule": 5, "callbacks": 5, "checkpointing": 5, "logfiles": 5, "slurm": 5,
-    "runs": 6, "strategies": 6, "preview": 6, "doctor": 6, "exporting": 6, "comparing": 6, "stopping": 6,
-    "trainer": 7, "parsing": 7,
-    "cli": 8,
-    "__main__": 9,
-}  # fmt: skip
-LIGHTNING_FROM = RANK["module"]
-FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
+REPOSITORY = Path(__file__).parent.parent
+ROOT = REPOSITORY / "lit_sft"
+LINT_IMPORTS = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_logo=True))"
 
 
-def imported(path: Path) -> set[str]:
-    """Absolute names of all modules that a file imports, wherever in the file it does so; type-checking ones too."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
+def lint_imports(root: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", LINT_IMPORTS], cwd=root, capture_output=True, text=True)
 
 
-def rank(name: str) -> int:
-    assert name in RANK, f"lit_sft/{name} has no rank: give it one in {Path(__file__).name}"
-    return RANK[name]
-
-
-def problems(path: Path) -> list[str]:
-    top = path.relative_to(ROOT).parts[0].removesuffix(".py")
-    own = rank(top)
-    found = []
-    for name in imported(path):
-        package, *rest = name.split(".")
-        if package == "lightning" and own < LIGHTNING_FROM:
-            found.append(f"{path.name} must stay free of lightning")
-        here = ".".join(("lit_sft", *path.relative_to(ROOT).parts[:-1])) + "."
-        inside = (
-            top == "demo" and rest[:1] == ["demo"] or path.name == "__init__.py" and name.startswith(here)
-        )  # one stage
-        if package == "lit_sft" and rest and rest[0] != "__version__" and not inside and rank(rest[0]) >= own:
-            found.append(f"{path.name} may not import {name}")
-    return found
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_point_down(path):
-    assert problems(path) == []
+def test_imports_point_down():
+    done = lint_imports(REPOSITORY)
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize(
     ("file", "line"),
     [
-        ("data/render.py", "from lit_sft.data.formats import to_conversation"),
+        ("data/collate.py", "from lit_sft.model.loss import CausalLMLoss"),
+        ("data/packing.py", "from lit_sft.data.sampler import StepOrder"),
         ("model/loss.py", "import lightning"),
-        ("module.py", "def f():\n    from lit_sft import cli"),
+        ("module.py", "def f():\n    from lit_sft.cli import main"),
+        ("new_file.py", ""),
+        ("data/new_file.py", ""),
     ],
 )
-def test_the_test_can_fail(file, line, tmp_path, monkeypatch):
-    monkeypatch.setattr(f"{__name__}.ROOT", tmp_path)
-    path = tmp_path / file
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(line)
-    assert len(problems(path)) == 1
+def test_a_wrong_import_or_a_file_without_a_place_is_found(file, line, tmp_path):
+    shutil.copy(REPOSITORY / "pyproject.toml", tmp_path)
+    shutil.copytree(ROOT, tmp_path / "lit_sft", ignore=shutil.ignore_patterns("__pycache__"))
+    path = tmp_path / "lit_sft" / file
+    before = path.read_text() if path.exists() else ""
+    path.write_text(f"{before}\n{line}\n")
+    done = lint_imports(tmp_path)
+    assert done.returncode != 0
+    assert path.stem in done.stdout
 
 
-def test_budgets():
-    """Files stay within 300 lines and functions within 60: a reader's afternoon."""
-    long = []
-    for path in FILES:
-        text = path.read_text()
-        if text.count("\n") > 300:
-            long.append(f"{path.name}: {text.count(chr(10))} lines")
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.FunctionDef) and node.name != "__init__" and node.end_lineno - node.lineno >= 60:
-                long.append(f"{path.name}: {node.name}")
-    assert long == []
+def test_packages_have_no_code_of_their_own():
+    """A package's `__init__.py` is its docstring; the top one has the version and the names of the Python API."""
+    with_code = []
+    for path in ROOT.rglob("*/__init__.py"):
+        statements = ast.parse(path.read_text()).body
+        if len(statements) != 1 or not isinstance(statements[0], ast.Expr):
+            with_code.append(str(path.relative_to(ROOT)))
+    assert with_code == []
