@@ -1,12 +1,10 @@
-"""The trainer: Lightning's, with commands of our own, and with everything that happens around a run in its order."""
+"""The trainer: Lightning's, and the callbacks of a run in their order."""
 
 from __future__ import annotations
 
-import logging
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import (
@@ -35,26 +33,17 @@ from lit_sft.callbacks.throughput import Throughput
 from lit_sft.callbacks.weight_averaging import Averaging
 from lit_sft.checkpoint import io as checkpoint_io
 from lit_sft.checkpoint.io import CheckpointFiles
-from lit_sft.commands import doctor, preview
-from lit_sft.commands import export as commands_export
-from lit_sft.datamodule import SFTDataModule
 from lit_sft.errors import UserError
+from lit_sft.memory_plan import needed_memory
 from lit_sft.model_builder import is_adapted
 from lit_sft.module import SFTModule
 from lit_sft.run import folder as run_folder
 from lit_sft.run import loggers
 from lit_sft.run.preemption import StopOnSignal
 
-log = logging.getLogger(__name__)
-
 
 class SFTTrainer(L.Trainer):
-    """Lightning's Trainer with the commands it does not have; LightningCLI makes a subcommand of every method listed
-    there.
-    """
-
-    plan = doctor.Plan()
-    """What `doctor` is asked about, which itself takes one device."""
+    """Lightning's Trainer, which stops at the end of an optimizer step and names the run's folder."""
 
     @property
     @override
@@ -90,62 +79,6 @@ class SFTTrainer(L.Trainer):
                 callback.on_train_end(self, self.lightning_module)
         return results
 
-    def preview(
-        self, model: SFTModule, datamodule: SFTDataModule, num_rows: int = 3, output: Literal["rich", "json"] = "rich"
-    ) -> None:
-        """Show rows of the training set as the model will see them.
-
-        Args:
-            model: Not needed.
-            datamodule: Its training rows are shown.
-            num_rows: Rows to show.
-            output: For people (rich) or programs (json).
-        """
-        preview.preview(datamodule.data, num_rows, output)
-
-    def doctor(
-        self,
-        model: SFTModule,
-        datamodule: SFTDataModule,
-        output: Literal["rich", "json"] = "rich",
-        histogram: str | None = None,
-    ) -> None:
-        """Check data, steps, memory and disk before a run, with two real steps; exit code 1 on an error.
-
-        Args:
-            model: Its settings are used.
-            datamodule: Its rows are examined.
-            output: For people (rich) or programs (json).
-            histogram: PNG file to write the length histogram to.
-        """
-        sys.exit(doctor.doctor(self, self.plan, model, datamodule, output, histogram))
-
-    def export(
-        self,
-        model: SFTModule,
-        datamodule: SFTDataModule,
-        ckpt_path: str = "last",
-        output_dir: str = "hf",
-        merge_lora: bool = False,
-        dequantize: bool = False,
-        dtype: Literal["float32", "bfloat16", "float16"] | None = None,
-    ) -> None:
-        """Turn a checkpoint into a Hugging Face directory.
-
-        Args:
-            model: The module that the checkpoint belongs to.
-            datamodule: Its tokenizer and template are exported along.
-            ckpt_path: Checkpoint, `last`, or `best`.
-            output_dir: Directory to write.
-            merge_lora: Merge the adapter into the base instead of writing an adapter directory.
-            dequantize: Merge over a 4-bit base too, whose values are then written in bf16.
-            dtype: Type of the written weights; null keeps theirs, which is fp32 where they were trained.
-        """
-        commands_export.export_checkpoint(
-            self, model, datamodule, ckpt_path, Path(output_dir), merge_lora, dequantize, dtype
-        )
-        log.info("exported: %s", output_dir)
-
 
 class GivenCheckpoint(_CheckpointConnector):
     """Goes on from `--ckpt_path` and nothing else: Lightning would take, without a word, what its own requeueing, or an
@@ -173,7 +106,7 @@ def run_callbacks(
     checkpointer = Checkpointer(config.checkpoint, files)
     folder = run_folder.RunFolder(ckpt_path, first_step, save_config, checkpointer.go_on_from)
     callbacks: list[Callback] = [
-        FailTogether(doctor.needed_memory),
+        FailTogether(needed_memory),
         Guard(config.faults),
         KeepFolder(run_folder.CONFIG, folder.restore),
         folder,

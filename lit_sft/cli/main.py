@@ -23,15 +23,16 @@ from lit_sft.checkpoint import files as checkpoint_files
 from lit_sft.checkpoint import io as checkpoint_io
 from lit_sft.checkpoint.io import CheckpointFiles
 from lit_sft.cli import errors as cli_errors
-from lit_sft.commands import doctor
+from lit_sft.cli.trainer import CommandTrainer
 from lit_sft.datamodule import SFTDataModule
 from lit_sft.distributed import fsdp2
 from lit_sft.errors import UserError
+from lit_sft.memory_plan import Plan
 from lit_sft.model_builder import refuse_adapter
 from lit_sft.module import SFTModule
 from lit_sft.run import folder as run_folder
 from lit_sft.run import slurm
-from lit_sft.trainer import GivenCheckpoint, SFTTrainer, as_list, own_callbacks, run_callbacks
+from lit_sft.trainer import GivenCheckpoint, as_list, own_callbacks, run_callbacks
 
 log = logging.getLogger("lit_sft")
 
@@ -135,7 +136,7 @@ class SFTCLI(LightningCLI):
         config = self.config_init[self.subcommand]
         if self.subcommand in WITHOUT_TRAINER:
             precision = config.trainer.precision  # decides the type of the weights
-            return SFTTrainer(
+            return CommandTrainer(
                 accelerator="cpu",
                 devices=1,
                 precision=precision,
@@ -154,7 +155,7 @@ class SFTCLI(LightningCLI):
             trainer: Any = self._instantiate_trainer({**config.trainer, **one_step, **quiet, **own}, [])
             asked = config.trainer
             present = trainer.accelerator.auto_device_count()
-            trainer.plan = doctor.Plan.of_settings(asked.devices, asked.num_nodes, asked.strategy, present)
+            trainer.plan = Plan.of_settings(asked.devices, asked.num_nodes, asked.strategy, present)
             trainer._checkpoint_connector = GivenCheckpoint(trainer)
             return trainer
         files = CheckpointFiles(config.checkpoint.async_save)
@@ -277,7 +278,7 @@ def main(args: list[str] | None = None) -> None:
         SFTCLI(
             SFTModule,
             SFTDataModule,
-            trainer_class=SFTTrainer,
+            trainer_class=CommandTrainer,
             trainer_defaults={
                 "precision": "bf16-mixed",
                 "max_epochs": 1,
