@@ -12,7 +12,7 @@ from terminal import log_lines, refused
 from tiny import save_tiny, tiny_tokenizer
 from transformers import AutoTokenizer
 
-from lit_sft.cli import errors as cli_errors
+from lit_sft.cli.arguments import packaged_config
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +171,7 @@ def test_missing_config(typed, capsys):
 
 def test_a_recipe_by_its_name_from_anywhere(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert cli_errors.packaged_config("qwen").endswith("qwen.yaml") and cli_errors.packaged_config("gone") is None
+    assert packaged_config("qwen").endswith("qwen.yaml") and packaged_config("gone") is None
     printed = print_config(capsys, ["--config", "qwen"])
     assert printed["data"]["train"] == "banghua/DL-SFT-Dataset" and printed["data"]["packing"] is False
 
