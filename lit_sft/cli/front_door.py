@@ -69,5 +69,5 @@ def _problem(args: list[str]) -> str:
     if args[0].startswith("-"):
         return f"the command comes first, before {args[0]}: one of {', '.join(COMMANDS)}"
     nearest = difflib.get_close_matches(args[0], COMMANDS, n=1)
-    remedy = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(COMMANDS)}"
+    remedy = f"did you mean {nearest[0]}?" if nearest else f"the commands are {', '.join(COMMANDS)}"
     return f"there is no command `{args[0]}`: {remedy}"
