@@ -49,8 +49,10 @@ class SFTTrainer(L.Trainer):
     @override
     def log_dir(self) -> str | None:
         """The run's folder, whatever the loggers are; Lightning asks the first of them."""
-        chosen = next((c for c in self.callbacks if isinstance(c, run_folder.RunFolder) and c.is_known), None)  # type: ignore[attr-defined]
-        return super().log_dir if chosen is None else str(chosen.folder)
+        for callback in self.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, run_folder.RunFolder) and callback.is_known:
+                return str(callback.folder)
+        return super().log_dir
 
     @property
     def should_stop(self) -> bool:
@@ -64,25 +66,35 @@ class SFTTrainer(L.Trainer):
 
     @override
     def _run_stage(self) -> Any:
-        """As in Lightning, which leaves out all hooks of training where a resumed run has no step left: one that was
-        killed after its last checkpoint is exported still, under the settings of now. One that early stopping had ended
-        has none left, too.
+        """Runs the stage, and then exports a resumed run that has no step left.
+
+        Lightning calls no hook of training in such a run. It was killed after its last checkpoint, or early stopping
+        had ended it, and is still exported under the current settings.
         """
-        self.should_stop = self.should_stop or (self.state.fn == "fit" and has_stopped_early(self))
+        if self.state.fn != "fit":
+            return super()._run_stage()
+        self.should_stop = self.should_stop or has_stopped_early(self)
         results = super()._run_stage()
-        for callback in self.callbacks if self.state.fn == "fit" else []:  # type: ignore[attr-defined]
+        for callback in self.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, run_folder.RunFolder):
                 callback.begin(self, has_steps=False)
             if isinstance(callback, HFExport) and not callback.is_done:
-                for averaging in [c for c in self.callbacks if isinstance(c, WeightAveraging)]:  # type: ignore[attr-defined]
-                    averaging.on_train_end(self, self.lightning_module)  # the model takes the average
+                self._take_average()
                 callback.on_train_end(self, self.lightning_module)
         return results
 
+    def _take_average(self) -> None:
+        """Lets the model take the averaged weights, if there are any."""
+        for callback in self.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, WeightAveraging):
+                callback.on_train_end(self, self.lightning_module)
+
 
 class GivenCheckpoint(_CheckpointConnector):
-    """Goes on from `--ckpt_path` and nothing else: Lightning would take, without a word, what its own requeueing, or an
-    `OnExceptionCheckpoint` of another run, has left below `trainer.default_root_dir`.
+    """Resumes from `--ckpt_path` and nothing else.
+
+    Lightning would take, without a word, what its own requeueing, or an `OnExceptionCheckpoint` of another run, has
+    left below `trainer.default_root_dir`.
     """
 
     @override
@@ -93,11 +105,11 @@ class GivenCheckpoint(_CheckpointConnector):
 def run_callbacks(
     config: Any, ckpt_path: str | None, is_fit: bool, files: CheckpointFiles, save_config: Callable[[Path], None]
 ) -> list[Callback]:
-    """What happens around a run. Lightning calls them in this order, but those that save last.
+    """Lists the callbacks of a run. Lightning calls them in this order, but those that save checkpoints last.
 
     Args:
         config: Settings of the command.
-        ckpt_path: The checkpoint that the run goes on from, or that is evaluated.
+        ckpt_path: The checkpoint to resume from, or to evaluate.
         is_fit: Whether it trains.
         files: Writes the checkpoints.
         save_config: Writes config.yaml.
@@ -184,12 +196,14 @@ def _check_averaged(trainer: Any, model: SFTModule) -> None:
 
 
 def as_list(value: Any) -> list[Any]:
-    """Of a setting that takes one thing, a list, or nothing."""
-    return [] if value is None else value if isinstance(value, list) else [value]
+    """Makes a list of a setting that takes one thing, a list, or nothing."""
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
 
 
 def _save_and_wait(checkpointer: Checkpointer, files: CheckpointFiles) -> Callable[[L.Trainer], None]:
-    """For a run that leaves: what it saves is on disk before it does."""
+    """A function for a run that is stopped: it saves, and returns when the checkpoint is on disk."""
 
     def save(trainer: L.Trainer) -> None:
         checkpointer.save(trainer)
