@@ -27,9 +27,8 @@ def coloured_tokens(tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int]
     """An example with its trained tokens in green, the rest dimmed, special tokens visible."""
     text = Text()
     start = 0
-    for end in range(
-        1, len(input_ids) + 1
-    ):  # runs of equal mask are decoded together: a character may take several tokens
+    # Runs of equal mask are decoded together, as a character may take several tokens.
+    for end in range(1, len(input_ids) + 1):
         if end == len(input_ids) or loss_mask[end] != loss_mask[start]:
             piece = str(tokenizer.decode(list(input_ids[start:end]), skip_special_tokens=False))
             text.append(piece, style=TRAINED if loss_mask[start] else READ)

@@ -17,8 +17,6 @@ import torch
 import yaml
 from typing_extensions import override
 
-pass
-
 
 class UserError(ValueError):
     """Something the user can mend: one line that says what is wrong, where, and the remedy.
@@ -165,24 +163,39 @@ def in_one_line(error: BaseException) -> str | None:
     if isinstance(error, ValueError) and isinstance(error.__cause__, UserError):
         return in_one_line(error.__cause__)  # the parser wraps what the options of a group that may be null refuse
     if match := _WORKER_DIED.search(text):
-        reason = "memory probably ran out" if "Killed" in match[1] or "exited" in match[1] else "see above"
-        return f"a process that builds batches died ({match[1]}): {reason}; lower data.num_workers"
+        return _of_a_worker(match[1])
     if is_out_of_memory(error):
         return f"out of memory: {asked_for(error)} could not be had ({' '.join(text.split())[:200] or 'host memory'})"
     if is_lost_rank(error):
-        cause = _LAST_ERROR.search(text)  # of NCCL, which may be one of the settings
-        reason = f"{text.splitlines()[0][:200]}{f'; {cause[1][:200]}' if cause else ''}"
-        return f"the connection to another rank broke, which was killed or has failed ({reason})"
+        return _of_a_lost_rank(text)
+    return _of_the_system(error, text)
+
+
+def _of_a_worker(fate: str) -> str:
+    reason = "memory probably ran out" if "Killed" in fate or "exited" in fate else "see above"
+    return f"a process that builds batches died ({fate}): {reason}; lower data.num_workers"
+
+
+def _of_a_lost_rank(text: str) -> str:
+    reason = text.splitlines()[0][:200]
+    cause = _LAST_ERROR.search(text)  # of NCCL, which may be one of the settings
+    if cause is not None:
+        reason = f"{reason}; {cause[1][:200]}"
+    return f"the connection to another rank broke, which was killed or has failed ({reason})"
+
+
+def _of_the_system(error: BaseException, text: str) -> str | None:
+    """What the operating system refused; None where it has no part in the failure."""
     if isinstance(error, OSError) and error.errno is not None:
-        return _of_the_system(error)
+        return _with_remedy(error)
     if isinstance(error.__context__, OSError) and error.__context__.errno in _FULL:  # a library failed once more
-        return _of_the_system(error.__context__)
+        return _with_remedy(error.__context__)
     if "No space left on device" in text:  # libraries that write without Python
         return f"{' '.join(text.split())[:200]}; {_REMEDIES[errno.ENOSPC]}"
     return None
 
 
-def _of_the_system(error: OSError) -> str:
+def _with_remedy(error: OSError) -> str:
     assert error.errno is not None
     files = [str(name) for name in (error.filename, error.filename2) if name is not None]
     frames = [
@@ -193,24 +206,24 @@ def _of_the_system(error: OSError) -> str:
     return f"{' -> '.join(files) + ': ' if files else ''}{error.strerror}{place}{remedy}"
 
 
-_told: BaseException | None = None
+_reported: BaseException | None = None
 
 
-def tell(error: BaseException, rank: int = 0, advice: str = "") -> None:
-    """Says on stderr what happened, once: in one line, below its traceback where nobody foresaw it.
+def report_error(error: BaseException, rank: int = 0, advice: str = "") -> None:
+    """Prints what happened on stderr, once: in one line, below its traceback where nobody foresaw it.
 
     Args:
-        error: What was raised. Told once, though it, and what it causes, is seen in several places.
+        error: What was raised. It is reported once, though several places see it or what it causes.
         rank: Where it was raised.
-        advice: What the one who calls knows of it.
+        advice: What the caller knows of it.
     """
-    global _told
+    global _reported
     cause: BaseException | None = error
     while cause is not None:
-        if cause is _told:
+        if cause is _reported:
             return
         cause = cause.__cause__ or cause.__context__
-    _told = error
+    _reported = error
     line = in_one_line(error)
     if line is None:
         print(redact("".join(traceback.format_exception(error))), file=sys.stderr, end="")
@@ -220,14 +233,14 @@ def tell(error: BaseException, rank: int = 0, advice: str = "") -> None:
 
 
 def keep_silent(error: BaseException) -> None:
-    """Marks an error of which another rank tells."""
-    global _told
-    _told = error
+    """Marks an error that another rank reports."""
+    global _reported
+    _reported = error
 
 
-def end(error: Exception) -> NoReturn:
-    """Ends the program with exit code 1, having told why."""
-    tell(error)
+def exit_with_error(error: Exception) -> NoReturn:
+    """Reports an error and ends the program with exit code 1."""
+    report_error(error)
     if isinstance(error, BrokenPipeError):  # or the interpreter would fail once more when it flushes
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.exit(1)

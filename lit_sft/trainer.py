@@ -1,12 +1,10 @@
-"""The trainer: Lightning's, with commands of our own, and with everything that happens around a run in its order."""
+"""The trainer: Lightning's, and the callbacks of a run in their order."""
 
 from __future__ import annotations
 
-import logging
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import (
@@ -35,33 +33,26 @@ from lit_sft.callbacks.throughput import Throughput
 from lit_sft.callbacks.weight_averaging import Averaging
 from lit_sft.checkpoint import io as checkpoint_io
 from lit_sft.checkpoint.io import CheckpointFiles
-from lit_sft.commands import doctor, preview
-from lit_sft.commands import export as commands_export
-from lit_sft.datamodule import SFTDataModule
 from lit_sft.errors import UserError
+from lit_sft.memory_plan import needed_memory
 from lit_sft.model_builder import is_adapted
 from lit_sft.module import SFTModule
 from lit_sft.run import folder as run_folder
 from lit_sft.run import loggers
 from lit_sft.run.preemption import StopOnSignal
 
-log = logging.getLogger(__name__)
-
 
 class SFTTrainer(L.Trainer):
-    """Lightning's Trainer with the commands it does not have; LightningCLI makes a subcommand of every method listed
-    there.
-    """
-
-    plan = doctor.Plan()
-    """What `doctor` is asked about, which itself takes one device."""
+    """Lightning's Trainer, which stops at the end of an optimizer step and names the run's folder."""
 
     @property
     @override
     def log_dir(self) -> str | None:
         """The run's folder, whatever the loggers are; Lightning asks the first of them."""
-        chosen = next((c for c in self.callbacks if isinstance(c, run_folder.RunFolder) and c.is_known), None)  # type: ignore[attr-defined]
-        return super().log_dir if chosen is None else str(chosen.folder)
+        for callback in self.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, run_folder.RunFolder) and callback.is_known:
+                return str(callback.folder)
+        return super().log_dir
 
     @property
     def should_stop(self) -> bool:
@@ -75,81 +66,35 @@ class SFTTrainer(L.Trainer):
 
     @override
     def _run_stage(self) -> Any:
-        """As in Lightning, which leaves out all hooks of training where a resumed run has no step left: one that was
-        killed after its last checkpoint is exported still, under the settings of now. One that early stopping had ended
-        has none left, too.
+        """Runs the stage, and then exports a resumed run that has no step left.
+
+        Lightning calls no hook of training in such a run. It was killed after its last checkpoint, or early stopping
+        had ended it, and is still exported under the current settings.
         """
-        self.should_stop = self.should_stop or (self.state.fn == "fit" and has_stopped_early(self))
+        if self.state.fn != "fit":
+            return super()._run_stage()
+        self.should_stop = self.should_stop or has_stopped_early(self)
         results = super()._run_stage()
-        for callback in self.callbacks if self.state.fn == "fit" else []:  # type: ignore[attr-defined]
+        for callback in self.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, run_folder.RunFolder):
                 callback.begin(self, has_steps=False)
             if isinstance(callback, HFExport) and not callback.is_done:
-                for averaging in [c for c in self.callbacks if isinstance(c, WeightAveraging)]:  # type: ignore[attr-defined]
-                    averaging.on_train_end(self, self.lightning_module)  # the model takes the average
+                self._take_average()
                 callback.on_train_end(self, self.lightning_module)
         return results
 
-    def preview(
-        self, model: SFTModule, datamodule: SFTDataModule, num_rows: int = 3, output: Literal["rich", "json"] = "rich"
-    ) -> None:
-        """Show rows of the training set as the model will see them.
-
-        Args:
-            model: Not needed.
-            datamodule: Its training rows are shown.
-            num_rows: Rows to show.
-            output: For people (rich) or programs (json).
-        """
-        preview.preview(datamodule.data, num_rows, output)
-
-    def doctor(
-        self,
-        model: SFTModule,
-        datamodule: SFTDataModule,
-        output: Literal["rich", "json"] = "rich",
-        histogram: str | None = None,
-    ) -> None:
-        """Check data, steps, memory and disk before a run, with two real steps; exit code 1 on an error.
-
-        Args:
-            model: Its settings are used.
-            datamodule: Its rows are examined.
-            output: For people (rich) or programs (json).
-            histogram: PNG file to write the length histogram to.
-        """
-        sys.exit(doctor.doctor(self, self.plan, model, datamodule, output, histogram))
-
-    def export(
-        self,
-        model: SFTModule,
-        datamodule: SFTDataModule,
-        ckpt_path: str = "last",
-        output_dir: str = "hf",
-        merge_lora: bool = False,
-        dequantize: bool = False,
-        dtype: Literal["float32", "bfloat16", "float16"] | None = None,
-    ) -> None:
-        """Turn a checkpoint into a Hugging Face directory.
-
-        Args:
-            model: The module that the checkpoint belongs to.
-            datamodule: Its tokenizer and template are exported along.
-            ckpt_path: Checkpoint, `last`, or `best`.
-            output_dir: Directory to write.
-            merge_lora: Merge the adapter into the base instead of writing an adapter directory.
-            dequantize: Merge over a 4-bit base too, whose values are then written in bf16.
-            dtype: Type of the written weights; null keeps theirs, which is fp32 where they were trained.
-        """
-        commands_export.export_checkpoint(
-            self, model, datamodule, ckpt_path, Path(output_dir), merge_lora, dequantize, dtype
-        )
-        log.info("exported: %s", output_dir)
+    def _take_average(self) -> None:
+        """Lets the model take the averaged weights, if there are any."""
+        for callback in self.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, WeightAveraging):
+                callback.on_train_end(self, self.lightning_module)
 
 
 class GivenCheckpoint(_CheckpointConnector):
-    """Goes on from `--ckpt_path` and nothing else: Lightning would take, without a word, what its own requeueing, or an
-    `OnExceptionCheckpoint` of another run, has left below `trainer.default_root_dir`.
+    """Resumes from `--ckpt_path` and nothing else.
+
+    Lightning would take, without a word, what its own requeueing, or an `OnExceptionCheckpoint` of another run, has
+    left below `trainer.default_root_dir`.
     """
 
     @override
@@ -160,11 +105,11 @@ class GivenCheckpoint(_CheckpointConnector):
 def run_callbacks(
     config: Any, ckpt_path: str | None, is_fit: bool, files: CheckpointFiles, save_config: Callable[[Path], None]
 ) -> list[Callback]:
-    """What happens around a run. Lightning calls them in this order, but those that save last.
+    """Lists the callbacks of a run. Lightning calls them in this order, but those that save checkpoints last.
 
     Args:
         config: Settings of the command.
-        ckpt_path: The checkpoint that the run goes on from, or that is evaluated.
+        ckpt_path: The checkpoint to resume from, or to evaluate.
         is_fit: Whether it trains.
         files: Writes the checkpoints.
         save_config: Writes config.yaml.
@@ -173,7 +118,7 @@ def run_callbacks(
     checkpointer = Checkpointer(config.checkpoint, files)
     folder = run_folder.RunFolder(ckpt_path, first_step, save_config, checkpointer.go_on_from)
     callbacks: list[Callback] = [
-        FailTogether(doctor.needed_memory),
+        FailTogether(needed_memory),
         Guard(config.faults),
         KeepFolder(run_folder.CONFIG, folder.restore),
         folder,
@@ -251,12 +196,14 @@ def _check_averaged(trainer: Any, model: SFTModule) -> None:
 
 
 def as_list(value: Any) -> list[Any]:
-    """Of a setting that takes one thing, a list, or nothing."""
-    return [] if value is None else value if isinstance(value, list) else [value]
+    """Makes a list of a setting that takes one thing, a list, or nothing."""
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
 
 
 def _save_and_wait(checkpointer: Checkpointer, files: CheckpointFiles) -> Callable[[L.Trainer], None]:
-    """For a run that leaves: what it saves is on disk before it does."""
+    """A function for a run that is stopped: it saves, and returns when the checkpoint is on disk."""
 
     def save(trainer: L.Trainer) -> None:
         checkpointer.save(trainer)

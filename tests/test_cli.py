@@ -1,5 +1,8 @@
 """The command line: one line for what is wrong, which key and where; recipes by name; which setting wins."""
 
+import inspect
+import json
+import re
 import socket
 import subprocess
 import sys
@@ -12,7 +15,12 @@ from terminal import log_lines, refused
 from tiny import save_tiny, tiny_tokenizer
 from transformers import AutoTokenizer
 
-from lit_sft.cli import errors as cli_errors
+import lit_sft
+from lit_sft.cli import front_door
+from lit_sft.cli.arguments import packaged_config
+from lit_sft.cli.errors import MESSAGES, one_line
+from lit_sft.cli.main import OURS, SFTCLI
+from lit_sft.cli.trainer import CommandTrainer
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +45,141 @@ def config(folder, text):
     path = folder / "mine.yaml"
     path.write_text(text)
     return str(path)
+
+
+# ---------------------------------------------------------------------------------------------------- the front door
+
+
+def program(*args, cwd=REPOSITORY):
+    """`python -m lit_sft ARGS`: (exit code, stdout, stderr)"""
+    env = environment(PYTHONPATH=str(REPOSITORY))
+    done = subprocess.run([sys.executable, "-m", "lit_sft", *args], cwd=cwd, capture_output=True, text=True, env=env)
+    return done.returncode, done.stdout, done.stderr
+
+
+def lists_the_commands(text):
+    """Whether there is one line for each, and it is about this program."""
+    lines = text.splitlines()
+    listed = {name: [line for line in lines if line.startswith(f"  {name} ")] for name in front_door.COMMANDS}
+    return text.startswith("usage: lit-sft") and all(len(found) == 1 for found in listed.values())
+
+
+def test_no_command():
+    code, out, err = program()
+    assert code == 2 and out == "" and lists_the_commands(err)
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_of_the_program(flag):
+    code, out, err = program(flag)
+    assert code == 0 and err == "" and lists_the_commands(out) and "Lightning" not in out
+
+
+def test_version():
+    assert program("--version") == (0, f"lit-sft {lit_sft.__version__}\n", "")
+
+
+ALL = "fit, validate, test, predict, preview, doctor, export"
+NO_COMMAND = {
+    "pedict": "there is no command `pedict`: did you mean predict?",
+    "train": f"there is no command `train`: the commands are {ALL}",
+    "--config": f"the command comes first, before --config: one of {ALL}",
+}
+
+
+@pytest.mark.parametrize(("typed", "said"), NO_COMMAND.items(), ids=NO_COMMAND)
+def test_a_command_that_does_not_exist(typed, said):
+    assert program(typed, "demo", "fit") == (2, "", f"error: {said}\n")
+
+
+def test_commands_are_those_of_the_program():
+    """What is listed without an import of Lightning is what there is, and our docstrings say the same."""
+    assert set(front_door.COMMANDS) == set(SFTCLI.subcommands())
+    for name in OURS:
+        assert inspect.getdoc(getattr(CommandTrainer, name)).splitlines()[0] == front_door.COMMANDS[name]
+
+
+ANYWHERE = [
+    ["export", "--help"],
+    ["predict", "--ckpt_path", "last", "--help"],
+    ["predict", "-h", "--ckpt_path=gone.ckpt"],
+    ["fit", "--config", "gone.yaml", "--data.max_length=many", "--help"],
+]
+
+
+@pytest.mark.parametrize("typed", ANYWHERE, ids=" ".join)
+def test_help_of_a_command_needs_nothing(typed, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        run(typed[0], typed[1:])
+    out = capsys.readouterr().out
+    assert caught.value.code == 0 and out.startswith(f"usage: lit-sft {typed[0]} ")
+    assert front_door.COMMANDS[typed[0]] in out and "--data.max_length" in out
+
+
+@pytest.mark.parametrize("typed", [["export"], ["predict", "--ckpt_path", "last"]], ids=" ".join)
+def test_print_config_needs_no_run(typed, tmp_path, monkeypatch, capsys):
+    """But says that what it prints is not what a run was made with."""
+    monkeypatch.chdir(tmp_path)
+    with log_lines() as lines, pytest.raises(SystemExit) as caught:
+        run(typed[0], [*typed[1:], "--print_config"])
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert caught.value.code == 0 and printed["ckpt_path"] == "last" and printed["data"]["max_length"] == 2048
+    assert len(lines) == 1 and lines[0].startswith("the config of no run is read: --ckpt_path last: there is no")
+
+
+# ---------------------------------------------------------------------------------------------------- messages
+
+UNKNOWN = "unknown key data.lenght (command line): did you mean data.length?"
+NO_CLASS = 'Parser key "data.kind":\n  Type X expects a function or a callable class: {}. Got value: gone.Y'
+UNION = """Does not validate against any of the Union subtypes
+  Subtypes: [<class 'int'>, <class 'NoneType'>]
+  Errors:
+    - Expected a <class 'int'>
+    - Expected a <class 'NoneType'>
+  Given value type: <class 'str'>
+  Given value: x"""
+SAID = [
+    ("Subcommand 'fit' does not accept option 'data.lenght'", UNKNOWN),
+    ("Option 'lenght' is not accepted", UNKNOWN),
+    ("unrecognized arguments: --data.lenght=3 --x", UNKNOWN),
+    ("unrecognized arguments: demo", "unrecognized arguments: demo; keys begin with --"),
+    (
+        NO_CLASS.format("No module named 'gone'"),
+        "data.kind (command line): No module named 'gone': `pip install gone`, or choose another class",
+    ),
+    (
+        NO_CLASS.format("module 'torch' has no attribute 'Y'"),
+        "data.kind (command line): module 'torch' has no attribute 'Y'",
+    ),
+    (f'Parser key "length":\n  {UNION}', "data.length (command line): got x, expected a whole number or null"),
+    (
+        "Parser key \"data.kind\": 'z' not among choices ['a', 'b'] - or so",
+        "data.kind (command line): 'z' not among choices ['a', 'b']",
+    ),
+    (
+        "Unexpected config: - data\n",
+        "--config gone.yaml: Unexpected config: - data; expected keys with values, as --print_config shows",
+    ),
+]
+TYPED_WORDS = ["fit", "--config", "gone.yaml", "--data.lenght=3", "--data.length=x", "--data.kind=gone.Y"]
+
+
+@pytest.mark.parametrize(("row", "message", "said"), [(row, *texts) for row, texts in enumerate(SAID)])
+def test_every_row_of_messages(row, message, said):
+    """What jsonargparse says in the wording of its release, and that no earlier row takes it."""
+    text = " ".join(message.split())
+    assert [bool(re.search(pattern, text)) for pattern, _ in MESSAGES[: row + 1]] == [False] * row + [True]
+    assert one_line(message, TYPED_WORDS, {"data.length", "data.kind"}) == said
+
+
+def test_each_row_of_messages_is_tested():
+    assert len(SAID) == len(MESSAGES)
+
+
+def test_a_message_that_no_row_fits():
+    """Its first line."""
+    assert one_line("\nsomething new: x\n  and how it came\n", ["fit"], set()) == "something new: x"
 
 
 # ---------------------------------------------------------------------------------------------------- unknown keys
@@ -171,7 +314,7 @@ def test_missing_config(typed, capsys):
 
 def test_a_recipe_by_its_name_from_anywhere(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert cli_errors.packaged_config("qwen").endswith("qwen.yaml") and cli_errors.packaged_config("gone") is None
+    assert packaged_config("qwen").endswith("qwen.yaml") and packaged_config("gone") is None
     printed = print_config(capsys, ["--config", "qwen"])
     assert printed["data"]["train"] == "banghua/DL-SFT-Dataset" and printed["data"]["packing"] is False
 
@@ -190,6 +333,23 @@ def test_print_config_parses_back(args, tmp_path, capsys):
     assert printed["model"]["lora"]["r"] == 3 and printed["early_stopping"]["patience"] == 9
     assert printed["model"]["optimizer"]["init_args"]["lr"] == 0.25
     assert print_config(capsys, ["--config", config(tmp_path, yaml.safe_dump(printed))]) == printed
+
+
+OLD, NEW = "lit_sft.strategies.FSDP2Strategy", "lit_sft.distributed.fsdp2.FSDP2Strategy"
+
+
+@pytest.mark.parametrize("place", ["file", "json", "key", "name"])
+def test_the_class_path_of_an_older_config(place, tmp_path, capsys):
+    """As it stood in the documentation and in the config.yaml of runs."""
+    settings = {"class_path": OLD, "init_args": {"cpu_offload": True}}
+    typed = {
+        "file": ["--config", config(tmp_path, yaml.safe_dump({"trainer": {"strategy": settings}}))],
+        "json": [f"--trainer.strategy={json.dumps(settings)}"],
+        "key": [f"--trainer.strategy.class_path={OLD}", "--trainer.strategy.init_args.cpu_offload=true"],
+        "name": ["--trainer.strategy", OLD, "--trainer.strategy.cpu_offload=true"],
+    }
+    strategy = print_config(capsys, typed[place])["trainer"]["strategy"]
+    assert strategy["class_path"] == NEW and strategy["init_args"]["cpu_offload"] is True
 
 
 def test_later_settings_win(args, tmp_path, capsys):

@@ -9,7 +9,7 @@ import yaml
 from running import REPOSITORY, chat_rows, environment, run, scalars, version, write_rows
 from tiny import save_tiny
 
-from lit_sft.cli import errors as cli_errors
+from lit_sft.cli.arguments import packaged_config
 
 RECIPES = sorted((REPOSITORY / "configs").glob("*.yaml"))
 SMALL = {
@@ -72,7 +72,7 @@ def test_recipe_runs(path, place, tmp_path):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe_is_found_by_its_name(path):
-    assert cli_errors.packaged_config(path.stem) == str(path)
+    assert packaged_config(path.stem) == str(path)
 
 
 def test_the_recipe_of_the_courses():

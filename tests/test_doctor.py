@@ -9,7 +9,7 @@ from running import arguments, run, write_rows
 from terminal import log_lines, refused
 from tiny import save_tiny
 
-from lit_sft.commands.doctor import Plan
+from lit_sft.memory_plan import Plan
 
 KEYS = [
     "rows_read", "rows_kept", "dropped", "trained_token_share", "stop_tokens", "duplicates", "overlap", "pack_fill",

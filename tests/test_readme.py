@@ -236,12 +236,12 @@ def test_settings_are_taken(text, tmp_path, monkeypatch, capsys):
 
 def test_keys_exist(capsys):
     """Every key that a page names; those that README says are not there yet must not be there."""
-    from lit_sft.cli import errors as cli_errors
     from lit_sft.cli.main import main
+    from lit_sft.cli.parser import OneLineParser, known_keys
 
     with pytest.raises(SystemExit):
         main(["fit", "--help"])
-    known = set(cli_errors.known_keys(cli_errors.OneLineParser.commands["fit"]))
+    known = set(known_keys(OneLineParser.commands["fit"]))
     for page in PAGES:
         text, _, limits = page.read_text(encoding="utf-8").partition(LIMITS)
         assert [key for key in KEY.findall(text) if key not in known] == [], page.name

@@ -109,7 +109,7 @@ def test_tracebacks_are_redacted(capsys):
     try:
         raise ZeroDivisionError(f"at {TOKEN}")
     except ZeroDivisionError as error:
-        errors.tell(error)
+        errors.report_error(error)
     err = capsys.readouterr().err
     assert (
         "Traceback" in err and TOKEN not in err and err.splitlines()[-1].startswith("error: ZeroDivisionError: at <hid")

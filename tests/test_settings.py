@@ -26,6 +26,7 @@ from lit_sft import trainer as trainer_module
 from lit_sft.checkpoint.files import find_last, keep
 from lit_sft.checkpoint.io import read_checkpoint
 from lit_sft.cli import main as main_module
+from lit_sft.cli import terminal_log
 from lit_sft.data.sampler import StepOrder
 from lit_sft.errors import UserError
 from lit_sft.module import SFTModule
@@ -149,14 +150,15 @@ BY_CLOCK = {"trainer__val_check_interval": "00:00:00:00", "trainer__check_val_ev
 INTERRUPTED = """
 import os, signal, sys
 from lightning.pytorch.callbacks import Callback
-from lit_sft import cli, interrupts
+from lit_sft import signals
+from lit_sft.cli import main as cli
 class Interrupt(Callback):
     def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
         if trainer.fit_loop._should_accumulate():
             os.kill(os.getpid(), signal.SIGTERM)
 make = cli.run_callbacks
 cli.run_callbacks = lambda *args: [Interrupt(), *make(*args)]
-interrupts.install()
+signals.install()
 cli.main(sys.argv[1:])
 """
 
@@ -508,7 +510,7 @@ def test_advice_on_ranks_is_not_shown(monkeypatch):
     monkeypatch.setattr(result, "_distributed_is_initialized", lambda: True)
     monkeypatch.setattr(result, "warning_cache", result.WarningCache())
     with warnings.catch_warnings(record=True) as caught:
-        main_module._quiet()
+        terminal_log.set_up()
         logged = result._ResultCollection(training=False)
         logged.log("on_validation_epoch_end", "val/loss", torch.tensor(1.0), on_step=False, on_epoch=True)
         logged.metrics(on_step=False)

@@ -69,7 +69,7 @@ class FailTogether(Callback):
             faulthandler.dump_traceback_later(TEARDOWN_SECONDS, exit=True, file=open(os.devnull, "w"))
         advice = self._memory_advice(trainer, pl_module) if errors.is_out_of_memory(exception) else ""
         if trainer.world_size == 1 or _is_first(exception, trainer.global_rank):
-            errors.tell(exception, trainer.global_rank, advice)
+            errors.report_error(exception, trainer.global_rank, advice)
         else:
             errors.keep_silent(exception)
         launcher = trainer.strategy.launcher

@@ -6,16 +6,16 @@ import json
 import logging
 import shutil
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import lightning as L
 import numpy as np
 import psutil
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import ModelParallelStrategy
+from rich.console import Console
 from rich.table import Table
 from typing_extensions import override
 
@@ -25,22 +25,11 @@ from lit_sft.data.sampler import StepOrder
 from lit_sft.data.stats import Counts
 from lit_sft.datamodule import SFTDataModule
 from lit_sft.errors import UserError
-from lit_sft.model import load, memory_estimate
-from lit_sft.model.loss import CHUNK_ELEMENTS
-from lit_sft.model_builder import (
-    base_directory,
-    choose_trained,
-    is_adapted,
-    model_directory,
-    refuse_adapter,
-    stored_dtype,
-)
+from lit_sft.memory_plan import Plan, needed_memory
+from lit_sft.model import memory_estimate
+from lit_sft.model_builder import refuse_adapter
 from lit_sft.module import SFTModule
 from lit_sft.preprocessing import num_overlapping
-from lit_sft.training.optim import bytes_per_parameter
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -60,27 +49,6 @@ LABELS = {
 }
 """What `--output json` prints, beside warnings and errors, and how people read it. null: not reached, or not used."""
 BARS = 12
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run is spread over; `doctor` itself takes one device of it."""
-
-    devices: int = 1
-    """Over all nodes."""
-    sharded: bool = False
-    """Whether each holds a part of weights, gradients and optimizer state."""
-
-    @classmethod
-    def of_settings(cls, devices: Any, num_nodes: int, strategy: Any, present: int) -> Plan:
-        """Of `trainer.devices`, `num_nodes` and `strategy`; `auto` and -1 are the devices that are present."""
-        if isinstance(devices, str) and "," in devices:
-            devices = devices.strip(",").split(",")
-        every = present if devices in ("auto", -1, "-1") else None
-        if every is None and not isinstance(devices, list) and not str(devices).isdecimal():
-            raise UserError(f"trainer.devices is {devices}; set it to auto, a number, or a list of numbers")
-        per_node = every or (len(devices) if isinstance(devices, list) else int(devices))
-        return cls(per_node * num_nodes, "fsdp" in str(strategy).lower())
 
 
 def doctor(
@@ -105,7 +73,8 @@ def doctor(
         The exit code: 1 if there is an error, else 0; warnings do not fail.
     """
     report: dict[str, Any] = {**dict.fromkeys(LABELS), "warnings": [], "errors": []}
-    lengths, step = np.zeros(0, dtype=np.int64), None
+    lengths = np.zeros(0, dtype=np.int64)
+    step = None
     try:
         refuse_adapter(module.options)
         datamodule.prepare("fit")
@@ -163,55 +132,6 @@ def _examine_data(datamodule: SFTDataModule, report: dict[str, Any]) -> dict[str
         "steps_per_epoch": steps,
         "tokens_per_step": counts.tokens / steps,
     }
-
-
-def needed_memory(
-    trainer: L.Trainer, module: SFTModule, datamodule: SFTDataModule, plan: Plan | None = None
-) -> memory_estimate.MemoryEstimate:
-    """What a step is expected to need on a device: of this run, or of the one that is planned."""
-    if plan is None:
-        plan = Plan(trainer.world_size, isinstance(trainer.strategy, ModelParallelStrategy))
-    options, precision, lora = module.options, trainer.precision, module.options.lora
-    lm, total = _without_weights(options)
-    adapted, data = is_adapted(options), datamodule.options
-    stored = stored_dtype(options.dtype, precision, adapted)
-    packs, lengths = datamodule.pack("train"), datamodule.data.caches["train"].lengths
-    plain_lora = options.quantization is None and not (lora is not None and (lora.use_dora or lora.lora_dropout))
-    return memory_estimate.estimate(
-        lm.config,
-        num_parameters=total,
-        num_trained=lm.num_parameters(only_trainable=True),
-        tokens=int(packs.num_tokens(lengths).max()) * data.micro_batch_size,
-        stored_bytes=stored.itemsize,
-        compute_bytes=2 if precision.startswith(("bf16", "16")) else 4,
-        optimizer_bytes=bytes_per_parameter(options.optimizer, torch.float32 if adapted else stored),
-        gradient_checkpointing=options.gradient_checkpointing,
-        accumulates=data.global_batch_size > data.micro_batch_size * plan.devices,
-        shards=plan.devices if plan.sharded else 1,
-        adapted=adapted,
-        input_copies=not plain_lora,
-        normed_heads=any(name.endswith("q_norm") for name, _ in lm.named_modules()),
-        chunk_elements=CHUNK_ELEMENTS,
-        on_cpu=trainer.strategy.root_device.type == "cpu",
-        quantized=options.quantization is not None,
-    )
-
-
-def _without_weights(options: Any) -> tuple[PreTrainedModel, int]:
-    """The model on the meta device, with what is trained of it; and the parameters of its base."""
-    path = base_directory(model_directory(options.model_name_or_path, options.revision))
-    lm = load.load_model(
-        path,
-        init=options.init,
-        dtype=torch.float32,
-        attn_implementation="eager",
-        trust_remote_code=options.trust_remote_code,
-        seed=0,
-        on_meta=True,
-    )
-    total = lm.num_parameters()
-    choose_trained(lm, path, options, on_meta=True)
-    return lm, total
 
 
 def _expect_memory(
@@ -278,24 +198,39 @@ class FullestFirst(Callback):
 
 
 def _show(report: dict[str, Any], lengths: np.ndarray, step: dict[str, float] | None) -> None:
+    """Prints the report for people."""
     screen = console()
+    screen.print(_report_table(report, step))
+    if len(lengths):
+        _print_bars(lengths)
+    _print_problems(screen, "warning", report["warnings"], "yellow")
+    _print_problems(screen, "error", report["errors"], "bold red")
+    if not report["errors"]:
+        screen.print("ready to run", style="bold green")
+
+
+def _report_table(report: dict[str, Any], step: dict[str, float] | None) -> Table:
     table = Table(title="doctor", show_header=False)
     for key, label in LABELS.items():
         if report[key] is not None:
             table.add_row(label, _readable(key, report[key]))
     if step is not None:
-        peak, seconds = f"{step['peak_bytes'] / GIB:.2f} GiB more than before", step["seconds_with_loading"]
+        peak = f"{step['peak_bytes'] / GIB:.2f} GiB more than before"
+        seconds = step["seconds_with_loading"]
         table.add_row("two steps, longest batch", f"loss {step['loss']:.3f}, {peak}, {seconds:.0f} s with loading")
-    screen.print(table)
-    if len(lengths):
-        counts, edges = np.histogram(lengths, bins=BARS)
-        for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True):
-            print(f"{low:8.0f} to {high:6.0f} tokens {'█' * int(50 * count / counts.max())} {count:,}")
-    for name, style in (("warnings", "yellow"), ("errors", "bold red")):
-        for text in report[name]:
-            screen.print(f"{name[:-1]}: {text}", style=style, markup=False, highlight=False)
-    if not report["errors"]:
-        screen.print("ready to run", style="bold green")
+    return table
+
+
+def _print_bars(lengths: np.ndarray) -> None:
+    """Prints a histogram of the example lengths, one bar a line."""
+    counts, edges = np.histogram(lengths, bins=BARS)
+    for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True):
+        print(f"{low:8.0f} to {high:6.0f} tokens {'█' * int(50 * count / counts.max())} {count:,}")
+
+
+def _print_problems(screen: Console, kind: str, texts: list[str], style: str) -> None:
+    for text in texts:
+        screen.print(f"{kind}: {text}", style=style, markup=False, highlight=False)
 
 
 def _readable(key: str, value: Any) -> str:

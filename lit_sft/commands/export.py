@@ -45,9 +45,8 @@ def export_checkpoint(
     checkpoint = read_checkpoint(ckpt_path, without=("optimizer_states",))
     module.on_load_checkpoint(checkpoint)
     module.load_state_dict(checkpoint["state_dict"], strict=False)
-    fused_layers.unfuse_blocks(
-        module.model.lm, module.model.fused
-    )  # as in plain transformers: equal weights, equal bits
+    # The exported model runs in plain transformers: the same layers give the same bits.
+    fused_layers.unfuse_blocks(module.model.lm, module.model.fused)
     data = datamodule.data
     probes = [data.renderer.prompt(data.question(text)) for text in QUESTIONS]
     if merge_lora:
@@ -61,7 +60,8 @@ def export_checkpoint(
     self_check.attend_by(module.model.lm, "sdpa")
     if dtype is not None and module.adapter is not None:
         raise UserError(f"--dtype {dtype} is for whole models, and an adapter stays as it is: add --merge_lora true")
-    trained, stored = module.adapter or module.model.lm, None if dtype is None else getattr(torch, dtype)
+    trained = module.adapter or module.model.lm
+    stored = None if dtype is None else getattr(torch, dtype)
 
     def check(folder: Path) -> None:
         verify_export(folder, trained, datamodule.tokenizer, probes)

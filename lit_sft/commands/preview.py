@@ -40,12 +40,14 @@ def preview(data: SFTData, num_rows: int, output: Literal["rich", "json"]) -> No
     if output == "json":
         for example in examples:
             text = tokenizer.decode(example.input_ids, skip_special_tokens=False)
-            record = {"row": example.row, "part": example.part, "text": text}
-            print(
-                json.dumps(
-                    {**record, "input_ids": example.input_ids, "loss_mask": example.loss_mask}, ensure_ascii=False
-                )
-            )
+            record = {
+                "row": example.row,
+                "part": example.part,
+                "text": text,
+                "input_ids": example.input_ids,
+                "loss_mask": example.loss_mask,
+            }
+            print(json.dumps(record, ensure_ascii=False))
         return
     screen = console()
     kept = dict.fromkeys(example.row for example in examples)

@@ -149,9 +149,9 @@ def train_lit_sft(args: argparse.Namespace) -> dict[str, Any]:
     """Trains with lit_sft; or says what a step is expected to take, where that is more than the device has."""
     from lightning.pytorch.callbacks import Callback
 
-    from lit_sft.commands.doctor import needed_memory
     from lit_sft.data.cache import ExampleCache
     from lit_sft.datamodule import SFTDataModule
+    from lit_sft.memory_plan import needed_memory
 
     class Rows(SFTDataModule):
         """Rows that are token ids already."""

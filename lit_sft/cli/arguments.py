@@ -1,0 +1,196 @@
+"""The words on the command line, before they are parsed: recipes by name, the run's config, the keys and their origin.
+
+Nothing is interpreted here that needs a parser.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from jsonargparse import get_loader, set_loader
+
+from lit_sft.checkpoint import io as checkpoint_io
+from lit_sft.errors import UserError
+from lit_sft.run import folder as run_folder
+
+log = logging.getLogger(__name__)
+
+EVALUATING = ("validate", "test", "predict", "export")
+"""Commands that read the config of the run whose checkpoint they use."""
+CONFIG_FLAGS = ("--config", "-c")
+HELP_FLAGS = ("--help", "-h")
+MOVED_CLASSES = {"lit_sft.strategies.FSDP2Strategy": "lit_sft.distributed.fsdp2.FSDP2Strategy"}
+"""Old class paths and their new ones: old ones stand in users' configs and in the config.yaml of earlier runs."""
+
+# ------------------------------------------------------------------ what the user wrote
+
+
+class Written(NamedTuple):
+    """A key that the user wrote."""
+
+    key: str
+    """Dotted."""
+    value: Any
+    origin: str
+    """A file, or `command line`."""
+
+
+def written(args: list[str]) -> list[Written]:
+    """Lists all keys that the user wrote, in files and on the command line; the later one wins."""
+    items: list[Written] = []
+    for arg, following in _with_following(args):
+        flag, equals, value = arg.partition("=")
+        if arg in CONFIG_FLAGS:
+            items += _flatten(read_yaml(following), following)
+        elif flag.startswith("--"):
+            tree = {flag[2:]: _parse_yaml(value if equals else following)}
+            items += _flatten(tree, "command line")
+    return items
+
+
+def config_files(args: list[str]) -> list[str]:
+    """Lists the files that `--config` names."""
+    return [following for arg, following in _with_following(args) if arg in CONFIG_FLAGS and following]
+
+
+def read_yaml(path: str) -> Any:
+    """Reads a file; None where it cannot be read."""
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, ValueError):
+        return None
+
+
+def _with_following(args: list[str]) -> Iterator[tuple[str, str]]:
+    """Each argument with the one after it, which may be its value; the last one with an empty text."""
+    for position, arg in enumerate(args):
+        yield arg, args[position + 1] if position + 1 < len(args) else ""
+
+
+def _flatten(tree: Any, origin: str, prefix: str = "") -> Iterator[Written]:
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield Written(f"{prefix}{key}", value, origin)
+            yield from _flatten(value, origin, f"{prefix}{key}.")
+
+
+def _parse_yaml(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):  # ValueError: a text that looks like a date
+        return text
+
+
+# ------------------------------------------------------------------ what becomes of it
+
+
+def expand_arguments(args: list[str]) -> list[str]:
+    """Puts files in place of the names of recipes, and the run's config.yaml below everything else.
+
+    Commands that evaluate a checkpoint read the config.yaml of the run it lies in before `--config`, so that it is
+    weaker.
+
+    Raises:
+        UserError: A checkpoint or a file is not there.
+    """
+    if any(arg in HELP_FLAGS for arg in args):
+        # The help depends on nothing else, and shall be there whatever state files and settings are in.
+        return [*args[:1], "--help"]
+    args = [with_moved_classes(arg) for arg in _split_flags(args)]
+    args = _name_recipes(args)
+    if args[:1] and args[0] in EVALUATING:
+        return _with_config_of_run(args)
+    return args
+
+
+def packaged_config(name: str) -> str | None:
+    """Finds the file of a recipe that comes with the package (`--config demo`)."""
+    for folder in (resources.files("lit_sft").joinpath("configs"), Path(__file__).parents[2] / "configs"):
+        path = Path(str(folder)) / f"{name}.yaml"
+        if path.is_file():
+            return str(path)
+    return None
+
+
+def read_moved_classes() -> None:
+    """Has jsonargparse read old class paths in config files as their new ones."""
+    set_loader("yaml", _load_yaml, exceptions=(yaml.YAMLError,))
+
+
+def with_moved_classes(text: str) -> str:
+    """Puts new class paths in place of old ones."""
+    for old, new in MOVED_CLASSES.items():
+        text = text.replace(old, new)
+    return text
+
+
+_plain_load = get_loader("yaml")
+
+
+def _load_yaml(text: str) -> Any:
+    return _plain_load(with_moved_classes(text))
+
+
+def _split_flags(args: list[str]) -> list[str]:
+    """Splits `--config=FILE` and `--ckpt_path=FILE`, which are looked up here, into flag and value."""
+    parts: list[str] = []
+    for arg in args:
+        if arg.startswith(("--config=", "--ckpt_path=")):
+            parts += arg.split("=", 1)
+        else:
+            parts.append(arg)
+    return parts
+
+
+def _name_recipes(args: list[str]) -> list[str]:
+    """Puts the files of recipes in place of their names."""
+    named: list[str] = []
+    for arg in args:
+        if named and named[-1] in CONFIG_FLAGS and not Path(arg).is_file():
+            packaged = packaged_config(arg)
+            if packaged is None:
+                raise UserError(f"--config {arg}: there is no such file, and no recipe of that name in the package")
+            named.append(packaged)
+        else:
+            named.append(arg)
+    return named
+
+
+def _with_config_of_run(args: list[str]) -> list[str]:
+    """Finds the checkpoint of a command that evaluates one, and reads the config.yaml of its run first."""
+    command = args[0]
+    if "--ckpt_path" not in args[:-1]:
+        if command != "export":
+            return args
+        args = [*args, "--ckpt_path", "last"]
+    place = args.index("--ckpt_path") + 1
+    try:
+        found = str(checkpoint_io.find_checkpoint(args[place], _logs(args), command))
+    except UserError as error:
+        if not _prints_config(args):
+            raise
+        log.warning("the config of no run is read: %s", error)
+        return args
+    args = [*args[:place], found, *args[place + 1 :]]
+    folder = run_folder.run_folder(found)
+    if folder is None:
+        return args
+    return [command, "--config", str(folder / run_folder.CONFIG), *args[1:]]
+
+
+def _prints_config(args: list[str]) -> bool:
+    return any(arg.partition("=")[0] == "--print_config" for arg in args)
+
+
+def _logs(args: list[str]) -> Path:
+    """`lightning_logs` of the run that is meant, before anything is parsed."""
+    root = "."
+    for item in written(args):
+        if item.key == "trainer.default_root_dir" and item.value is not None:
+            root = item.value
+    return Path(root).expanduser() / run_folder.LOGS

@@ -1,0 +1,73 @@
+"""What the program says before a command runs: which commands there are, its version, a command that does not exist.
+
+Only the standard library is imported here, so that the answer comes at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+
+import lit_sft
+
+PROGRAM = "lit-sft"
+COMMANDS = {
+    "fit": "Train a model, validate it meanwhile, and export it at the end.",
+    "validate": "Measure a checkpoint on the validation set.",
+    "test": "Measure a checkpoint on the test set.",
+    "predict": "Write the answers of a checkpoint to a file.",
+    "preview": "Show rows of the training set as the model will see them.",
+    "doctor": "Check data, steps, memory and disk before a run, with two real steps; exit code 1 on an error.",
+    "export": "Turn a checkpoint into a Hugging Face directory.",
+}
+"""Every command with its line of help."""
+
+
+def answer(args: list[str]) -> int | None:
+    """Answers a command line that runs no command.
+
+    Args:
+        args: The command line, without the program's name.
+
+    Returns:
+        The exit code; None if a command is to be run.
+    """
+    first = args[0] if args else ""
+    if first in COMMANDS:
+        return None
+    if first in ("--help", "-h"):
+        print(overview())
+        return 0
+    if first == "--version":
+        print(f"{PROGRAM} {lit_sft.__version__}")
+        return 0
+    print(f"error: {_problem(args)}" if args else overview(), file=sys.stderr)
+    return 2
+
+
+def overview() -> str:
+    """The help of the program."""
+    width = max(map(len, COMMANDS))
+    commands = "\n".join(f"  {name:{width}}  {text}" for name, text in COMMANDS.items())
+    return f"""\
+usage: {PROGRAM} COMMAND [--config FILE] [--KEY VALUE ...]
+
+Supervised fine-tuning of Hugging Face causal language models.
+
+commands:
+{commands}
+
+options:
+  --help     Show this.
+  --version  Show the version.
+
+`{PROGRAM} COMMAND --help` explains all keys of a command, `{PROGRAM} COMMAND --print_config` prints their values."""
+
+
+def _problem(args: list[str]) -> str:
+    """Why the command line names no command."""
+    if args[0].startswith("-"):
+        return f"the command comes first, before {args[0]}: one of {', '.join(COMMANDS)}"
+    nearest = difflib.get_close_matches(args[0], COMMANDS, n=1)
+    remedy = f"did you mean {nearest[0]}?" if nearest else f"the commands are {', '.join(COMMANDS)}"
+    return f"there is no command `{args[0]}`: {remedy}"

@@ -1,0 +1,131 @@
+"""The memory that a training step needs: of this run, or of the run that `doctor` is asked about."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+from lit_sft.datamodule import SFTDataModule
+from lit_sft.errors import UserError
+from lit_sft.model import load, memory_estimate
+from lit_sft.model.loss import CHUNK_ELEMENTS
+from lit_sft.model_builder import base_directory, choose_trained, is_adapted, model_directory, stored_dtype
+from lit_sft.module import SFTModule
+from lit_sft.training.optim import bytes_per_parameter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The devices of a run. `doctor` itself takes only one of them."""
+
+    devices: int = 1
+    """Over all nodes."""
+    sharded: bool = False
+    """Whether each device holds a part of weights, gradients and optimizer state."""
+
+    @classmethod
+    def of_settings(cls, devices: Any, num_nodes: int, strategy: Any, present: int) -> Plan:
+        """Reads the plan from the settings of the trainer.
+
+        Args:
+            devices: `trainer.devices`; `auto` and -1 mean all devices that are present.
+            num_nodes: `trainer.num_nodes`.
+            strategy: `trainer.strategy`: a name, or a class with its arguments.
+            present: Devices of this machine.
+
+        Raises:
+            UserError: `trainer.devices` is no number and no list of numbers.
+        """
+        return cls(_devices_per_node(devices, present) * num_nodes, "fsdp" in str(strategy).lower())
+
+
+def _devices_per_node(devices: Any, present: int) -> int:
+    if devices in ("auto", -1, "-1"):
+        return present
+    if isinstance(devices, str) and "," in devices:
+        devices = devices.strip(",").split(",")
+    if isinstance(devices, list):
+        return len(devices)
+    if not str(devices).isdecimal():
+        raise UserError(f"trainer.devices is {devices}; set it to auto, a number, or a list of numbers")
+    return int(devices)
+
+
+def needed_memory(
+    trainer: L.Trainer, module: SFTModule, datamodule: SFTDataModule, plan: Plan | None = None
+) -> memory_estimate.MemoryEstimate:
+    """Estimates the memory that a training step needs on each device.
+
+    Args:
+        trainer: Gives precision and device.
+        module: Gives the settings of the model; no weights are loaded.
+        datamodule: Its training set is prepared.
+        plan: The devices of the run; None takes those of the trainer.
+    """
+    if plan is None:
+        plan = Plan(trainer.world_size, isinstance(trainer.strategy, ModelParallelStrategy))
+    options, precision = module.options, trainer.precision
+    data = datamodule.options
+    lm, total = _model_without_weights(options)
+    adapted = is_adapted(options)
+    stored = stored_dtype(options.dtype, precision, adapted)
+    return memory_estimate.estimate(
+        lm.config,
+        num_parameters=total,
+        num_trained=lm.num_parameters(only_trainable=True),
+        tokens=_longest_pack(datamodule) * data.micro_batch_size,
+        stored_bytes=stored.itemsize,
+        compute_bytes=2 if precision.startswith(("bf16", "16")) else 4,
+        optimizer_bytes=bytes_per_parameter(options.optimizer, torch.float32 if adapted else stored),
+        gradient_checkpointing=options.gradient_checkpointing,
+        accumulates=data.global_batch_size > data.micro_batch_size * plan.devices,
+        shards=plan.devices if plan.sharded else 1,
+        adapted=adapted,
+        input_copies=not _is_plain_lora(options),
+        normed_heads=any(name.endswith("q_norm") for name, _ in lm.named_modules()),
+        chunk_elements=CHUNK_ELEMENTS,
+        on_cpu=trainer.strategy.root_device.type == "cpu",
+        quantized=options.quantization is not None,
+    )
+
+
+def _longest_pack(datamodule: SFTDataModule) -> int:
+    """Tokens of the fullest row of the training set."""
+    lengths = datamodule.data.caches["train"].lengths
+    return int(datamodule.pack("train").num_tokens(lengths).max())
+
+
+def _is_plain_lora(options: Any) -> bool:
+    """Whether adapted layers keep no copy of their input (also true of a model without adapters)."""
+    if options.quantization is not None:
+        return False
+    lora = options.lora
+    return lora is None or not (lora.use_dora or lora.lora_dropout)
+
+
+def _model_without_weights(options: Any) -> tuple[PreTrainedModel, int]:
+    """Builds the model on the meta device and marks what is trained of it.
+
+    Returns:
+        The model, and the number of parameters of its base.
+    """
+    path = base_directory(model_directory(options.model_name_or_path, options.revision))
+    lm = load.load_model(
+        path,
+        init=options.init,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        trust_remote_code=options.trust_remote_code,
+        seed=0,
+        on_meta=True,
+    )
+    total = lm.num_parameters()
+    choose_trained(lm, path, options, on_meta=True)
+    return lm, total
