@@ -19,18 +19,20 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from typing_extensions import override
 
 from lit_sft.callbacks.checkpointer import Checkpointer
 from lit_sft.callbacks.fail_together import FailTogether
 from lit_sft.callbacks.generation_metrics import Evaluation
 from lit_sft.callbacks.hf_export import HFExport
+from lit_sft.callbacks.last_row import LastRow
 from lit_sft.callbacks.nan_guard import Guard
 from lit_sft.callbacks.prediction_writer import PredictionWriter
+from lit_sft.callbacks.preemption import StopOnSignal
 from lit_sft.callbacks.progress import Lines, Progress, has_stopped_early
 from lit_sft.callbacks.run_folder import KeepFolder, LeaveFolder
 from lit_sft.callbacks.sample_answers import Answers, FirstExample
+from lit_sft.callbacks.step_callback import is_between_steps
 from lit_sft.callbacks.throughput import Throughput
 from lit_sft.callbacks.weight_averaging import Averaging
 from lit_sft.checkpoint import io as checkpoint_io
@@ -42,8 +44,6 @@ from lit_sft.errors import UserError
 from lit_sft.model_builder import is_adapted
 from lit_sft.module import SFTModule
 from lit_sft.run import folder as run_folder
-from lit_sft.run import loggers
-from lit_sft.run.preemption import StopOnSignal
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class SFTTrainer(L.Trainer):
     @property
     def should_stop(self) -> bool:
         """Whether to stop (`trainer.max_time`, early stopping): at the end of an optimizer step, and not within one."""
-        within = self.training and self.accumulate_grad_batches > 1 and self.fit_loop._should_accumulate()
+        within = self.training and self.accumulate_grad_batches > 1 and not is_between_steps(self)
         return self._should_stop and not within
 
     @should_stop.setter
@@ -147,16 +147,6 @@ class SFTTrainer(L.Trainer):
         log.info("exported: %s", output_dir)
 
 
-class GivenCheckpoint(_CheckpointConnector):
-    """Goes on from `--ckpt_path` and nothing else: Lightning would take, without a word, what its own requeueing, or an
-    `OnExceptionCheckpoint` of another run, has left below `trainer.default_root_dir`.
-    """
-
-    @override
-    def _select_ckpt_path(self, state_fn: Any, ckpt_path: Any, model_provided: bool, model_connected: bool) -> Any:
-        return ckpt_path
-
-
 def run_callbacks(
     config: Any, ckpt_path: str | None, is_fit: bool, files: CheckpointFiles, save_config: Callable[[Path], None]
 ) -> list[Callback]:
@@ -186,7 +176,7 @@ def run_callbacks(
         Averaging(),
         HFExport(),
         PredictionWriter(config.predict_output, ckpt_path),
-        loggers.LastRow(),
+        LastRow(),
         StopOnSignal(_save_and_wait(checkpointer, files), config.resume.max_restarts),
         LeaveFolder(lambda: folder.folder),
     ]

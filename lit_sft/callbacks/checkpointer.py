@@ -14,7 +14,10 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from typing_extensions import override
 
+from lit_sft import lightning_internals
+from lit_sft.callbacks.step_callback import StepCallback, is_between_steps
 from lit_sft.checkpoint import data_position
+from lit_sft.datamodule import data_of
 from lit_sft.errors import UserError
 from lit_sft.training import optim
 
@@ -67,7 +70,7 @@ class Files(Protocol):
         """Until nothing is being written any more."""
 
 
-class Checkpointer(Checkpoint):
+class Checkpointer(StepCallback, Checkpoint):
     """Saves between optimizer steps; keeps the newest few and the best, with `last.ckpt` and `best.ckpt` as links to
     them.
 
@@ -138,8 +141,8 @@ class Checkpointer(Checkpoint):
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         for other in trainer.checkpoint_callbacks:
-            if isinstance(other, ModelCheckpoint):  # else it saves the resumed step once more, within the next
-                other._last_global_step_saved = trainer.global_step
+            if isinstance(other, ModelCheckpoint):
+                lightning_internals.mark_as_saved(other, trainer.global_step)
         self.looked, self.next_look = (trainer.global_step, time.monotonic()), trainer.global_step
         if trainer.ckpt_path is not None:
             self._go_on(trainer)
@@ -149,7 +152,7 @@ class Checkpointer(Checkpoint):
         if others := optim.restored(trainer.optimizers[0]):
             log.warning("model.optimizer goes on as in the checkpoint: %s", "; ".join(others))
         before, now = optim.go_on(trainer.lr_scheduler_configs[0].scheduler)  # type: ignore[arg-type]
-        steps = trainer.datamodule.total_steps  # type: ignore[attr-defined]
+        steps = data_of(trainer).total_steps
         if before != now or self.planned not in (None, steps):  # an older checkpoint does not say
             was = "" if self.planned in (None, steps) else f" ({self.planned:,} in the checkpoint)"
             log.info(
@@ -161,26 +164,30 @@ class Checkpointer(Checkpoint):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Lightning logs by a count of its own, which it restores one too small or too large after some stops."""
-        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+        lightning_internals.set_logged_step(trainer, trainer.global_step)
 
     @override
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.files.check()
-        loop = trainer.fit_loop.epoch_loop
-        if loop._should_accumulate() or loop.batch_progress.is_last_batch:
-            return  # the last step of an epoch is saved when it ends
-        every = self.options.every_n_train_steps
-        due = every is not None and trainer.global_step % every == 0
-        if not due and self.options.every_n_minutes is not None:
-            due = self._is_late(trainer, 60 * self.options.every_n_minutes)
-        fetcher = trainer.fit_loop._data_fetcher
-        assert fetcher is not None
-        self.owed = self.owed or due
-        if self.owed and not loop._should_check_val_fx(fetcher):  # else a resumed run would leave the validation out
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    @override
+    def on_step_end(self, trainer: L.Trainer, pl_module: Any, batch: Any) -> None:
+        # The last step of an epoch is saved when the epoch ends.
+        if trainer.is_last_batch:
+            return
+        if self._is_due(trainer):
+            self.owed = True
+        # A validation comes first: resumed from a checkpoint before it, the run would leave it out.
+        if self.owed and not lightning_internals.validation_is_due(trainer):
             self.save(trainer)
+
+    def _is_due(self, trainer: L.Trainer) -> bool:
+        every = self.options.every_n_train_steps
+        if every is not None and trainer.global_step % every == 0:
+            return True
+        minutes = self.options.every_n_minutes
+        return minutes is not None and self._is_late(trainer, 60 * minutes)
 
     def _is_late(self, trainer: L.Trainer, seconds: float) -> bool:
         """Whether the last save is that long ago. All ranks must find the same, and to ask them stops a GPU: they are
@@ -207,8 +214,7 @@ class Checkpointer(Checkpoint):
         if score is not None and (self.best_score is None or sign * float(score) < sign * self.best_score):
             self.best_score, self.best_step, self.improved = float(score), trainer.global_step, True
         self.owed = self.owed or self.improved
-        loop = trainer.fit_loop.epoch_loop
-        if self.owed and not loop._should_accumulate() and not loop.batch_progress.is_last_batch:
+        if self.owed and is_between_steps(trainer) and not trainer.is_last_batch:
             self.save(trainer)
 
     @override
@@ -228,30 +234,18 @@ class Checkpointer(Checkpoint):
     @override
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["optimizer"] = optim.name_of(trainer.optimizers[0])
-        checkpoint["total_steps"] = trainer.datamodule.total_steps  # type: ignore[attr-defined]
+        checkpoint["total_steps"] = data_of(trainer).total_steps
 
     @override
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Lightning counts micro-batches: with another number of ranks or accumulation, its counters are rewritten.
-        So is that of epochs, where `trainer.max_steps` ended one that now goes on.
-        """
-        state = checkpoint.get("SFTDataModule")
-        if trainer.state.fn != "fit" or not state:
+        if trainer.state.fn != "fit" or not checkpoint.get(data_position.DATA_MODULE):
             return
         self.planned = checkpoint.get("total_steps")
         optim.check_same(pl_module.options.optimizer, checkpoint.get("optimizer"))  # type: ignore[union-attr, arg-type]
-        for stop in trainer.early_stopping_callbacks:  # which would go on with the patience of the checkpoint
+        # Early stopping would go on with the patience of the checkpoint.
+        for stop in trainer.early_stopping_callbacks:
             checkpoint["callbacks"].get(stop.state_key, {}).update(patience=stop.patience)
-        loops = checkpoint["loops"]["fit_loop"]
-        position = data_position.position(
-            state["position"], loops["epoch_loop.val_loop.batch_progress"]["total"], trainer
-        )
-        trainer.datamodule.position, trainer.datamodule.steps_done = position, checkpoint["global_step"]  # type: ignore[attr-defined]
-        data_position.recount(loops["epoch_loop.batch_progress"], position, trainer)
-        if state["position"][1]:
-            for part in loops["epoch_progress"].values():
-                part["processed"] = part["started"] - (position[1] > 0)
-                part["completed"] = part["started"] - 1
+        data_position.restore(checkpoint, trainer)
 
     def save(self, trainer: L.Trainer) -> None:
         """Saves the state of this step, then drops what is no longer kept. All ranks call it, between two steps.
@@ -265,7 +259,7 @@ class Checkpointer(Checkpoint):
             if self.improved:  # a validation by the clock, within a step, is saved after the step
                 self.best_step = trainer.global_step
             keep = {"best": self.improved, "keep_last": self.options.keep_last}
-            checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+            checkpoint = lightning_internals.dump_checkpoint(trainer)
             error = None
             try:
                 trainer.strategy.save_checkpoint(checkpoint, path, storage_options=keep)
@@ -284,13 +278,13 @@ def _refuse_saves_within_a_step(trainer: L.Trainer) -> None:
     for callback in trainer.checkpoint_callbacks:
         if not isinstance(callback, ModelCheckpoint):
             continue
-        if callback._train_time_interval is not None:
+        if lightning_internals.saves_by_clock(callback):
             raise UserError(
                 "trainer.callbacks: ModelCheckpoint with train_time_interval saves within an optimizer step: set "
                 "checkpoint.every_n_minutes in its place, which waits for the end of the step"
             )
-        by_clock = trainer._val_check_time_interval is not None  # type: ignore[attr-defined]
-        if by_clock and not callback._save_on_train_epoch_end:
+        by_clock = lightning_internals.validates_by_clock(trainer)
+        if by_clock and not lightning_internals.saves_at_epoch_end_only(callback):
             raise UserError(
                 "trainer.val_check_interval by the clock lets ModelCheckpoint (trainer.callbacks) save within an "
                 "optimizer step: set its save_on_train_epoch_end to true, or the interval to a number of forward passes"

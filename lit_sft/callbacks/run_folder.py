@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from typing_extensions import override
 
+from lit_sft.callbacks.step_callback import StepCallback
 from lit_sft.run import lock as run_lock
 
 log = logging.getLogger(__name__)
 
 
-class KeepFolder(Callback):
+class KeepFolder(StepCallback):
     """Makes the run's folder anew where it was removed, before something is written into it: TensorBoard would go on
     writing into a file that nobody can open.
 
@@ -36,17 +37,15 @@ class KeepFolder(Callback):
         self.folder = None if folder is None or not trainer.is_global_zero else Path(folder)
 
     @override
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if self.folder is None or trainer.fit_loop._should_accumulate() or (self.folder / self.config).exists():
+    def on_step_end(self, trainer: L.Trainer, pl_module: Any, batch: Any) -> None:
+        if self.folder is None or (self.folder / self.config).exists():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         self.restore(self.folder)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
+                # The writer opens a new file for the next event.
                 logger.experiment.close()
-                logger._experiment = None  # the next access opens a new file
         log.warning("%s was removed during the run: made anew, what TensorBoard had before is lost", self.folder)
 
 

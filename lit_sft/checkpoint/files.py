@@ -78,10 +78,8 @@ def write(value: Any, path: Path) -> None:
 def write_manifest(folder: Path) -> None:
     """Lists the parts and their sizes; a directory without it is not complete."""
     sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-    with (folder / MANIFEST).open("w") as file:
+    with files.atomic_write(folder / MANIFEST) as file:
         json.dump({"files": sizes}, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
     files.sync_folder(folder)
 
 

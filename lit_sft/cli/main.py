@@ -27,11 +27,12 @@ from lit_sft.commands import doctor
 from lit_sft.datamodule import SFTDataModule
 from lit_sft.distributed import fsdp2
 from lit_sft.errors import UserError
+from lit_sft.lightning_internals import resume_only_from_given_checkpoint
 from lit_sft.model_builder import refuse_adapter
 from lit_sft.module import SFTModule
 from lit_sft.run import folder as run_folder
 from lit_sft.run import slurm
-from lit_sft.trainer import GivenCheckpoint, SFTTrainer, as_list, own_callbacks, run_callbacks
+from lit_sft.trainer import SFTTrainer, as_list, own_callbacks, run_callbacks
 
 log = logging.getLogger("lit_sft")
 
@@ -155,7 +156,7 @@ class SFTCLI(LightningCLI):
             asked = config.trainer
             present = trainer.accelerator.auto_device_count()
             trainer.plan = doctor.Plan.of_settings(asked.devices, asked.num_nodes, asked.strategy, present)
-            trainer._checkpoint_connector = GivenCheckpoint(trainer)
+            resume_only_from_given_checkpoint(trainer)
             return trainer
         files = CheckpointFiles(config.checkpoint.async_save)
         callbacks = run_callbacks(config, self.ckpt_path, self.subcommand == "fit", files, self._save_config)
@@ -170,8 +171,8 @@ class SFTCLI(LightningCLI):
         except (TypeError, ValueError, MisconfigurationException) as error:
             raise UserError(f"trainer: {error}") from error
         fsdp2.check(trainer.strategy)
-        slurm.check_devices(trainer)
-        trainer._checkpoint_connector = GivenCheckpoint(trainer)
+        slurm.check_devices(trainer, trainer_config["plugins"])
+        resume_only_from_given_checkpoint(trainer)
         return trainer
 
     def _save_config(self, path: Path) -> None:

@@ -17,6 +17,7 @@ from lightning.pytorch.strategies import (
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lit_sft import lightning_internals
 from lit_sft.checkpoint import sharded
 from lit_sft.checkpoint.io import CheckpointFiles, open_checkpoint
 from lit_sft.errors import UserError
@@ -165,4 +166,4 @@ def check(strategy: Strategy) -> None:
             "ddp or fsdp2"
         )
     if isinstance(strategy, DDPStrategy):
-        strategy._ddp_kwargs.setdefault("gradient_as_bucket_view", True)
+        lightning_internals.share_gradient_buckets(strategy)

@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import distributed
 from typing_extensions import override
 
+from lit_sft import lightning_internals
 from lit_sft.errors import UserError
 from lit_sft.ranks import global_rank
 from lit_sft.run import lock as run_lock
@@ -220,11 +221,10 @@ class RunFolder(Callback):
     def _use(self, folder: Path, trainer: L.Trainer) -> None:
         self.folder = folder
         for logger in trainer.loggers:
-            if isinstance(logger, (TensorBoardLogger, AppendingCSVLogger)):
-                logger._version = folder.name
-                logger._root_dir, logger._name = str(folder.parent.parent), folder.parent.name
-                if isinstance(logger, AppendingCSVLogger):  # which asks this one, and fabric's the other
-                    logger._save_dir = logger._root_dir
+            if isinstance(logger, AppendingCSVLogger):
+                logger.use_folder(folder)
+            elif isinstance(logger, TensorBoardLogger):
+                lightning_internals.move_tensorboard_logger(logger, folder)
 
     def _choose(self, root: Path, stage: str, is_new: bool) -> Path:
         if not is_new and self.ckpt_path is not None and (folder := run_folder(self.ckpt_path)) is not None:

@@ -13,7 +13,8 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import distributed as dist
 from typing_extensions import override
 
-from lit_sft import signals
+from lit_sft import lightning_internals, signals
+from lit_sft.callbacks.step_callback import StepCallback, is_between_steps
 from lit_sft.run import slurm
 
 log = logging.getLogger(__name__)
@@ -22,7 +23,7 @@ IN_VALIDATION = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
 """Lightning's counters of a validation that was stopped; with none of its batches done, it is repeated as a whole."""
 
 
-class StopOnSignal(Checkpoint):
+class StopOnSignal(StepCallback, Checkpoint):
     """Looks at the flag of `interrupts` between two optimizer steps, and between the batches of a validation; when any
     rank has it, all save, and leave together. As a `Checkpoint`, it is called after all other callbacks.
 
@@ -43,10 +44,7 @@ class StopOnSignal(Checkpoint):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit" or not signals.installed():
             return
-        # Lightning's handler runs a collective wherever the signal interrupts, and its loop waits for the device in
-        # every forward pass to learn of it.
-        trainer._signal_connector.register_signal_handlers = signals.install  # type: ignore[method-assign]
-        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
+        lightning_internals.replace_signal_handling(trainer, signals.install)
         pl_module.between_answers = lambda: self._stop_within(trainer)  # type: ignore[assignment]
 
     @override
@@ -66,14 +64,10 @@ class StopOnSignal(Checkpoint):
             self._leave(trainer)
 
     @override
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
-        assert fetcher is not None
-        if loop._should_accumulate() or not self._look(trainer):
+    def on_step_end(self, trainer: L.Trainer, pl_module: Any, batch: Any) -> None:
+        if not self._look(trainer):
             return
-        if not loop.batch_progress.is_last_batch and not loop._should_check_val_fx(fetcher):
+        if not trainer.is_last_batch and not lightning_internals.validation_is_due(trainer):
             self.save(trainer)
             self.is_saved = True
 
@@ -115,7 +109,7 @@ class StopOnSignal(Checkpoint):
         """Where a validation, or the answers before the first step, can be given up; it is repeated from its start."""
         if trainer.state.fn != "fit" or trainer.sanity_checking or not self._look(trainer):
             return
-        if trainer.validating and trainer.fit_loop._should_accumulate():
+        if trainer.validating and not is_between_steps(trainer):
             return  # one by the clock, within a step: nothing can be saved before that ends
         if trainer.validating:  # else these are the answers before the first step
             self.in_validation = True
@@ -169,10 +163,8 @@ class StopOnSignal(Checkpoint):
 def _is_over(trainer: L.Trainer) -> bool:
     """Whether the epoch that ends is the last. Not `fit_loop.done`, which rewrites the number of the epoch."""
     loop = trainer.fit_loop
-    by_epochs = -1 != loop.max_epochs <= loop.epoch_progress.current.processed  # type: ignore[operator, attr-defined]
+    epochs: int = loop.epoch_progress.current.processed  # type: ignore[attr-defined]
+    by_epochs = -1 != loop.max_epochs <= epochs  # type: ignore[operator]
     by_steps = -1 != loop.max_steps <= trainer.global_step
-    return by_epochs or by_steps or (trainer.should_stop and loop._can_stop_early)
-
-
-def _nothing() -> None:
-    pass
+    can_stop_early = epochs >= (loop.min_epochs or 0) and trainer.global_step >= (loop.min_steps or 0)
+    return by_epochs or by_steps or (trainer.should_stop and can_stop_early)
