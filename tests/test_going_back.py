@@ -14,8 +14,8 @@ from terminal import log_lines
 from tiny import save_tiny
 
 from lit_sft import files
-from lit_sft.checkpoint.files import find_last
-from lit_sft.checkpoint.io import find_checkpoint, read_checkpoint
+from lit_sft.checkpoint.find import find_checkpoint, find_last
+from lit_sft.checkpoint.io import read_checkpoint
 from lit_sft.run import folder as run_folder
 
 FORK = multiprocessing.get_context("fork")

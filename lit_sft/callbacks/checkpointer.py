@@ -6,7 +6,7 @@ import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -17,6 +17,8 @@ from typing_extensions import override
 from lit_sft import lightning_internals
 from lit_sft.callbacks.step_callback import StepCallback, is_between_steps
 from lit_sft.checkpoint import data_position
+from lit_sft.checkpoint import files as checkpoint_files
+from lit_sft.checkpoint.io import CheckpointFiles
 from lit_sft.datamodule import data_of
 from lit_sft.errors import UserError
 from lit_sft.training import optim
@@ -51,25 +53,6 @@ class CheckpointOptions:
                 raise UserError(f"checkpoint.{name} is {value}, it must be positive (null turns a schedule off)")
 
 
-class Files(Protocol):
-    """What writes and reads, `CheckpointFiles`."""
-
-    def path(self, run_folder: Path, step: int) -> Path:
-        """Where the checkpoint of an optimizer step lies."""
-
-    def go_back(self, path: Path, step: int, best_step: int | None) -> bool:
-        """Makes it the last of its folder; whether the best one up to there is there, too."""
-
-    def wait(self) -> None:
-        """Until nothing is being written any more; raises what failed."""
-
-    def check(self) -> None:
-        """Raises what has failed in the background."""
-
-    def teardown(self) -> None:
-        """Until nothing is being written any more."""
-
-
 class Checkpointer(StepCallback, Checkpoint):
     """Saves between optimizer steps; keeps the newest few and the best, with `last.ckpt` and `best.ckpt` as links to
     them.
@@ -79,7 +62,7 @@ class Checkpointer(StepCallback, Checkpoint):
         files: What writes them; also the trainer's plugin.
     """
 
-    def __init__(self, options: CheckpointOptions, files: Files) -> None:
+    def __init__(self, options: CheckpointOptions, files: CheckpointFiles) -> None:
         self.options, self.files = options, files
         self.best_score: float | None = None
         self.best_step: int | None = None
@@ -123,7 +106,7 @@ class Checkpointer(StepCallback, Checkpoint):
         has_best, error = False, None
         if trainer.is_global_zero and path.absolute().parent.parent == run_folder.absolute():
             try:
-                has_best = self.files.go_back(path, step, self.best_step)
+                has_best = checkpoint_files.go_back(path, step, self.best_step)
             except UserError as failed:
                 error = failed
         has_best, error = trainer.strategy.broadcast((has_best, error))
@@ -254,15 +237,15 @@ class Checkpointer(StepCallback, Checkpoint):
             UserError: It could not be written; on all ranks.
         """
         folder = Path(trainer.strategy.broadcast(str(trainer.log_dir)))
-        path = self.files.path(folder, trainer.global_step)
+        path = checkpoint_files.path_of(folder, trainer.global_step)
         if self.saved_step != trainer.global_step or self.improved:
             if self.improved:  # a validation by the clock, within a step, is saved after the step
                 self.best_step = trainer.global_step
-            keep = {"best": self.improved, "keep_last": self.options.keep_last}
+            policy = checkpoint_files.KeepPolicy(is_best=self.improved, keep_last=self.options.keep_last)
             checkpoint = lightning_internals.dump_checkpoint(trainer)
             error = None
             try:
-                trainer.strategy.save_checkpoint(checkpoint, path, storage_options=keep)
+                trainer.strategy.save_checkpoint(checkpoint, path, storage_options=policy)
             except UserError as failed:
                 error = failed
             if (error := trainer.strategy.broadcast(error)) is not None:

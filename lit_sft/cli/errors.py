@@ -21,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
 from lit_sft import errors
-from lit_sft.checkpoint import io as checkpoint_io
+from lit_sft.checkpoint import find
 from lit_sft.errors import UserError
 from lit_sft.run import folder as run_folder
 
@@ -282,7 +282,7 @@ def expand_arguments(args: list[str]) -> list[str]:
             args += ["--ckpt_path", "last"]
         if "--ckpt_path" in args[:-1]:
             place = args.index("--ckpt_path") + 1
-            args[place] = str(checkpoint_io.find_checkpoint(args[place], _logs(args), args[0]))
+            args[place] = str(find.find_checkpoint(args[place], _logs(args), args[0]))
             folder = run_folder.run_folder(args[place])
             if folder is not None:
                 args = [args[0], "--config", str(folder / run_folder.CONFIG), *args[1:]]

@@ -19,8 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lit_sft import errors
 from lit_sft.callbacks.checkpointer import CheckpointOptions
 from lit_sft.callbacks.nan_guard import FaultOptions
-from lit_sft.checkpoint import files as checkpoint_files
-from lit_sft.checkpoint import io as checkpoint_io
+from lit_sft.checkpoint import find
 from lit_sft.checkpoint.io import CheckpointFiles
 from lit_sft.cli import errors as cli_errors
 from lit_sft.commands import doctor
@@ -121,11 +120,11 @@ class SFTCLI(LightningCLI):
         slurm.check_launch()
         logs, ckpt_path = Path(config.trainer.default_root_dir or ".") / run_folder.LOGS, config.get("ckpt_path")
         own = slurm.own_run(logs) if self.subcommand == "fit" else None
-        found = None if own is None else checkpoint_files.find_last(logs, own)
+        found = None if own is None else find.find_last(logs, own)
         if own is not None and (found is not None or ckpt_path == "last"):
             self.ckpt_path = None if found is None else str(found)
         else:
-            self.ckpt_path = checkpoint_io.find_checkpoint(ckpt_path, logs, self.subcommand)
+            self.ckpt_path = find.find_checkpoint(ckpt_path, logs, self.subcommand)
         if "ckpt_path" in config:
             config.ckpt_path = self.ckpt_path
         if "weights_only" in config:
