@@ -30,7 +30,7 @@ from lit_sft.callbacks.nan_guard import Guard
 from lit_sft.callbacks.prediction_writer import PredictionWriter
 from lit_sft.callbacks.preemption import StopOnSignal
 from lit_sft.callbacks.progress import Lines, Progress, has_stopped_early
-from lit_sft.callbacks.run_folder import KeepFolder, LeaveFolder
+from lit_sft.callbacks.run_folder import KeepFolder, LeaveFolder, RunFolder
 from lit_sft.callbacks.sample_answers import Answers, FirstExample
 from lit_sft.callbacks.step_callback import is_between_steps
 from lit_sft.callbacks.throughput import Throughput
@@ -43,7 +43,6 @@ from lit_sft.datamodule import SFTDataModule
 from lit_sft.errors import UserError
 from lit_sft.model_builder import is_adapted
 from lit_sft.module import SFTModule
-from lit_sft.run import folder as run_folder
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +59,7 @@ class SFTTrainer(L.Trainer):
     @override
     def log_dir(self) -> str | None:
         """The run's folder, whatever the loggers are; Lightning asks the first of them."""
-        chosen = next((c for c in self.callbacks if isinstance(c, run_folder.RunFolder) and c.is_known), None)  # type: ignore[attr-defined]
+        chosen = next((c for c in self.callbacks if isinstance(c, RunFolder) and c.is_known), None)  # type: ignore[attr-defined]
         return super().log_dir if chosen is None else str(chosen.folder)
 
     @property
@@ -82,7 +81,7 @@ class SFTTrainer(L.Trainer):
         self.should_stop = self.should_stop or (self.state.fn == "fit" and has_stopped_early(self))
         results = super()._run_stage()
         for callback in self.callbacks if self.state.fn == "fit" else []:  # type: ignore[attr-defined]
-            if isinstance(callback, run_folder.RunFolder):
+            if isinstance(callback, RunFolder):
                 callback.begin(self, has_steps=False)
             if isinstance(callback, HFExport) and not callback.is_done:
                 for averaging in [c for c in self.callbacks if isinstance(c, WeightAveraging)]:  # type: ignore[attr-defined]
@@ -161,11 +160,11 @@ def run_callbacks(
     """
     first_step = checkpoint_io.saved_step(ckpt_path) if ckpt_path and is_fit else None
     checkpointer = Checkpointer(config.checkpoint, files)
-    folder = run_folder.RunFolder(ckpt_path, first_step, save_config, checkpointer.go_on_from)
+    folder = RunFolder(ckpt_path, first_step, save_config, checkpointer)
     callbacks: list[Callback] = [
         FailTogether(doctor.needed_memory),
         Guard(config.faults),
-        KeepFolder(run_folder.CONFIG, folder.restore),
+        KeepFolder(folder),
         folder,
         checkpointer,
         Throughput(),
@@ -177,8 +176,8 @@ def run_callbacks(
         HFExport(),
         PredictionWriter(config.predict_output, ckpt_path),
         LastRow(),
-        StopOnSignal(_save_and_wait(checkpointer, files), config.resume.max_restarts),
-        LeaveFolder(lambda: folder.folder),
+        StopOnSignal(checkpointer, config.resume.max_restarts),
+        LeaveFolder(folder),
     ]
     if Progress.is_wanted(config.trainer):
         callbacks.append(Progress())
@@ -243,13 +242,3 @@ def _check_averaged(trainer: Any, model: SFTModule) -> None:
 def as_list(value: Any) -> list[Any]:
     """Of a setting that takes one thing, a list, or nothing."""
     return [] if value is None else value if isinstance(value, list) else [value]
-
-
-def _save_and_wait(checkpointer: Checkpointer, files: CheckpointFiles) -> Callable[[L.Trainer], None]:
-    """For a run that leaves: what it saves is on disk before it does."""
-
-    def save(trainer: L.Trainer) -> None:
-        checkpointer.save(trainer)
-        files.wait()
-
-    return save

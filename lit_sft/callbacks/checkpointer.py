@@ -93,7 +93,7 @@ class Checkpointer(StepCallback, Checkpoint):
                 *(*before, monitor, mode),
             )
 
-    def go_on_from(self, trainer: L.Trainer, path: Path, step: int, run_folder: Path) -> None:
+    def resume_from(self, trainer: L.Trainer, path: Path, step: int, run_folder: Path) -> None:
         """Makes the checkpoint that a run goes on from the last of its folder, and forgets a best score whose
         checkpoint is not there. All ranks call it, when everything is restored.
 
@@ -252,6 +252,11 @@ class Checkpointer(StepCallback, Checkpoint):
                 raise error
         self.saved_step, self.saved_at = trainer.global_step, time.monotonic()
         self.improved = self.owed = False
+
+    def save_and_wait(self, trainer: L.Trainer) -> None:
+        """Saves, for a run that is about to leave: the checkpoint is on disk when this returns. All ranks call it."""
+        self.save(trainer)
+        self.files.wait()
 
 
 def _refuse_saves_within_a_step(trainer: L.Trainer) -> None:

@@ -46,6 +46,7 @@ class FailTogether(Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.ended.clear()
         if trainer.world_size > 1:
+            # torch has no public access to the store that all ranks met at.
             threading.Thread(target=self._watch, args=(_get_default_store(),), daemon=True).start()
 
     @override

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Callable
 from typing import Any, NoReturn
 
 import lightning as L
@@ -14,6 +13,7 @@ from torch import distributed as dist
 from typing_extensions import override
 
 from lit_sft import lightning_internals, signals
+from lit_sft.callbacks.checkpointer import Checkpointer
 from lit_sft.callbacks.step_callback import StepCallback, is_between_steps
 from lit_sft.run import slurm
 
@@ -24,16 +24,17 @@ IN_VALIDATION = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
 
 
 class StopOnSignal(StepCallback, Checkpoint):
-    """Looks at the flag of `interrupts` between two optimizer steps, and between the batches of a validation; when any
+    """Looks at the flag of `signals` between two optimizer steps, and between the batches of a validation; when any
     rank has it, all save, and leave together. As a `Checkpoint`, it is called after all other callbacks.
 
     Args:
-        save: Saves a checkpoint, on all ranks.
+        checkpointer: Saves, on all ranks.
         max_restarts: A SLURM job is not requeued more often.
     """
 
-    def __init__(self, save: Callable[[L.Trainer], None], max_restarts: int) -> None:
-        self.save, self.max_restarts = save, max_restarts
+    def __init__(self, checkpointer: Checkpointer, max_restarts: int) -> None:
+        self.checkpointer = checkpointer
+        self.max_restarts = max_restarts
         self.signal: signal.Signals | None = None
         """What all ranks know."""
         self.is_saved = self.in_validation = False
@@ -68,7 +69,7 @@ class StopOnSignal(StepCallback, Checkpoint):
         if not self._look(trainer):
             return
         if not trainer.is_last_batch and not lightning_internals.validation_is_due(trainer):
-            self.save(trainer)
+            self.checkpointer.save_and_wait(trainer)
             self.is_saved = True
 
     @override
@@ -92,7 +93,7 @@ class StopOnSignal(StepCallback, Checkpoint):
         if _is_over(trainer):
             signals.wait(for_training=False)  # what is left is saved; it is finished
         elif self._look(trainer):
-            self.save(trainer)  # is saved; but it may still be on its way to the disk
+            self.checkpointer.save_and_wait(trainer)  # is saved; but it may still be on its way to the disk
             self._leave(trainer)
 
     @override
@@ -113,7 +114,7 @@ class StopOnSignal(StepCallback, Checkpoint):
             return  # one by the clock, within a step: nothing can be saved before that ends
         if trainer.validating:  # else these are the answers before the first step
             self.in_validation = True
-            self.save(trainer)
+            self.checkpointer.save_and_wait(trainer)
         self._leave(trainer)
 
     def _look(self, trainer: L.Trainer) -> bool:

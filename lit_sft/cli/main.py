@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lit_sft import errors
 from lit_sft.callbacks.checkpointer import CheckpointOptions
 from lit_sft.callbacks.nan_guard import FaultOptions
+from lit_sft.callbacks.run_folder import RunFolder
 from lit_sft.checkpoint import find
 from lit_sft.checkpoint.io import CheckpointFiles
 from lit_sft.cli import errors as cli_errors
@@ -209,7 +210,7 @@ class SFTCLI(LightningCLI):
     def _prepare(self, stage: str) -> None:
         self.datamodule.prepare(stage)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, run_folder.RunFolder):
+            if isinstance(callback, RunFolder):
                 callback.claim(self.trainer, stage)
 
 
