@@ -188,7 +188,8 @@ def test_wrong_options(key, value, place, tmp_path, capsys):
 
 BREAKING = """
 import os, sys, time
-from lit_sft import cli, module, types
+from lit_sft import errors, module
+from lit_sft.cli import main as cli
 
 step = module.SFTModule.training_step
 
@@ -196,7 +197,7 @@ def training_step(self, batch, batch_idx):
     if self.trainer.global_step == 2 and str(self.trainer.global_rank) in os.environ["BREAKS"].split(","):
         if os.environ["KIND"] == "bug":
             raise ZeroDivisionError("nobody foresaw it")
-        raise types.UserError("mend your rows")
+        raise errors.UserError("mend your rows")
     if self.trainer.global_step == 2 and os.environ["KIND"] == "deaf":
         time.sleep(600)  # as in a collective of NCCL, which does not notice
     return step(self, batch, batch_idx)
@@ -244,13 +245,13 @@ def test_a_rank_fails(ranks, kind, launcher, said, place, tmp_path):
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_nan_on_one_rank(strategy, place, tmp_path):
     rows, settings = bad_rows(tmp_path, BAD), {"trainer__strategy": strategy}
-    code, err = fit_ranks(place, tmp_path, "from lit_sft import cli\ncli.main()", rows=rows, overrides=settings)
+    code, err = fit_ranks(place, tmp_path, "from lit_sft.cli import main\nmain.main()", rows=rows, overrides=settings)
     assert code == 1 and len(errors(err)) == 1, err[-3000:]
     assert re.search(r"^error: step 3: the loss is nan.*rank \d: \S+bad.jsonl line 3;", errors(err)[0]), err[-3000:]
     if strategy == "ddp":
         return
     skip = {**settings, "faults__skip_steps": 1, "trainer__default_root_dir": tmp_path / "skipping"}
-    code, err = fit_ranks(place, tmp_path, "from lit_sft import cli\ncli.main()", rows=rows, overrides=skip)
+    code, err = fit_ranks(place, tmp_path, "from lit_sft.cli import main\nmain.main()", rows=rows, overrides=skip)
     assert code == 0 and scalars(tmp_path / "skipping", "train/skipped_steps")[-1] == 1, err[-3000:]
 
 

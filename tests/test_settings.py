@@ -150,14 +150,15 @@ BY_CLOCK = {"trainer__val_check_interval": "00:00:00:00", "trainer__check_val_ev
 INTERRUPTED = """
 import os, signal, sys
 from lightning.pytorch.callbacks import Callback
-from lit_sft import cli, interrupts
+from lit_sft import signals
+from lit_sft.cli import main as cli
 class Interrupt(Callback):
     def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
         if trainer.fit_loop._should_accumulate():
             os.kill(os.getpid(), signal.SIGTERM)
 make = cli.run_callbacks
 cli.run_callbacks = lambda *args: [Interrupt(), *make(*args)]
-interrupts.install()
+signals.install()
 cli.main(sys.argv[1:])
 """
 

@@ -84,9 +84,11 @@ class Checkpointer(StepCallback, Checkpoint):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         monitor, mode = self.options.monitor, self.options.mode
-        before = state_dict.get("monitor", monitor), state_dict.get("mode", mode)  # an old checkpoint does not say
+        # An older checkpoint does not say what the best was chosen by.
+        before = (state_dict.get("monitor", monitor), state_dict.get("mode", mode))
         if before == (monitor, mode):
-            self.best_score, self.best_step = state_dict["best_score"], state_dict["best_step"]
+            self.best_score = state_dict["best_score"]
+            self.best_step = state_dict["best_step"]
         elif state_dict["best_score"] is not None:
             log.warning(
                 "checkpoint.monitor was %s (%s) and is %s (%s): the next validation is the best so far",
@@ -94,16 +96,21 @@ class Checkpointer(StepCallback, Checkpoint):
             )
 
     def resume_from(self, trainer: L.Trainer, path: Path, step: int, run_folder: Path) -> None:
-        """Makes the checkpoint that a run goes on from the last of its folder, and forgets a best score whose
-        checkpoint is not there. All ranks call it, when everything is restored.
+        """Points last.ckpt at the checkpoint that a run resumes from, and forgets a best score without a checkpoint.
+
+        All ranks call it, when everything is restored.
 
         Args:
-            trainer: Of the run.
+            trainer: The trainer.
             path: The checkpoint.
             step: Its step.
             run_folder: What the run writes into; the checkpoint may be from elsewhere.
+
+        Raises:
+            UserError: The folder could not be written; on all ranks.
         """
-        has_best, error = False, None
+        has_best = False
+        error: UserError | None = None
         if trainer.is_global_zero and path.absolute().parent.parent == run_folder.absolute():
             try:
                 has_best = checkpoint_files.go_back(path, step, self.best_step)
@@ -128,16 +135,19 @@ class Checkpointer(StepCallback, Checkpoint):
                 lightning_internals.mark_as_saved(other, trainer.global_step)
         self.looked, self.next_look = (trainer.global_step, time.monotonic()), trainer.global_step
         if trainer.ckpt_path is not None:
-            self._go_on(trainer)
+            self._report_optimizer(trainer)
 
-    def _go_on(self, trainer: L.Trainer) -> None:
-        """Says which settings of the optimizer are the checkpoint's, and that the schedule is that of now."""
-        if others := optim.restored(trainer.optimizers[0]):
+    def _report_optimizer(self, trainer: L.Trainer) -> None:
+        """Says which settings of the optimizer are the checkpoint's, and that the schedule is the config's."""
+        others = optim.restored(trainer.optimizers[0])
+        if others:
             log.warning("model.optimizer goes on as in the checkpoint: %s", "; ".join(others))
         before, now = optim.go_on(trainer.lr_scheduler_configs[0].scheduler)  # type: ignore[arg-type]
         steps = data_of(trainer).total_steps
-        if before != now or self.planned not in (None, steps):  # an older checkpoint does not say
-            was = "" if self.planned in (None, steps) else f" ({self.planned:,} in the checkpoint)"
+        # An older checkpoint does not say how many steps were planned.
+        is_other_plan = self.planned not in (None, steps)
+        if before != now or is_other_plan:
+            was = f" ({self.planned:,} in the checkpoint)" if is_other_plan else ""
             log.info(
                 "model.lr_schedule is computed anew, over %s steps in all%s: the next rate is %.4g, not %.4g",
                 *(f"{steps:,}", was, now, before),
@@ -173,32 +183,47 @@ class Checkpointer(StepCallback, Checkpoint):
         return minutes is not None and self._is_late(trainer, 60 * minutes)
 
     def _is_late(self, trainer: L.Trainer, seconds: float) -> bool:
-        """Whether the last save is that long ago. All ranks must find the same, and to ask them stops a GPU: they are
-        asked that seldom (`LOOK`), at steps that follow from the slowest rank.
+        """Whether the last save is that long ago, the same on all ranks.
+
+        Ranks that ask each other stop a GPU. So they look at the clock seldom (`LOOK`), at steps that follow from the
+        slowest rank.
         """
-        step, now = trainer.global_step, time.monotonic()
+        step = trainer.global_step
         if step < self.next_look:
             return False
-        found = [float(now - self.saved_at > seconds), (now - self.looked[1]) / max(1, step - self.looked[0])]
+        now = time.monotonic()
+        looked_step, looked_at = self.looked
+        is_late = now - self.saved_at > seconds
+        seconds_per_step = (now - looked_at) / max(1, step - looked_step)
         if trainer.world_size > 1:
-            told = torch.tensor(found, dtype=torch.float64, device=trainer.strategy.root_device)
-            dist.all_reduce(told, dist.ReduceOp.MAX)
-            found = told.tolist()
+            found = [float(is_late), seconds_per_step]
+            largest = torch.tensor(found, dtype=torch.float64, device=trainer.strategy.root_device)
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+            late, seconds_per_step = largest.tolist()
+            is_late = bool(late)
         self.looked = (step, now)
-        self.next_look = step + max(1, int(min(seconds * LOOK, LOOK_SECONDS) / max(found[1], 1e-6)))
-        return bool(found[0])
+        until_next_look = min(seconds * LOOK, LOOK_SECONDS)
+        self.next_look = step + max(1, int(until_next_look / max(seconds_per_step, 1e-6)))
+        return is_late
 
     @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         score = trainer.callback_metrics.get(self.options.monitor)
-        sign = 1 if self.options.mode == "min" else -1
-        if score is not None and (self.best_score is None or sign * float(score) < sign * self.best_score):
-            self.best_score, self.best_step, self.improved = float(score), trainer.global_step, True
-        self.owed = self.owed or self.improved
+        if score is not None and self._is_best(float(score)):
+            self.best_score = float(score)
+            self.best_step = trainer.global_step
+            self.improved = True
+        if self.improved:
+            self.owed = True
         if self.owed and is_between_steps(trainer) and not trainer.is_last_batch:
             self.save(trainer)
+
+    def _is_best(self, score: float) -> bool:
+        if self.best_score is None:
+            return True
+        return score < self.best_score if self.options.mode == "min" else score > self.best_score
 
     @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -237,21 +262,26 @@ class Checkpointer(StepCallback, Checkpoint):
             UserError: It could not be written; on all ranks.
         """
         folder = Path(trainer.strategy.broadcast(str(trainer.log_dir)))
-        path = checkpoint_files.path_of(folder, trainer.global_step)
+        if self.improved:
+            # A validation by the clock, within a step, is saved after the step.
+            self.best_step = trainer.global_step
         if self.saved_step != trainer.global_step or self.improved:
-            if self.improved:  # a validation by the clock, within a step, is saved after the step
-                self.best_step = trainer.global_step
-            policy = checkpoint_files.KeepPolicy(is_best=self.improved, keep_last=self.options.keep_last)
-            checkpoint = lightning_internals.dump_checkpoint(trainer)
-            error = None
-            try:
-                trainer.strategy.save_checkpoint(checkpoint, path, storage_options=policy)
-            except UserError as failed:
-                error = failed
-            if (error := trainer.strategy.broadcast(error)) is not None:
-                raise error
-        self.saved_step, self.saved_at = trainer.global_step, time.monotonic()
+            self._write(trainer, checkpoint_files.path_of(folder, trainer.global_step))
+        self.saved_step = trainer.global_step
+        self.saved_at = time.monotonic()
         self.improved = self.owed = False
+
+    def _write(self, trainer: L.Trainer, path: Path) -> None:
+        policy = checkpoint_files.KeepPolicy(is_best=self.improved, keep_last=self.options.keep_last)
+        checkpoint = lightning_internals.dump_checkpoint(trainer)
+        error: UserError | None = None
+        try:
+            trainer.strategy.save_checkpoint(checkpoint, path, storage_options=policy)
+        except UserError as failed:
+            error = failed
+        error = trainer.strategy.broadcast(error)
+        if error is not None:
+            raise error
 
     def save_and_wait(self, trainer: L.Trainer) -> None:
         """Saves, for a run that is about to leave: the checkpoint is on disk when this returns. All ranks call it."""
