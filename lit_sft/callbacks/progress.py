@@ -53,10 +53,14 @@ class Progress(RichProgressBar):
 
     @override
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        """Two, for which 80 columns have place; what a validation found is told in a line."""
+        """Two numbers, for which 80 columns have place. What a validation found is told in a line."""
         metrics = trainer.callback_metrics
-        loss = {"loss": float(metrics[LOSS])} if LOSS in metrics else {}
-        return {**loss, **({"tokens/s": f"{metrics[SPEED]:,.0f}"} if SPEED in metrics else {})}
+        shown: dict[str, Any] = {}
+        if LOSS in metrics:
+            shown["loss"] = float(metrics[LOSS])
+        if SPEED in metrics:
+            shown["tokens/s"] = f"{metrics[SPEED]:,.0f}"
+        return shown
 
     @override
     def _update_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -110,7 +114,8 @@ class Lines(StepCallback):
         steps = data_of(trainer).total_steps
         if now - self.last < LINES_EVERY and step < steps:
             return
-        if not trainer.is_global_zero or trainer.progress_bar_callback and rich.get_console().is_terminal:
+        has_bar = trainer.progress_bar_callback is not None and rich.get_console().is_terminal
+        if not trainer.is_global_zero or has_bar:
             return
         assert self.began is not None
         self.last = now

@@ -105,12 +105,7 @@ class RunFolder(Callback):
         """
         if trainer.world_size == 1:
             return
-        found = "no checkpoint"
-        if self.ckpt_path is not None:
-            path = Path(self.ckpt_path).absolute()
-            run = run_folder(self.ckpt_path)
-            found = path.name if run is None else str(path.relative_to(run.parent))
-            found += "" if self.first_step is None else f" (step {self.first_step})"
+        found = self._checkpoint_name()
         all_found = [found] * trainer.world_size
         distributed.all_gather_object(all_found, found)
         for rank, other in enumerate(all_found):
@@ -119,6 +114,15 @@ class RunFolder(Callback):
                     f"rank 0 would go on from {all_found[0]}, rank {rank} from {other}: let trainer.default_root_dir "
                     "lie on a file system that all nodes share, or give the path of one checkpoint as --ckpt_path"
                 )
+
+    def _checkpoint_name(self) -> str:
+        """The checkpoint without the folders above its run, which may be others on each node."""
+        if self.ckpt_path is None:
+            return "no checkpoint"
+        path = Path(self.ckpt_path).absolute()
+        run = run_folder(self.ckpt_path)
+        name = path.name if run is None else str(path.relative_to(run.parent))
+        return name if self.first_step is None else f"{name} (step {self.first_step})"
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

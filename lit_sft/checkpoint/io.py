@@ -49,10 +49,13 @@ class CheckpointFiles(TorchCheckpointIO):
             UserError: It could not be written, or (in a thread) the one before it.
         """
         self.wait()
-        path, pieces, policy = Path(path), None, storage_options
+        path = Path(path)
+        policy = storage_options
+        pieces = None
         if sharded.is_sharded(checkpoint):
             checkpoint, pieces = sharded.split(checkpoint)
-            if self._group is None:  # of its own, on the CPU: a thread uses it while the ranks train with another
+            # A group of its own, on the CPU: a thread uses it while the ranks train with another.
+            if self._group is None:
                 self._group = distributed.new_group(backend="gloo")
         self._agree(path, pieces, lambda: files.clear(path, is_folder=pieces is not None), only_first=True)
         if not self.async_save:
