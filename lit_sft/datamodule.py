@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import lightning as L
 from torch.utils.data import DataLoader, Dataset
 
-from lit_sft import signals
+from lit_sft import lightning_internals, signals
 from lit_sft.data.cache import ExampleCache
 from lit_sft.data.collate import collate
 from lit_sft.data.loader import TimedLoader
@@ -182,7 +182,8 @@ class SFTDataModule(L.LightningDataModule):
                 "data.global_batch_size / (data.micro_batch_size x devices)"
             )
         trainer.accumulate_grad_batches = order.accumulation
-        by_clock, over_epochs = trainer._val_check_time_interval is not None, trainer.check_val_every_n_epoch is None  # type: ignore[attr-defined]
+        by_clock = lightning_internals.validates_by_clock(trainer)
+        over_epochs = trainer.check_val_every_n_epoch is None
         order.check_validations(by_clock, over_epochs and not by_clock and trainer.max_epochs != 1)
         if not by_clock:
             trainer.val_check_interval = order.between_steps(
@@ -221,9 +222,9 @@ class SFTDataModule(L.LightningDataModule):
         """Micro-batches of this rank, from the stored position on."""
         self.sampler = PositionSampler(self.orders["train"])
         self.sampler.start, self.sampler.epoch = self.position, self.position[0]
-        if self.position[1] == 0:  # with max_steps Lightning "restarts" a finished epoch too, and ends the next at once
-            fit_loop = self.trainer.fit_loop  # type: ignore[union-attr]
-            fit_loop._restarting = fit_loop.epoch_loop.restarting = False
+        if self.position[1] == 0:
+            assert self.trainer is not None
+            lightning_internals.begin_epoch(self.trainer)
         return self._loader("train", self.sampler)
 
     def val_dataloader(self) -> DataLoader | list[Any]:
@@ -288,13 +289,17 @@ class SFTDataModule(L.LightningDataModule):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a position.
+        """Refuses data that does not fit the checkpoint. Its position is restored by `data_position.restore`.
 
         Raises:
             UserError: The data is not that of the checkpoint, or validates on rows that it may be trained on.
         """
         if "train" in self.orders:
             self.data.check_same(state["data"], self.packs["train"])
-            self.position = (state["position"][0], state["position"][1])
         elif "train" in self.data.rows:
             self.data.check_split(state["data"])
+
+
+def data_of(trainer: L.Trainer) -> SFTDataModule:
+    """Returns the data module of a trainer."""
+    return trainer.datamodule  # type: ignore[attr-defined, no-any-return]

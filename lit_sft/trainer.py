@@ -17,18 +17,20 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from typing_extensions import override
 
 from lit_sft.callbacks.checkpointer import Checkpointer
 from lit_sft.callbacks.fail_together import FailTogether
 from lit_sft.callbacks.generation_metrics import Evaluation
 from lit_sft.callbacks.hf_export import HFExport
+from lit_sft.callbacks.last_row import LastRow
 from lit_sft.callbacks.nan_guard import Guard
 from lit_sft.callbacks.prediction_writer import PredictionWriter
+from lit_sft.callbacks.preemption import StopOnSignal
 from lit_sft.callbacks.progress import Lines, Progress, has_stopped_early
-from lit_sft.callbacks.run_folder import KeepFolder, LeaveFolder
+from lit_sft.callbacks.run_folder import KeepFolder, LeaveFolder, RunFolder
 from lit_sft.callbacks.sample_answers import Answers, FirstExample
+from lit_sft.callbacks.step_callback import is_between_steps
 from lit_sft.callbacks.throughput import Throughput
 from lit_sft.callbacks.weight_averaging import Averaging
 from lit_sft.checkpoint import io as checkpoint_io
@@ -37,9 +39,6 @@ from lit_sft.errors import UserError
 from lit_sft.memory_plan import needed_memory
 from lit_sft.model_builder import is_adapted
 from lit_sft.module import SFTModule
-from lit_sft.run import folder as run_folder
-from lit_sft.run import loggers
-from lit_sft.run.preemption import StopOnSignal
 
 
 class SFTTrainer(L.Trainer):
@@ -50,14 +49,14 @@ class SFTTrainer(L.Trainer):
     def log_dir(self) -> str | None:
         """The run's folder, whatever the loggers are; Lightning asks the first of them."""
         for callback in self.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, run_folder.RunFolder) and callback.is_known:
+            if isinstance(callback, RunFolder) and callback.is_known:
                 return str(callback.folder)
         return super().log_dir
 
     @property
     def should_stop(self) -> bool:
         """Whether to stop (`trainer.max_time`, early stopping): at the end of an optimizer step, and not within one."""
-        within = self.training and self.accumulate_grad_batches > 1 and self.fit_loop._should_accumulate()
+        within = self.training and self.accumulate_grad_batches > 1 and not is_between_steps(self)
         return self._should_stop and not within
 
     @should_stop.setter
@@ -76,7 +75,7 @@ class SFTTrainer(L.Trainer):
         self.should_stop = self.should_stop or has_stopped_early(self)
         results = super()._run_stage()
         for callback in self.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, run_folder.RunFolder):
+            if isinstance(callback, RunFolder):
                 callback.begin(self, has_steps=False)
             if isinstance(callback, HFExport) and not callback.is_done:
                 self._take_average()
@@ -88,18 +87,6 @@ class SFTTrainer(L.Trainer):
         for callback in self.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, WeightAveraging):
                 callback.on_train_end(self, self.lightning_module)
-
-
-class GivenCheckpoint(_CheckpointConnector):
-    """Resumes from `--ckpt_path` and nothing else.
-
-    Lightning would take, without a word, what its own requeueing, or an `OnExceptionCheckpoint` of another run, has
-    left below `trainer.default_root_dir`.
-    """
-
-    @override
-    def _select_ckpt_path(self, state_fn: Any, ckpt_path: Any, model_provided: bool, model_connected: bool) -> Any:
-        return ckpt_path
 
 
 def run_callbacks(
@@ -116,11 +103,11 @@ def run_callbacks(
     """
     first_step = checkpoint_io.saved_step(ckpt_path) if ckpt_path and is_fit else None
     checkpointer = Checkpointer(config.checkpoint, files)
-    folder = run_folder.RunFolder(ckpt_path, first_step, save_config, checkpointer.go_on_from)
+    folder = RunFolder(ckpt_path, first_step, save_config, checkpointer)
     callbacks: list[Callback] = [
         FailTogether(needed_memory),
         Guard(config.faults),
-        KeepFolder(run_folder.CONFIG, folder.restore),
+        KeepFolder(folder),
         folder,
         checkpointer,
         Throughput(),
@@ -131,9 +118,9 @@ def run_callbacks(
         Averaging(),
         HFExport(),
         PredictionWriter(config.predict_output, ckpt_path),
-        loggers.LastRow(),
-        StopOnSignal(_save_and_wait(checkpointer, files), config.resume.max_restarts),
-        LeaveFolder(lambda: folder.folder),
+        LastRow(),
+        StopOnSignal(checkpointer, config.resume.max_restarts),
+        LeaveFolder(folder),
     ]
     if Progress.is_wanted(config.trainer):
         callbacks.append(Progress())
@@ -200,13 +187,3 @@ def as_list(value: Any) -> list[Any]:
     if value is None:
         return []
     return value if isinstance(value, list) else [value]
-
-
-def _save_and_wait(checkpointer: Checkpointer, files: CheckpointFiles) -> Callable[[L.Trainer], None]:
-    """A function for a run that is stopped: it saves, and returns when the checkpoint is on disk."""
-
-    def save(trainer: L.Trainer) -> None:
-        checkpointer.save(trainer)
-        files.wait()
-
-    return save

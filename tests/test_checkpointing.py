@@ -15,8 +15,9 @@ from terminal import log_lines
 from lit_sft.callbacks.checkpointer import Checkpointer, CheckpointOptions
 from lit_sft.checkpoint import files
 from lit_sft.checkpoint import sharded as checkpoint_sharded
-from lit_sft.checkpoint.files import find_last, is_intact
-from lit_sft.checkpoint.io import CheckpointFiles, find_checkpoint, open_checkpoint, read_checkpoint
+from lit_sft.checkpoint.files import KeepPolicy, is_intact
+from lit_sft.checkpoint.find import find_checkpoint, find_last
+from lit_sft.checkpoint.io import CheckpointFiles, open_checkpoint, read_checkpoint
 from lit_sft.errors import UserError
 
 WHOLE = torch.arange(35.0).reshape(7, 5)
@@ -137,9 +138,9 @@ def test_links_and_leftovers(async_save, tmp_path):
     writer = CheckpointFiles(async_save)
     folder = place(tmp_path).parent
     for step, best in ((1, True), (2, False), (3, False), (4, False)):
-        writer.save_checkpoint({"step": step}, place(tmp_path, step), {"best": best, "keep_last": 2})
+        writer.save_checkpoint({"step": step}, place(tmp_path, step), KeepPolicy(best, keep_last=2))
         (folder / ".step=000009.ckpt.tmp").write_text("of a save that was killed")
-    writer.save_checkpoint({"step": 5}, place(tmp_path, 5), {"best": False, "keep_last": 2})
+    writer.save_checkpoint({"step": 5}, place(tmp_path, 5), KeepPolicy(False, keep_last=2))
     writer.wait()
     names = {"step=000001.ckpt", "step=000004.ckpt", "step=000005.ckpt", "last.ckpt", "best.ckpt"}
     assert {path.name for path in folder.iterdir()} == names
@@ -164,18 +165,18 @@ def test_the_newest_stays_the_newest_when_the_clock_is_turned_back(tmp_path):
     for version, step in ((0, 7), (1, 2)):
         writer.save_checkpoint({"step": step}, place(tmp_path, step, version))
         os.utime(place(tmp_path, step, version), ns=(future, future))
-    writer.save_checkpoint({"step": 8}, place(tmp_path, 8), {"best": False, "keep_last": 2})
+    writer.save_checkpoint({"step": 8}, place(tmp_path, 8), KeepPolicy(False, keep_last=2))
     assert find_last(tmp_path) == place(tmp_path, 8)
 
 
 def test_the_last_of_a_copied_run_is_the_one_that_its_link_names(tmp_path):
     writer = CheckpointFiles()
     for step in (1, 2, 3):
-        writer.save_checkpoint({"step": step}, place(tmp_path, step), {"best": False, "keep_last": 3})
+        writer.save_checkpoint({"step": step}, place(tmp_path, step), KeepPolicy(False, keep_last=3))
     for step, age in ((3, 9), (1, 5), (2, 1)):  # copied in this order, without their times
         os.utime(place(tmp_path, step), (time.time() - age,) * 2)
     assert find_last(tmp_path) == place(tmp_path, 3)
-    writer.save_checkpoint({"step": 2}, place(tmp_path, 2), {"best": False, "keep_last": 3})  # went back and on from 1
+    writer.save_checkpoint({"step": 2}, place(tmp_path, 2), KeepPolicy(False, keep_last=3))  # went back and on from 1
     assert find_last(tmp_path) == place(tmp_path, 2)
     place(tmp_path, 2).write_text("torn")
     assert find_last(tmp_path) == place(tmp_path, 1), "the newest of the rest"
@@ -196,7 +197,7 @@ class Slow:
 
 
 def test_the_background_keeps_the_moment_and_the_earlier_checkpoint(tmp_path, monkeypatch):
-    writer, weight, keep = CheckpointFiles(async_save=True), torch.zeros(4), {"best": False, "keep_last": 1}
+    writer, weight, keep = CheckpointFiles(async_save=True), torch.zeros(4), KeepPolicy(False, keep_last=1)
     writer.save_checkpoint({"w": weight}, place(tmp_path, 1), keep)
     writer.wait()
     slow = Slow(monkeypatch)
@@ -242,7 +243,7 @@ def small_disk(tmp_path):
 @pytest.mark.parametrize("async_save", [False, True])
 def test_a_disk_that_is_full(async_save, small_disk):
     """For real: one line, the earlier checkpoint stays whole, nothing half-written stays."""
-    writer, keep = CheckpointFiles(async_save), {"best": False, "keep_last": 2}
+    writer, keep = CheckpointFiles(async_save), KeepPolicy(False, keep_last=2)
     writer.save_checkpoint({"w": torch.ones(100_000)}, place(small_disk, 1), keep)
     with pytest.raises(UserError, match="could not be written .*earlier ones are untouched"):
         writer.save_checkpoint({"w": torch.ones(100_000), "v": torch.ones(90_000)}, place(small_disk, 2), keep)
@@ -268,7 +269,7 @@ def test_without_symbolic_links(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "symlink", refuse)
     writer, logs = CheckpointFiles(), tmp_path / "lightning_logs"
     for step, best in ((1, True), (2, False), (3, False)):
-        writer.save_checkpoint({"step": step}, place(logs, step), {"best": best, "keep_last": 1})
+        writer.save_checkpoint({"step": step}, place(logs, step), KeepPolicy(best, keep_last=1))
     folder = place(logs).parent
     assert {path.name for path in folder.iterdir()} == {
         "step=000001.ckpt",
@@ -297,7 +298,7 @@ def test_going_back_sets_the_rest_aside_once_more(kind, tmp_path):
         assert find_last(tmp_path) == place(tmp_path, 1)
     names = {"last.ckpt", "step=000001.ckpt", ".step=000002.ckpt.later", ".step=000003.ckpt.later"}
     assert {path.name for path in place(tmp_path).parent.iterdir()} == names
-    files.keep(place(tmp_path, 1), best=False, keep_last=2)
+    files.keep(place(tmp_path, 1), KeepPolicy(False, keep_last=2))
     assert {path.name for path in place(tmp_path).parent.iterdir()} == {"last.ckpt", "step=000001.ckpt"}
 
 
@@ -334,5 +335,5 @@ def test_a_file_of_the_users_that_a_run_went_back_to(where, tmp_path):
         files.write({"step": 3}, path)
     files.go_back(own, 3, best_step=None)
     assert find_last(tmp_path) == own and not place(tmp_path, 9).exists()
-    CheckpointFiles().save_checkpoint({"step": 4}, place(tmp_path, 4), {"best": False, "keep_last": 1})
+    CheckpointFiles().save_checkpoint({"step": 4}, place(tmp_path, 4), KeepPolicy(False, keep_last=1))
     assert find_last(tmp_path) == place(tmp_path, 4) and own.exists()

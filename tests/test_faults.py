@@ -188,7 +188,8 @@ def test_wrong_options(key, value, place, tmp_path, capsys):
 
 BREAKING = """
 import os, sys, time
-from lit_sft import cli, module, types
+from lit_sft import errors, module
+from lit_sft.cli import main as cli
 
 step = module.SFTModule.training_step
 
@@ -196,7 +197,7 @@ def training_step(self, batch, batch_idx):
     if self.trainer.global_step == 2 and str(self.trainer.global_rank) in os.environ["BREAKS"].split(","):
         if os.environ["KIND"] == "bug":
             raise ZeroDivisionError("nobody foresaw it")
-        raise types.UserError("mend your rows")
+        raise errors.UserError("mend your rows")
     if self.trainer.global_step == 2 and os.environ["KIND"] == "deaf":
         time.sleep(600)  # as in a collective of NCCL, which does not notice
     return step(self, batch, batch_idx)

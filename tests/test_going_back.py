@@ -9,14 +9,14 @@ import socket
 import sys
 
 import pytest
+from lightning.pytorch.callbacks import Callback
 from running import arguments, chat_rows, run, scalars, version, write_rows
 from terminal import log_lines
 from tiny import save_tiny
 
 from lit_sft import files
-from lit_sft.checkpoint.files import find_last
-from lit_sft.checkpoint.io import find_checkpoint, read_checkpoint
-from lit_sft.run import folder as run_folder
+from lit_sft.checkpoint.find import find_checkpoint, find_last
+from lit_sft.checkpoint.io import read_checkpoint
 
 FORK = multiprocessing.get_context("fork")
 TEN_STEPS = {
@@ -255,7 +255,7 @@ def test_the_mark_of_a_job_comes_back_with_the_folder(place, tmp_path):
     assert (version(tmp_path / "runs") / "slurm_job").read_text() == "77 0 version_0\n"
 
 
-class Remove(run_folder.Callback):
+class Remove(Callback):
     """Removes the run's folder before the third step."""
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):

@@ -1,4 +1,4 @@
-"""The structure of the package: import-linter's contracts in pyproject.toml, and foreign private attributes in few files."""
+"""The structure of the package: import-linter's contracts in pyproject.toml, and private attributes in few files."""
 
 import ast
 import shutil

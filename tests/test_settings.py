@@ -23,7 +23,8 @@ from terminal import log_lines, refused
 from tiny import save_tiny
 
 from lit_sft import trainer as trainer_module
-from lit_sft.checkpoint.files import find_last, keep
+from lit_sft.checkpoint.files import KeepPolicy, keep
+from lit_sft.checkpoint.find import find_last
 from lit_sft.checkpoint.io import read_checkpoint
 from lit_sft.cli import main as main_module
 from lit_sft.cli import terminal_log
@@ -234,7 +235,7 @@ def test_a_checkpoint_that_vanishes_is_passed_over(tmp_path, monkeypatch):
     torch.save({}, path)
     gone = tmp_path / "version_1" / "checkpoints" / "step=000009.ckpt"
     monkeypatch.setattr(files, "_all", lambda run: [gone, path])
-    keep(path, best=False, keep_last=1)
+    keep(path, KeepPolicy(False, keep_last=1))
     assert find_last(tmp_path) == path
 
 
@@ -243,7 +244,7 @@ def test_files_of_the_users_own_callbacks_are_kept(tmp_path):
     folder.mkdir(parents=True)
     for name in ("step=3.ckpt", "step=000001.ckpt", "step=000002.ckpt"):
         torch.save({}, folder / name)
-    keep(folder / "step=000002.ckpt", best=False, keep_last=1)
+    keep(folder / "step=000002.ckpt", KeepPolicy(False, keep_last=1))
     assert {path.name for path in folder.iterdir()} == {"step=3.ckpt", "step=000002.ckpt", "last.ckpt"}
 
 

@@ -278,7 +278,8 @@ def test_ranks_that_train_alone_are_found(tmp_path):
 
 ALONE = """
 import torch
-from lit_sft import cli, module
+from lit_sft import module
+from lit_sft.cli import main as cli
 
 start = module.SFTModule.on_train_batch_start
 

@@ -6,7 +6,7 @@ import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -14,7 +14,12 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from typing_extensions import override
 
+from lit_sft import lightning_internals
+from lit_sft.callbacks.step_callback import StepCallback, is_between_steps
 from lit_sft.checkpoint import data_position
+from lit_sft.checkpoint import files as checkpoint_files
+from lit_sft.checkpoint.io import CheckpointFiles
+from lit_sft.datamodule import data_of
 from lit_sft.errors import UserError
 from lit_sft.training import optim
 
@@ -48,26 +53,7 @@ class CheckpointOptions:
                 raise UserError(f"checkpoint.{name} is {value}, it must be positive (null turns a schedule off)")
 
 
-class Files(Protocol):
-    """What writes and reads, `CheckpointFiles`."""
-
-    def path(self, run_folder: Path, step: int) -> Path:
-        """Where the checkpoint of an optimizer step lies."""
-
-    def go_back(self, path: Path, step: int, best_step: int | None) -> bool:
-        """Makes it the last of its folder; whether the best one up to there is there, too."""
-
-    def wait(self) -> None:
-        """Until nothing is being written any more; raises what failed."""
-
-    def check(self) -> None:
-        """Raises what has failed in the background."""
-
-    def teardown(self) -> None:
-        """Until nothing is being written any more."""
-
-
-class Checkpointer(Checkpoint):
+class Checkpointer(StepCallback, Checkpoint):
     """Saves between optimizer steps; keeps the newest few and the best, with `last.ckpt` and `best.ckpt` as links to
     them.
 
@@ -76,7 +62,7 @@ class Checkpointer(Checkpoint):
         files: What writes them; also the trainer's plugin.
     """
 
-    def __init__(self, options: CheckpointOptions, files: Files) -> None:
+    def __init__(self, options: CheckpointOptions, files: CheckpointFiles) -> None:
         self.options, self.files = options, files
         self.best_score: float | None = None
         self.best_step: int | None = None
@@ -98,29 +84,36 @@ class Checkpointer(Checkpoint):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         monitor, mode = self.options.monitor, self.options.mode
-        before = state_dict.get("monitor", monitor), state_dict.get("mode", mode)  # an old checkpoint does not say
+        # An older checkpoint does not say what the best was chosen by.
+        before = (state_dict.get("monitor", monitor), state_dict.get("mode", mode))
         if before == (monitor, mode):
-            self.best_score, self.best_step = state_dict["best_score"], state_dict["best_step"]
+            self.best_score = state_dict["best_score"]
+            self.best_step = state_dict["best_step"]
         elif state_dict["best_score"] is not None:
             log.warning(
                 "checkpoint.monitor was %s (%s) and is %s (%s): the next validation is the best so far",
                 *(*before, monitor, mode),
             )
 
-    def go_on_from(self, trainer: L.Trainer, path: Path, step: int, run_folder: Path) -> None:
-        """Makes the checkpoint that a run goes on from the last of its folder, and forgets a best score whose
-        checkpoint is not there. All ranks call it, when everything is restored.
+    def resume_from(self, trainer: L.Trainer, path: Path, step: int, run_folder: Path) -> None:
+        """Points last.ckpt at the checkpoint that a run resumes from, and forgets a best score without a checkpoint.
+
+        All ranks call it, when everything is restored.
 
         Args:
-            trainer: Of the run.
+            trainer: The trainer.
             path: The checkpoint.
             step: Its step.
             run_folder: What the run writes into; the checkpoint may be from elsewhere.
+
+        Raises:
+            UserError: The folder could not be written; on all ranks.
         """
-        has_best, error = False, None
+        has_best = False
+        error: UserError | None = None
         if trainer.is_global_zero and path.absolute().parent.parent == run_folder.absolute():
             try:
-                has_best = self.files.go_back(path, step, self.best_step)
+                has_best = checkpoint_files.go_back(path, step, self.best_step)
             except UserError as failed:
                 error = failed
         has_best, error = trainer.strategy.broadcast((has_best, error))
@@ -138,20 +131,23 @@ class Checkpointer(Checkpoint):
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         for other in trainer.checkpoint_callbacks:
-            if isinstance(other, ModelCheckpoint):  # else it saves the resumed step once more, within the next
-                other._last_global_step_saved = trainer.global_step
+            if isinstance(other, ModelCheckpoint):
+                lightning_internals.mark_as_saved(other, trainer.global_step)
         self.looked, self.next_look = (trainer.global_step, time.monotonic()), trainer.global_step
         if trainer.ckpt_path is not None:
-            self._go_on(trainer)
+            self._report_optimizer(trainer)
 
-    def _go_on(self, trainer: L.Trainer) -> None:
-        """Says which settings of the optimizer are the checkpoint's, and that the schedule is that of now."""
-        if others := optim.restored(trainer.optimizers[0]):
+    def _report_optimizer(self, trainer: L.Trainer) -> None:
+        """Says which settings of the optimizer are the checkpoint's, and that the schedule is the config's."""
+        others = optim.restored(trainer.optimizers[0])
+        if others:
             log.warning("model.optimizer goes on as in the checkpoint: %s", "; ".join(others))
         before, now = optim.go_on(trainer.lr_scheduler_configs[0].scheduler)  # type: ignore[arg-type]
-        steps = trainer.datamodule.total_steps  # type: ignore[attr-defined]
-        if before != now or self.planned not in (None, steps):  # an older checkpoint does not say
-            was = "" if self.planned in (None, steps) else f" ({self.planned:,} in the checkpoint)"
+        steps = data_of(trainer).total_steps
+        # An older checkpoint does not say how many steps were planned.
+        is_other_plan = self.planned not in (None, steps)
+        if before != now or is_other_plan:
+            was = f" ({self.planned:,} in the checkpoint)" if is_other_plan else ""
             log.info(
                 "model.lr_schedule is computed anew, over %s steps in all%s: the next rate is %.4g, not %.4g",
                 *(f"{steps:,}", was, now, before),
@@ -161,55 +157,73 @@ class Checkpointer(Checkpoint):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Lightning logs by a count of its own, which it restores one too small or too large after some stops."""
-        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+        lightning_internals.set_logged_step(trainer, trainer.global_step)
 
     @override
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.files.check()
-        loop = trainer.fit_loop.epoch_loop
-        if loop._should_accumulate() or loop.batch_progress.is_last_batch:
-            return  # the last step of an epoch is saved when it ends
-        every = self.options.every_n_train_steps
-        due = every is not None and trainer.global_step % every == 0
-        if not due and self.options.every_n_minutes is not None:
-            due = self._is_late(trainer, 60 * self.options.every_n_minutes)
-        fetcher = trainer.fit_loop._data_fetcher
-        assert fetcher is not None
-        self.owed = self.owed or due
-        if self.owed and not loop._should_check_val_fx(fetcher):  # else a resumed run would leave the validation out
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    @override
+    def on_step_end(self, trainer: L.Trainer, pl_module: Any, batch: Any) -> None:
+        # The last step of an epoch is saved when the epoch ends.
+        if trainer.is_last_batch:
+            return
+        if self._is_due(trainer):
+            self.owed = True
+        # A validation comes first: resumed from a checkpoint before it, the run would leave it out.
+        if self.owed and not lightning_internals.validation_is_due(trainer):
             self.save(trainer)
 
+    def _is_due(self, trainer: L.Trainer) -> bool:
+        every = self.options.every_n_train_steps
+        if every is not None and trainer.global_step % every == 0:
+            return True
+        minutes = self.options.every_n_minutes
+        return minutes is not None and self._is_late(trainer, 60 * minutes)
+
     def _is_late(self, trainer: L.Trainer, seconds: float) -> bool:
-        """Whether the last save is that long ago. All ranks must find the same, and to ask them stops a GPU: they are
-        asked that seldom (`LOOK`), at steps that follow from the slowest rank.
+        """Whether the last save is that long ago, the same on all ranks.
+
+        Ranks that ask each other stop a GPU. So they look at the clock seldom (`LOOK`), at steps that follow from the
+        slowest rank.
         """
-        step, now = trainer.global_step, time.monotonic()
+        step = trainer.global_step
         if step < self.next_look:
             return False
-        found = [float(now - self.saved_at > seconds), (now - self.looked[1]) / max(1, step - self.looked[0])]
+        now = time.monotonic()
+        looked_step, looked_at = self.looked
+        is_late = now - self.saved_at > seconds
+        seconds_per_step = (now - looked_at) / max(1, step - looked_step)
         if trainer.world_size > 1:
-            told = torch.tensor(found, dtype=torch.float64, device=trainer.strategy.root_device)
-            dist.all_reduce(told, dist.ReduceOp.MAX)
-            found = told.tolist()
+            found = [float(is_late), seconds_per_step]
+            largest = torch.tensor(found, dtype=torch.float64, device=trainer.strategy.root_device)
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+            late, seconds_per_step = largest.tolist()
+            is_late = bool(late)
         self.looked = (step, now)
-        self.next_look = step + max(1, int(min(seconds * LOOK, LOOK_SECONDS) / max(found[1], 1e-6)))
-        return bool(found[0])
+        until_next_look = min(seconds * LOOK, LOOK_SECONDS)
+        self.next_look = step + max(1, int(until_next_look / max(seconds_per_step, 1e-6)))
+        return is_late
 
     @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         score = trainer.callback_metrics.get(self.options.monitor)
-        sign = 1 if self.options.mode == "min" else -1
-        if score is not None and (self.best_score is None or sign * float(score) < sign * self.best_score):
-            self.best_score, self.best_step, self.improved = float(score), trainer.global_step, True
-        self.owed = self.owed or self.improved
-        loop = trainer.fit_loop.epoch_loop
-        if self.owed and not loop._should_accumulate() and not loop.batch_progress.is_last_batch:
+        if score is not None and self._is_best(float(score)):
+            self.best_score = float(score)
+            self.best_step = trainer.global_step
+            self.improved = True
+        if self.improved:
+            self.owed = True
+        if self.owed and is_between_steps(trainer) and not trainer.is_last_batch:
             self.save(trainer)
+
+    def _is_best(self, score: float) -> bool:
+        if self.best_score is None:
+            return True
+        return score < self.best_score if self.options.mode == "min" else score > self.best_score
 
     @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -228,30 +242,18 @@ class Checkpointer(Checkpoint):
     @override
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["optimizer"] = optim.name_of(trainer.optimizers[0])
-        checkpoint["total_steps"] = trainer.datamodule.total_steps  # type: ignore[attr-defined]
+        checkpoint["total_steps"] = data_of(trainer).total_steps
 
     @override
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Lightning counts micro-batches: with another number of ranks or accumulation, its counters are rewritten.
-        So is that of epochs, where `trainer.max_steps` ended one that now goes on.
-        """
-        state = checkpoint.get("SFTDataModule")
-        if trainer.state.fn != "fit" or not state:
+        if trainer.state.fn != "fit" or not checkpoint.get(data_position.DATA_MODULE):
             return
         self.planned = checkpoint.get("total_steps")
         optim.check_same(pl_module.options.optimizer, checkpoint.get("optimizer"))  # type: ignore[union-attr, arg-type]
-        for stop in trainer.early_stopping_callbacks:  # which would go on with the patience of the checkpoint
+        # Early stopping would go on with the patience of the checkpoint.
+        for stop in trainer.early_stopping_callbacks:
             checkpoint["callbacks"].get(stop.state_key, {}).update(patience=stop.patience)
-        loops = checkpoint["loops"]["fit_loop"]
-        position = data_position.position(
-            state["position"], loops["epoch_loop.val_loop.batch_progress"]["total"], trainer
-        )
-        trainer.datamodule.position, trainer.datamodule.steps_done = position, checkpoint["global_step"]  # type: ignore[attr-defined]
-        data_position.recount(loops["epoch_loop.batch_progress"], position, trainer)
-        if state["position"][1]:
-            for part in loops["epoch_progress"].values():
-                part["processed"] = part["started"] - (position[1] > 0)
-                part["completed"] = part["started"] - 1
+        data_position.restore(checkpoint, trainer)
 
     def save(self, trainer: L.Trainer) -> None:
         """Saves the state of this step, then drops what is no longer kept. All ranks call it, between two steps.
@@ -260,21 +262,31 @@ class Checkpointer(Checkpoint):
             UserError: It could not be written; on all ranks.
         """
         folder = Path(trainer.strategy.broadcast(str(trainer.log_dir)))
-        path = self.files.path(folder, trainer.global_step)
+        if self.improved:
+            # A validation by the clock, within a step, is saved after the step.
+            self.best_step = trainer.global_step
         if self.saved_step != trainer.global_step or self.improved:
-            if self.improved:  # a validation by the clock, within a step, is saved after the step
-                self.best_step = trainer.global_step
-            keep = {"best": self.improved, "keep_last": self.options.keep_last}
-            checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-            error = None
-            try:
-                trainer.strategy.save_checkpoint(checkpoint, path, storage_options=keep)
-            except UserError as failed:
-                error = failed
-            if (error := trainer.strategy.broadcast(error)) is not None:
-                raise error
-        self.saved_step, self.saved_at = trainer.global_step, time.monotonic()
+            self._write(trainer, checkpoint_files.path_of(folder, trainer.global_step))
+        self.saved_step = trainer.global_step
+        self.saved_at = time.monotonic()
         self.improved = self.owed = False
+
+    def _write(self, trainer: L.Trainer, path: Path) -> None:
+        policy = checkpoint_files.KeepPolicy(is_best=self.improved, keep_last=self.options.keep_last)
+        checkpoint = lightning_internals.dump_checkpoint(trainer)
+        error: UserError | None = None
+        try:
+            trainer.strategy.save_checkpoint(checkpoint, path, storage_options=policy)
+        except UserError as failed:
+            error = failed
+        error = trainer.strategy.broadcast(error)
+        if error is not None:
+            raise error
+
+    def save_and_wait(self, trainer: L.Trainer) -> None:
+        """Saves, for a run that is about to leave: the checkpoint is on disk when this returns. All ranks call it."""
+        self.save(trainer)
+        self.files.wait()
 
 
 def _refuse_saves_within_a_step(trainer: L.Trainer) -> None:
@@ -284,13 +296,13 @@ def _refuse_saves_within_a_step(trainer: L.Trainer) -> None:
     for callback in trainer.checkpoint_callbacks:
         if not isinstance(callback, ModelCheckpoint):
             continue
-        if callback._train_time_interval is not None:
+        if lightning_internals.saves_by_clock(callback):
             raise UserError(
                 "trainer.callbacks: ModelCheckpoint with train_time_interval saves within an optimizer step: set "
                 "checkpoint.every_n_minutes in its place, which waits for the end of the step"
             )
-        by_clock = trainer._val_check_time_interval is not None  # type: ignore[attr-defined]
-        if by_clock and not callback._save_on_train_epoch_end:
+        by_clock = lightning_internals.validates_by_clock(trainer)
+        if by_clock and not lightning_internals.saves_at_epoch_end_only(callback):
             raise UserError(
                 "trainer.val_check_interval by the clock lets ModelCheckpoint (trainer.callbacks) save within an "
                 "optimizer step: set its save_on_train_epoch_end to true, or the interval to a number of forward passes"

@@ -12,11 +12,11 @@ from typing import Any
 import lightning as L
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from torch.distributed.distributed_c10d import _get_default_store
 from typing_extensions import override
 
-from lit_sft import errors
+from lit_sft import errors, lightning_internals
+from lit_sft.datamodule import data_of
 from lit_sft.model.memory_estimate import MemoryEstimate
 
 KEY = "lit_sft/failures"
@@ -46,6 +46,7 @@ class FailTogether(Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.ended.clear()
         if trainer.world_size > 1:
+            # torch has no public access to the store that all ranks met at.
             threading.Thread(target=self._watch, args=(_get_default_store(),), daemon=True).start()
 
     @override
@@ -72,17 +73,12 @@ class FailTogether(Callback):
             errors.report_error(exception, trainer.global_rank, advice)
         else:
             errors.keep_silent(exception)
-        launcher = trainer.strategy.launcher
-        if trainer.world_size > 1 and isinstance(launcher, _SubprocessScriptLauncher):
-            for thread in threading.enumerate():
-                if thread.name == "child-process-observer":  # it would kill this process too, while it cleans up
-                    thread._run = lambda: True  # type: ignore[attr-defined]
-            for process in launcher.procs:
-                process.kill()
+        if trainer.world_size > 1:
+            lightning_internals.kill_launched_ranks(trainer.strategy)
 
     def _memory_advice(self, trainer: L.Trainer, pl_module: L.LightningModule) -> str:
         """Which settings take less memory, of those that are not at their least."""
-        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        datamodule = data_of(trainer)
         if "train" not in datamodule.data.caches:  # no training step: answers or a validation
             return "lower data.micro_batch_size or model.generation.max_new_tokens, or shorten the prompts"
         data: Any = datamodule.options

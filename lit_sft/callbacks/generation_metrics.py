@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,11 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from typing_extensions import override
 
+from lit_sft import lightning_internals
 from lit_sft.console import answers_markdown
+from lit_sft.datamodule import data_of
 from lit_sft.errors import UserError
+from lit_sft.files import atomic_write
 from lit_sft.generation.prompts import Prompt
 from lit_sft.generation.scoring import choose_prompts, evaluate, too_long_to_match
 from lit_sft.model.generate import GenerationOptions, context_length
@@ -56,7 +58,7 @@ class Evaluation(Callback):
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self.step = checkpoint["global_step"]
         if trainer.state.fn != "fit":  # where Lightning logs: beside what the run found for this checkpoint, not at 0
-            trainer.fit_loop.epoch_loop._batches_that_stepped = max(0, self.step - 1)
+            lightning_internals.set_logged_step(trainer, max(0, self.step - 1))
             trainer.fit_loop.epoch_progress.current.completed = checkpoint["epoch"]
 
     @override
@@ -113,10 +115,15 @@ class Evaluation(Callback):
                 log.info("%s: %.1f %% before, %.1f %% %s", name, 100 * before, 100 * scores[name], when)
 
     def _choose(self, trainer: Any, module: Any, stage: str) -> str:
-        """Once, before the first step or batch: a prompt or a metric that cannot be is known at once. What is told."""
-        data, options, message = trainer.datamodule.data, module.evaluation, ""
+        """Chooses the prompts of a stage once, before the first step or batch, and returns what was told about them.
+
+        A prompt or a metric that cannot be used is known at once.
+        """
         if stage in self.prompts:
-            return message
+            return ""
+        data = data_of(trainer).data
+        options = module.evaluation
+        message = ""
         self.prompts[stage] = []
         if options is not None and SETS[stage] in data.rows:
             asked = data.asked(data.rows[SETS[stage]], options.num_samples, skip=True)
@@ -130,7 +137,7 @@ class Evaluation(Callback):
     def _evaluate(self, trainer: Any, module: Any, stage: str, step: int) -> dict[str, float]:
         """Scores by the names under which they are logged; the table is written."""
         greedy = GenerationOptions(max_new_tokens=module.generation.max_new_tokens)
-        batches = trainer.datamodule.dealt(self.prompts[stage], greedy)
+        batches = data_of(trainer).dealt(self.prompts[stage], greedy)
 
         def answer(prompts: Prompts) -> list[list[str]]:
             module.between_answers()
@@ -169,9 +176,8 @@ def append(path: Path, rows: list[dict[str, Any]], replaced: tuple[str, tuple[in
         text = path.read_text(encoding="utf-8", errors="replace")  # a torn line may end within a character
         whole = text.split("\n")[:-1]  # `splitlines` splits at more than that
         kept = [f"{line}\n" for line in whole if not _is_replaced(json.loads(line), *replaced)]
-        aside = path.with_name(f".{path.name}.tmp")
-        aside.write_text("".join(kept), encoding="utf-8")
-        os.replace(aside, path)
+        with atomic_write(path) as file:
+            file.writelines(kept)
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 

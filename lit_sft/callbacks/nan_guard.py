@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lit_sft.callbacks.step_callback import StepCallback
+from lit_sft.datamodule import data_of
 from lit_sft.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ class Step(NamedTuple):
     """Reached by the device when `numbers` can be read."""
 
 
-class Guard(Callback):
+class Guard(StepCallback):
     """Looks at the loss and the gradient norm of every step, which are the same on all ranks, before weights change.
 
     To look, the host waits for the device; its next step is not prepared meanwhile. A fused optimizer can leave a step
@@ -185,10 +186,8 @@ class Guard(Callback):
         return True
 
     @override
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if self.options.skip_steps and not trainer.fit_loop._should_accumulate():
+    def on_step_end(self, trainer: L.Trainer, pl_module: Any, batch: Any) -> None:
+        if self.options.skip_steps:
             pl_module.log("train/skipped_steps", float(self.skipped))
 
     @override
@@ -227,7 +226,7 @@ def _places(trainer: L.Trainer, batches: list[MicroBatch]) -> str:
         torch.distributed.all_gather_object(parts, parts[0])
     everywhere = [batch for part, _ in parts for batch in part]
     wrong = [batch for batch in everywhere if not math.isfinite(batch.loss)] or everywhere
-    rows = trainer.datamodule.data.rows["train"]  # type: ignore[attr-defined]
+    rows = data_of(trainer).data.rows["train"]
     texts = []
     for batch in wrong[:SHOWN_BATCHES]:
         named = ", ".join(dict.fromkeys(rows.where(row) for row in batch.rows if row >= 0))

@@ -15,7 +15,9 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
+from lit_sft.datamodule import data_of
 from lit_sft.errors import UserError
+from lit_sft.files import atomic_write
 from lit_sft.generation.prompts import check_room
 from lit_sft.model.generate import context_length
 from lit_sft.model_builder import fingerprint
@@ -48,8 +50,9 @@ class PredictionWriter(Callback):
         if stage != "predict":
             return
         self.path = Path(trainer.strategy.broadcast(self.output or str(Path(str(trainer.log_dir)) / PREDICTIONS)))
-        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
-        prompts, done = datamodule.predict_prompts, set[int]()
+        datamodule = data_of(trainer)
+        prompts = datamodule.predict_prompts
+        done: set[int] = set()
         if trainer.is_global_zero:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             asked = [(prompt.ids, prompt.text, prompt.reference) for prompt in prompts]
@@ -61,7 +64,8 @@ class PredictionWriter(Callback):
     @override
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         config, generation = pl_module.model.lm.config, pl_module.generation  # type: ignore[union-attr]
-        check_room(trainer.datamodule.predict_prompts, generation.max_new_tokens, context_length(config))  # type: ignore[attr-defined, union-attr, arg-type]
+        prompts = data_of(trainer).predict_prompts
+        check_room(prompts, generation.max_new_tokens, context_length(config))  # type: ignore[union-attr, arg-type]
         self._part(trainer.global_rank).write_text(self.head, encoding="utf-8")
 
     @override
@@ -85,12 +89,13 @@ class PredictionWriter(Callback):
         if trainer.is_global_zero:
             parts = self._parts()
             lines = self._lines(parts)
-            expected = len(trainer.datamodule.predict_prompts)  # type: ignore[attr-defined]
+            expected = len(data_of(trainer).predict_prompts)
             if sorted(lines) != list(range(expected)):
                 raise UserError(
                     f"{self.path}: {len(lines)} predictions for {expected} prompts; the parts are kept beside it"
                 )
-            self._replace(self.path, (lines[index] for index in range(expected)))
+            with atomic_write(self.path) as file:
+                file.writelines(lines[index] for index in range(expected))
             for part in parts:
                 part.unlink()
             log.info("predictions: %s (%s rows)", os.path.relpath(self.path), expected)
@@ -110,7 +115,8 @@ class PredictionWriter(Callback):
             log.info("%s: the parts beside it are of other prompts or settings: started anew", self.path)
         if lines:
             log.info("predict goes on: %s of %s prompts are answered already", len(lines), num_prompts)
-            self._replace(self._part("s"), (self.head, *lines.values()))
+            with atomic_write(self._part("s")) as file:
+                file.writelines((self.head, *lines.values()))
         for part in parts:  # their rows are in the new part, which was written first
             if part != self._part("s") or not lines:
                 part.unlink()
@@ -124,14 +130,6 @@ class PredictionWriter(Callback):
             if head + "\n" == self.head:
                 found |= {json.loads(line)["index"]: line + "\n" for line in lines}
         return found
-
-    def _replace(self, path: Path, lines: Iterable[str]) -> None:
-        aside = self.path.with_name(f".{self.path.name}.tmp")
-        with aside.open("w", encoding="utf-8") as file:
-            file.writelines(lines)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
 
 
 def _hash(value: Any) -> str:

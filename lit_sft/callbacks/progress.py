@@ -9,11 +9,14 @@ from typing import Any
 
 import lightning as L
 import rich
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ProgressBar, RichProgressBar, Timer
+from lightning.pytorch.callbacks import EarlyStopping, ProgressBar, RichProgressBar, Timer
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from rich.progress import BarColumn
 from rich.table import Column
 from typing_extensions import override
+
+from lit_sft.callbacks.step_callback import StepCallback
+from lit_sft.datamodule import data_of
 
 log = logging.getLogger(__name__)
 
@@ -45,15 +48,19 @@ class Progress(RichProgressBar):
         columns = super().configure_columns(trainer)
         for column in [*columns, self._metric_component]:
             if not isinstance(column, BarColumn):
-                column._table_column = Column(no_wrap=True)
+                column.get_table_column = _unwrapped_column
         return columns  # type: ignore[no-any-return]
 
     @override
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        """Two, for which 80 columns have place; what a validation found is told in a line."""
+        """Two numbers, for which 80 columns have place. What a validation found is told in a line."""
         metrics = trainer.callback_metrics
-        loss = {"loss": float(metrics[LOSS])} if LOSS in metrics else {}
-        return {**loss, **({"tokens/s": f"{metrics[SPEED]:,.0f}"} if SPEED in metrics else {})}
+        shown: dict[str, Any] = {}
+        if LOSS in metrics:
+            shown["loss"] = float(metrics[LOSS])
+        if SPEED in metrics:
+            shown["tokens/s"] = f"{metrics[SPEED]:,.0f}"
+        return shown
 
     @override
     def _update_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -70,7 +77,11 @@ class Progress(RichProgressBar):
         return trainer.get("enable_progress_bar") is not False and not bars
 
 
-class Lines(Callback):
+def _unwrapped_column() -> Column:
+    return Column(no_wrap=True)
+
+
+class Lines(StepCallback):
     """Says how training goes: every ten seconds at most where there is no bar or it cannot be drawn, as in the log of
     a job; what a validation found, which a bar would overwrite; and why it ended early.
     """
@@ -97,13 +108,14 @@ class Lines(Callback):
             self.began = self.last = time.monotonic()
 
     @override
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        now, step, steps = time.monotonic(), trainer.global_step, trainer.datamodule.total_steps  # type: ignore[attr-defined]
-        if trainer.fit_loop._should_accumulate() or now - self.last < LINES_EVERY and step < steps:
+    def on_step_end(self, trainer: L.Trainer, pl_module: Any, batch: Any) -> None:
+        now = time.monotonic()
+        step = trainer.global_step
+        steps = data_of(trainer).total_steps
+        if now - self.last < LINES_EVERY and step < steps:
             return
-        if not trainer.is_global_zero or trainer.progress_bar_callback and rich.get_console().is_terminal:
+        has_bar = trainer.progress_bar_callback is not None and rich.get_console().is_terminal
+        if not trainer.is_global_zero or has_bar:
             return
         assert self.began is not None
         self.last = now
@@ -124,7 +136,7 @@ class Lines(Callback):
     @override
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Not for signals, which end a run sooner, nor for failures."""
-        step, steps = trainer.global_step, trainer.datamodule.total_steps  # type: ignore[attr-defined]
+        step, steps = trainer.global_step, data_of(trainer).total_steps
         if trainer.is_global_zero and trainer.should_stop and step < steps:
             log.info("stopped at step %s of %s: %s", f"{step:,}", f"{steps:,}", _why(trainer))
 

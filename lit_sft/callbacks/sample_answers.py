@@ -12,6 +12,7 @@ from rich.panel import Panel
 from typing_extensions import override
 
 from lit_sft.console import answers_markdown, answers_table, coloured_tokens, console
+from lit_sft.datamodule import data_of
 from lit_sft.generation.answer import records
 from lit_sft.generation.prompts import check_room
 from lit_sft.generation.scoring import gathered
@@ -25,7 +26,7 @@ class FirstExample(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.is_global_zero or trainer.global_step:
             return
-        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        datamodule = data_of(trainer)
         input_ids, loss_mask, row = datamodule.data.caches["train"][0]
         text = coloured_tokens(datamodule.tokenizer, input_ids.tolist(), loss_mask.tolist())
         console().print(Panel(text, title=f"First training example (row {row}): green is trained, the rest is read"))
@@ -52,8 +53,9 @@ class Answers(Callback):
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        questions, context = trainer.datamodule.data.questions(), context_length(pl_module.model.lm.config)  # type: ignore[attr-defined]
-        check_room(questions, pl_module.generation.max_new_tokens, context)  # now, and not when the run is over
+        # A question that is too long is found now, and not when the run is over.
+        questions = data_of(trainer).data.questions()
+        check_room(questions, pl_module.generation.max_new_tokens, context_length(pl_module.model.lm.config))
         if self.questions != list(_questions(trainer)):  # a resumed run may ask others
             self.columns, self.questions = {}, list(_questions(trainer))
 
@@ -79,8 +81,8 @@ class Answers(Callback):
         if not questions:
             return
         answers = [""] * len(questions)
-        datamodule = trainer.datamodule  # type: ignore[attr-defined]
-        batches = datamodule.dealt(datamodule.data.questions(), pl_module.generation)
+        datamodule = data_of(trainer)
+        batches = datamodule.dealt(datamodule.data.questions(), pl_module.generation)  # type: ignore[arg-type]
         for record in gathered([r for prompts in batches for r in records(prompts, pl_module.answer(prompts))]):  # type: ignore[operator]
             answers[record["index"]] = record["prediction"]
         self.columns[column], self.asked_at = answers, trainer.global_step
@@ -90,4 +92,4 @@ class Answers(Callback):
 
 
 def _questions(trainer: L.Trainer) -> Sequence[str]:
-    return trainer.datamodule.options.questions  # type: ignore[attr-defined]
+    return data_of(trainer).options.questions

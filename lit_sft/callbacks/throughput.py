@@ -7,14 +7,14 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
+from lit_sft.callbacks.step_callback import StepCallback
 from lit_sft.model import memory_estimate
 from lit_sft.training.flops import StepCost, peak_flops, step_cost
 
 
-class Throughput(Callback):
+class Throughput(StepCallback):
     """Logs speed and memory of the optimizer step that ended.
 
     `train/tokens_per_second`: of all ranks, validation and saving left out; `train/trained_tokens_per_second`: those
@@ -71,9 +71,7 @@ class Throughput(Callback):
             self.squares += sum(length * length for length in batch["lengths"])
 
     @override
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.fit_loop._should_accumulate():
-            return
+    def on_step_end(self, trainer: L.Trainer, pl_module: Any, batch: Any) -> None:
         _, targets, tokens, *_ = pl_module.window
         seconds, waited = time.monotonic() - self.step_began, trainer.train_dataloader.waited - self.waited  # type: ignore[union-attr]
         self.waited += waited

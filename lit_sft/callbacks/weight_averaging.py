@@ -8,6 +8,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback, WeightAveraging
 from typing_extensions import override
 
+from lit_sft import lightning_internals
 from lit_sft.errors import UserError
 
 
@@ -28,7 +29,7 @@ class Averaging(Callback):
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         self.averaging = next((callback for callback in callbacks if isinstance(callback, WeightAveraging)), None)
         if self.averaging is not None:  # it calls that when a validation begins and when it ends
-            self.averaging._swap_models = self._swap_once  # type: ignore[method-assign]
+            lightning_internals.replace_swap(self.averaging, self._swap_once)
 
     def _swap_once(self, pl_module: L.LightningModule) -> None:
         if not self.is_swapped:
@@ -36,7 +37,7 @@ class Averaging(Callback):
 
     def _swap(self, pl_module: L.LightningModule) -> None:
         assert self.averaging is not None
-        WeightAveraging._swap_models(self.averaging, pl_module)
+        lightning_internals.swap_models(self.averaging, pl_module)
         self.is_swapped = not self.is_swapped
 
     @override

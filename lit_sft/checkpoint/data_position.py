@@ -5,16 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 from lit_sft.data.cache import ExampleCache
 from lit_sft.data.packing import Packs
+from lit_sft.data.sampler import StepOrder
 from lit_sft.errors import UserError
 
 log = logging.getLogger(__name__)
 
+DATA_MODULE = "SFTDataModule"
+"""Key under which Lightning keeps the state of the data module in a checkpoint."""
 ORDER = ("packing", "global_batch_size", "seed")
 """Settings that decide the order of the examples, besides what shares a pack."""
 
@@ -91,26 +95,89 @@ def check_split(saved: Mapping[str, Any], rows: str) -> None:
         )
 
 
-def position(saved: Sequence[int], validation: Mapping[str, int], trainer: Any) -> tuple[int, int]:
-    """Epoch and optimizer steps done in it; the next epoch where that one has got so short that it is over, unless the
-    checkpoint was saved in a validation, which comes first.
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands between two optimizer steps, whatever the number of ranks and the size of a micro-batch."""
+
+    epoch: int
+    steps: int
+    """Optimizer steps done in the epoch."""
+    global_step: int
+    """Optimizer steps done in all epochs."""
+
+    @classmethod
+    def saved_in(cls, checkpoint: Mapping[str, Any], order: StepOrder, limit_train_batches: int | float) -> Position:
+        """Reads the position of a checkpoint.
+
+        An epoch that has got so short that it is over counts as done. But a checkpoint that was saved in a validation
+        stays in its epoch, so that the validation comes first.
+
+        Args:
+            checkpoint: A checkpoint that has a position.
+            order: The order of the training set.
+            limit_train_batches: `trainer.limit_train_batches`.
+        """
+        epoch, steps = checkpoint[DATA_MODULE]["position"]
+        global_step = checkpoint["global_step"]
+        is_over = order.batches_in_steps(steps) >= order.limited_batches(limit_train_batches)
+        validation = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]["total"]
+        in_validation = validation["ready"] != validation["processed"]
+        if steps and is_over and not in_validation:
+            return cls(epoch + 1, 0, global_step)
+        return cls(epoch, steps, global_step)
+
+    def count_batches(self, loops: dict[str, Any], order: StepOrder, limit_train_batches: int | float) -> None:
+        """Rewrites the micro-batch counters in the state of Lightning's loops. Differences between them are kept.
+
+        Args:
+            loops: State of the fit loop.
+            order: The order of the training set.
+            limit_train_batches: `trainer.limit_train_batches`.
+        """
+        per_epoch = order.limited_batches(limit_train_batches)
+        batches = min(order.batches_in_steps(self.steps), per_epoch)
+        progress = loops["epoch_loop.batch_progress"]
+        _shift(progress["current"], ready=batches or per_epoch)
+        _shift(progress["total"], ready=self.epoch * per_epoch + batches)
+
+    def count_epochs(self, loops: dict[str, Any]) -> None:
+        """Rewrites the epoch counters in the state of Lightning's loops, to those of an epoch that goes on.
+
+        `trainer.max_steps` ends an epoch early, and Lightning has counted it as done.
+
+        Args:
+            loops: State of the fit loop.
+        """
+        for counters in loops["epoch_progress"].values():
+            counters["processed"] = counters["started"] - (1 if self.steps else 0)
+            counters["completed"] = counters["started"] - 1
+
+
+def restore(checkpoint: Mapping[str, Any], trainer: Any) -> None:
+    """Lets a run go on where its checkpoint stands: the data module and the counters of Lightning's loops.
+
+    Lightning counts micro-batches, and an optimizer step may have another number of them than it had then.
+
+    Args:
+        checkpoint: Its `loops` are changed, before Lightning reads them.
+        trainer: Its data module gets the position.
     """
-    (epoch, steps), order = saved, trainer.datamodule.orders["train"]
-    is_over = order.batches_in_steps(steps) >= order.limited_batches(trainer.limit_train_batches)
-    return (epoch + 1, 0) if steps and is_over and validation["ready"] == validation["processed"] else (epoch, steps)
+    datamodule = trainer.datamodule
+    order = datamodule.orders["train"]
+    position = Position.saved_in(checkpoint, order, trainer.limit_train_batches)
+    datamodule.position = (position.epoch, position.steps)
+    datamodule.steps_done = position.global_step
+    loops = checkpoint["loops"]["fit_loop"]
+    position.count_batches(loops, order, trainer.limit_train_batches)
+    _, saved_steps = checkpoint[DATA_MODULE]["position"]
+    if saved_steps:
+        position.count_epochs(loops)
 
 
-def recount(progress: dict[str, Any], position: tuple[int, int], trainer: Any) -> None:
-    """Rewrites the micro-batch counters, of the epoch and of all, from the position; what is a batch apart stays so."""
-    order = trainer.datamodule.orders["train"]
-    epoch, steps = position
-    per_epoch = order.limited_batches(trainer.limit_train_batches)
-    batches = min(order.batches_in_steps(steps), per_epoch)
-    wanted = {"current": batches or per_epoch, "total": epoch * per_epoch + batches}
-    for name, ready in wanted.items():
-        shift = ready - progress[name]["ready"]
-        for key in ("ready", "started", "processed", "completed"):
-            progress[name][key] += shift
+def _shift(counters: dict[str, int], ready: int) -> None:
+    difference = ready - counters["ready"]
+    for name in ("ready", "started", "processed", "completed"):
+        counters[name] += difference
 
 
 def _readable(parts: Mapping[str, Any]) -> dict[str, str]:

@@ -1,4 +1,6 @@
-"""Checkpoints on disk: a file, or a directory of parts and a manifest. Whole or not there; found; kept or removed."""
+"""Checkpoints on disk: a file, or a directory of parts and a manifest. Their names, how they are written, and which
+are kept.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ import shutil
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -47,6 +50,47 @@ def aside(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp")
 
 
+# ---------------------------------------------------------------------------------------------------- listing
+
+
+def runs_below(logs: Path) -> list[Path]:
+    """Folders with the names that runs get, and not what somebody has copied or renamed."""
+    return [path for path in logs.glob("version_*") if re.fullmatch(r"version_\d+", path.name)]
+
+
+def checkpoints_of(run: Path) -> list[Path]:
+    """The checkpoints of a run, and one of the user's if the run went back to that."""
+    ours = [path for path in own_checkpoints(run / FOLDER) if not path.is_symlink()]
+    last = last_of(run)
+    if last is None or last in ours or not last.exists():
+        return ours
+    return [*ours, last]
+
+
+def last_of(run: Path) -> Path | None:
+    """The checkpoint that the link `last.ckpt` of a run names, whether it exists or not."""
+    name = files.target(run / FOLDER / LAST)
+    return None if name is None else Path(os.path.normpath(run / FOLDER / name))
+
+
+def own_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints that we have written into a folder, and not those of a `ModelCheckpoint` of the user's."""
+    return [path for path in folder.glob("step=*.ckpt") if re.fullmatch(r"step=\d{6,}\.ckpt", path.name)]
+
+
+def newest_first(paths: Iterable[Path]) -> list[Path]:
+    """Sorts by time; of equal times by name."""
+    return sorted(paths, key=lambda path: (modified(path), path.name), reverse=True)
+
+
+def modified(path: Path) -> int:
+    """Time of the last change in nanoseconds; 0 if the file is gone, as another run may remove one at any time."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
+
+
 # ---------------------------------------------------------------------------------------------------- writing
 
 
@@ -67,6 +111,10 @@ def reported(path: Path) -> Iterator[None]:
         raise _not_written(path, "is the disk full?") from error
 
 
+def _not_written(path: Path, reason: str) -> UserError:
+    return UserError(f"the checkpoint {path} could not be written ({reason}); earlier ones are untouched")
+
+
 def write(value: Any, path: Path) -> None:
     """Writes tensors and plain values, and waits until the disk has them."""
     with path.open("wb") as file:
@@ -78,10 +126,8 @@ def write(value: Any, path: Path) -> None:
 def write_manifest(folder: Path) -> None:
     """Lists the parts and their sizes; a directory without it is not complete."""
     sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-    with (folder / MANIFEST).open("w") as file:
+    with files.atomic_write(folder / MANIFEST) as file:
         json.dump({"files": sizes}, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
     files.sync_folder(folder)
 
 
@@ -115,30 +161,40 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def keep(path: Path, best: bool, keep_last: int) -> None:
-    """Points the links to a checkpoint that is complete, then drops those that are no longer kept.
+# ---------------------------------------------------------------------------------------------------- keeping
 
-    Args:
-        path: The checkpoint.
-        best: Whether it is the best so far.
-        keep_last: Newest checkpoints that are kept, besides the best.
-    """
+
+@dataclass(frozen=True)
+class KeepPolicy:
+    """What becomes of the other checkpoints of a run when one is complete."""
+
+    is_best: bool
+    """Whether the new checkpoint is the best so far."""
+    keep_last: int
+    """Newest checkpoints that are kept, besides the best."""
+
+
+def keep(path: Path, policy: KeepPolicy) -> None:
+    """Points the links to a checkpoint that is complete, then removes those that are no longer kept."""
     folder = path.parent
     _make_newest(path)
-    for name in [LAST, *([BEST] if best else [])]:
-        files.point(folder / name, path.name)
+    files.point(folder / LAST, path.name)
+    if policy.is_best:
+        files.point(folder / BEST, path.name)
     kept = {files.target(folder / name) for name in (LAST, BEST)}
-    for other in _newest_first(filter(_is_ours, folder.glob("step=*.ckpt")))[keep_last:]:
+    for other in newest_first(own_checkpoints(folder))[policy.keep_last :]:
         if other.name not in kept:
             remove(other)
-    for left in folder.glob(".step=*"):  # of saves that were killed, and of a way that was given up
+    # What is left of saves that were killed, and checkpoints that were set aside when the run went back.
+    for left in folder.glob(".step=*"):
         remove(left)
 
 
 def go_back(path: Path, step: int, best_step: int | None) -> bool:
-    """Makes a checkpoint that a run goes on from the last of its folder: else a restart before the next save would take
-    the end of a way that was given up. The later ones are set aside until that save is complete. What is killed
-    half-way is done by the next start.
+    """Points last.ckpt at the checkpoint that a run resumes from.
+
+    Otherwise a crash before the next save would resume the abandoned branch. Later checkpoints are set aside until that
+    save is complete. If this is killed half-way, the next start does the rest.
 
     Args:
         path: The checkpoint.
@@ -147,14 +203,15 @@ def go_back(path: Path, step: int, best_step: int | None) -> bool:
     """
     folder = path.parent.parent / FOLDER
     with reported(path):
-        if path.name not in (LAST, BEST) and _last(path.parent.parent) != path:
+        if path.name not in (LAST, BEST) and last_of(path.parent.parent) != path:
             files.point(folder / LAST, os.path.relpath(path, folder))
         with suppress(PermissionError):  # another user's
             _make_newest(path)
         has_best = _restore_best(folder, step, best_step)
-        later = [other for other in filter(_is_ours, folder.glob("step=*.ckpt")) if (step_of(other) or 0) > step]
+        later = [other for other in own_checkpoints(folder) if (step_of(other) or 0) > step]
         for other in later:
-            remove(put_by := other.with_name(LATER.format(other.name)))
+            put_by = other.with_name(LATER.format(other.name))
+            remove(put_by)
             os.replace(other, put_by)
     if later:
         log.info("%s: what was saved after step %s is set aside as .step=*.later until the next save", folder, step)
@@ -162,27 +219,33 @@ def go_back(path: Path, step: int, best_step: int | None) -> bool:
 
 
 def _restore_best(folder: Path, step: int, best_step: int | None) -> bool:
-    link, named = folder / BEST, files.target(folder / BEST)
-    if best_step is not None and (best := path_of(folder.parent, best_step)).exists():
+    """Points `best.ckpt` to the best checkpoint by then, or removes it. Whether it names that is returned."""
+    link = folder / BEST
+    named = files.target(link)
+    best = None if best_step is None else path_of(folder.parent, best_step)
+    if best is not None and best.exists():
         if named != best.name:
             files.point(link, best.name)
         return True
-    if named is not None and ((step_of(folder / named) or 0) > step or not (folder / named).exists()):
+    if named is None:
+        return False
+    is_later = (step_of(folder / named) or 0) > step
+    if is_later or not (folder / named).exists():
         link.unlink()
         return False
-    return named is not None
+    return True
 
 
 def _make_newest(path: Path) -> None:
-    """Newer than all others of all runs, also where the clock was turned back meanwhile."""
+    """Makes a checkpoint newer than all others of all runs, also where the clock was turned back meanwhile."""
     run = path.parent.parent
-    others = [_time(other) for folder in {run, *runs_below(run.parent)} for other in _all(folder) if other != path]
-    if (latest := max(others, default=0)) >= _time(path):
+    latest = 0
+    for folder in {run, *runs_below(run.parent)}:
+        for other in checkpoints_of(folder):
+            if other != path:
+                latest = max(latest, modified(other))
+    if latest >= modified(path):
         os.utime(path, ns=(latest + 1, latest + 1))
-
-
-def _not_written(path: Path, reason: str) -> UserError:
-    return UserError(f"the checkpoint {path} could not be written ({reason}); earlier ones are untouched")
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -221,11 +284,11 @@ def is_intact(path: Path) -> bool:
     """
     try:
         if not path.is_dir():
-            return _checksums_hold(path, _time(path), path.stat().st_size)
+            return _checksums_hold(path, modified(path), path.stat().st_size)
         sizes = json.loads((path / MANIFEST).read_text())["files"]
         parts = [path / name for name in sizes]
         return STATE in sizes and all(
-            part.stat().st_size == sizes[part.name] and _checksums_hold(part, _time(part), sizes[part.name])
+            part.stat().st_size == sizes[part.name] and _checksums_hold(part, modified(part), sizes[part.name])
             for part in parts
         )
     except (OSError, ValueError, KeyError, TypeError):
@@ -240,53 +303,3 @@ def _checksums_hold(path: Path, modified: int, size: int) -> bool:
             return archive.testzip() is None
     except (OSError, zipfile.BadZipFile):
         return False
-
-
-def find_last(logs: Path, run: str | None = None) -> Path | None:
-    """The last intact checkpoint of the newest run below `lightning_logs`, or of one; torn ones are passed over with a
-    message. In a run the link says which was the last: a copied folder may have other times.
-    """
-    found = {path: folder for folder in ([logs / run] if run else runs_below(logs)) for path in _all(folder)}
-    newest = _newest_first(found)
-    folders = list(dict.fromkeys(found[path] for path in newest))
-    named = {_last(folder) for folder in folders}
-    for path in sorted(newest, key=lambda path: (folders.index(found[path]), path not in named)):
-        if is_intact(path):
-            return path
-        log.warning("%s is torn: passed over", path)
-    return None
-
-
-def runs_below(logs: Path) -> list[Path]:
-    """Folders with the names that runs get, and not what somebody has copied or renamed."""
-    return [path for path in logs.glob("version_*") if re.fullmatch(r"version_\d+", path.name)]
-
-
-def _all(run: Path) -> list[Path]:
-    """Also one of the user's that the run went back to."""
-    ours = [path for path in (run / FOLDER).glob("step=*.ckpt") if _is_ours(path) and not path.is_symlink()]
-    last = _last(run)
-    return ours if last is None or last in ours or not last.exists() else [*ours, last]
-
-
-def _last(run: Path) -> Path | None:
-    """What its link names."""
-    name = files.target(run / FOLDER / LAST)
-    return None if name is None else Path(os.path.normpath(run / FOLDER / name))
-
-
-def _is_ours(path: Path) -> bool:
-    """Not one of a `ModelCheckpoint` that the user has added."""
-    return re.fullmatch(r"step=\d{6,}\.ckpt", path.name) is not None
-
-
-def _newest_first(paths: Iterable[Path]) -> list[Path]:
-    return sorted(paths, key=lambda path: (_time(path), path.name), reverse=True)
-
-
-def _time(path: Path) -> int:
-    """0 where it is gone: another run in the same folder may drop one at any time."""
-    try:
-        return path.stat().st_mtime_ns
-    except FileNotFoundError:
-        return 0

@@ -1,8 +1,7 @@
-"""Checkpoints: written aside, synced and renamed; found again, and recognized when they are torn."""
+"""How checkpoints are written (aside, synced, renamed) and read."""
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 from collections.abc import Callable
@@ -14,11 +13,8 @@ from torch import distributed
 from typing_extensions import override
 
 from lit_sft.checkpoint import files, sharded
-from lit_sft.checkpoint.files import is_intact
+from lit_sft.checkpoint.files import KeepPolicy
 from lit_sft.errors import UserError
-from lit_sft.files import target
-
-log = logging.getLogger(__name__)
 
 
 class CheckpointFiles(TorchCheckpointIO):
@@ -36,40 +32,37 @@ class CheckpointFiles(TorchCheckpointIO):
         self._error: BaseException | None = None
         self._group: Any = None
 
-    @staticmethod
-    def path(run_folder: Path, step: int) -> Path:
-        """Where the checkpoint of an optimizer step lies."""
-        return files.path_of(run_folder, step)
-
-    @staticmethod
-    def go_back(path: Path, step: int, best_step: int | None) -> bool:
-        """Makes it the last of its folder; whether the best one up to there is there, too."""
-        return files.go_back(path, step, best_step)
-
     @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: KeepPolicy | None = None
+    ) -> None:
         """Saves; on rank 0 only, or on all ranks where the state is sharded.
 
         Args:
             checkpoint: Tensors and plain values; DTensors are what is sharded.
             path: File or directory to write.
-            storage_options: Arguments of `files.keep`, called once it is complete.
+            storage_options: What becomes of the other checkpoints of the run, once this one is complete. Lightning
+                passes the argument on from the call that saves. A `ModelCheckpoint` of the user's passes None, and
+                removes nothing of ours; an attribute of this object would hold for its saves, too.
 
         Raises:
             UserError: It could not be written, or (in a thread) the one before it.
         """
         self.wait()
-        path, pieces, keep = Path(path), None, storage_options
+        path = Path(path)
+        policy = storage_options
+        pieces = None
         if sharded.is_sharded(checkpoint):
-            checkpoint, pieces = sharded.cut(checkpoint)
-            if self._group is None:  # of its own, on the CPU: a thread uses it while the ranks train with another
+            checkpoint, pieces = sharded.split(checkpoint)
+            # A group of its own, on the CPU: a thread uses it while the ranks train with another.
+            if self._group is None:
                 self._group = distributed.new_group(backend="gloo")
         self._agree(path, pieces, lambda: files.clear(path, is_folder=pieces is not None), only_first=True)
         if not self.async_save:
-            self._write(checkpoint, pieces, path, keep)
+            self._write(checkpoint, pieces, path, policy)
             return
         checkpoint, pieces = self._copy([checkpoint, pieces])
-        self._thread = threading.Thread(target=self._write_or_fail, args=(checkpoint, pieces, path, keep))
+        self._thread = threading.Thread(target=self._write_or_fail, args=(checkpoint, pieces, path, policy))
         self._thread.start()
 
     def wait(self) -> None:
@@ -104,7 +97,9 @@ class CheckpointFiles(TorchCheckpointIO):
         except BaseException as error:
             self._error = error
 
-    def _write(self, checkpoint: Any, pieces: dict[str, sharded.Piece] | None, path: Path, keep: Any) -> None:
+    def _write(
+        self, checkpoint: Any, pieces: dict[str, sharded.Piece] | None, path: Path, policy: KeepPolicy | None
+    ) -> None:
         aside = files.aside(path)
 
         def write_own() -> None:
@@ -117,8 +112,8 @@ class CheckpointFiles(TorchCheckpointIO):
 
         def finish() -> None:
             files.put_in_place(path)
-            if keep is not None:
-                files.keep(path, **keep)
+            if policy is not None:
+                files.keep(path, policy)
 
         try:
             self._agree(path, pieces, write_own)
@@ -193,56 +188,3 @@ def saved_step(path: str | os.PathLike) -> int:
     if step is None:
         raise UserError(f"--ckpt_path {path} holds no global_step: it is not a checkpoint of a run")
     return int(step)
-
-
-def find_checkpoint(ckpt_path: str | None, logs: Path, subcommand: str) -> str | None:
-    """The checkpoint that is meant: a path; with `last` the newest intact one (None where `fit` starts anew); with
-    `best`, but for `fit`, the best of the run that holds it.
-
-    Raises:
-        UserError: There is none.
-    """
-    if ckpt_path == "last" or ckpt_path == "best" and subcommand != "fit":
-        found = files.find_last(logs)
-        if found is not None:
-            _tell_of_newer(logs, found)
-        elif subcommand != "fit":
-            raise UserError(
-                f"--ckpt_path {ckpt_path}: there is no intact checkpoint below {logs}; run `fit` first, or give a path"
-            )
-        return None if found is None else str(_best_beside(found) if ckpt_path == "best" else found)
-    found = None if ckpt_path is None else Path(ckpt_path)
-    if found is not None and (found / files.FOLDER).is_dir():  # a run
-        found = files.find_last(found.absolute().parent, found.absolute().name)
-    if ckpt_path is not None and (found is None or not found.exists()):
-        raise UserError(f"--ckpt_path {ckpt_path}: there is no such checkpoint")
-    if found is not None and found.name in (files.LAST, files.BEST):
-        found = Path(os.path.normpath(found.parent / (target(found) or found.name)))
-    return None if found is None else str(found)
-
-
-def _best_beside(last: Path) -> Path:
-    """The best checkpoint of a run, whose last one may be a file of the user's beside its own."""
-    folder = last.parent.parent / files.FOLDER
-    name = target(folder / files.BEST)
-    if name is None or not is_intact(best := folder / name):
-        raise UserError(
-            f"--ckpt_path best: {folder} holds no intact {files.BEST}, which a run makes with data.validation or "
-            "data.val_size; take last, or give a path"
-        )
-    return best
-
-
-def _tell_of_newer(logs: Path, found: Path) -> None:
-    """Says which newer runs are passed over, because they were stopped before they saved anything."""
-    run, saved = found.parent.parent, found.stat().st_mtime
-    newer = [
-        folder.name
-        for folder in files.runs_below(logs)
-        if int(folder.name.removeprefix("version_")) > int(run.name.removeprefix("version_"))
-        and (settings := folder / "config.yaml").is_file()
-        and settings.stat().st_mtime > saved
-        and not any((folder / files.FOLDER).glob("step=*.ckpt"))
-    ]
-    if newer:
-        log.warning("%s: no checkpoint yet, passed over for the older %s", ", ".join(sorted(newer)), run)

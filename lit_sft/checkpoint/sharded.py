@@ -1,6 +1,6 @@
-"""A state that is spread over ranks: cut into what each rank holds, and put together again for any number of ranks.
+"""A state that is sharded over ranks: split into what each rank holds, and joined again for any number of ranks.
 
-A checkpoint is a tree of dicts and lists with tensors and plain values as leaves. Cutting it gives the same tree on
+A checkpoint is a tree of dicts and lists with tensors and plain values as leaves. Splitting it gives the same tree on
 every rank, with an empty (meta) tensor of the whole shape in place of each sharded one, and this rank's pieces of those
 by their place in the tree. torch.distributed.checkpoint does the same, but its index is a pickle, and reading a pickle
 can run code.
@@ -8,7 +8,7 @@ can run code.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -44,7 +44,7 @@ def is_sharded(tree: Any) -> bool:
     return bool(found)
 
 
-def cut(tree: Any) -> tuple[Any, dict[str, Piece]]:
+def split(tree: Any) -> tuple[Any, dict[str, Piece]]:
     """The tree with meta tensors in place of sharded ones, and this rank's pieces of them."""
     pieces: dict[str, Piece] = {}
 
@@ -60,7 +60,7 @@ def cut(tree: Any) -> tuple[Any, dict[str, Piece]]:
 
 
 def local_offset(tensor: DTensor) -> list[int]:
-    """Where this rank's part begins in each dimension."""
+    """Where this rank's part begins in each dimension. torch has no public function for it."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     return list(compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)[1])
@@ -72,7 +72,7 @@ def _is_first_copy(tensor: DTensor) -> bool:
     return all(p.is_shard() or c == 0 for p, c in zip(tensor.placements, coordinates, strict=True))
 
 
-class Spread:
+class StoredTensor:
     """A tensor whose pieces lie in files; indexing reads only what is asked for.
 
     Args:
@@ -89,14 +89,14 @@ class Spread:
         ranges = [range(length)[part] for length, part in zip(self.shape, index, strict=True)]
         result = torch.empty([len(r) for r in ranges], dtype=self.dtype)
         for offset, values in self.pieces:
-            overlap = [
-                range(max(r.start, start), min(r.stop, start + length))
-                for r, start, length in zip(ranges, offset, values.shape, strict=True)
-            ]
-            if all(overlap):
-                target = tuple(slice(o.start - r.start, o.stop - r.start) for o, r in zip(overlap, ranges, strict=True))
-                source = tuple(slice(o.start - s, o.stop - s) for o, s in zip(overlap, offset, strict=True))
-                result[target] = values[source]
+            target, source = [], []
+            for wanted, start, length in zip(ranges, offset, values.shape, strict=True):
+                first = max(wanted.start, start)
+                # Where the piece does not touch the region, the slice is empty.
+                end = max(first, min(wanted.stop, start + length))
+                target.append(slice(first - wanted.start, end - wanted.start))
+                source.append(slice(first - start, end - start))
+            result[tuple(target)] = values[tuple(source)]
         return result
 
     def whole(self) -> Tensor:
@@ -105,7 +105,7 @@ class Spread:
 
 
 def join(tree: Any, parts: Sequence[dict[str, Piece]]) -> Any:
-    """The tree with `Spread` tensors in place of the meta ones; nothing is read yet.
+    """The tree with `StoredTensor` tensors in place of the meta ones; nothing is read yet.
 
     Raises:
         ValueError: The pieces of a tensor are not the whole of it.
@@ -114,21 +114,18 @@ def join(tree: Any, parts: Sequence[dict[str, Piece]]) -> Any:
     def leaf(place: str, value: Any) -> Any:
         if not (isinstance(value, Tensor) and value.is_meta):
             return value
-        spread = Spread(value.shape, value.dtype, list(_pieces(parts, place)))
-        if (found := sum(prod(piece.shape) for _, piece in spread.pieces)) != value.numel():
+        pieces = [part[place] for part in parts if place in part]
+        found = sum(prod(values.shape) for _, values in pieces)
+        if found != value.numel():
             raise ValueError(f"{found} of the {value.numel()} numbers of {place} are there")
-        return spread
+        return StoredTensor(value.shape, value.dtype, pieces)
 
     return map_leaves(leaf, tree)
 
 
-def _pieces(parts: Sequence[dict[str, Piece]], place: str) -> Iterator[Piece]:
-    return (part[place] for part in parts if place in part)
-
-
 def whole(tree: Any) -> Any:
     """The tree with all tensors in memory, or mapped from one file."""
-    return map_leaves(lambda _, leaf: leaf.whole() if isinstance(leaf, Spread) else leaf, tree)
+    return map_leaves(lambda _, leaf: leaf.whole() if isinstance(leaf, StoredTensor) else leaf, tree)
 
 
 def gather(tree: Any, keep: bool) -> Any:
@@ -148,7 +145,7 @@ def gather(tree: Any, keep: bool) -> Any:
     return map_leaves(leaf, tree)
 
 
-def fill(target: Tensor, source: Tensor | Spread) -> None:
+def copy_into(target: Tensor, source: Tensor | StoredTensor) -> None:
     """Copies a saved tensor into one of this process; where that is sharded, only this rank's part is read.
 
     Raises:
@@ -162,19 +159,20 @@ def fill(target: Tensor, source: Tensor | Spread) -> None:
             ends = zip(local_offset(target), local.shape, strict=True)
             local.copy_(source[tuple(slice(start, start + length) for start, length in ends)])
         else:
-            target.copy_(source.whole() if isinstance(source, Spread) else source)
+            target.copy_(source.whole() if isinstance(source, StoredTensor) else source)
 
 
-def like(parameter: Tensor, saved: Mapping[str, Any]) -> dict[str, Any]:
+def shard_like(parameter: Tensor, saved: Mapping[str, Any]) -> dict[str, Any]:
     """The optimizer's values of one parameter, sharded as it is where they are of its shape."""
 
     def leaf(place: str, value: Any) -> Any:
-        if not isinstance(value, Tensor | Spread):
+        if not isinstance(value, Tensor | StoredTensor):
             return value
-        own = torch.empty_like(parameter, dtype=value.dtype) if value.shape == parameter.shape else None
-        if own is None:
+        if value.shape == parameter.shape:
+            own = torch.empty_like(parameter, dtype=value.dtype)
+        else:
             own = torch.empty(value.shape, dtype=value.dtype)
-        fill(own, value)
+        copy_into(own, value)
         return own
 
     return map_leaves(leaf, dict(saved))

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import yaml
 from jsonargparse import get_loader, set_loader
 
-from lit_sft.checkpoint import io as checkpoint_io
+from lit_sft.checkpoint import find
 from lit_sft.errors import UserError
 from lit_sft.run import folder as run_folder
 
@@ -170,7 +170,7 @@ def _with_config_of_run(args: list[str]) -> list[str]:
         args = [*args, "--ckpt_path", "last"]
     place = args.index("--ckpt_path") + 1
     try:
-        found = str(checkpoint_io.find_checkpoint(args[place], _logs(args), command))
+        found = str(find.find_checkpoint(args[place], _logs(args), command))
     except UserError as error:
         if not _prints_config(args):
             raise

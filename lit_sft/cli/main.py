@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lit_sft import errors
 from lit_sft.callbacks.checkpointer import CheckpointOptions
 from lit_sft.callbacks.nan_guard import FaultOptions
+from lit_sft.callbacks.run_folder import RunFolder
 from lit_sft.checkpoint.io import CheckpointFiles
 from lit_sft.cli import arguments, front_door, settings, terminal_log
 from lit_sft.cli.errors import missing_package
@@ -23,12 +24,13 @@ from lit_sft.cli.trainer import CommandTrainer
 from lit_sft.datamodule import SFTDataModule
 from lit_sft.distributed import fsdp2
 from lit_sft.errors import UserError
+from lit_sft.lightning_internals import resume_only_from_given_checkpoint
 from lit_sft.memory_plan import Plan
 from lit_sft.model_builder import refuse_adapter
 from lit_sft.module import SFTModule
 from lit_sft.run import folder as run_folder
 from lit_sft.run import slurm
-from lit_sft.trainer import GivenCheckpoint, as_list, own_callbacks, run_callbacks
+from lit_sft.trainer import as_list, own_callbacks, run_callbacks
 
 log = logging.getLogger(__name__)
 
@@ -166,7 +168,7 @@ class SFTCLI(LightningCLI):
         trainer: Any = self._instantiate_trainer({**asked, **replaced}, [])
         present = trainer.accelerator.auto_device_count()
         trainer.plan = Plan.of_settings(asked.devices, asked.num_nodes, asked.strategy, present)
-        trainer._checkpoint_connector = GivenCheckpoint(trainer)
+        resume_only_from_given_checkpoint(trainer)
         return trainer
 
     def _run_trainer(self, config: Any, **kwargs: Any) -> L.Trainer:
@@ -186,8 +188,8 @@ class SFTCLI(LightningCLI):
         except (TypeError, ValueError, MisconfigurationException) as error:
             raise UserError(f"trainer: {error}") from error
         fsdp2.check(trainer.strategy)
-        slurm.check_devices(trainer)
-        trainer._checkpoint_connector = GivenCheckpoint(trainer)
+        slurm.check_devices(trainer, asked["plugins"])
+        resume_only_from_given_checkpoint(trainer)
         return trainer
 
     def _save_config(self, path: Path) -> None:
@@ -227,7 +229,7 @@ class SFTCLI(LightningCLI):
     def _prepare(self, stage: str) -> None:
         self.datamodule.prepare(stage)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, run_folder.RunFolder):
+            if isinstance(callback, RunFolder):
                 callback.claim(self.trainer, stage)
 
 

@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from lit_sft.checkpoint import files as checkpoint_files
-from lit_sft.checkpoint import io as checkpoint_io
+from lit_sft.checkpoint import find
 from lit_sft.errors import UserError
 from lit_sft.run import folder as run_folder
 from lit_sft.run import slurm
@@ -60,12 +59,12 @@ def resolve_checkpoint(config: Any, command: str) -> str | None:
     own = slurm.own_run(logs) if command == "fit" else None
     if own is not None:
         # A requeued SLURM job resumes its own run, whatever checkpoint it was first started from.
-        found = checkpoint_files.find_last(logs, own)
+        found = find.find_last(logs, own)
         if found is not None:
             return str(found)
         if asked == "last":
             return None
-    return checkpoint_io.find_checkpoint(asked, logs, command)
+    return find.find_checkpoint(asked, logs, command)
 
 
 def _without_apples_gpu(chosen: Any) -> Any:

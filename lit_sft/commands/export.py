@@ -7,6 +7,7 @@ from pathlib import Path
 import lightning as L
 import torch
 
+from lit_sft import lightning_internals
 from lit_sft.checkpoint.io import read_checkpoint
 from lit_sft.datamodule import QUESTIONS, SFTDataModule
 from lit_sft.errors import UserError
@@ -39,7 +40,7 @@ def export_checkpoint(
         )
     trainer.strategy.connect(module)
     module.trainer = datamodule.trainer = trainer
-    trainer._data_connector.attach_datamodule(module, datamodule)
+    lightning_internals.attach_datamodule(trainer, module, datamodule)
     module.configure_model()
     assert module.model is not None
     checkpoint = read_checkpoint(ckpt_path, without=("optimizer_states",))

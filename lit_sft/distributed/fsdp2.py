@@ -17,6 +17,7 @@ from lightning.pytorch.strategies import (
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lit_sft import lightning_internals
 from lit_sft.checkpoint import sharded
 from lit_sft.checkpoint.io import CheckpointFiles, open_checkpoint
 from lit_sft.errors import UserError
@@ -134,13 +135,13 @@ class FSDP2Strategy(ModelParallelStrategy):
         assert self.lightning_module is not None
         own, saved = self.lightning_module.state_dict(), checkpoint["state_dict"]
         for name in own.keys() & saved.keys():
-            sharded.fill(own[name], saved[name])
+            sharded.copy_into(own[name], saved[name])
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            own = {number: sharded.like(parameters[number], values) for number, values in state["state"].items()}
+            own = {number: sharded.shard_like(parameters[number], values) for number, values in state["state"].items()}
             optimizer.load_state_dict({**state, "state": own})
 
 
@@ -165,4 +166,4 @@ def check(strategy: Strategy) -> None:
             "ddp or fsdp2"
         )
     if isinstance(strategy, DDPStrategy):
-        strategy._ddp_kwargs.setdefault("gradient_as_bucket_view", True)
+        lightning_internals.share_gradient_buckets(strategy)

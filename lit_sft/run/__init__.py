@@ -1,1 +1,1 @@
-"""One run: its folder, lock, loggers, signals and SLURM job."""
+"""One run: its folder, lock, loggers and SLURM job."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -13,6 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from lit_sft.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +45,9 @@ def hold(folder: Path, job: str | None = None) -> None:
     Raises:
         UserError: Another process holds it.
     """
+    if fcntl is None:
+        log.warning("%s cannot be locked (no file locks on this system): do not resume it twice at a time", folder)
+        return
     path = folder.resolve() / LOCK
     if path in _held:
         return
@@ -69,6 +76,8 @@ def hold(folder: Path, job: str | None = None) -> None:
 
 def is_held(folder: Path) -> bool:
     """Whether another process trains in it."""
+    if fcntl is None:
+        return False
     try:
         descriptor = os.open(folder.resolve() / LOCK, os.O_RDWR | os.O_CLOEXEC)
     except OSError:  # none was made, or it is not ours to touch
@@ -123,4 +132,5 @@ def _leave_to_parent() -> None:
     _held.clear()
 
 
-os.register_at_fork(after_in_child=_leave_to_parent)
+if fcntl is not None:
+    os.register_at_fork(after_in_child=_leave_to_parent)

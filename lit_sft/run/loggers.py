@@ -8,12 +8,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 from lightning.fabric.loggers.logger import rank_zero_experiment
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from typing_extensions import override
+
+from lit_sft.files import atomic_write
 
 
 class MetricsFile(ExperimentWriter):
@@ -52,7 +52,7 @@ class MetricsFile(ExperimentWriter):
         if self._record(rows) or not is_there:
             self._replace(self.rows)
         else:
-            with open(self.metrics_file_path, "a", newline="") as file:
+            with open(self.metrics_file_path, "a", newline="", encoding="utf-8") as file:
                 csv.DictWriter(file, self.metrics_keys).writerows(rows)
 
     def _record(self, rows: list[dict[str, float]]) -> bool:
@@ -62,12 +62,10 @@ class MetricsFile(ExperimentWriter):
         return bool(new)
 
     def _replace(self, rows: list[dict[str, float]]) -> None:
-        aside = Path(f"{self.metrics_file_path}.tmp")
-        with aside.open("w", newline="") as file:
+        with atomic_write(Path(self.metrics_file_path), newline="") as file:
             writer = csv.DictWriter(file, self.metrics_keys)
             writer.writeheader()
             writer.writerows(rows)
-        os.replace(aside, self.metrics_file_path)
         self.is_ours = True
 
     @override
@@ -76,7 +74,14 @@ class MetricsFile(ExperimentWriter):
 
 
 class AppendingCSVLogger(CSVLogger):
-    """Lightning's CSV logger with our file."""
+    """Lightning's CSV logger with our file, in a folder that may be chosen after the logger is made."""
+
+    def use_folder(self, folder: Path) -> None:
+        """Writes into a folder from now on; called before the first metric."""
+        # `CSVLogger` reads `_save_dir`, its base class in Fabric `_root_dir`.
+        self._save_dir = self._root_dir = str(folder.parent.parent)
+        self._name = folder.parent.name
+        self._version = folder.name
 
     @property
     @override
@@ -91,7 +96,7 @@ def _read_rows(path: Path) -> list[dict[str, float]]:
     """All rows but one that was cut off within."""
     if not path.is_file():
         return []
-    lines = path.read_text().splitlines(keepends=True)
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     return [
         {key: _number(value) for key, value in row.items() if value not in ("", None)}
         for row in csv.DictReader(line for line in lines if line.endswith("\n"))
@@ -118,41 +123,4 @@ def drop_from(loggers: Iterable[Any], first_step: int) -> None:
 
             # What `purge_step` writes when the file is opened, which is before the checkpoint is read.
             start = Event(step=first_step, session_log=SessionLog(status=SessionLog.START))
-            logger.experiment._get_file_writer().add_event(start)
-
-
-class LastRow(Callback):
-    """Remembers in checkpoints what was logged last: that of a step is written before its row, and a run that is
-    killed in between gets the row when it goes on. Comes after all callbacks that log.
-    """
-
-    def __init__(self) -> None:
-        self.row: dict[str, float] = {}
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        return {"row": self.row}
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.row = state_dict["row"]
-
-    @override
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        logged, loop = trainer._logger_connector, trainer.fit_loop
-        if logged.should_update_logs and not loop._should_accumulate():
-            values = {name: float(value) for name, value in logged.metrics["log"].items()}
-            self.row = {**values, "epoch": trainer.current_epoch, "step": loop.epoch_loop._batches_that_stepped}
-
-    @override
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        row = dict(self.row)
-        step = int(row.pop("step", -1))
-        files = [logger.experiment for logger in trainer.loggers if isinstance(logger, AppendingCSVLogger)]
-        if not row or not trainer.is_global_zero or not files or files[0].has(step, row.keys()):
-            return
-        for logger in trainer.loggers:
-            logger.log_metrics(row, step)
-            logger.save()
+            logger.experiment.file_writer.add_event(start)

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +56,17 @@ def check_launch() -> None:
         raise UserError(f"--ntasks={tasks} does not say how many tasks a node has: give --ntasks-per-node to sbatch")
 
 
-def check_devices(trainer: L.Trainer) -> None:
-    """Whether there is one task for every device.
+def check_devices(trainer: L.Trainer, plugins: Iterable[Any]) -> None:
+    """Refuses a job that has not one task for every device.
+
+    Args:
+        trainer: Knows the devices.
+        plugins: Its plugins; one of them says whether SLURM starts the ranks.
 
     Raises:
-        UserError: There is not.
+        UserError: There are more or fewer tasks than devices.
     """
-    if not isinstance(trainer._accelerator_connector.cluster_environment, SLURMEnvironment):
+    if not any(isinstance(plugin, SLURMEnvironment) for plugin in plugins):
         return
     tasks, nodes = int(os.environ["SLURM_NTASKS"]), int(os.environ.get("SLURM_NNODES", 1))
     if (tasks, nodes) != (trainer.num_devices * trainer.num_nodes, trainer.num_nodes):

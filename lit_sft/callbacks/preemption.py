@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Callable
 from typing import Any, NoReturn
 
 import lightning as L
@@ -13,7 +12,9 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import distributed as dist
 from typing_extensions import override
 
-from lit_sft import signals
+from lit_sft import lightning_internals, signals
+from lit_sft.callbacks.checkpointer import Checkpointer
+from lit_sft.callbacks.step_callback import StepCallback, is_between_steps
 from lit_sft.run import slurm
 
 log = logging.getLogger(__name__)
@@ -22,17 +23,18 @@ IN_VALIDATION = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
 """Lightning's counters of a validation that was stopped; with none of its batches done, it is repeated as a whole."""
 
 
-class StopOnSignal(Checkpoint):
-    """Looks at the flag of `interrupts` between two optimizer steps, and between the batches of a validation; when any
+class StopOnSignal(StepCallback, Checkpoint):
+    """Looks at the flag of `signals` between two optimizer steps, and between the batches of a validation; when any
     rank has it, all save, and leave together. As a `Checkpoint`, it is called after all other callbacks.
 
     Args:
-        save: Saves a checkpoint, on all ranks.
+        checkpointer: Saves, on all ranks.
         max_restarts: A SLURM job is not requeued more often.
     """
 
-    def __init__(self, save: Callable[[L.Trainer], None], max_restarts: int) -> None:
-        self.save, self.max_restarts = save, max_restarts
+    def __init__(self, checkpointer: Checkpointer, max_restarts: int) -> None:
+        self.checkpointer = checkpointer
+        self.max_restarts = max_restarts
         self.signal: signal.Signals | None = None
         """What all ranks know."""
         self.is_saved = self.in_validation = False
@@ -43,10 +45,7 @@ class StopOnSignal(Checkpoint):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit" or not signals.installed():
             return
-        # Lightning's handler runs a collective wherever the signal interrupts, and its loop waits for the device in
-        # every forward pass to learn of it.
-        trainer._signal_connector.register_signal_handlers = signals.install  # type: ignore[method-assign]
-        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
+        lightning_internals.replace_signal_handling(trainer, signals.install)
         pl_module.between_answers = lambda: self._stop_within(trainer)  # type: ignore[assignment]
 
     @override
@@ -66,15 +65,11 @@ class StopOnSignal(Checkpoint):
             self._leave(trainer)
 
     @override
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
-        assert fetcher is not None
-        if loop._should_accumulate() or not self._look(trainer):
+    def on_step_end(self, trainer: L.Trainer, pl_module: Any, batch: Any) -> None:
+        if not self._look(trainer):
             return
-        if not loop.batch_progress.is_last_batch and not loop._should_check_val_fx(fetcher):
-            self.save(trainer)
+        if not trainer.is_last_batch and not lightning_internals.validation_is_due(trainer):
+            self.checkpointer.save_and_wait(trainer)
             self.is_saved = True
 
     @override
@@ -98,7 +93,7 @@ class StopOnSignal(Checkpoint):
         if _is_over(trainer):
             signals.wait(for_training=False)  # what is left is saved; it is finished
         elif self._look(trainer):
-            self.save(trainer)  # is saved; but it may still be on its way to the disk
+            self.checkpointer.save_and_wait(trainer)  # is saved; but it may still be on its way to the disk
             self._leave(trainer)
 
     @override
@@ -115,11 +110,11 @@ class StopOnSignal(Checkpoint):
         """Where a validation, or the answers before the first step, can be given up; it is repeated from its start."""
         if trainer.state.fn != "fit" or trainer.sanity_checking or not self._look(trainer):
             return
-        if trainer.validating and trainer.fit_loop._should_accumulate():
+        if trainer.validating and not is_between_steps(trainer):
             return  # one by the clock, within a step: nothing can be saved before that ends
         if trainer.validating:  # else these are the answers before the first step
             self.in_validation = True
-            self.save(trainer)
+            self.checkpointer.save_and_wait(trainer)
         self._leave(trainer)
 
     def _look(self, trainer: L.Trainer) -> bool:
@@ -169,10 +164,8 @@ class StopOnSignal(Checkpoint):
 def _is_over(trainer: L.Trainer) -> bool:
     """Whether the epoch that ends is the last. Not `fit_loop.done`, which rewrites the number of the epoch."""
     loop = trainer.fit_loop
-    by_epochs = -1 != loop.max_epochs <= loop.epoch_progress.current.processed  # type: ignore[operator, attr-defined]
+    epochs: int = loop.epoch_progress.current.processed  # type: ignore[attr-defined]
+    by_epochs = -1 != loop.max_epochs <= epochs  # type: ignore[operator]
     by_steps = -1 != loop.max_steps <= trainer.global_step
-    return by_epochs or by_steps or (trainer.should_stop and loop._can_stop_early)
-
-
-def _nothing() -> None:
-    pass
+    can_stop_early = epochs >= (loop.min_epochs or 0) and trainer.global_step >= (loop.min_steps or 0)
+    return by_epochs or by_steps or (trainer.should_stop and can_stop_early)

@@ -1,0 +1,115 @@
+"""Which checkpoint `--ckpt_path` means."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+from lit_sft.checkpoint import files
+from lit_sft.errors import UserError
+from lit_sft.files import target
+
+log = logging.getLogger(__name__)
+
+
+def find_checkpoint(ckpt_path: str | None, logs: Path, subcommand: str) -> str | None:
+    """Returns the path of the checkpoint that is meant.
+
+    Args:
+        ckpt_path: A checkpoint or the folder of a run; `last` for the newest intact checkpoint of all runs; `best`, but
+            for `fit`, for the best one of the run that holds it.
+        logs: `lightning_logs`.
+        subcommand: The command. With `last`, `fit` starts anew where there is no checkpoint, and gets None.
+
+    Raises:
+        UserError: There is no such checkpoint.
+    """
+    if ckpt_path is None:
+        return None
+    if ckpt_path == "last" or (ckpt_path == "best" and subcommand != "fit"):
+        found = _find_by_name(ckpt_path, logs, subcommand)
+    else:
+        found = _find_by_path(ckpt_path)
+    return None if found is None else str(found)
+
+
+def _find_by_name(name: str, logs: Path, subcommand: str) -> Path | None:
+    last = find_last(logs)
+    if last is None:
+        if subcommand == "fit":
+            return None
+        raise UserError(
+            f"--ckpt_path {name}: there is no intact checkpoint below {logs}; run `fit` first, or give a path"
+        )
+    _warn_of_newer_runs(logs, last)
+    return _best_beside(last) if name == "best" else last
+
+
+def _find_by_path(ckpt_path: str) -> Path:
+    found: Path | None = Path(ckpt_path)
+    if (Path(ckpt_path) / files.FOLDER).is_dir():
+        run = Path(ckpt_path).absolute()
+        found = find_last(run.parent, run.name)
+    if found is None or not found.exists():
+        raise UserError(f"--ckpt_path {ckpt_path}: there is no such checkpoint")
+    if found.name in (files.LAST, files.BEST):
+        return Path(os.path.normpath(found.parent / (target(found) or found.name)))
+    return found
+
+
+def find_last(logs: Path, run: str | None = None) -> Path | None:
+    """Returns the last intact checkpoint of the newest run, or of one run. Torn ones are passed over with a warning.
+
+    In a run the link `last.ckpt` says which was the last, as the files of a copied folder may have other times.
+
+    Args:
+        logs: `lightning_logs`.
+        run: Name of a run's folder; None for all of them.
+    """
+    run_of: dict[Path, Path] = {}
+    for folder in [logs / run] if run else files.runs_below(logs):
+        for path in files.checkpoints_of(folder):
+            run_of[path] = folder
+    newest = files.newest_first(run_of)
+    runs = list(dict.fromkeys(run_of[path] for path in newest))
+    named = {files.last_of(folder) for folder in runs}
+    for path in sorted(newest, key=lambda path: (runs.index(run_of[path]), path not in named)):
+        if files.is_intact(path):
+            return path
+        log.warning("%s is torn: passed over", path)
+    return None
+
+
+def _best_beside(last: Path) -> Path:
+    """The best checkpoint of a run. Its last one may be a file of the user's, in a folder beside ours."""
+    folder = last.parent.parent / files.FOLDER
+    name = target(folder / files.BEST)
+    if name is None or not files.is_intact(folder / name):
+        raise UserError(
+            f"--ckpt_path best: {folder} holds no intact {files.BEST}, which a run makes with data.validation or "
+            "data.val_size; take last, or give a path"
+        )
+    return folder / name
+
+
+def _warn_of_newer_runs(logs: Path, found: Path) -> None:
+    """Says which newer runs are passed over, because they were stopped before they saved anything."""
+    run = found.parent.parent
+    newer = [folder.name for folder in files.runs_below(logs) if _is_newer_without_checkpoint(folder, found)]
+    if newer:
+        log.warning("%s: no checkpoint yet, passed over for the older %s", ", ".join(sorted(newer)), run)
+
+
+def _is_newer_without_checkpoint(folder: Path, found: Path) -> bool:
+    run = found.parent.parent
+    if _number(folder) <= _number(run):
+        return False
+    settings = folder / "config.yaml"
+    if not settings.is_file() or settings.stat().st_mtime <= found.stat().st_mtime:
+        return False
+    return not any((folder / files.FOLDER).glob("step=*.ckpt"))
+
+
+def _number(run: Path) -> int:
+    return int(run.name.removeprefix("version_"))
