@@ -9,7 +9,7 @@ from running import REPOSITORY, environment
 HEAVY = {"peft", "datasets", "bitsandbytes", "tensorboard"}
 PROGRAM = """
 import sys
-from lit_sft.cli import main
+from lit_sft.cli.main import main
 try:
     main(sys.argv[1:])
 except SystemExit:

@@ -148,7 +148,7 @@ class Checkpointer(Checkpoint):
         """Says which settings of the optimizer are the checkpoint's, and that the schedule is that of now."""
         if others := optim.restored(trainer.optimizers[0]):
             log.warning("model.optimizer goes on as in the checkpoint: %s", "; ".join(others))
-        before, now = optim.go_on(trainer.lr_scheduler_configs[0].scheduler)  # type: ignore[arg-type]
+        before, now = optim.restore_lr(trainer.lr_scheduler_configs[0].scheduler)  # type: ignore[arg-type]
         steps = trainer.datamodule.total_steps  # type: ignore[attr-defined]
         if before != now or self.planned not in (None, steps):  # an older checkpoint does not say
             was = "" if self.planned in (None, steps) else f" ({self.planned:,} in the checkpoint)"

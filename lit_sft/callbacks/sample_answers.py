@@ -80,7 +80,7 @@ class Answers(Callback):
             return
         answers = [""] * len(questions)
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
-        batches = datamodule.dealt(datamodule.data.questions(), pl_module.generation)
+        batches = datamodule.prompt_batches(datamodule.data.questions(), pl_module.generation)
         for record in gathered([r for prompts in batches for r in records(prompts, pl_module.answer(prompts))]):  # type: ignore[operator]
             answers[record["index"]] = record["prediction"]
         self.columns[column], self.asked_at = answers, trainer.global_step

@@ -30,7 +30,6 @@ from lit_sft.model.loss import CHUNK_ELEMENTS
 from lit_sft.model_builder import (
     base_directory,
     choose_trained,
-    is_adapted,
     model_directory,
     refuse_adapter,
     stored_dtype,
@@ -173,7 +172,7 @@ def needed_memory(
         plan = Plan(trainer.world_size, isinstance(trainer.strategy, ModelParallelStrategy))
     options, precision, lora = module.options, trainer.precision, module.options.lora
     lm, total = _without_weights(options)
-    adapted, data = is_adapted(options), datamodule.options
+    adapted, data = options.is_adapted, datamodule.options
     stored = stored_dtype(options.dtype, precision, adapted)
     packs, lengths = datamodule.pack("train"), datamodule.data.caches["train"].lengths
     plain_lora = options.quantization is None and not (lora is not None and (lora.use_dora or lora.lora_dropout))

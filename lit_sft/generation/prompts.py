@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from lit_sft.data.formats.parse import conversation_to_prompt
 from lit_sft.data.tokenize import Renderer
-from lit_sft.errors import UserError
+from lit_sft.errors import UserError, located
 from lit_sft.model.generate import GenerationOptions, decode_completion, left_pad
 from lit_sft.types import Conversation, Prompts
 
@@ -51,10 +51,8 @@ def encode(asked: Iterable[Asked], renderer: Renderer) -> list[Prompt]:
     """
     prompts = []
     for conversation, where in asked:
-        try:
+        with located(where):
             ids = renderer.prompt(conversation)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from error
         answer = _answer_ids(conversation, ids, renderer)
         reference = decode_completion(renderer.tokenizer, answer, ()) or None
         prompts.append(Prompt(ids, _last_user_text(conversation), reference, where, len(answer)))
@@ -98,7 +96,7 @@ def check_room(prompts: Iterable[Prompt], max_new_tokens: int, context: int | No
             )
 
 
-def deal(
+def make_batches(
     prompts: Sequence[Prompt],
     options: GenerationOptions,
     pad_id: int,
@@ -106,7 +104,7 @@ def deal(
     world_size: int = 1,
     done: Collection[int] = (),
 ) -> list[Prompts]:
-    """Makes batches of prompts of like length and deals them to the ranks.
+    """Makes batches of prompts of similar length, for one rank.
 
     Args:
         prompts: All of them, in the order in which their answers are wanted (`Prompts.index` is the position in it).
