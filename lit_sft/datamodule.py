@@ -40,7 +40,10 @@ class MicroBatches(Dataset[Batch]):
     """Forward passes of one rank, by (epoch, number); holds no state but what follows from these."""
 
     def __init__(self, cache: ExampleCache, packs: Packs, order: StepOrder, rank: int) -> None:
-        self.cache, self.packs, self.order, self.rank = cache, packs, order, rank
+        self.cache = cache
+        self.packs = packs
+        self.order = order
+        self.rank = rank
 
     def __getitem__(self, position: tuple[int, int]) -> Batch:
         packs = self._of_epoch(position[0]) if self.order.shuffle else self.packs
@@ -184,14 +187,16 @@ class SFTDataModule(L.LightningDataModule):
     def pack(self, name: str) -> Packs:
         """Which examples of a data set share a row."""
         lengths = self.data.caches[name].lengths
-        packing, max_length = self.options.packing, self.options.max_length
-        return pack_examples(lengths, max_length) if packing else one_per_pack(len(lengths))
+        if self.options.packing:
+            return pack_examples(lengths, self.options.max_length)
+        return one_per_pack(len(lengths))
 
     def setup(self, stage: str) -> None:
         """Fixes the order of examples for this number of ranks, and with it Lightning's accumulation."""
         self.prepare(stage)
         assert self.trainer is not None
-        options, world_size = self.options, self.trainer.world_size
+        options = self.options
+        world_size = self.trainer.world_size
         for name, cache in self.data.caches.items():
             packs = self.pack(name)
             is_train = name == "train"
@@ -300,14 +305,16 @@ class SFTDataModule(L.LightningDataModule):
     def _loader(self, name: str, sampler: Any) -> DataLoader:
         assert self.trainer is not None
         on_cpu = self.trainer.strategy.root_device.type == "cpu"
-        workers = self.options.num_workers
+        num_workers = self.options.num_workers
+        if num_workers == "auto":
+            num_workers = 0 if on_cpu else 2
         dataset = MicroBatches(self.data.caches[name], self.packs[name], self.orders[name], self.trainer.global_rank)
         return TimedLoader(
             dataset,
             sampler=sampler,
             batch_size=None,
             pin_memory=not on_cpu,
-            num_workers=(0 if on_cpu else 2) if workers == "auto" else workers,
+            num_workers=num_workers,
             worker_init_fn=signals.shield_worker,
         )
 

@@ -283,9 +283,9 @@ def probe(model: CausalLMLoss) -> FastPaths:
     lost = self_check.what_is_lost(lm, pack_kwargs) if chosen == packed.PACKED else None
     if lost is not None:
         log.warning("%s needs %s: attention falls back to `eager`, exact but slower", name, lost)
-    # Other implementations may know 16 bits only, or a GPU only, so the model is examined under `eager`.
-    is_ours = chosen in (packed.PACKED, "eager", "sdpa") and lost is None
-    with _attention(lm, chosen if is_ours else "eager"):
+    # Implementations from elsewhere may know 16 bits only, or a GPU only, so `eager` stands in for them.
+    runs_here = chosen in (packed.PACKED, "eager", "sdpa")
+    with _attention(lm, chosen if runs_here and lost is None else "eager"):
         if not self_check.is_causal(lm):
             cure = "take a causal language model, or set is_decoder to true in its config.json if it has that key"
             raise UserError(f"{name} lets tokens see those that follow: {cure}")
@@ -367,7 +367,8 @@ def choose_trained(lm: PreTrainedModel, path: str, options: ModelConfig, on_meta
     if options.adapter_name_or_path is not None:
         folder = load.resolve(options.adapter_name_or_path, key="model.adapter_name_or_path", allow_adapter=True)
         log.info("adapter: goes on from %s", options.adapter_name_or_path)
-        name, base = options.model_name_or_path, base_fingerprint.base_of(lm, options.init, options.seed)
+        name = options.model_name_or_path
+        base = base_fingerprint.base_of(lm, options.init, options.seed)
         is_proved = base_fingerprint.check_recorded_base(Path(folder), base, name)
         return adapters.load_adapter(lm, folder, base_name=None if is_proved else name, trainable=True)
     if options.trainable is not None:

@@ -176,7 +176,8 @@ class Preparation:
                 f"{where}: {length} tokens are more than data.max_length {self.max_length}; raise data.max_length, or "
                 "set data.overlong to drop or truncate"
             )
-        ids, mask = example.input_ids[: self.max_length], example.loss_mask[: self.max_length]
+        ids = example.input_ids[: self.max_length]
+        mask = example.loss_mask[: self.max_length]
         if self.overlong == "drop" or not any(mask[1:]):
             counts.lost_trained_tokens += targets
             rest = " even after truncation, no target is left" if self.overlong == "truncate" else ""

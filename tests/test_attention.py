@@ -1,3 +1,5 @@
+import pickle
+
 import pytest
 import torch
 from terminal import log_lines
@@ -258,6 +260,23 @@ def test_such_a_model_falls_back_aloud_and_is_exact(name):
         for ids, aims in zip(input_ids.split(lengths, 1), labels.split(lengths, 1), strict=True)
     ]
     torch.testing.assert_close(ours, sum(alone), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "attention"), [("Llama", attention_packed.PACKED), ("Gemma2", "eager")])
+def test_probing_changes_nothing_until_what_it_found_is_applied(name, attention):
+    """Here, or on another rank that gets the record."""
+
+    def replaced(lm):
+        return [name for name, module in lm.named_modules() if "forward" in vars(module)]
+
+    attention_packed.register()
+    model, other = (CausalLMLoss(small(name, attention_packed.PACKED, **LOST[name][0])) for _ in range(2))
+    paths = pickle.loads(pickle.dumps(probe(model)))
+    assert model.lm.config._attn_implementation == attention_packed.PACKED and replaced(model.lm) == []
+    apply_fast_paths(other, paths)
+    assert other.lm.config._attn_implementation == attention
+    assert other.separate_rows == (attention == "eager")
+    assert other.fused == replaced(other.lm) and bool(other.fused) == (name == "Llama")
 
 
 def test_a_model_that_sees_what_follows_is_refused():

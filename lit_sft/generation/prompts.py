@@ -71,9 +71,12 @@ def _answer_ids(conversation: Conversation, prompt_ids: list[int], renderer: Ren
     [examples] = replace(renderer, train_on="last_completion").render([conversation], [0])
     if isinstance(examples, UserError):
         return list(renderer.tokenizer(content, add_special_tokens=False)["input_ids"])
-    ids, mask = examples[-1].input_ids, examples[-1].loss_mask
-    begin = len(os.path.commonprefix([ids, prompt_ids]))  # all of the prompt, but for data.unproved: lenient
-    return ids[begin : len(mask) - 1 - mask[::-1].index(1)]
+    ids = examples[-1].input_ids
+    mask = examples[-1].loss_mask
+    # The prompt is a whole prefix of the example, except with data.unproved: lenient.
+    begin = len(os.path.commonprefix([ids, prompt_ids]))
+    last_trained = len(mask) - 1 - mask[::-1].index(1)
+    return ids[begin:last_trained]
 
 
 def fits(prompt: Prompt, max_new_tokens: int, context: int | None) -> bool:
