@@ -7,7 +7,6 @@ import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from lit_sft.checkpoint import data_position
@@ -21,11 +20,12 @@ from lit_sft.data.sources import rows as sources_rows
 from lit_sft.data.tokenize import Renderer
 from lit_sft.data.workers import num_workers_of
 from lit_sft.demo import builtin as demo
-from lit_sft.errors import UserError
+from lit_sft.errors import UserError, located
 from lit_sft.generation.prompts import Asked, Prompt, encode
 from lit_sft.model import load, new_tokens
 from lit_sft.model_builder import tokenizer_directory
 from lit_sft.preprocessing import Preparation, Reading, num_overlapping
+from lit_sft.settings import DataConfig
 from lit_sft.types import Conversation, Message
 
 if TYPE_CHECKING:
@@ -36,20 +36,22 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DATE_FILE = "chat_template_date"
+STAGE_SETS = {"fit": ["train", "validation"], "validate": ["validation"], "test": ["test"], "predict": []}
+"""Data sets that a stage needs."""
 
 
 class SFTData:
     """The data of a run.
 
     Args:
-        options: The arguments of `SFTDataModule`, by name.
+        options: The arguments of `SFTDataModule`.
 
     Attributes:
         rows: Opened data sets by name (`train`, `validation`, `test`).
         caches: Tokenized data sets by name.
     """
 
-    def __init__(self, options: SimpleNamespace) -> None:
+    def __init__(self, options: DataConfig) -> None:
         self.options = options
         self.rows: dict[str, Rows] = {}
         self.caches: dict[str, ExampleCache] = {}
@@ -62,13 +64,17 @@ class SFTData:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The one tokenizer, of the model, with `add_tokens`."""
         path = tokenizer_directory(self.options.model_name_or_path, self.options.revision)
-        if adapter := getattr(self.options, "adapter_name_or_path", None):
+        adapter = self.options.adapter_name_or_path
+        if adapter:
             beside = load.resolve(adapter, key="model.adapter_name_or_path", allow_adapter=True)
-            if (Path(beside) / "tokenizer_config.json").is_file():  # tokens and template that it was trained with
-                log.info("tokenizer and chat template: those of the adapter %s", path := beside)
+            # An adapter brings the tokens and the template that it was trained with.
+            if (Path(beside) / "tokenizer_config.json").is_file():
+                path = beside
+                log.info("tokenizer and chat template: those of the adapter %s", path)
         tokenizer = load.load_tokenizer(path, trust_remote_code=self.options.trust_remote_code)
-        if new := self.options.add_tokens:
-            new_tokens.add_tokens(tokenizer, new, resolve_chat_template(tokenizer, self.options.chat_template) or "")
+        if self.options.add_tokens:
+            template = resolve_chat_template(tokenizer, self.options.chat_template) or ""
+            new_tokens.add_tokens(tokenizer, self.options.add_tokens, template)
         return tokenizer
 
     @property
@@ -86,25 +92,34 @@ class SFTData:
         """What the template gets where it asks for today's date: the same as long as the cache is kept."""
         if TODAY not in (self.chat_template or ""):
             return None
-        day = kept_date(path := self._cache_dir() / DATE_FILE)
+        path = self._cache_dir() / DATE_FILE
+        day = kept_date(path)
         log.info("the chat template asks for the date of the day: where it writes it, that is %s (%s)", day, path)
         return day
 
     @cached_property
     def renderer(self) -> Renderer:
         """The tokenizer together with the template."""
-        options, text, day = self.options, self.chat_template, self.template_date
-        text = text if text is None or day is None else with_date(text, day)
+        options = self.options
+        text = self.chat_template
+        if text is not None and self.template_date is not None:
+            text = with_date(text, self.template_date)
         template = ChatTemplate(self.tokenizer, text, options.chat_template_kwargs, options.unproved)
         return Renderer(self.tokenizer, template, options.train_on)
 
-    @cached_property
+    @property
     def stop_ids(self) -> list[int]:
-        """Stop tokens of the template (from a probe) and of every data set that was prepared."""
+        """Stop tokens of the template and of every data set that is prepared."""
+        return sorted(self._template_stop_ids.union(*(cache.meta["stop_ids"] for cache in self.caches.values())))
+
+    @cached_property
+    def _template_stop_ids(self) -> set[int]:
+        """Stop tokens that the template writes after a short answer; none where it cannot write it."""
         probe = Conversation((Message("user", "Hello"), Message("assistant", "Hi")))
-        rendered = self.renderer.render([probe], [0])[0]
-        template = set() if isinstance(rendered, UserError) else {i for example in rendered for i in example.stop_ids}
-        return sorted(template.union(*(cache.meta["stop_ids"] for cache in self.caches.values())))
+        examples = self.renderer.render([probe], [0])[0]
+        if isinstance(examples, UserError):
+            return set()
+        return {token for example in examples for token in example.stop_ids}
 
     def prepare(self, stage: str) -> None:
         """Reads, renders and tokenizes what a stage needs; from the cache where nothing changed.
@@ -117,57 +132,82 @@ class SFTData:
         Raises:
             UserError: A source, a row or a setting is wrong.
         """
-        needed = {"fit": ["train", "validation"], "validate": ["validation"], "test": ["test"], "predict": []}[stage]
-        # a validation set that is split off needs the training rows
-        self._open_rows(["train", *needed] if "validation" in needed and self.options.val_size is not None else needed)
+        needed = STAGE_SETS[stage]
+        is_split_off = "validation" in needed and self.options.val_size is not None
+        self._open_rows(["train", *needed] if is_split_off else needed)
         for name in needed:
             if name in self.rows and name not in self.caches:
-                rows = self.rows[name]
-                preparation = self.preparation(rows)
-                identity = preparation.identity(rows)
-                path = self._cache_dir() / cache_key(identity)
-                self.caches[name] = preparation.cached(rows, path, name, num_workers_of(self.options.num_workers))
-                if name == "train":
-                    of_date = {f"{DATE_FILE} in data.cache_dir": self.template_date}
-                    self._identity = identity | of_date | {"chat_template": self.chat_template}  # without the date
-                self._report_overlap(name)
-                self.__dict__.pop("stop_ids", None)  # the property is computed anew
+                self._prepare_set(name)
         if stage in ("validate", "test") and needed[0] not in self.caches:
             either = " or data.val_size" if stage == "validate" else ""
             raise UserError(f"data.{needed[0]}{either} is not set: `{stage}` has nothing to evaluate")
 
-    def _report_overlap(self, name: str) -> None:
+    def _prepare_set(self, name: str) -> None:
+        """Makes the examples of one data set, or finds them in the cache."""
+        rows = self.rows[name]
+        preparation = self.preparation(rows)
+        identity = preparation.identity(rows)
+        path = self._cache_dir() / cache_key(identity)
+        self.caches[name] = preparation.cached(rows, path, name, num_workers_of(self.options.num_workers))
+        if name == "train":
+            # The template stands here without the date, so that a difference is reported as one of the two.
+            date = {f"{DATE_FILE} in data.cache_dir": self.template_date}
+            self._identity = {**identity, **date, "chat_template": self.chat_template}
         if name == "validation" and "train" in self.caches:
-            if overlap := num_overlapping(self.caches["train"], self.caches[name]):
-                log.warning("validation: %s rows are in the training set too", f"{overlap:,}")
+            self._report_overlap()
+
+    def _report_overlap(self) -> None:
+        overlap = num_overlapping(self.caches["train"], self.caches["validation"])
+        if overlap:
+            log.warning("validation: %s rows are in the training set too", f"{overlap:,}")
 
     def _open_rows(self, names: Sequence[str]) -> None:
-        options = self.options
         for name in names:
-            spec = getattr(options, name)
+            spec = getattr(self.options, name)
             if spec is None or name in self.rows:
                 continue
-            rows = open_rows.open_rows(spec, split=name, key=f"data.{name}", **self._source_options())
-            self.rows[name] = rows if options.max_samples is None else sources_rows.limit(rows, options.max_samples)
-            if name == "train" and options.val_size is not None:
-                rows = self.rows["train"]
-                train, validation = sources_rows.split_rows(len(rows), options.val_size, options.seed, rows.origins)
-                self.rows |= {
-                    "train": sources_rows.subset(rows, train),
-                    "validation": sources_rows.subset(rows, validation),
-                }
+            self.rows[name] = self._limited(self._open(spec, split=name, key=f"data.{name}"))
+            if name == "train" and self.options.val_size is not None:
+                self._split_off_validation(self.options.val_size)
         for name in names:
-            if name in self.rows and len(counts := self.rows[name].counts()) > 1 and f"data.{name}" not in self._told:
-                self._told.add(f"data.{name}")
-                log.info("%s: %s", name, ", ".join(f"{rows:,} rows of {source}" for source, rows in counts))
+            if name in self.rows:
+                self._report_sources(name)
+
+    def _open(self, spec: Any, split: str, key: str) -> Rows:
+        """The rows that a setting names."""
+        return open_rows.open_rows(
+            spec,
+            split=split,
+            key=key,
+            builtin=demo.rows,
+            seed=self.options.seed,
+            cache_dir=self._cache_dir() / "sources",
+        )
+
+    def _limited(self, rows: Rows) -> Rows:
+        """The first `data.max_samples` rows."""
+        return rows if self.options.max_samples is None else sources_rows.limit(rows, self.options.max_samples)
+
+    def _split_off_validation(self, val_size: int | float) -> None:
+        rows = self.rows["train"]
+        train, validation = sources_rows.split_rows(len(rows), val_size, self.options.seed, rows.origins)
+        self.rows["train"] = sources_rows.subset(rows, train)
+        self.rows["validation"] = sources_rows.subset(rows, validation)
+
+    def _report_sources(self, name: str) -> None:
+        """Logs the members of a mixture, once."""
+        counts = self.rows[name].counts()
+        if len(counts) > 1 and f"data.{name}" not in self._told:
+            self._told.add(f"data.{name}")
+            log.info("%s: %s", name, ", ".join(f"{rows:,} rows of {source}" for source, rows in counts))
 
     def fingerprint(self, packs: Packs) -> dict[str, Any]:
-        """What a checkpoint keeps of the data (see `resuming.remember`); no source is read for it."""
+        """What a checkpoint keeps of the data (see `data_position.remember`); no source is read for it."""
         assert self._identity is not None
         return data_position.remember(self._identity, self.options, self.caches, packs)
 
     def check_same(self, saved: dict[str, Any], packs: Packs) -> None:
-        """Refuses to go on with other examples, or in another order, than those of a checkpoint.
+        """Refuses to resume with other examples, or in another order, than those of a checkpoint.
 
         Args:
             saved: What `fingerprint` returned then.
@@ -182,7 +222,7 @@ class SFTData:
         data_position.tell_other_validation(saved, now)
 
     def check_split(self, saved: dict[str, Any]) -> None:
-        """Refuses to evaluate on rows that a checkpoint may have been trained on (see `resuming.check_split`)."""
+        """Refuses to evaluate on rows that a checkpoint may have been trained on (see `data_position.check_split`)."""
         if self.options.val_size is not None and not self.options.allow_other_data:
             data_position.check_split(saved, self.rows["train"].fingerprint)
 
@@ -206,18 +246,27 @@ class SFTData:
             raise UserError(f"`data.column_mapping` names {', '.join(mapping)}, which no source of {rows.name} has")
         if any(reading.format != "text" for reading in readings.values()):
             self._check_system_prompt()
-        keys = ("prompt_template", "system_prompt", "on_bad_row", "max_length", "overlong")
-        return Preparation(self.renderer, readings, **{key: getattr(self.options, key) for key in keys})
+        return Preparation(
+            renderer=self.renderer,
+            readings=readings,
+            prompt_template=self.options.prompt_template,
+            system_prompt=self.options.system_prompt,
+            on_bad_row=self.options.on_bad_row,
+            max_length=self.options.max_length,
+            overlong=self.options.overlong,
+        )
 
     def _check_system_prompt(self) -> None:
-        """In rows it would only be counted, but who sets it wants it seen."""
+        """Refuses a system prompt that the template leaves out: in rows it would only be counted."""
         if not self.options.system_prompt:
             return
-        probe, template = self.question("Hello"), self.renderer.template
+        probe = self.question("Hello")
+        template = self.renderer.template
         try:
             text = template.prompt(probe)
         except UserError:
-            return  # a row is refused likewise, with its place
+            # The first row is refused for the same reason, with its place.
+            return
         if "left_out:system_turn" in template.left_out(probe, [text]):
             raise UserError(
                 "data.system_prompt is set, but the chat template does not write it, so the model would not see it; "
@@ -225,26 +274,26 @@ class SFTData:
             )
 
     def _reading(self, rows: Rows, is_alone: bool) -> Reading:
-        """Of one source. In a mixture a column mapping is for the members that have its columns."""
-        format, mapping = self.options.format, self.options.column_mapping
-        if not (first := rows.head(20)):  # all are bad: the first says why
-            try:
+        """How one source is read. In a mixture a column mapping is for the members that have its columns."""
+        mapping = self.options.column_mapping
+        template = self.options.prompt_template
+        first = rows.head(20)
+        if not first:
+            # All rows are bad. The first says why.
+            with located(rows.where(0)):
                 rows[0]
-            except UserError as error:
-                raise UserError(f"{rows.where(0)}: {error}") from error
-        if not is_alone and not {column for row in first for column in row}.intersection(mapping or ()):
+        columns = {column for row in first for column in row}
+        if not is_alone and not columns.intersection(mapping or ()):
             mapping = None
-        template, said = self.options.prompt_template, list[str]()
+        format: str = self.options.format
+        report: list[str] = []
         if format == "auto":
-            format, *said = parse.detect_format(first, mapping, template)
+            format, *report = parse.detect_format(first, mapping, template)
         if rows.name not in self._told:
             self._told.add(rows.name)
-            for line in (*said, *parse.report_unread(first, format, mapping, template)):
+            for line in (*report, *parse.report_unread(first, format, mapping, template)):
                 log.info("%s: %s", rows.name, line)
         return Reading(format, mapping)
-
-    def _source_options(self) -> dict[str, Any]:
-        return {"builtin": demo.rows, "seed": self.options.seed, "cache_dir": self._cache_dir() / "sources"}
 
     def _cache_dir(self) -> Path:
         if self.options.cache_dir is not None:
@@ -253,10 +302,13 @@ class SFTData:
 
     def question(self, text: str) -> Conversation:
         """A question as the model is asked it: in `data.prompt_template` where that has one field."""
-        system, template = self.options.system_prompt, self.options.prompt_template
-        if len(self._fields) == 1:
+        template = self.options.prompt_template
+        if template is not None and len(self._fields) == 1:
             text = template.format_map({self._fields[0]: text})
-        return Conversation((*([Message("system", system)] if system else []), Message("user", text)))
+        messages = [Message("user", text)]
+        if self.options.system_prompt:
+            messages.insert(0, Message("system", self.options.system_prompt))
+        return Conversation(tuple(messages))
 
     def questions(self) -> list[Prompt]:
         """`data.questions`."""
@@ -267,12 +319,11 @@ class SFTData:
         spec = self.options.questions if self.options.predict is None else self.options.predict
         if not spec:
             raise UserError("there is nothing to predict: set data.predict to a file or to a list of questions")
-        if isinstance(spec, list) and all(isinstance(text, str) for text in spec):
-            return encode(self._listed(spec, "data.predict"), self.renderer)
-        rows = open_rows.open_rows(spec, split="test", key="data.predict", **self._source_options())
-        return self.asked(
-            rows if self.options.max_samples is None else sources_rows.limit(rows, self.options.max_samples)
-        )
+        if isinstance(spec, list):
+            questions = [text for text in spec if isinstance(text, str)]
+            if len(questions) == len(spec):
+                return encode(self._listed(questions, "data.predict"), self.renderer)
+        return self.asked(self._limited(self._open(spec, split="test", key="data.predict")))
 
     def asked(self, rows: Rows, count: int | None = None, skip: bool = False) -> list[Prompt]:
         """The first `count` rows (None: all; of a mixture, of each member in proportion), and the last answer of each.
@@ -282,10 +333,12 @@ class SFTData:
             count: How many.
             skip: Leave out bad rows where `data.on_bad_row` says so; they are counted where they are tokenized.
         """
-        preparation, rows, prompts = self.preparation(rows), sources_rows.first_rows(rows, count), []
+        preparation = self.preparation(rows)
+        rows = sources_rows.first_rows(rows, count)
+        prompts: list[Prompt] = []
         for index in range(len(rows)):
             try:
-                # the whole: the prompt is the one that the answer is trained behind, with the same template switch
+                # The template sees the answer, too: the prompt is then the one that the answer is trained behind.
                 conversation = preparation.conversation(rows, index, need_answer=False)
                 prompts += encode([Asked(conversation, rows.where(index))], self.renderer)
             except UserError:

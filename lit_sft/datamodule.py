@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Sequence
 from functools import cached_property, lru_cache
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
@@ -19,8 +18,9 @@ from lit_sft.data.packing import Packs, one_per_pack, pack_examples, refill
 from lit_sft.data.sampler import PositionSampler, StepOrder
 from lit_sft.data_pipeline import SFTData
 from lit_sft.errors import UserError
-from lit_sft.generation.prompts import Prompt, deal
+from lit_sft.generation.prompts import Prompt, make_batches
 from lit_sft.model.generate import GenerationOptions
+from lit_sft.settings import DataConfig
 from lit_sft.types import Batch, Prompts
 
 if TYPE_CHECKING:
@@ -40,7 +40,10 @@ class MicroBatches(Dataset[Batch]):
     """Forward passes of one rank, by (epoch, number); holds no state but what follows from these."""
 
     def __init__(self, cache: ExampleCache, packs: Packs, order: StepOrder, rank: int) -> None:
-        self.cache, self.packs, self.order, self.rank = cache, packs, order, rank
+        self.cache = cache
+        self.packs = packs
+        self.order = order
+        self.rank = rank
 
     def __getitem__(self, position: tuple[int, int]) -> Batch:
         packs = self._of_epoch(position[0]) if self.order.shuffle else self.packs
@@ -121,21 +124,49 @@ class SFTDataModule(L.LightningDataModule):
         seed: int = 42,
         allow_other_data: bool = False,
     ) -> None:
-        options = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
-        self.options = SimpleNamespace(**options)
-        if validation is not None and val_size is not None:
-            raise UserError("data.validation and data.val_size exclude each other: set one of them to null")
-        if max_length < 2:
-            raise UserError(f"data.max_length is {max_length}, it must be at least 2")
+        self.options = DataConfig(
+            train=train,
+            validation=validation,
+            val_size=val_size,
+            test=test,
+            predict=predict,
+            questions=questions,
+            format=format,
+            chat_template=chat_template,
+            chat_template_kwargs=chat_template_kwargs,
+            system_prompt=system_prompt,
+            column_mapping=column_mapping,
+            prompt_template=prompt_template,
+            on_bad_row=on_bad_row,
+            unproved=unproved,
+            train_on=train_on,
+            max_length=max_length,
+            overlong=overlong,
+            packing=packing,
+            micro_batch_size=micro_batch_size,
+            global_batch_size=global_batch_size,
+            max_samples=max_samples,
+            num_workers=num_workers,
+            cache_dir=cache_dir,
+            model_name_or_path=model_name_or_path,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            add_tokens=add_tokens,
+            adapter_name_or_path=adapter_name_or_path,
+            seed=seed,
+            allow_other_data=allow_other_data,
+        )
         self.data = SFTData(self.options)
         self.orders: dict[str, StepOrder] = {}
         self.packs: dict[str, Packs] = {}
         self.sampler: PositionSampler | None = None
         self.predicted: set[int] = set()
         """Prompts of `predict` that an earlier run has answered."""
-        self.position, self.steps_done = (0, 0), 0
-        """(epoch, optimizer steps done in it) to go on from; optimizer steps before it in all epochs."""
+        self.position = (0, 0)
+        """(epoch, optimizer steps done in it) where training begins."""
+        self.steps_done = 0
+        """Optimizer steps before that position, in all epochs."""
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -156,76 +187,109 @@ class SFTDataModule(L.LightningDataModule):
     def pack(self, name: str) -> Packs:
         """Which examples of a data set share a row."""
         lengths = self.data.caches[name].lengths
-        packing, max_length = self.options.packing, self.options.max_length
-        return pack_examples(lengths, max_length) if packing else one_per_pack(len(lengths))
+        if self.options.packing:
+            return pack_examples(lengths, self.options.max_length)
+        return one_per_pack(len(lengths))
 
     def setup(self, stage: str) -> None:
         """Fixes the order of examples for this number of ranks, and with it Lightning's accumulation."""
         self.prepare(stage)
         assert self.trainer is not None
-        options, world_size = self.options, self.trainer.world_size
-        for name in self.data.caches:
-            self.packs[name] = packs = self.pack(name)
-            train, micro = name == "train", options.micro_batch_size
-            per_step = options.global_batch_size if train else micro * world_size
-            costs = packs.costs(self.data.caches[name].lengths) if train else None
-            self.orders[name] = StepOrder(len(packs), per_step, micro, world_size, options.seed, train, costs)
+        options = self.options
+        world_size = self.trainer.world_size
+        for name, cache in self.data.caches.items():
+            packs = self.pack(name)
+            is_train = name == "train"
+            self.packs[name] = packs
+            self.orders[name] = StepOrder(
+                num_packs=len(packs),
+                global_batch_size=options.global_batch_size if is_train else options.micro_batch_size * world_size,
+                micro_batch_size=options.micro_batch_size,
+                world_size=world_size,
+                seed=options.seed,
+                shuffle=is_train,
+                costs=packs.costs(cache.lengths) if is_train else None,
+            )
         if stage == "fit":
             self._setup_fit()
 
     def _setup_fit(self) -> None:
-        trainer, order, packs = self.trainer, self.orders["train"], self.packs["train"]
+        trainer = self.trainer
         assert trainer is not None
+        order = self.orders["train"]
         if trainer.accumulate_grad_batches not in (1, order.accumulation):
             raise UserError(
                 f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}: leave it out, it follows from "
                 "data.global_batch_size / (data.micro_batch_size x devices)"
             )
         trainer.accumulate_grad_batches = order.accumulation
-        by_clock = lightning_internals.validates_by_clock(trainer)
-        over_epochs = trainer.check_val_every_n_epoch is None
-        order.check_validations(by_clock, over_epochs and not by_clock and trainer.max_epochs != 1)
-        if not by_clock:
-            trainer.val_check_interval = order.between_steps(
-                trainer.val_check_interval,
-                order.limited_batches(trainer.limit_train_batches),
-                each_epoch=not over_epochs,
-            )
+        self._set_validations(trainer, order)
         if self.total_steps < 1:
             raise UserError(
                 "this run has no optimizer step: check trainer.max_epochs, trainer.max_steps and "
                 "trainer.limit_train_batches"
             )
-        what = f"{len(packs):,} examples, without padding"
-        if self.options.packing:
-            fill = packs.num_tokens(self.data.caches["train"].lengths).mean() / self.options.max_length
-            what = f"{len(packs):,} packs of {self.options.max_length} tokens, filled to {fill:.1%}"
         log.info(
-            f"train: {what}; {order.steps_per_epoch:,} optimizer steps per epoch of {order.global_batch_size} "
+            f"train: {self._fill()}; {order.steps_per_epoch:,} optimizer steps per epoch of {order.global_batch_size} "
             f"(micro-batch {order.micro_batch_size} x {order.world_size} devices x accumulation {order.accumulation}); "
             f"{self.total_steps:,} steps in all"
         )
 
+    def _set_validations(self, trainer: L.Trainer, order: StepOrder) -> None:
+        """Moves `trainer.val_check_interval` to the end of an optimizer step."""
+        by_clock = lightning_internals.validates_by_clock(trainer)
+        over_epochs = trainer.check_val_every_n_epoch is None
+        order.check_validations(by_clock, over_epochs and not by_clock and trainer.max_epochs != 1)
+        if by_clock:
+            return
+        trainer.val_check_interval = order.between_steps(
+            trainer.val_check_interval,
+            order.limited_batches(trainer.limit_train_batches),
+            each_epoch=not over_epochs,
+        )
+
+    def _fill(self) -> str:
+        """How the training examples fill their rows, for the log."""
+        packs = self.packs["train"]
+        if not self.options.packing:
+            return f"{len(packs):,} examples, without padding"
+        fill = packs.num_tokens(self.data.caches["train"].lengths).mean() / self.options.max_length
+        return f"{len(packs):,} packs of {self.options.max_length} tokens, filled to {fill:.1%}"
+
     @property
     def total_steps(self) -> int:
-        """Those of the whole run, done and left (`trainer.estimated_stepping_batches` breaks resuming, #20550)."""
-        trainer, order = self.trainer, self.orders["train"]
+        """Optimizer steps of the whole run, done and left.
+
+        `trainer.estimated_stepping_batches` is wrong in a resumed run (Lightning #20550).
+        """
+        trainer = self.trainer
         assert trainer is not None
-        steps = -(-order.limited_batches(trainer.limit_train_batches) // order.accumulation)
+        order = self.orders["train"]
+        per_epoch = -(-order.limited_batches(trainer.limit_train_batches) // order.accumulation)
         if trainer.max_epochs in (None, -1):
-            return steps * 1000 if trainer.max_steps == -1 else trainer.max_steps
+            return per_epoch * 1000 if trainer.max_steps == -1 else trainer.max_steps
         epoch, done = self.position
-        by_epochs = self.steps_done + max(0, steps - done) + steps * (trainer.max_epochs - epoch - 1)
+        left = max(0, per_epoch - done) + per_epoch * (trainer.max_epochs - epoch - 1)
+        by_epochs = self.steps_done + left
         return by_epochs if trainer.max_steps == -1 else min(by_epochs, trainer.max_steps)
 
     def train_dataloader(self) -> DataLoader:
         """Micro-batches of this rank, from the stored position on."""
+        return self._loader("train", self._begin_at_position())
+
+    def _begin_at_position(self) -> PositionSampler:
+        """Applies the position to the order of the examples and to Lightning's fit loop.
+
+        Lightning asks for the loader right after it has restored its loops; there is no hook between the two.
+        """
+        assert self.trainer is not None
+        epoch, steps = self.position
+        if steps == 0:
+            lightning_internals.begin_new_epoch(self.trainer)
         self.sampler = PositionSampler(self.orders["train"])
-        self.sampler.start, self.sampler.epoch = self.position, self.position[0]
-        if self.position[1] == 0:
-            assert self.trainer is not None
-            lightning_internals.begin_epoch(self.trainer)
-        return self._loader("train", self.sampler)
+        self.sampler.start = self.position
+        self.sampler.epoch = epoch
+        return self.sampler
 
     def val_dataloader(self) -> DataLoader | list[Any]:
         """Every validation example once over all ranks."""
@@ -241,14 +305,16 @@ class SFTDataModule(L.LightningDataModule):
     def _loader(self, name: str, sampler: Any) -> DataLoader:
         assert self.trainer is not None
         on_cpu = self.trainer.strategy.root_device.type == "cpu"
-        workers = self.options.num_workers
+        num_workers = self.options.num_workers
+        if num_workers == "auto":
+            num_workers = 0 if on_cpu else 2
         dataset = MicroBatches(self.data.caches[name], self.packs[name], self.orders[name], self.trainer.global_rank)
         return TimedLoader(
             dataset,
             sampler=sampler,
             batch_size=None,
             pin_memory=not on_cpu,
-            num_workers=(0 if on_cpu else 2) if workers == "auto" else workers,
+            num_workers=num_workers,
             worker_init_fn=signals.shield_worker,
         )
 
@@ -263,14 +329,22 @@ class SFTDataModule(L.LightningDataModule):
         """This rank's share of the prompts that are not in `predicted`."""
         assert self.trainer is not None
         generation = self.trainer.lightning_module.generation
-        batches = self.dealt(self.predict_prompts, generation, done=self.predicted)  # type: ignore[arg-type]
+        batches = self.prompt_batches(self.predict_prompts, generation, done=self.predicted)  # type: ignore[arg-type]
         return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
 
-    def dealt(self, prompts: Sequence[Prompt], options: GenerationOptions, done: Collection[int] = ()) -> list[Prompts]:
-        """This rank's batches of some prompts (see `prompts.deal`)."""
+    def prompt_batches(
+        self, prompts: Sequence[Prompt], options: GenerationOptions, done: Collection[int] = ()
+    ) -> list[Prompts]:
+        """This rank's batches of some prompts (see `make_batches`)."""
         assert self.trainer is not None
-        ranks = (self.trainer.global_rank, self.trainer.world_size)
-        return deal(prompts, options, self.tokenizer.pad_token_id, *ranks, done)  # type: ignore[arg-type]
+        return make_batches(
+            prompts,
+            options,
+            pad_id=self.tokenizer.pad_token_id,  # type: ignore[arg-type]
+            rank=self.trainer.global_rank,
+            world_size=self.trainer.world_size,
+            done=done,
+        )
 
     # ------------------------------------------------------------------ position
 
@@ -279,14 +353,17 @@ class SFTDataModule(L.LightningDataModule):
         assert self.trainer is not None
         if "train" not in self.orders:
             return {}
-        order, done = self.orders["train"], self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        epoch, steps = self.trainer.current_epoch, -(-done // order.accumulation)
-        at_end = done >= self.trainer.num_training_batches  # fewer than in the order with trainer.limit_train_batches
-        assert done % order.accumulation == 0 or at_end, "checkpoints are saved between optimizer steps only"
-        return {
-            "position": [epoch + 1, 0] if at_end and not self.trainer.validating else [epoch, steps],
-            "data": self.data.fingerprint(self.packs["train"]),
-        }
+        order = self.orders["train"]
+        done = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        # With trainer.limit_train_batches an epoch ends before the order does.
+        is_at_end = done >= self.trainer.num_training_batches
+        assert done % order.accumulation == 0 or is_at_end, "checkpoints are saved between optimizer steps only"
+        epoch = self.trainer.current_epoch
+        position = [epoch, -(-done // order.accumulation)]
+        # In the validation at the end of an epoch the epoch is not over yet: a resumed run validates first.
+        if is_at_end and not self.trainer.validating:
+            position = [epoch + 1, 0]
+        return {"position": position, "data": self.data.fingerprint(self.packs["train"])}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Refuses data that does not fit the checkpoint. Its position is restored by `data_position.restore`.

@@ -1,4 +1,4 @@
-"""Every private attribute of Lightning and jsonargparse that the package touches, each in a small function with the reason.
+"""Every private attribute of Lightning and jsonargparse that the package touches, each in a function with the reason.
 
 Whatever has a public way is not here. When a new release moves its internals, this is the file to change.
 """
@@ -82,7 +82,7 @@ def validates_by_clock(trainer: L.Trainer) -> bool:
     return trainer._val_check_time_interval is not None  # type: ignore[attr-defined]
 
 
-def begin_epoch(trainer: L.Trainer) -> None:
+def begin_new_epoch(trainer: L.Trainer) -> None:
     """Lets a resumed run begin an epoch, instead of ending the one that the checkpoint was saved at the end of.
 
     With `trainer.max_steps` Lightning counts a finished epoch as interrupted, and then ends the next one at once

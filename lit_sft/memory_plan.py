@@ -13,7 +13,7 @@ from lit_sft.datamodule import SFTDataModule
 from lit_sft.errors import UserError
 from lit_sft.model import load, memory_estimate
 from lit_sft.model.loss import CHUNK_ELEMENTS
-from lit_sft.model_builder import base_directory, choose_trained, is_adapted, model_directory, stored_dtype
+from lit_sft.model_builder import base_directory, choose_trained, model_directory, stored_dtype
 from lit_sft.module import SFTModule
 from lit_sft.training.optim import bytes_per_parameter
 
@@ -74,7 +74,7 @@ def needed_memory(
     options, precision = module.options, trainer.precision
     data = datamodule.options
     lm, total = _model_without_weights(options)
-    adapted = is_adapted(options)
+    adapted = options.is_adapted
     stored = stored_dtype(options.dtype, precision, adapted)
     return memory_estimate.estimate(
         lm.config,

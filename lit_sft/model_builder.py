@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -29,6 +30,7 @@ from lit_sft.model.attention import packed
 from lit_sft.model.lora import adapters
 from lit_sft.model.loss import CausalLMLoss, pack_kwargs
 from lit_sft.ranks import broadcast_from_rank_zero
+from lit_sft.settings import ModelConfig
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -77,25 +79,44 @@ def tokenizer_directory(name_or_path: str, revision: str | None = None) -> str:
     return path if (Path(path) / "tokenizer_config.json").is_file() else base_directory(path)
 
 
-def fingerprint(options: SimpleNamespace, precision: str, ckpt_path: str | None) -> dict[str, Any]:
+FINGERPRINTED = (
+    "init",
+    "dtype",
+    "attn_implementation",
+    "lora",
+    "adapter_name_or_path",
+    "quantization",
+    "add_tokens",
+    "generation",
+    "seed",
+)
+"""Settings that change the answers of a model, besides its files and the precision."""
+
+
+def fingerprint(options: ModelConfig, precision: str, ckpt_path: str | None) -> dict[str, Any]:
     """What the answers of a model depend on, as plain values.
 
+    A `predict` that was stopped continues only under the same fingerprint, so its keys and texts must stay as they are.
+
     Args:
-        options: The arguments of `SFTModule`, by name.
+        options: The arguments of `SFTModule`.
         precision: `trainer.precision`.
         ckpt_path: Checkpoint whose weights are used, if any.
     """
     path = model_directory(options.model_name_or_path, options.revision)
-    folders = {Path(path), Path(base_directory(path))}  # of an adapter, and of its base
-    weights = [str(file) for folder in folders for kind in ("*.safetensors", "*.gguf") for file in folder.glob(kind)]
-    files = [ckpt_path] if ckpt_path else sorted(weights)
+    files = [ckpt_path] if ckpt_path else _weight_files(path)
     stats = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
-    names = "init dtype attn_implementation lora adapter_name_or_path quantization add_tokens generation seed".split()
-    return {name: repr(getattr(options, name)) for name in names} | {
-        "model": path,
-        "files": stats,
-        "precision": precision,
-    }
+    texts = {name: repr(getattr(options, name)) for name in FINGERPRINTED}
+    return {**texts, "model": path, "files": stats, "precision": precision}
+
+
+def _weight_files(path: str) -> list[str]:
+    """Files with weights in a model directory; for an adapter directory also those of its base."""
+    files: list[str] = []
+    for folder in {Path(path), Path(base_directory(path))}:
+        for pattern in ("*.safetensors", "*.gguf"):
+            files += map(str, folder.glob(pattern))
+    return sorted(files)
 
 
 def base_name(name_or_path: str) -> str:
@@ -104,46 +125,12 @@ def base_name(name_or_path: str) -> str:
     return str(path.absolute()) if path.is_dir() else name_or_path
 
 
-def is_adapted(options: SimpleNamespace) -> bool:
-    """Whether the base is frozen and adapters are trained over it, new ones or those of a directory."""
-    return options.lora is not None or options.adapter_name_or_path is not None
-
-
-def refuse_adapter(options: SimpleNamespace) -> None:
+def refuse_adapter(options: ModelConfig) -> None:
     """Raises a UserError where an adapter directory is named in place of a model that is to be trained."""
     if adapters.is_adapter_dir(model_directory(options.model_name_or_path, options.revision)):
         raise UserError(
             f"model.model_name_or_path {options.model_name_or_path} holds an adapter: set it to the base (and "
             "model.adapter_name_or_path to the adapter, to go on training it)"
-        )
-
-
-def check_options(options: SimpleNamespace) -> None:
-    """Refuses model settings that do not go together.
-
-    Raises:
-        UserError: Two of them exclude each other, or one needs another.
-    """
-    chosen = [name for name in ("lora", "adapter_name_or_path", "trainable") if getattr(options, name) is not None]
-    if len(chosen) > 1:
-        names = " and ".join(f"model.{name}" for name in chosen)
-        brings = "; an adapter directory brings its own settings" if "adapter_name_or_path" in chosen else ""
-        raise UserError(f"{names} exclude each other: set all but one of them to null{brings}")
-    if options.add_tokens and options.adapter_name_or_path is not None:
-        raise UserError("model.add_tokens and model.adapter_name_or_path exclude each other: set one of them to null")
-    if options.quantization is None:
-        return
-    if not is_adapted(options):
-        raise UserError(
-            f"model.quantization {options.quantization} freezes the weights, so nothing would be trained: set "
-            "model.lora as well, or model.quantization to null"
-        )
-    if options.init == "random":
-        raise UserError("model.quantization is for pretrained weights: set model.init to pretrained, or it to null")
-    if options.lora is not None and str(options.lora.init_lora_weights).startswith(("pissa", "olora")):
-        raise UserError(
-            f"model.lora.init_lora_weights {options.lora.init_lora_weights} takes its start values out of the base, "
-            "which model.quantization has rounded to 4 bits: set one of them to its default"
         )
 
 
@@ -166,50 +153,87 @@ def stored_dtype(dtype: str, precision: str, lora: bool) -> torch.dtype:
     return half if lora or precision.endswith("-true") else torch.float32
 
 
-def build_model(
-    options: SimpleNamespace, precision: str, *, sharded: bool = False
-) -> tuple[CausalLMLoss, PeftModel | None]:
+@dataclass(frozen=True)
+class FastPaths:
+    """Which of our faster ways a model takes, as a comparison with its own on a few tokens has shown."""
+
+    attention: str
+    """Attention implementation, by its name in transformers."""
+    separate_rows: bool
+    """Each example gets a padded row of its own, because the model would mix the examples of a pack."""
+    own_logits: bool
+    """The model's own full logits are used in place of the chunked loss."""
+    fused: list[str]
+    """Modules whose forward pass is replaced (see `fused_layers`)."""
+
+
+class BuiltModel(NamedTuple):
+    """What `build_model` makes."""
+
+    loss: CausalLMLoss
+    """The model and its loss."""
+    adapter: PeftModel | None
+    """peft's wrapper around the same layers where there is an adapter."""
+
+
+def build_model(options: ModelConfig, precision: str, *, sharded: bool = False) -> BuiltModel:
     """Loads the model; then in this order: new tokens, adapters or freezing, checks, noise, checkpointing, compile.
 
     Sharding comes after it, by the strategy. With `sharded` only rank 0 has weights; the others build the same modules
     on the meta device, and sharding fills them: no other rank ever holds the whole model.
 
     Args:
-        options: The arguments of `SFTModule`, by name.
+        options: The arguments of `SFTModule`.
         precision: `trainer.precision`.
         sharded: Whether the ranks of the process group will share the weights.
 
     Returns:
-        The loss module in training mode, and peft's wrapper around the same layers where there is an adapter.
+        The model in training mode.
 
     Raises:
         UserError: The model is not to be had, or does not fit the options.
     """
-    if not sharded:
-        return _build(options, precision)
+    if sharded:
+        built = _build_with_rank_zero(options, precision)
+    else:
+        built = _load(options, precision)
+        apply_fast_paths(built.loss, probe(built.loss))
+    lm = built.loss.lm
+    _log_model(lm, options)
+    if options.neftune_noise_alpha is not None:
+        neftune.apply_neftune(built.loss, lm.get_input_embeddings(), options.neftune_noise_alpha)
+    if options.gradient_checkpointing:
+        parallel.apply_gradient_checkpointing(lm, selective=options.gradient_checkpointing == "selective")
+    if options.compile:
+        parallel.apply_compile(lm)
+    built.loss.train()
+    return built
+
+
+def _build_with_rank_zero(options: ModelConfig, precision: str) -> BuiltModel:
+    """Loads the weights on rank 0, which tells the other ranks what it found; they build on the meta device."""
     is_rank_zero = torch.distributed.get_rank() == 0
+    found = None
     try:
-        model, adapter = _build(options, precision, on_meta=not is_rank_zero)
+        built = _load(options, precision, on_meta=not is_rank_zero)
+        if is_rank_zero:
+            found = (probe(built.loss), built.loss.lm.generation_config)
     except Exception as error:
-        if is_rank_zero:  # the others must not wait for weights
+        # The other ranks must not wait for weights.
+        if is_rank_zero:
             broadcast_from_rank_zero(str(error))
         raise
-    lm = model.lm
-    attends = lm.config._attn_implementation
-    facts = broadcast_from_rank_zero(
-        (model.own_logits, model.separate_rows, model.fused, lm.generation_config, attends)
-    )
-    if isinstance(facts, str):
-        raise UserError(f"rank 0: {facts}")
-    model.own_logits, model.separate_rows, model.fused, lm.generation_config, attends = facts
-    self_check.attend_by(lm, attends)
-    if not is_rank_zero:
-        fused_layers.fuse_blocks(model.lm, model.fused)
-    parallel.follow_rank_zero(model)
-    return model, adapter
+    found = broadcast_from_rank_zero(found)
+    if isinstance(found, str):
+        raise UserError(f"rank 0: {found}")
+    paths, built.loss.lm.generation_config = found
+    apply_fast_paths(built.loss, paths)
+    parallel.follow_rank_zero(built.loss)
+    return built
 
 
-def _build(options: SimpleNamespace, precision: str, on_meta: bool = False) -> tuple[CausalLMLoss, PeftModel | None]:
+def _load(options: ModelConfig, precision: str, on_meta: bool = False) -> BuiltModel:
+    """The model with new tokens and adapters, or with its frozen part frozen."""
     named = model_directory(options.model_name_or_path, options.revision)
     path = base_directory(named)
     if options.trust_remote_code:
@@ -217,7 +241,8 @@ def _build(options: SimpleNamespace, precision: str, on_meta: bool = False) -> t
     config = load.load_config(path, trust_remote_code=options.trust_remote_code)
     if getattr(config, "quantization_config", None) is not None and options.quantization is None:
         raise UserError(f"{path} holds quantized weights: set model.quantization to nf4, or use the model as it was")
-    dtype = stored_dtype(options.dtype, precision, is_adapted(options) or path != named)
+    names_adapter = path != named
+    dtype = stored_dtype(options.dtype, precision, options.is_adapted or names_adapter)
     lm = load.load_model(
         path,
         init=options.init,
@@ -228,57 +253,98 @@ def _build(options: SimpleNamespace, precision: str, on_meta: bool = False) -> t
         quantization_config=None if options.quantization is None else quantization.nf4(dtype),
         on_meta=on_meta,
     )
-    adapter = choose_trained(lm, path, options, on_meta) if path == named else _evaluated_adapter(lm, named, options)
-    total, trained = lm.num_parameters(), lm.num_parameters(only_trainable=True)
-    if total < ONE_THREAD_BELOW and "OMP_NUM_THREADS" not in os.environ:
+    if names_adapter:
+        adapter: PeftModel | None = _evaluated_adapter(lm, named, options)
+    else:
+        adapter = choose_trained(lm, path, options, on_meta)
+    if lm.num_parameters() < ONE_THREAD_BELOW and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
-    model = CausalLMLoss(lm, options.loss)
-    if not on_meta:
-        check(model)
+    return BuiltModel(CausalLMLoss(lm, options.loss), adapter)
+
+
+def _log_model(lm: PreTrainedModel, options: ModelConfig) -> None:
+    total, trained = lm.num_parameters(), lm.num_parameters(only_trainable=True)
     log.info(
         f"model: {type(lm).__name__}, {total / 1e6:,.1f} M parameters in "
         f"{options.quantization or str(lm.dtype).removeprefix('torch.')}, "
         f"{trained / total:.1%} trained, attention {lm.config._attn_implementation}"
     )
-    if options.neftune_noise_alpha is not None:
-        neftune.apply_neftune(model, lm.get_input_embeddings(), options.neftune_noise_alpha)
-    if options.gradient_checkpointing:
-        parallel.apply_gradient_checkpointing(lm, selective=options.gradient_checkpointing == "selective")
-    if options.compile:
-        parallel.apply_compile(lm)
-    return model.train(), adapter
 
 
-def check(model: CausalLMLoss) -> None:
-    """Compares our ways with the model's own on a few tokens; where they differ, its own are used, with a warning.
+def probe(model: CausalLMLoss) -> FastPaths:
+    """Compares our ways with the model's own on a few tokens. Where they differ its own are used, with a warning.
 
     Raises:
         UserError: The model is not causal.
     """
-    lm, lost, chosen = model.lm, None, model.lm.config._attn_implementation
-    if is_foreign := chosen not in (packed.PACKED, "eager", "sdpa"):  # it may know 16 bits only, on a GPU only
-        self_check.attend_by(lm, "eager")
-    if chosen == packed.PACKED and (lost := self_check.what_is_lost(lm, pack_kwargs)):
-        log.warning("%s needs %s: attention falls back to `eager`, exact but slower", type(lm).__name__, lost)
-        self_check.attend_by(lm, "eager")
-    if not self_check.is_causal(lm):
-        cure = "take a causal language model, or set is_decoder to true in its config.json if it has that key"
-        raise UserError(f"{type(lm).__name__} lets tokens see those that follow: {cure}")
-    model.check_head()
-    model.fused = fused_layers.fuse_blocks(lm)
-    # a window that is in the mask only may be cut at places of the row, not of the example
-    model.separate_rows = lost is not None or not self_check.packs_are_exact(lm, pack_kwargs)
-    if model.separate_rows:
-        log.warning("%s: each example gets a padded row of its own, exact but slower than packs", type(lm).__name__)
-        if lm.config._attn_implementation == packed.PACKED:  # which makes no masks
-            self_check.attend_by(lm, "sdpa")
-    if is_foreign:
-        self_check.attend_by(lm, chosen)
+    lm = model.lm
+    name = type(lm).__name__
+    chosen = lm.config._attn_implementation
+    lost = self_check.what_is_lost(lm, pack_kwargs) if chosen == packed.PACKED else None
+    if lost is not None:
+        log.warning("%s needs %s: attention falls back to `eager`, exact but slower", name, lost)
+    # Implementations from elsewhere may know 16 bits only, or a GPU only, so `eager` stands in for them.
+    runs_here = chosen in (packed.PACKED, "eager", "sdpa")
+    with _attention(lm, chosen if runs_here and lost is None else "eager"):
+        if not self_check.is_causal(lm):
+            cure = "take a causal language model, or set is_decoder to true in its config.json if it has that key"
+            raise UserError(f"{name} lets tokens see those that follow: {cure}")
+        model.check_head()
+        fused = fused_layers.fuse_blocks(lm)
+        # A window that is only in the mask may be cut at places of the row, and not of the example.
+        separate_rows = lost is not None or not self_check.packs_are_exact(lm, pack_kwargs)
+        fused_layers.unfuse_blocks(lm, fused)
+    if separate_rows:
+        log.warning("%s: each example gets a padded row of its own, exact but slower than packs", name)
+    return FastPaths(
+        attention=_trained_attention(chosen, lost is not None, separate_rows),
+        separate_rows=separate_rows,
+        own_logits=model.own_logits,
+        fused=fused,
+    )
 
 
-def _evaluated_adapter(lm: PreTrainedModel, folder: str, options: SimpleNamespace) -> PeftModel:
+def _trained_attention(chosen: str, is_lossy: bool, separate_rows: bool) -> str:
+    """Under which attention the model is trained.
+
+    Args:
+        chosen: What it was loaded with.
+        is_lossy: Whether that leaves out a part of what the model asks for.
+        separate_rows: Padded rows need masks, which packed attention does not make.
+    """
+    if is_lossy:
+        return "eager"
+    if separate_rows and chosen == packed.PACKED:
+        return "sdpa"
+    return chosen
+
+
+@contextmanager
+def _attention(lm: PreTrainedModel, name: str) -> Iterator[None]:
+    """Runs a block under another attention implementation."""
+    before = lm.config._attn_implementation
+    if name == before:
+        yield
+        return
+    self_check.attend_by(lm, name)
+    try:
+        yield
+    finally:
+        self_check.attend_by(lm, before)
+
+
+def apply_fast_paths(model: CausalLMLoss, paths: FastPaths) -> None:
+    """Lets a model take the ways that `probe` found exact, here or on rank 0."""
+    if model.lm.config._attn_implementation != paths.attention:
+        self_check.attend_by(model.lm, paths.attention)
+    model.separate_rows = paths.separate_rows
+    model.own_logits = paths.own_logits
+    model.fused = fused_layers.fuse_blocks(model.lm, known=paths.fused)
+
+
+def _evaluated_adapter(lm: PreTrainedModel, folder: str, options: ModelConfig) -> PeftModel:
     """The adapter directory that was named in place of a model: for answers and scores, not to be trained."""
-    if is_adapted(options) or options.trainable is not None:
+    if options.is_adapted or options.trainable is not None:
         refuse_adapter(options)
     base_fingerprint.check_recorded_base(
         Path(folder), base_fingerprint.base_of(lm, options.init, options.seed), str(lm.name_or_path)
@@ -287,7 +353,7 @@ def _evaluated_adapter(lm: PreTrainedModel, folder: str, options: SimpleNamespac
     return adapters.load_adapter(lm, folder)
 
 
-def choose_trained(lm: PreTrainedModel, path: str, options: SimpleNamespace, on_meta: bool) -> PeftModel | None:
+def choose_trained(lm: PreTrainedModel, path: str, options: ModelConfig, on_meta: bool) -> PeftModel | None:
     """Makes room for new tokens; then decides what is trained: adapters, which are returned, a part, or all."""
     new_ids: list[int] = []
     if options.add_tokens:
@@ -301,7 +367,8 @@ def choose_trained(lm: PreTrainedModel, path: str, options: SimpleNamespace, on_
     if options.adapter_name_or_path is not None:
         folder = load.resolve(options.adapter_name_or_path, key="model.adapter_name_or_path", allow_adapter=True)
         log.info("adapter: goes on from %s", options.adapter_name_or_path)
-        name, base = options.model_name_or_path, base_fingerprint.base_of(lm, options.init, options.seed)
+        name = options.model_name_or_path
+        base = base_fingerprint.base_of(lm, options.init, options.seed)
         is_proved = base_fingerprint.check_recorded_base(Path(folder), base, name)
         return adapters.load_adapter(lm, folder, base_name=None if is_proved else name, trainable=True)
     if options.trainable is not None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import lightning as L
@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
+from lit_sft.datamodule import data_of
 from lit_sft.errors import UserError
 from lit_sft.generation import answer as answer_module
 from lit_sft.generation.scoring import EvaluationOptions
@@ -21,7 +22,8 @@ from lit_sft.model.export import export_hf
 from lit_sft.model.generate import GenerationOptions, context_length, stop_token_ids
 from lit_sft.model.lora.adapters import LoraConfig, lift_trained
 from lit_sft.model.loss import CausalLMLoss, LossOptions
-from lit_sft.model_builder import base_name, build_model, check_options
+from lit_sft.model_builder import base_name, build_model
+from lit_sft.settings import ModelConfig
 from lit_sft.training import optim
 from lit_sft.training.seeding import seed_all
 from lit_sft.training.token_metrics import TokenMetrics
@@ -29,6 +31,16 @@ from lit_sft.types import Batch, LossOutput, Prompts
 
 if TYPE_CHECKING:
     from lightning.pytorch.utilities.types import OptimizerLRScheduler
+
+
+@dataclass(frozen=True)
+class _Unregistered:
+    """Holds a module whose layers live in another one. `nn.Module` registers the modules that are assigned to it as
+    submodules; it does not look into this record.
+    """
+
+    module: Any
+    """Not `PeftModel`: jsonargparse would import peft to read that name, a fifth of the time of `--help`."""
 
 
 class SFTModule(L.LightningModule):
@@ -58,8 +70,6 @@ class SFTModule(L.LightningModule):
         seed: Seed of random weights and adapters.
     """
 
-    adapter: Any  # a PeftModel; jsonargparse would import peft to read that name, a fifth of the time of `--help`
-
     def __init__(
         self,
         model_name_or_path: str = "Qwen/Qwen3-0.6B-Base",
@@ -83,14 +93,36 @@ class SFTModule(L.LightningModule):
         evaluation: EvaluationOptions | None = EvaluationOptions(),  # noqa: B008
         seed: int = 42,
     ) -> None:
-        options = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
-        self.options = SimpleNamespace(**options)
-        self.generation, self.evaluation = generation, evaluation
-        check_options(self.options)
+        self.options = ModelConfig(
+            model_name_or_path=model_name_or_path,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            init=init,
+            dtype=dtype,
+            trainable=trainable,
+            add_tokens=add_tokens,
+            attn_implementation=attn_implementation,
+            gradient_checkpointing=gradient_checkpointing,
+            compile=compile,
+            loss=loss,
+            neftune_noise_alpha=neftune_noise_alpha,
+            lora=lora,
+            adapter_name_or_path=adapter_name_or_path,
+            quantization=quantization,
+            optimizer=optimizer,
+            lr_schedule=lr_schedule,
+            generation=generation,
+            evaluation=evaluation,
+            seed=seed,
+        )
+        self.generation = generation
+        self.evaluation = evaluation
         self.strict_loading = False  # `on_load_checkpoint` compares, in one line
         self.model: CausalLMLoss | None = None
-        self.__dict__["adapter"] = None  # past `nn.Module`: it is no submodule, its layers live in `model`
+        self.base: str | None = None
+        """Fingerprint of the frozen weights; None where all are trained."""
+        self._peft = _Unregistered(None)
         self.saved_stop_ids: list[int] = []
         self.loss_scale = 1.0
         self.window: Tensor = torch.zeros(5, dtype=torch.float64)
@@ -103,23 +135,40 @@ class SFTModule(L.LightningModule):
 
     # ------------------------------------------------------------------ the model
 
+    @property
+    def adapter(self) -> Any:
+        """Peft's wrapper (a `PeftModel`) around the layers of `model`; None without an adapter."""
+        return self._peft.module
+
+    @property
+    def _shards_weights(self) -> bool:
+        return isinstance(self.trainer.strategy, ModelParallelStrategy)
+
     def configure_model(self) -> None:
-        """Builds the model (see `build_model`); sharding comes after it, by the strategy (`shard`)."""
+        """Builds the model (see `build_model`). The strategy shards it afterwards (`shard`)."""
         if self.model is not None:
             return
         if self.trainer.strategy.root_device.type == "cpu":
             memory_estimate.keep_freed_memory()
-        if self.options.quantization and isinstance(self.trainer.strategy, ModelParallelStrategy):
+        if self.options.quantization and self._shards_weights:
             raise UserError("model.quantization: 4-bit weights are not sharded; set trainer.strategy to ddp or auto")
-        sharded = isinstance(self.trainer.strategy, ModelParallelStrategy) and self.trainer.world_size > 1
-        with torch.device("cpu"):  # Lightning makes the GPU the default, whose random start values are others
+        sharded = self._shards_weights and self.trainer.world_size > 1
+        # Lightning makes the GPU the default device, which would draw other random start values.
+        with torch.device("cpu"):
             model, adapter = build_model(self.options, self.trainer.precision, sharded=sharded)
-        longest = self.trainer.datamodule.data.longest  # type: ignore[attr-defined]
+        longest = data_of(self.trainer).data.longest
         self_check.check_length(model.lm, longest, context_length(model.lm.config))
         self.loss_scale = 1.0 / 1024 if self.trainer.precision.startswith("16") else 1.0
-        self.model, is_partial = model, base_fingerprint.is_frozen(model.lm)
-        self.base = base_fingerprint.base_of(model.lm, self.options.init, self.options.seed) if is_partial else None
-        self.__dict__["adapter"] = adapter
+        if base_fingerprint.is_frozen(model.lm):
+            self.base = base_fingerprint.base_of(model.lm, self.options.init, self.options.seed)
+        self.model = model
+        self._peft = _Unregistered(adapter)
+
+    def use_merged(self, lm: Any) -> None:
+        """Replaces the model by the one (a `PreTrainedModel`) that its adapter was merged into."""
+        assert self.model is not None
+        self.model.lm = lm
+        self._peft = _Unregistered(None)
 
     def shard(self, mesh: Any, **options: bool) -> None:
         """Shards the model over a data-parallel mesh; called by our FSDP2 strategy after `configure_model`."""
@@ -128,20 +177,29 @@ class SFTModule(L.LightningModule):
         parallel.apply_fsdp2(self.model, self.model.lm, mesh, dtype, **options)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """As torch does it; but `bf16-true` casts weights only: adapters stay in fp32, and buffers as they were loaded
-        (rotary frequencies in bf16 are others: 13 % of a logit at position 2,900).
+        """Moves and casts as in torch, but buffers and the trained weights of an adapter keep their type and values.
+
+        Lightning casts the whole module for `bf16-true` and `16-true`. Rotary frequencies in bf16 change a logit by
+        13 % at position 2,900, and small updates of adapters are lost in 16 bits.
         """
         buffers = dict(self.named_buffers())
-        trained = {} if self.adapter is None else {n: p.detach() for n, p in self.named_parameters() if p.requires_grad}
+        adapter_weights = self._adapter_weights()
         super().to(*args, **kwargs)
         for name, buffer in self.named_buffers():
             buffer.data = buffers[name].to(buffer.device)
-        if self.adapter is not None:
+        if adapter_weights:
             lift_trained(self)
-            with torch.no_grad():  # they were rounded on the way: back to what was restored, or loaded
-                for name in trained:
-                    self.get_parameter(name).copy_(trained[name])
+            # The cast has rounded them, so the values from before it (loaded or restored) are copied back.
+            with torch.no_grad():
+                for name, weight in adapter_weights.items():
+                    self.get_parameter(name).copy_(weight)
         return self
+
+    def _adapter_weights(self) -> dict[str, Tensor]:
+        """Trained weights by name; empty without an adapter."""
+        if self.adapter is None:
+            return {}
+        return {name: weight.detach() for name, weight in self.named_parameters() if weight.requires_grad}
 
     # ------------------------------------------------------------------ training
 
@@ -205,13 +263,15 @@ class SFTModule(L.LightningModule):
         """The optimizer over two parameter groups, and the schedule by optimizer step."""
         groups = optim.parameter_groups(self.named_parameters())
         optimizer = self.options.optimizer(groups)
-        sharded = isinstance(self.trainer.strategy, ModelParallelStrategy)
-        optim.check_takes(optimizer, sharded, scaled := self.trainer.precision == "16-mixed")
-        if not scaled:  # Lightning unscales before clipping, fused Adam would itself
+        is_scaled = self.trainer.precision == "16-mixed"
+        optim.check_weights(optimizer, self._shards_weights, is_scaled)
+        # With a scaler Lightning unscales the gradients before clipping; fused Adam would unscale them itself, later.
+        if not is_scaled:
             optim.prefer_fused(optimizer)
 
-        def factor(step: int) -> float:  # a resumed run knows its steps later, under fsdp2
-            return optim.lr_factor(self.options.lr_schedule, self.trainer.datamodule.total_steps)(step)  # type: ignore[attr-defined]
+        # Under fsdp2 a resumed run knows its number of steps only after this method has run.
+        def factor(step: int) -> float:
+            return optim.lr_factor(self.options.lr_schedule, data_of(self.trainer).total_steps)(step)
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -238,21 +298,27 @@ class SFTModule(L.LightningModule):
     def stop_ids(self) -> list[int]:
         """Ids that end an answer: of the tokenizer, the generation config, the template and the training set."""
         assert self.model is not None
-        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
+        datamodule = data_of(self.trainer)
         extra = {*self.saved_stop_ids, *datamodule.stop_ids}
         return stop_token_ids(datamodule.tokenizer, self.model.lm.generation_config, extra)
 
     def answer(self, prompts: Prompts, options: GenerationOptions | None = None) -> list[list[str]]:
-        """The answers to each prompt (see `answering.answer`), with `model.generation` unless told otherwise."""
+        """The answers to each prompt (see `generation.answer`), with `model.generation` unless told otherwise."""
         assert self.model is not None
-        tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
-        sharded = isinstance(self.trainer.strategy, ModelParallelStrategy)
-        how = {"options": options or self.generation, "stop_ids": self.stop_ids, "seed": self.options.seed}
-        with self.trainer.precision_plugin.forward_context():  # callbacks, too, ask the model that `predict` asks
-            return answer_module.answer(self.model, tokenizer, prompts, synced=sharded, **how)
+        # The context lets callbacks ask the model in the same precision as `predict`.
+        with self.trainer.precision_plugin.forward_context():
+            return answer_module.answer(
+                self.model,
+                data_of(self.trainer).tokenizer,
+                prompts,
+                options=options or self.generation,
+                stop_ids=self.stop_ids,
+                seed=self.options.seed,
+                synced=self._shards_weights,
+            )
 
     def predict_step(self, batch: Prompts, batch_idx: int) -> list[dict[str, Any]]:
-        """One record per prompt (see `answering.records`)."""
+        """One record per prompt (see `generation.answer.records`)."""
         return answer_module.records(batch, self.answer(batch))
 
     # ------------------------------------------------------------------ checkpoints
@@ -268,9 +334,9 @@ class SFTModule(L.LightningModule):
         if "state_dict" in checkpoint:  # Lightning's FSDP strategy has taken it out
             base_fingerprint.check_fits(self, checkpoint["state_dict"])
         base_fingerprint.check_base(checkpoint["base"], self.base)
-        # Answers, scores and merges over other bits than those of the training are asked for by name, and may be.
-        goes_on, datamodule = self.trainer.state.fn == "fit", self.trainer.datamodule  # type: ignore[attr-defined]
-        if goes_on and not datamodule.options.allow_other_data:
+        # Only training must go on over the same bits. Who evaluates or merges over others has asked for it by name.
+        is_resumed = self.trainer.state.fn == "fit"
+        if is_resumed and not data_of(self.trainer).options.allow_other_data:
             now = self.options.quantization
             base_fingerprint.check_quantization(checkpoint.get("quantization", now), now)
         self.saved_stop_ids = checkpoint["stop_ids"]
@@ -283,10 +349,11 @@ class SFTModule(L.LightningModule):
         Args:
             output_dir: Where to.
             state_dict: Whole weights of `model` by name, where they are sharded.
-            how: `dtype` and `check`, as in `export_hf`.
+            **how: `dtype` and `check`, as in `export_hf`.
         """
         assert self.model is not None
-        datamodule, options = self.trainer.datamodule, self.options  # type: ignore[attr-defined]
+        datamodule = data_of(self.trainer)
+        options = self.options
         is_ours = options.init == "random" or options.add_tokens
         export_hf(
             self.adapter or self.model.lm,

@@ -31,7 +31,7 @@ from lit_sft.data.sources.rows import Rows
 from lit_sft.data.stats import Counts
 from lit_sft.data.tokenize import Renderer
 from lit_sft.data.workers import map_in_order
-from lit_sft.errors import UserError
+from lit_sft.errors import UserError, located
 from lit_sft.ranks import global_rank
 from lit_sft.types import Conversation, Example
 
@@ -89,7 +89,7 @@ class Preparation:
             UserError: With the file and the row before what is wrong with it.
         """
         reading = self.readings[rows.source_of(index)]
-        try:
+        with located(rows.where(index)):
             return to_conversation(
                 rows[index],
                 format=reading.format,
@@ -98,8 +98,6 @@ class Preparation:
                 system_prompt=self.system_prompt,
                 need_answer=need_answer,
             )
-        except UserError as error:
-            raise UserError(f"{rows.where(index)}: {error}") from error
 
     def examples(self, rows: Rows, counts: Counts) -> list[Example]:
         """All examples of a few rows, in order; what was dropped and why is added to `counts`.
@@ -178,7 +176,8 @@ class Preparation:
                 f"{where}: {length} tokens are more than data.max_length {self.max_length}; raise data.max_length, or "
                 "set data.overlong to drop or truncate"
             )
-        ids, mask = example.input_ids[: self.max_length], example.loss_mask[: self.max_length]
+        ids = example.input_ids[: self.max_length]
+        mask = example.loss_mask[: self.max_length]
         if self.overlong == "drop" or not any(mask[1:]):
             counts.lost_trained_tokens += targets
             rest = " even after truncation, no target is left" if self.overlong == "truncate" else ""

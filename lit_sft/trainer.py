@@ -37,7 +37,6 @@ from lit_sft.checkpoint import io as checkpoint_io
 from lit_sft.checkpoint.io import CheckpointFiles
 from lit_sft.errors import UserError
 from lit_sft.memory_plan import needed_memory
-from lit_sft.model_builder import is_adapted
 from lit_sft.module import SFTModule
 
 
@@ -161,7 +160,7 @@ def _check_averaged(trainer: Any, model: SFTModule) -> None:
     """Refuses settings under which `WeightAveraging` would copy a model that has no weights yet, save a part of it, or
     keep an average in 16 bits, which its small steps do not move.
     """
-    if is_adapted(model.options) or model.options.trainable is not None:
+    if model.options.is_adapted or model.options.trainable is not None:
         raise UserError(
             "trainer.callbacks: WeightAveraging needs all weights in its checkpoints, which leave out what is frozen: "
             "remove it, or set model.lora, model.adapter_name_or_path and model.trainable to null"

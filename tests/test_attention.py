@@ -1,3 +1,5 @@
+import pickle
+
 import pytest
 import torch
 from terminal import log_lines
@@ -9,7 +11,7 @@ from lit_sft.model.attention import cpu_kernel
 from lit_sft.model.attention import packed as attention_packed
 from lit_sft.model.generate import GenerationOptions, generate, left_pad
 from lit_sft.model.loss import CausalLMLoss, pack_kwargs
-from lit_sft.model_builder import check
+from lit_sft.model_builder import apply_fast_paths, probe
 
 
 def hidden(lm, input_ids, lengths):
@@ -225,7 +227,8 @@ def test_rounding_in_bf16_is_no_loss():
     attention_packed.register()
     lm = small("Llama", attention_packed.PACKED, num_hidden_layers=30, hidden_size=64).bfloat16()
     with log_lines() as lines:
-        check(CausalLMLoss(lm))
+        model = CausalLMLoss(lm)
+        apply_fast_paths(model, probe(model))
     assert lm.config._attn_implementation == attention_packed.PACKED and lines == []
 
 
@@ -244,7 +247,7 @@ def test_such_a_model_falls_back_aloud_and_is_exact(name):
     lm, lengths = small(name, attention_packed.PACKED, **sizes), (9, 3, 6)
     model = CausalLMLoss(lm)
     with log_lines() as lines:
-        check(model)
+        apply_fast_paths(model, probe(model))
     assert lm.config._attn_implementation == "eager"
     assert any(expected in line and "falls back to `eager`" in line for line in lines)
     input_ids = torch.randint(3, 320, (1, 18), generator=torch.Generator().manual_seed(0))
@@ -259,6 +262,23 @@ def test_such_a_model_falls_back_aloud_and_is_exact(name):
     torch.testing.assert_close(ours, sum(alone), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("name", "attention"), [("Llama", attention_packed.PACKED), ("Gemma2", "eager")])
+def test_probing_changes_nothing_until_what_it_found_is_applied(name, attention):
+    """Here, or on another rank that gets the record."""
+
+    def replaced(lm):
+        return [name for name, module in lm.named_modules() if "forward" in vars(module)]
+
+    attention_packed.register()
+    model, other = (CausalLMLoss(small(name, attention_packed.PACKED, **LOST[name][0])) for _ in range(2))
+    paths = pickle.loads(pickle.dumps(probe(model)))
+    assert model.lm.config._attn_implementation == attention_packed.PACKED and replaced(model.lm) == []
+    apply_fast_paths(other, paths)
+    assert other.lm.config._attn_implementation == attention
+    assert other.separate_rows == (attention == "eager")
+    assert other.fused == replaced(other.lm) and bool(other.fused) == (name == "Llama")
+
+
 def test_a_model_that_sees_what_follows_is_refused():
     """Of its own loss, the mean over tokens it could read, nothing would tell."""
     from transformers import BertConfig, BertLMHeadModel
@@ -270,7 +290,7 @@ def test_a_model_that_sees_what_follows_is_refused():
         lm = BertLMHeadModel._from_config(config, attn_implementation=attention_packed.PACKED)
         assert self_check.is_causal(lm) or not is_decoder
     with pytest.raises(UserError, match="BertLMHeadModel lets tokens see those that follow.*is_decoder"):
-        check(CausalLMLoss(lm))
+        probe(CausalLMLoss(lm))
 
 
 # ---------------------------------------------------------------------- the kernel of GPUs, with a stand-in for it

@@ -62,9 +62,9 @@ def test_adam_runs_as_one_kernel_unless_the_user_chose():
 
 def test_a_fused_optimizer_unscales_too_late_for_clipping():
     optimizer = AdamW([nn.Parameter(torch.ones(2, 2))], fused=True)
-    optim.check_takes(optimizer, sharded=False, scaled=False)
+    optim.check_weights(optimizer, sharded=False, scaled=False)
     with pytest.raises(UserError, match="leave fused out, or set trainer.precision to bf16-mixed"):
-        optim.check_takes(optimizer, sharded=False, scaled=True)
+        optim.check_weights(optimizer, sharded=False, scaled=True)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import pytest
 from running import REPOSITORY, arguments, chat_rows, environment, run, version, write_rows
@@ -16,6 +15,7 @@ from tiny import save_tiny, tiny_llama
 
 from lit_sft.generation import prompts
 from lit_sft.model_builder import fingerprint
+from lit_sft.module import SFTModule
 
 ROWS = 400
 
@@ -200,8 +200,7 @@ def test_other_weights_of_an_adapters_base_are_other_answers(place, tmp_path):
     base = save_tiny(tmp_path / "base")
     lora = {"model__lora": {"r": 4}, "data__max_samples": 8}
     run("fit", arguments(base, str(place / "rows.jsonl"), tmp_path / "runs", **lora))
-    names = "init dtype attn_implementation lora adapter_name_or_path quantization add_tokens generation seed revision"
-    options = SimpleNamespace(**dict.fromkeys(names.split()), model_name_or_path=str(version(tmp_path / "runs") / "hf"))
+    options = SFTModule(str(version(tmp_path / "runs") / "hf")).options
     before = fingerprint(options, "32-true", None)
     assert before == fingerprint(options, "32-true", None)
     save_tiny(base, tiny_llama(seed=7))
@@ -216,7 +215,7 @@ def test_an_adapter_whose_base_is_gone(place, tmp_path, capsys):
     assert "adapter: base_model_name_or_path: there is no directory ./gone" in message
 
 
-def test_batches_are_full_and_dealt_evenly(monkeypatch):
+def test_batches_are_full_and_spread_evenly(monkeypatch):
     """By tokens and by number; every prompt once, as many batches on each rank, the same whatever is done already."""
     from lit_sft.model.generate import GenerationOptions
 
@@ -224,13 +223,16 @@ def test_batches_are_full_and_dealt_evenly(monkeypatch):
     asked = [prompts.Prompt([7] * (n % 13 + 1), str(n), None, "") for n in range(101)]
     options = GenerationOptions(max_new_tokens=7)
     for world_size in (1, 2, 3):
-        dealt = [prompts.deal(asked, options, 0, rank, world_size) for rank in range(world_size)]
-        assert len({len(batches) for batches in dealt}) == 1
-        batches = [batch for rank in dealt for batch in rank]
+        of_ranks = [prompts.make_batches(asked, options, 0, rank, world_size) for rank in range(world_size)]
+        assert len({len(batches) for batches in of_ranks}) == 1
+        batches = [batch for rank in of_ranks for batch in rank]
         assert sorted(i for batch in batches for i in batch["index"] if i >= 0) == list(range(101))
         assert all(len(b["texts"]) * (b["input_ids"].shape[1] + 7) <= 300 for b in batches)
         assert sum(len(b["texts"]) for b in batches) / len(batches) > 15
-        again = [b for rank in range(world_size) for b in prompts.deal(asked, options, 0, rank, world_size, {5, 50})]
+        again = []
+        for rank in range(world_size):
+            again += prompts.make_batches(asked, options, 0, rank, world_size, done={5, 50})
         assert sorted(i for batch in again for i in batch["index"] if i >= 0) == sorted(set(range(101)) - {5, 50})
-    assert len(prompts.deal(asked[:4], options, 0, 0, 2)[0]["texts"]) == 2  # a small set is spread over the ranks
-    assert prompts.deal([], options, 0) == []
+    spread = prompts.make_batches(asked[:4], options, 0, 0, 2)  # a small set is spread over the ranks
+    assert len(spread[0]["texts"]) == 2
+    assert prompts.make_batches([], options, 0) == []

@@ -1,7 +1,6 @@
 """model/quantization.py: a 4-bit base on the CPU, for real."""
 
 import importlib.util
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from lit_sft.model.load import load_model
 from lit_sft.model.lora.adapters import LoraConfig, apply_lora
 from lit_sft.model.lora.merge import dequantized, merge, merge_error
 from lit_sft.model.loss import CausalLMLoss
-from lit_sft.model_builder import check_options
+from lit_sft.module import SFTModule
 
 IDS = torch.arange(5, 37).reshape(1, 32)
 
@@ -126,6 +125,5 @@ def test_a_missing_library_is_one_line(monkeypatch):
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(wrong, message):
-    default = dict.fromkeys(["lora", "adapter_name_or_path", "trainable", "add_tokens", "quantization"])
     with pytest.raises(UserError, match=message):
-        check_options(SimpleNamespace(**{**default, "init": "pretrained", **wrong}))
+        SFTModule(**wrong)

@@ -25,18 +25,13 @@ from lit_sft.errors import UserError
 from lit_sft.model import parallel
 from lit_sft.model.load import load_model
 from lit_sft.model.lora.adapters import LoraConfig, apply_lora
-from lit_sft.model.loss import LossOptions
 from lit_sft.model_builder import build_model
+from lit_sft.module import SFTModule
 
 
 def options(path, **changes):
     """Arguments of `build_model`."""
-    settings = dict(
-        model_name_or_path=str(path), revision=None, trust_remote_code=False, init="pretrained", dtype="float32",
-        trainable=None, attn_implementation="auto", gradient_checkpointing=False, compile=False, loss=LossOptions(),
-        lora=None, adapter_name_or_path=None, quantization=None, add_tokens=None, neftune_noise_alpha=None, seed=3,
-    )  # fmt: skip
-    return SimpleNamespace(**{**settings, **changes})
+    return SFTModule(str(path), **{"dtype": "float32", "seed": 3, **changes}).options
 
 
 @pytest.fixture(scope="module")

@@ -142,7 +142,7 @@ class Checkpointer(StepCallback, Checkpoint):
         others = optim.restored(trainer.optimizers[0])
         if others:
             log.warning("model.optimizer goes on as in the checkpoint: %s", "; ".join(others))
-        before, now = optim.go_on(trainer.lr_scheduler_configs[0].scheduler)  # type: ignore[arg-type]
+        before, now = optim.restore_lr(trainer.lr_scheduler_configs[0].scheduler)  # type: ignore[arg-type]
         steps = data_of(trainer).total_steps
         # An older checkpoint does not say how many steps were planned.
         is_other_plan = self.planned not in (None, steps)

@@ -137,7 +137,7 @@ class Evaluation(Callback):
     def _evaluate(self, trainer: Any, module: Any, stage: str, step: int) -> dict[str, float]:
         """Scores by the names under which they are logged; the table is written."""
         greedy = GenerationOptions(max_new_tokens=module.generation.max_new_tokens)
-        batches = data_of(trainer).dealt(self.prompts[stage], greedy)
+        batches = data_of(trainer).prompt_batches(self.prompts[stage], greedy)
 
         def answer(prompts: Prompts) -> list[list[str]]:
             module.between_answers()

@@ -82,7 +82,7 @@ class Answers(Callback):
             return
         answers = [""] * len(questions)
         datamodule = data_of(trainer)
-        batches = datamodule.dealt(datamodule.data.questions(), pl_module.generation)  # type: ignore[arg-type]
+        batches = datamodule.prompt_batches(datamodule.data.questions(), pl_module.generation)  # type: ignore[arg-type]
         for record in gathered([r for prompts in batches for r in records(prompts, pl_module.answer(prompts))]):  # type: ignore[operator]
             answers[record["index"]] = record["prediction"]
         self.columns[column], self.asked_at = answers, trainer.global_step

@@ -7,13 +7,13 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 from lit_sft.data.cache import ExampleCache
 from lit_sft.data.packing import Packs
 from lit_sft.data.sampler import StepOrder
 from lit_sft.errors import UserError
+from lit_sft.settings import DataConfig
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ ORDER = ("packing", "global_batch_size", "seed")
 
 
 def remember(
-    settings: Mapping[str, Any], options: SimpleNamespace, caches: Mapping[str, ExampleCache], packs: Packs
+    settings: Mapping[str, Any], options: DataConfig, caches: Mapping[str, ExampleCache], packs: Packs
 ) -> dict[str, Any]:
     """What a checkpoint keeps of the data: hashes, and by the names of the settings all that decides the examples.
 

@@ -11,7 +11,7 @@ import torch
 from lit_sft.console import visible
 from lit_sft.datamodule import SFTDataModule
 from lit_sft.generation.answer import answer, records
-from lit_sft.generation.prompts import check_room, deal
+from lit_sft.generation.prompts import check_room, make_batches
 from lit_sft.model.generate import GenerationOptions, context_length, stop_token_ids
 from lit_sft.model_builder import build_model
 from lit_sft.module import SFTModule
@@ -29,7 +29,7 @@ def ask(
         **data_options: Of `SFTDataModule`: `predict` and what decides how it is asked.
 
     Returns:
-        Records in the order of the questions (see `answering.records`).
+        Records in the order of the questions (see `generation.answer.records`).
 
     Raises:
         UserError: Model or questions are not to be had.
@@ -45,7 +45,7 @@ def ask(
     model.to(device)
     stop_ids = stop_token_ids(data.tokenizer, model.lm.generation_config, data.stop_ids)
     found = []
-    for batch in deal(prompts, options, data.tokenizer.pad_token_id):  # type: ignore[arg-type]
+    for batch in make_batches(prompts, options, data.tokenizer.pad_token_id):  # type: ignore[arg-type]
         texts = answer(model, data.tokenizer, batch, options=options, stop_ids=stop_ids, seed=module.options.seed)
         found += records(batch, texts)
     return sorted(found, key=lambda record: record["index"])

@@ -57,7 +57,7 @@ def export_checkpoint(
         before = merge.logits(plain, probe)
         if module.options.quantization is not None:
             plain = merge.dequantized(plain)
-        module.model.lm, module.adapter = merge.merge(plain, probe, before), None
+        module.use_merged(merge.merge(plain, probe, before))
     self_check.attend_by(module.model.lm, "sdpa")
     if dtype is not None and module.adapter is not None:
         raise UserError(f"--dtype {dtype} is for whole models, and an adapter stays as it is: add --merge_lora true")

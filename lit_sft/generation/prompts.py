@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from lit_sft.data.formats.parse import conversation_to_prompt
 from lit_sft.data.tokenize import Renderer
-from lit_sft.errors import UserError
+from lit_sft.errors import UserError, located
 from lit_sft.model.generate import GenerationOptions, decode_completion, left_pad
 from lit_sft.types import Conversation, Prompts
 
@@ -51,10 +51,8 @@ def encode(asked: Iterable[Asked], renderer: Renderer) -> list[Prompt]:
     """
     prompts = []
     for conversation, where in asked:
-        try:
+        with located(where):
             ids = renderer.prompt(conversation)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from error
         answer = _answer_ids(conversation, ids, renderer)
         reference = decode_completion(renderer.tokenizer, answer, ()) or None
         prompts.append(Prompt(ids, _last_user_text(conversation), reference, where, len(answer)))
@@ -73,9 +71,12 @@ def _answer_ids(conversation: Conversation, prompt_ids: list[int], renderer: Ren
     [examples] = replace(renderer, train_on="last_completion").render([conversation], [0])
     if isinstance(examples, UserError):
         return list(renderer.tokenizer(content, add_special_tokens=False)["input_ids"])
-    ids, mask = examples[-1].input_ids, examples[-1].loss_mask
-    begin = len(os.path.commonprefix([ids, prompt_ids]))  # all of the prompt, but for data.unproved: lenient
-    return ids[begin : len(mask) - 1 - mask[::-1].index(1)]
+    ids = examples[-1].input_ids
+    mask = examples[-1].loss_mask
+    # The prompt is a whole prefix of the example, except with data.unproved: lenient.
+    begin = len(os.path.commonprefix([ids, prompt_ids]))
+    last_trained = len(mask) - 1 - mask[::-1].index(1)
+    return ids[begin:last_trained]
 
 
 def fits(prompt: Prompt, max_new_tokens: int, context: int | None) -> bool:
@@ -98,7 +99,7 @@ def check_room(prompts: Iterable[Prompt], max_new_tokens: int, context: int | No
             )
 
 
-def deal(
+def make_batches(
     prompts: Sequence[Prompt],
     options: GenerationOptions,
     pad_id: int,
@@ -106,7 +107,7 @@ def deal(
     world_size: int = 1,
     done: Collection[int] = (),
 ) -> list[Prompts]:
-    """Makes batches of prompts of like length and deals them to the ranks.
+    """Makes batches of prompts of similar length, for one rank.
 
     Args:
         prompts: All of them, in the order in which their answers are wanted (`Prompts.index` is the position in it).

@@ -33,7 +33,8 @@ class EvaluationOptions:
         for name in ("num_samples", "every_n_validations"):
             if getattr(self, name) < 1:
                 raise UserError(f"model.evaluation.{name} is {getattr(self, name)}, it must be at least 1")
-        if unknown := [name for name in self.metrics or () if name not in METRICS]:
+        unknown = [name for name in self.metrics or () if name not in METRICS]
+        if unknown:
             raise UserError(f"model.evaluation.metrics: there is no {unknown[0]}, only {', '.join(METRICS)}")
         if self.metrics == []:
             raise UserError("model.evaluation.metrics is empty: name some, or set model.evaluation to null")

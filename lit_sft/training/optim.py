@@ -61,12 +61,14 @@ def lr_factor(options: ScheduleOptions, total_steps: int) -> Callable[[int], flo
     return factor
 
 
-def go_on(schedule: LambdaLR) -> tuple[float, float]:
-    """Gives a resumed optimizer the rate of the settings of now; its state brings that of the settings of before, which
-    the schedule would replace after a step only. The same number, bit for bit, where they are the same.
+def restore_lr(schedule: LambdaLR) -> tuple[float, float]:
+    """Sets the learning rate from the current config after a resume.
+
+    The loaded optimizer state still holds the rate of the earlier config, and the schedule would overwrite it one step
+    later. With an unchanged config the rate is the same number, bit for bit.
 
     Returns:
-        The rate of before, and that of now, of the first parameter group.
+        The loaded and the new rate of the first parameter group.
     """
     groups = schedule.optimizer.param_groups
     before = groups[0]["lr"]
@@ -177,32 +179,40 @@ def bytes_per_parameter(make: Callable[[Iterable], Optimizer], dtype: torch.dtyp
     return sum(tensor.nbytes for tensor in tensors) / parameter.numel()
 
 
-def check_takes(optimizer: Optimizer, sharded: bool, scaled: bool) -> None:
-    """Refuses weights that an optimizer cannot train.
+def check_weights(optimizer: Optimizer, sharded: bool, scaled: bool) -> None:
+    """Refuses an optimizer that cannot train its weights.
 
     Args:
-        optimizer: Holds them.
-        sharded: Whether they are spread over ranks.
+        optimizer: Holds the weights.
+        sharded: Whether the weights are spread over ranks.
         scaled: Whether gradients are scaled for fp16.
 
     Raises:
-        UserError: They are spread, and its kernels take whole tensors; or they are in fp16, where its eps is 0 and a
-            gradient of 0 would make NaN of them; or it unscales gradients itself, after they were clipped.
+        UserError: The kernels of the optimizer do not take shards; or the weights are in fp16, where its eps is 0 and a
+            gradient of 0 makes NaN; or it unscales gradients itself, after they were clipped.
     """
+    name = type(optimizer).__name__
     if scaled and getattr(optimizer, "_step_supports_amp_scaling", False):
         raise UserError(
-            f"model.optimizer {type(optimizer).__name__} with fused: true would clip gradients that are still scaled "
+            f"model.optimizer {name} with fused: true would clip gradients that are still scaled "
             "for fp16: leave fused out, or set trainer.precision to bf16-mixed"
         )
-    own_kernels = any(kind.__module__.partition(".")[0] == "bitsandbytes" for kind in type(optimizer).__mro__)
-    if sharded and own_kernels:
+    has_own_kernels = any(kind.__module__.partition(".")[0] == "bitsandbytes" for kind in type(optimizer).__mro__)
+    if sharded and has_own_kernels:
         raise UserError(
-            f"model.optimizer {type(optimizer).__name__} of bitsandbytes does not take sharded weights: set "
+            f"model.optimizer {name} of bitsandbytes does not take sharded weights: set "
             "trainer.strategy to ddp or auto, or model.optimizer to torch.optim.AdamW"
         )
+    # The kernels of bitsandbytes compute in fp32.
+    if not has_own_kernels:
+        _check_eps_in_fp16(optimizer)
+
+
+def _check_eps_in_fp16(optimizer: Optimizer) -> None:
     eps = optimizer.defaults.get("eps")
-    is_0 = isinstance(eps, float) and eps < SMALLEST_FP16 and not own_kernels  # which compute in fp32
-    if is_0 and any(p.dtype == torch.float16 for group in optimizer.param_groups for p in group["params"]):
+    if not isinstance(eps, float) or eps >= SMALLEST_FP16:
+        return
+    if any(p.dtype == torch.float16 for group in optimizer.param_groups for p in group["params"]):
         raise UserError(
             f"model.optimizer's eps {eps:g} is 0 in the fp16 of the trained weights, which become NaN: set "
             "trainer.precision to 16-mixed (and model.dtype to auto), or train adapters (model.lora)"

@@ -20,7 +20,7 @@ import torch
 
 from lit_sft.datamodule import SFTDataModule
 from lit_sft.generation.answer import answer, records
-from lit_sft.generation.prompts import deal
+from lit_sft.generation.prompts import make_batches
 from lit_sft.model import load
 from lit_sft.model.attention.packed import choose
 from lit_sft.model.generate import GenerationOptions, stop_token_ids
@@ -66,7 +66,7 @@ def batched(lm: Any, data: Any, stop_ids: list[int], max_new_tokens: int) -> tup
     started = time.perf_counter()
     options = GenerationOptions(max_new_tokens=max_new_tokens)
     found = []
-    for batch in deal(data.asked_by_predict(), options, data.tokenizer.pad_token_id):
+    for batch in make_batches(data.asked_by_predict(), options, data.tokenizer.pad_token_id):
         texts = answer(CausalLMLoss(lm), data.tokenizer, batch, options=options, stop_ids=stop_ids, seed=0)
         found += records(batch, texts)
     return [r["prediction"] for r in sorted(found, key=lambda r: r["index"])], time.perf_counter() - started

@@ -1,0 +1,131 @@
+"""The settings of model and data as records: what a constructor was given, checked and never changed.
+
+The constructors of `SFTModule` and `SFTDataModule` are the schema of YAML and command line, so types, defaults and
+documentation of every setting stand there. The fields here have the same names in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch.optim import Optimizer
+
+from lit_sft.errors import UserError
+from lit_sft.generation.scoring import EvaluationOptions
+from lit_sft.model.generate import GenerationOptions
+from lit_sft.model.lora.adapters import LoraConfig
+from lit_sft.model.loss import LossOptions
+from lit_sft.training.optim import ScheduleOptions
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The arguments of `SFTModule`.
+
+    Raises:
+        UserError: Two settings exclude each other, or one needs another.
+    """
+
+    model_name_or_path: str
+    revision: str | None
+    trust_remote_code: bool
+    init: Literal["pretrained", "random"]
+    dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    trainable: list[str] | None
+    add_tokens: list[str] | None
+    attn_implementation: str
+    gradient_checkpointing: bool | Literal["full", "selective"]
+    compile: bool
+    loss: LossOptions
+    neftune_noise_alpha: float | None
+    lora: LoraConfig | None
+    adapter_name_or_path: str | None
+    quantization: Literal["nf4"] | None
+    optimizer: Callable[[Iterable], Optimizer]
+    lr_schedule: ScheduleOptions
+    generation: GenerationOptions
+    evaluation: EvaluationOptions | None
+    seed: int
+
+    def __post_init__(self) -> None:
+        self._check_what_is_trained()
+        if self.quantization is not None:
+            self._check_quantization(self.quantization)
+
+    @property
+    def is_adapted(self) -> bool:
+        """Whether adapters are trained over a frozen base: new ones, or those of a directory."""
+        return self.lora is not None or self.adapter_name_or_path is not None
+
+    def _check_what_is_trained(self) -> None:
+        chosen = [name for name in ("lora", "adapter_name_or_path", "trainable") if getattr(self, name) is not None]
+        if len(chosen) > 1:
+            names = " and ".join(f"model.{name}" for name in chosen)
+            brings = "; an adapter directory brings its own settings" if "adapter_name_or_path" in chosen else ""
+            raise UserError(f"{names} exclude each other: set all but one of them to null{brings}")
+        if self.add_tokens and self.adapter_name_or_path is not None:
+            raise UserError(
+                "model.add_tokens and model.adapter_name_or_path exclude each other: set one of them to null"
+            )
+
+    def _check_quantization(self, quantization: str) -> None:
+        if not self.is_adapted:
+            raise UserError(
+                f"model.quantization {quantization} freezes the weights, so nothing would be trained: set "
+                "model.lora as well, or model.quantization to null"
+            )
+        if self.init == "random":
+            raise UserError("model.quantization is for pretrained weights: set model.init to pretrained, or it to null")
+        if self.lora is not None and str(self.lora.init_lora_weights).startswith(("pissa", "olora")):
+            raise UserError(
+                f"model.lora.init_lora_weights {self.lora.init_lora_weights} takes its start values out of the base, "
+                "which model.quantization has rounded to 4 bits: set one of them to its default"
+            )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The arguments of `SFTDataModule`.
+
+    Raises:
+        UserError: Two settings exclude each other, or a value is out of range.
+    """
+
+    train: str | list[str | dict[str, Any]]
+    validation: str | list[str | dict[str, Any]] | None
+    val_size: int | float | None
+    test: str | list[str | dict[str, Any]] | None
+    predict: str | list[str] | list[dict[str, Any]] | None
+    questions: list[str]
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"]
+    chat_template: str | None
+    chat_template_kwargs: dict[str, Any]
+    system_prompt: str | None
+    column_mapping: dict[str, str] | None
+    prompt_template: str | None
+    on_bad_row: Literal["error", "skip"]
+    unproved: Literal["error", "lenient"]
+    train_on: Literal["completions", "last_completion", "all"]
+    max_length: int
+    overlong: Literal["drop", "truncate", "error"]
+    packing: bool
+    micro_batch_size: int
+    global_batch_size: int
+    max_samples: int | None
+    num_workers: int | Literal["auto"]
+    cache_dir: str | None
+    model_name_or_path: str
+    revision: str | None
+    trust_remote_code: bool
+    add_tokens: list[str] | None
+    adapter_name_or_path: str | None
+    seed: int
+    allow_other_data: bool
+
+    def __post_init__(self) -> None:
+        if self.validation is not None and self.val_size is not None:
+            raise UserError("data.validation and data.val_size exclude each other: set one of them to null")
+        if self.max_length < 2:
+            raise UserError(f"data.max_length is {self.max_length}, it must be at least 2")
