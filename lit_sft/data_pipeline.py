@@ -23,6 +23,7 @@ from lit_sft.data.workers import num_workers_of
 from lit_sft.demo import builtin as demo
 from lit_sft.errors import UserError
 from lit_sft.generation.prompts import Asked, Prompt, encode
+from lit_sft.hub import resolve
 from lit_sft.model import load, new_tokens
 from lit_sft.model_builder import tokenizer_directory
 from lit_sft.preprocessing import Preparation, Reading, num_overlapping
@@ -63,7 +64,7 @@ class SFTData:
         """The one tokenizer, of the model, with `add_tokens`."""
         path = tokenizer_directory(self.options.model_name_or_path, self.options.revision)
         if adapter := getattr(self.options, "adapter_name_or_path", None):
-            beside = load.resolve(adapter, key="model.adapter_name_or_path", allow_adapter=True)
+            beside = resolve(adapter, key="model.adapter_name_or_path", allow_adapter=True)
             if (Path(beside) / "tokenizer_config.json").is_file():  # tokens and template that it was trained with
                 log.info("tokenizer and chat template: those of the adapter %s", path := beside)
         tokenizer = load.load_tokenizer(path, trust_remote_code=self.options.trust_remote_code)

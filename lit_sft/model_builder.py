@@ -14,6 +14,7 @@ import torch
 
 from lit_sft.demo import builtin as demo
 from lit_sft.errors import UserError
+from lit_sft.hub import resolve
 from lit_sft.model import (
     base_fingerprint,
     fused_layers,
@@ -50,7 +51,7 @@ def model_directory(name_or_path: str, revision: str | None = None) -> str:
     """
     if name_or_path.startswith(BUILTIN):
         return str(demo.model_dir(name_or_path.removeprefix(BUILTIN)))
-    return load.resolve(name_or_path, revision=revision, allow_adapter=True)
+    return resolve(name_or_path, revision=revision, allow_adapter=True)
 
 
 def base_directory(path: str) -> str:
@@ -68,7 +69,7 @@ def base_directory(path: str) -> str:
         return str(own)
     if name.startswith(BUILTIN):
         return model_directory(name)
-    return load.resolve(name, revision=config.get("revision"), key=f"{path}: base_model_name_or_path")
+    return resolve(name, revision=config.get("revision"), key=f"{path}: base_model_name_or_path")
 
 
 def tokenizer_directory(name_or_path: str, revision: str | None = None) -> str:
@@ -299,7 +300,7 @@ def choose_trained(lm: PreTrainedModel, path: str, options: SimpleNamespace, on_
         lora = replace(options.lora, init_lora_weights=True) if on_meta else options.lora
         return adapters.apply_lora(lm, lora, new_token_ids=new_ids, seed=options.seed)
     if options.adapter_name_or_path is not None:
-        folder = load.resolve(options.adapter_name_or_path, key="model.adapter_name_or_path", allow_adapter=True)
+        folder = resolve(options.adapter_name_or_path, key="model.adapter_name_or_path", allow_adapter=True)
         log.info("adapter: goes on from %s", options.adapter_name_or_path)
         name, base = options.model_name_or_path, base_fingerprint.base_of(lm, options.init, options.seed)
         is_proved = base_fingerprint.check_recorded_base(Path(folder), base, name)

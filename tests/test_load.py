@@ -1,4 +1,4 @@
-"""model/load.py: resolving names, and loading what they stand for."""
+"""hub.py and model/load.py: resolving names, and loading what they stand for."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ import torch
 from tiny import save_tiny, tiny_llama, tiny_qwen3, tiny_tokenizer
 
 from lit_sft.errors import UserError
+from lit_sft.hub import resolve
 from lit_sft.model.generate import stop_token_ids
-from lit_sft.model.load import load_config, load_model, load_tokenizer, resolve
+from lit_sft.model.load import load_config, load_model, load_tokenizer
 
 
 def load(path, init="pretrained", dtype=torch.float32, attn_implementation="sdpa", seed=0):
@@ -89,7 +90,7 @@ def test_an_adapter_directory_is_named_as_such(tmp_path):
 
 def test_offline_the_error_is_one_sentence_that_comes_in_seconds(tmp_path):
     """In a process of its own, so that the client reads the environment and nothing is warm."""
-    program = "from lit_sft.model.load import resolve; resolve('someone/some-model', key='the.key')"
+    program = "from lit_sft.hub import resolve; resolve('someone/some-model', key='the.key')"
     for environment in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://hub.invalid"}):
         start = time.monotonic()
         outcome = subprocess.run(
