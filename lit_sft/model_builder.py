@@ -27,8 +27,9 @@ from lit_sft.model import (
     trainable,
 )
 from lit_sft.model.attention import packed
+from lit_sft.model.attention.implementation import attention_of, set_attention
 from lit_sft.model.lora import adapters
-from lit_sft.model.loss import CausalLMLoss, pack_kwargs
+from lit_sft.model.loss import CausalLMLoss
 from lit_sft.ranks import broadcast_from_rank_zero
 
 if TYPE_CHECKING:
@@ -196,14 +197,14 @@ def build_model(
             broadcast_from_rank_zero(str(error))
         raise
     lm = model.lm
-    attends = lm.config._attn_implementation
+    attends = attention_of(lm)
     facts = broadcast_from_rank_zero(
         (model.own_logits, model.separate_rows, model.fused, lm.generation_config, attends)
     )
     if isinstance(facts, str):
         raise UserError(f"rank 0: {facts}")
     model.own_logits, model.separate_rows, model.fused, lm.generation_config, attends = facts
-    self_check.attend_by(lm, attends)
+    set_attention(lm, attends)
     if not is_rank_zero:
         fused_layers.fuse_blocks(model.lm, model.fused)
     parallel.follow_rank_zero(model)
@@ -239,7 +240,7 @@ def _build(options: SimpleNamespace, precision: str, on_meta: bool = False) -> t
     log.info(
         f"model: {type(lm).__name__}, {total / 1e6:,.1f} M parameters in "
         f"{options.quantization or str(lm.dtype).removeprefix('torch.')}, "
-        f"{trained / total:.1%} trained, attention {lm.config._attn_implementation}"
+        f"{trained / total:.1%} trained, attention {attention_of(lm)}"
     )
     if options.neftune_noise_alpha is not None:
         neftune.apply_neftune(model, lm.get_input_embeddings(), options.neftune_noise_alpha)
@@ -256,25 +257,25 @@ def check(model: CausalLMLoss) -> None:
     Raises:
         UserError: The model is not causal.
     """
-    lm, lost, chosen = model.lm, None, model.lm.config._attn_implementation
+    lm, lost, chosen = model.lm, None, attention_of(model.lm)
     if is_foreign := chosen not in (packed.PACKED, "eager", "sdpa"):  # it may know 16 bits only, on a GPU only
-        self_check.attend_by(lm, "eager")
-    if chosen == packed.PACKED and (lost := self_check.what_is_lost(lm, pack_kwargs)):
+        set_attention(lm, "eager")
+    if chosen == packed.PACKED and (lost := self_check.what_is_lost(lm)):
         log.warning("%s needs %s: attention falls back to `eager`, exact but slower", type(lm).__name__, lost)
-        self_check.attend_by(lm, "eager")
+        set_attention(lm, "eager")
     if not self_check.is_causal(lm):
         cure = "take a causal language model, or set is_decoder to true in its config.json if it has that key"
         raise UserError(f"{type(lm).__name__} lets tokens see those that follow: {cure}")
     model.check_head()
     model.fused = fused_layers.fuse_blocks(lm)
     # a window that is in the mask only may be cut at places of the row, not of the example
-    model.separate_rows = lost is not None or not self_check.packs_are_exact(lm, pack_kwargs)
+    model.separate_rows = lost is not None or not self_check.packs_are_exact(lm)
     if model.separate_rows:
         log.warning("%s: each example gets a padded row of its own, exact but slower than packs", type(lm).__name__)
-        if lm.config._attn_implementation == packed.PACKED:  # which makes no masks
-            self_check.attend_by(lm, "sdpa")
+        if attention_of(lm) == packed.PACKED:  # which makes no masks
+            set_attention(lm, "sdpa")
     if is_foreign:
-        self_check.attend_by(lm, chosen)
+        set_attention(lm, chosen)
 
 
 def _evaluated_adapter(lm: PreTrainedModel, folder: str, options: SimpleNamespace) -> PeftModel:

@@ -176,8 +176,7 @@ class SFTModule(L.LightningModule):
             torch.distributed.all_reduce(self.window)  # Lightning's would wait at a barrier first
         num_targets = self.window[1].clamp(min=1)  # without a target all gradients are 0
         scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / (num_targets * self.loss_scale)
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        torch._foreach_mul_(gradients, scale.to(gradients[0].device, torch.float32))  # offloaded ones are on the CPU
+        optim.scale_gradients(self.parameters(), scale)
         self.log("train/loss", (self.window[0] / num_targets).float(), prog_bar=self.in_bar)
         self.log("train/lr", torch.tensor(optimizer.param_groups[0]["lr"], dtype=torch.float64))
 

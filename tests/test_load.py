@@ -18,6 +18,7 @@ from tiny import save_tiny, tiny_llama, tiny_qwen3, tiny_tokenizer
 
 from lit_sft.errors import UserError
 from lit_sft.hub import resolve
+from lit_sft.model.attention.implementation import attention_of
 from lit_sft.model.generate import stop_token_ids
 from lit_sft.model.load import load_config, load_model, load_tokenizer
 
@@ -220,7 +221,7 @@ def test_pretrained_weights_are_those_of_the_files_in_the_asked_dtype(tmp_path):
     assert model.training
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert {p.dtype for p in load(path, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
-    assert load(path, attn_implementation="eager").config._attn_implementation == "eager"
+    assert attention_of(load(path, attn_implementation="eager")) == "eager"
 
 
 def test_random_weights_depend_on_the_seed_alone(tmp_path):

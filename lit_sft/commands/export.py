@@ -10,7 +10,8 @@ import torch
 from lit_sft.checkpoint.io import read_checkpoint
 from lit_sft.datamodule import QUESTIONS, SFTDataModule
 from lit_sft.errors import UserError
-from lit_sft.model import fused_layers, self_check
+from lit_sft.model import fused_layers
+from lit_sft.model.attention.implementation import set_attention
 from lit_sft.model.export import verify_export
 from lit_sft.model.lora import merge
 from lit_sft.module import SFTModule
@@ -58,7 +59,7 @@ def export_checkpoint(
         if module.options.quantization is not None:
             plain = merge.dequantized(plain)
         module.model.lm, module.adapter = merge.merge(plain, probe, before), None
-    self_check.attend_by(module.model.lm, "sdpa")
+    set_attention(module.model.lm, "sdpa")
     if dtype is not None and module.adapter is not None:
         raise UserError(f"--dtype {dtype} is for whole models, and an adapter stays as it is: add --merge_lora true")
     trained, stored = module.adapter or module.model.lm, None if dtype is None else getattr(torch, dtype)

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from lit_sft.errors import UserError
+from lit_sft.model.evaluation_mode import evaluation_mode
+from lit_sft.model.random_state import own_random_state
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -114,7 +116,7 @@ def verify_export(
     exact = dtype == _stored_dtype(reloaded)
     limit = 0.05 if not exact else 1e-5 if dtype == torch.float32 else 0.02
     stops = json.loads((Path(output_dir) / "generation_config.json").read_text()).get("eos_token_id")
-    with _evaluating(model):
+    with evaluation_mode(model):
         for ids in probe_ids:
             prompt = torch.tensor([list(ids)], device=model.device)
             expected, found = (m(input_ids=prompt).logits.float() for m in (model, reloaded))
@@ -273,8 +275,8 @@ def _reload(directory: Path, model: PreTrainedModel | PeftModel) -> Any:
     from transformers import AutoModelForCausalLM
 
     load: Any = partial(AutoModelForCausalLM.from_pretrained, trust_remote_code=_is_remote(_causal_lm(model)))
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):  # peft draws random numbers before it loads the right ones
+    # peft draws random numbers before it loads the right ones
+    with own_random_state(devices=[model.device]):
         if not _is_adapted(model):
             return load(directory, dtype="auto", local_files_only=True).to(model.device)
         from peft import PeftConfig, PeftModel
@@ -287,14 +289,3 @@ def _reload(directory: Path, model: PreTrainedModel | PeftModel) -> Any:
         options |= {"revision": config.revision, "dtype": _stored_dtype(model), "local_files_only": True}
         base = load(config.base_model_name_or_path, **options)
         return PeftModel.from_pretrained(base, str(directory)).to(model.device).eval()
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from lit_sft.errors import UserError
+from lit_sft.model.evaluation_mode import evaluation_mode
+from lit_sft.model.parallel import is_compiled
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -219,28 +221,23 @@ def _ready_to_generate(lm: PreTrainedModel, cast: bool) -> Iterator[None]:
     cast = cast and torch.is_autocast_enabled(lm.device.type) and dtype == torch.bfloat16
     # `generate` fills what a config leaves open from this one: repetition penalties, say, or a length.
     own_generation_config = lm.generation_config
-    training = [module for module in lm.modules() if module.training]
     lm.generation_config = _new_generation_config()
-    lm.train(False)
     stored = _cast_weights(lm, dtype) if cast else []
     # Without gradients torch copies the weight for every prompt if its input is a slice, as the last states of the
     # prompts are (3.6 GB for 64 prompts of SmolLM2, frozen): https://github.com/pytorch/pytorch/issues/186148.
     # Compiled blocks would be compiled again for every new length, until torch gives up, for training, too.
-    compiled = any(module._compiled_call_impl is not None for module in lm.modules())
-    eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+    eager = torch.compiler.set_stance("force_eager") if is_compiled(lm) else nullcontext()
     head = lm.get_output_embeddings()
     hook = head and head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
     try:
-        with eager, torch.autocast(lm.device.type, enabled=False):
+        with evaluation_mode(lm), eager, torch.autocast(lm.device.type, enabled=False):
             yield
     finally:
         if hook is not None:
             hook.remove()
         for module, name, parameter in stored:
-            module._parameters[name] = parameter
+            setattr(module, name, parameter)
         lm.generation_config = own_generation_config
-        for module in training:
-            module.training = True
 
 
 def _cast_weights(lm: nn.Module, dtype: torch.dtype) -> list[tuple[nn.Module, str, nn.Parameter]]:
@@ -252,12 +249,12 @@ def _cast_weights(lm: nn.Module, dtype: torch.dtype) -> list[tuple[nn.Module, st
     stored = [
         (module, name, parameter)
         for module in lm.modules()
-        for name, parameter in module._parameters.items()
-        if parameter is not None and parameter.dtype == torch.float32
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
+        if parameter.dtype == torch.float32
     ]
     copies = {parameter: nn.Parameter(parameter.detach().to(dtype), requires_grad=False) for _, _, parameter in stored}
     for module, name, parameter in stored:
-        module._parameters[name] = copies[parameter]  # tied weights stay tied
+        setattr(module, name, copies[parameter])  # tied weights stay tied
     return stored
 
 

@@ -9,6 +9,7 @@ import torch
 
 from lit_sft import hub
 from lit_sft.errors import UserError
+from lit_sft.model.random_state import own_random_state
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -135,8 +136,7 @@ def _random_model(config: PretrainedConfig, arguments: dict[str, Any], seed: int
     from transformers import AutoModelForCausalLM
 
     factory: Any = AutoModelForCausalLM
-    with torch.random.fork_rng(devices=[]), torch.device(device):
-        torch.default_generator.manual_seed(seed)
+    with own_random_state(seed), torch.device(device):
         model: PreTrainedModel = factory.from_config(config, **arguments)
     return model
 

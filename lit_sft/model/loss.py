@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_sft.errors import UserError
+from lit_sft.model.attention.packed import pack_kwargs
+from lit_sft.model.evaluation_mode import evaluation_mode
 from lit_sft.types import IGNORE_INDEX, LossOutput
 
 if TYPE_CHECKING:
@@ -159,16 +161,6 @@ def _losses_and_gradient(
     return losses, grad
 
 
-def pack_kwargs(lengths: tuple[int, ...], device: torch.device) -> dict[str, Any]:
-    """What the layers hand down to attention about the S examples of a row, under transformers' names: a tensor and
-    one number, since torch.compile makes code anew for every length of a tuple.
-    """
-    bounds = torch.tensor((0, *lengths), dtype=torch.int32, device="cpu").cumsum(0, dtype=torch.int32)
-    bounds, longest = bounds.to(device, non_blocking=True), max(lengths)
-    bounds.host_lengths = list(lengths)  # type: ignore[attr-defined] # where examples go one by one, nobody waits
-    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
-
-
 class CausalLMLoss(nn.Module):
     """A Hugging Face causal LM together with its loss, so that sharding gathers the head where it is used.
 
@@ -275,13 +267,11 @@ class CausalLMLoss(nn.Module):
             return
         device = self.lm.get_output_embeddings().weight.device
         input_ids = torch.arange(8, device=device)[None] % self.lm.config.get_text_config().vocab_size
-        was_training = self.training
-        self.eval()
-        own = self.lm(input_ids=input_ids, use_cache=False).logits[0]
-        hidden = self.lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[0]
+        with evaluation_mode(self):
+            own = self.lm(input_ids=input_ids, use_cache=False).logits[0]
+            hidden = self.lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[0]
         head = self.head
         ours = head.logits(head.project(hidden.to(head.weight.dtype), head.weight))
-        self.train(was_training)
         tolerance = 1e-4 if own.dtype == torch.float32 else 2e-2
         self.own_logits = not torch.allclose(own.float(), ours, rtol=tolerance, atol=tolerance * float(own.abs().max()))
         if self.own_logits:

@@ -43,6 +43,7 @@ def packed_attention_cpu(
     inputs = (x.split(lengths, dim=2) for x in (query, key, value))
     for place, norm, q, k, v in zip(out.split(lengths, dim=1), norms.split(lengths, dim=2), *inputs, strict=True):
         k, v, mask = repeat_heads(k, groups), repeat_heads(v, groups), window_bias(q, window)
+        # The public SDPA does not return the logarithms of the sums, which the backward pass needs.
         made, made_norm = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, mask is None, attn_mask=mask, scale=scaling
         )

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_sft.errors import UserError
+from lit_sft.model.random_state import own_random_state
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -111,7 +111,7 @@ def apply_lora(
         if config.target_modules == "all-linear":  # peft would adapt routers and experts, which cannot be merged
             options["target_modules"] = _all_linear(model)
         peft_config = PeftLoraConfig(task_type="CAUSAL_LM", ensure_weight_tying=tying, **options)
-        with _own_random_state(model, seed), warnings.catch_warnings():
+        with own_random_state(seed, _devices(model)), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="fan_in_fan_out")  # peft corrects it by itself
             warnings.filterwarnings("ignore", category=FutureWarning)  # between peft and transformers
             adapted: Any = get_peft_model(model, peft_config)
@@ -158,7 +158,7 @@ def load_adapter(
         with safe_open(weights, framework="pt") as file:
             saved = set(file.keys())
         config.inference_mode = not trainable
-        with _own_random_state(model, 0):  # peft draws start values before it reads the right ones
+        with own_random_state(0, _devices(model)):  # peft draws start values before it reads the right ones
             if model.device.type == "meta":  # there is no place for values, which come from rank 0
                 config.init_lora_weights = True
                 adapted: Any = get_peft_model(model, config)
@@ -265,7 +265,8 @@ def _train_in_fp32(model: PeftModel) -> None:
 
 def lift_trained(model: nn.Module) -> None:
     """Makes fp32 of the trained parameters that something has cast, as Lightning does with `bf16-true`."""
-    # through `_apply`, where shards of a parameter follow it
+    # The public `to` and `float` would cast what is frozen, too. `_apply`, on which they are built, chooses tensor by
+    # tensor; FSDP2 extends it, so that its shards follow the parameters.
     model._apply(lambda tensor: tensor.float() if tensor.requires_grad else tensor)
 
 
@@ -279,12 +280,8 @@ def _cast_around(module: nn.Module, dtype: torch.dtype) -> None:
     module.register_forward_hook(lambda module, inputs, output: output.to(dtype))
 
 
-@contextmanager
-def _own_random_state(model: nn.Module, seed: int) -> Iterator[None]:
-    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
-    with torch.random.fork_rng(devices=list(devices)):
-        torch.manual_seed(seed)
-        yield
+def _devices(model: nn.Module) -> set[torch.device]:
+    return {parameter.device for parameter in model.parameters()}
 
 
 def _compiled(pattern: str, key: str) -> re.Pattern[str]:
