@@ -28,7 +28,8 @@ from lit_sft.model import (
 )
 from lit_sft.model.attention import packed
 from lit_sft.model.attention.implementation import attention_of, set_attention
-from lit_sft.model.lora import adapters
+from lit_sft.model.lora.apply import apply_lora
+from lit_sft.model.lora.load import is_adapter_dir, load_adapter
 from lit_sft.model.loss import CausalLMLoss
 from lit_sft.ranks import broadcast_from_rank_zero
 
@@ -61,7 +62,7 @@ def base_directory(path: str) -> str:
     Raises:
         UserError: It is not to be had.
     """
-    if not adapters.is_adapter_dir(path):
+    if not is_adapter_dir(path):
         return path
     config = json.loads((Path(path) / "adapter_config.json").read_text(encoding="utf-8"))
     name = str(config.get("base_model_name_or_path"))
@@ -113,7 +114,7 @@ def is_adapted(options: SimpleNamespace) -> bool:
 
 def refuse_adapter(options: SimpleNamespace) -> None:
     """Raises a UserError where an adapter directory is named in place of a model that is to be trained."""
-    if adapters.is_adapter_dir(model_directory(options.model_name_or_path, options.revision)):
+    if is_adapter_dir(model_directory(options.model_name_or_path, options.revision)):
         raise UserError(
             f"model.model_name_or_path {options.model_name_or_path} holds an adapter: set it to the base (and "
             "model.adapter_name_or_path to the adapter, to go on training it)"
@@ -286,7 +287,7 @@ def _evaluated_adapter(lm: PreTrainedModel, folder: str, options: SimpleNamespac
         Path(folder), base_fingerprint.base_of(lm, options.init, options.seed), str(lm.name_or_path)
     )
     load.read_generation_config(lm, folder)
-    return adapters.load_adapter(lm, folder)
+    return load_adapter(lm, folder)
 
 
 def choose_trained(lm: PreTrainedModel, path: str, options: SimpleNamespace, on_meta: bool) -> PeftModel | None:
@@ -299,13 +300,13 @@ def choose_trained(lm: PreTrainedModel, path: str, options: SimpleNamespace, on_
     if options.lora is not None:
         # start values that decompose the weights need weights; rank 0 has both
         lora = replace(options.lora, init_lora_weights=True) if on_meta else options.lora
-        return adapters.apply_lora(lm, lora, new_token_ids=new_ids, seed=options.seed)
+        return apply_lora(lm, lora, new_token_ids=new_ids, seed=options.seed)
     if options.adapter_name_or_path is not None:
         folder = resolve(options.adapter_name_or_path, key="model.adapter_name_or_path", allow_adapter=True)
         log.info("adapter: goes on from %s", options.adapter_name_or_path)
         name, base = options.model_name_or_path, base_fingerprint.base_of(lm, options.init, options.seed)
         is_proved = base_fingerprint.check_recorded_base(Path(folder), base, name)
-        return adapters.load_adapter(lm, folder, base_name=None if is_proved else name, trainable=True)
+        return load_adapter(lm, folder, base_name=None if is_proved else name, trainable=True)
     if options.trainable is not None:
         trainable.set_trainable(lm, options.trainable)
         ends = (lm.get_input_embeddings(), lm.get_output_embeddings())

@@ -26,7 +26,6 @@ from lit_sft.data.stats import Counts
 from lit_sft.datamodule import SFTDataModule
 from lit_sft.errors import UserError
 from lit_sft.model import load, memory_estimate
-from lit_sft.model.loss import CHUNK_ELEMENTS
 from lit_sft.model_builder import (
     base_directory,
     choose_trained,
@@ -177,8 +176,7 @@ def needed_memory(
     stored = stored_dtype(options.dtype, precision, adapted)
     packs, lengths = datamodule.pack("train"), datamodule.data.caches["train"].lengths
     plain_lora = options.quantization is None and not (lora is not None and (lora.use_dora or lora.lora_dropout))
-    return memory_estimate.estimate(
-        lm.config,
+    step = memory_estimate.StepShape(
         num_parameters=total,
         num_trained=lm.num_parameters(only_trainable=True),
         tokens=int(packs.num_tokens(lengths).max()) * data.micro_batch_size,
@@ -191,10 +189,10 @@ def needed_memory(
         adapted=adapted,
         input_copies=not plain_lora,
         normed_heads=any(name.endswith("q_norm") for name, _ in lm.named_modules()),
-        chunk_elements=CHUNK_ELEMENTS,
         on_cpu=trainer.strategy.root_device.type == "cpu",
         quantized=options.quantization is not None,
     )
+    return memory_estimate.estimate(lm.config, step)
 
 
 def _without_weights(options: Any) -> tuple[PreTrainedModel, int]:

@@ -12,8 +12,8 @@ from lit_sft.datamodule import QUESTIONS, SFTDataModule
 from lit_sft.errors import UserError
 from lit_sft.model import fused_layers
 from lit_sft.model.attention.implementation import set_attention
-from lit_sft.model.export import verify_export
 from lit_sft.model.lora import merge
+from lit_sft.model.verify_export import verify_export
 from lit_sft.module import SFTModule
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 
 @contextmanager
@@ -21,6 +22,11 @@ def own_random_state(seed: int | None = None, devices: Iterable[torch.device] = 
         if seed is not None:
             _seed(seed, on_gpus=bool(gpus))
         yield
+
+
+def devices_of(model: nn.Module) -> set[torch.device]:
+    """The devices of a model's parameters."""
+    return {parameter.device for parameter in model.parameters()}
 
 
 def _seed(seed: int, on_gpus: bool) -> None:
