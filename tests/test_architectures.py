@@ -125,7 +125,7 @@ def test_bf16_true_casts_weights_and_nothing_else(strategy, options, tmp_path):
     rows = write_rows(tmp_path / "train.jsonl", chat_rows(8))
     settings = {"trainer__precision": "bf16-true", "trainer__strategy": strategy, **options}
     code = (
-        "import sys; from lit_sft import cli; from lightning.pytorch.callbacks import Callback\n"
+        "import sys; from lit_sft.cli import main as cli; from lightning.pytorch.callbacks import Callback\n"
         "class See(Callback):\n"
         "    def on_train_end(self, trainer, module):\n"
         "        print('buffers', {str(b.dtype) for b in module.buffers()})\n"

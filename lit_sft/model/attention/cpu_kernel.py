@@ -64,7 +64,7 @@ def _made(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     schema="(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor norms, Tensor bounds, float? scale, "
     "int? window) -> (Tensor, Tensor, Tensor)",
 )
-def _backward_op(
+def _backward_op(  # noqa: PLR0913 - as the schema has them
     grad: Tensor,
     query: Tensor,
     key: Tensor,
