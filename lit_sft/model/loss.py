@@ -230,7 +230,7 @@ class CausalLMLoss(nn.Module):
         self.lm = lm
         self.trained_options = options or LossOptions()
         self.fused: list[str] = []
-        """Modules of the LM whose forward pass was replaced (see `fused`)."""
+        """Modules of the LM whose forward pass was replaced (see `fused_layers`)."""
         self.separate_rows = False
         """Set where the model would mix examples of a pack: each becomes a padded row of its own."""
         head = lm.get_output_embeddings()
