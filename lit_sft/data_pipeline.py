@@ -22,6 +22,7 @@ from lit_sft.data.workers import num_workers_of
 from lit_sft.demo import builtin as demo
 from lit_sft.errors import UserError, located
 from lit_sft.generation.prompts import Asked, Prompt, encode
+from lit_sft.hub import resolve
 from lit_sft.model import load, new_tokens
 from lit_sft.model_builder import tokenizer_directory
 from lit_sft.preprocessing import Preparation, Reading, num_overlapping
@@ -66,7 +67,7 @@ class SFTData:
         path = tokenizer_directory(self.options.model_name_or_path, self.options.revision)
         adapter = self.options.adapter_name_or_path
         if adapter:
-            beside = load.resolve(adapter, key="model.adapter_name_or_path", allow_adapter=True)
+            beside = resolve(adapter, key="model.adapter_name_or_path", allow_adapter=True)
             # An adapter brings the tokens and the template that it was trained with.
             if (Path(beside) / "tokenizer_config.json").is_file():
                 path = beside

@@ -48,6 +48,13 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def sync_tree(folder: Path) -> None:
+    """Makes everything in a folder survive a crash of the machine: the content of its files, and their names."""
+    for path in (*folder.rglob("*"), folder):
+        # The system syncs a file in the same way as a folder.
+        sync_folder(path)
+
+
 def point(link: Path, name: str) -> None:
     """Lets a name stand for another file in its folder, in one step; what bore that name before goes.
 

@@ -12,7 +12,6 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lit_sft.datamodule import SFTDataModule
 from lit_sft.errors import UserError
 from lit_sft.model import load, memory_estimate
-from lit_sft.model.loss import CHUNK_ELEMENTS
 from lit_sft.model_builder import base_directory, choose_trained, model_directory, stored_dtype
 from lit_sft.module import SFTModule
 from lit_sft.training.optim import bytes_per_parameter
@@ -76,8 +75,7 @@ def needed_memory(
     lm, total = _model_without_weights(options)
     adapted = options.is_adapted
     stored = stored_dtype(options.dtype, precision, adapted)
-    return memory_estimate.estimate(
-        lm.config,
+    step = memory_estimate.StepShape(
         num_parameters=total,
         num_trained=lm.num_parameters(only_trainable=True),
         tokens=_longest_pack(datamodule) * data.micro_batch_size,
@@ -90,10 +88,10 @@ def needed_memory(
         adapted=adapted,
         input_copies=not _is_plain_lora(options),
         normed_heads=any(name.endswith("q_norm") for name, _ in lm.named_modules()),
-        chunk_elements=CHUNK_ELEMENTS,
         on_cpu=trainer.strategy.root_device.type == "cpu",
         quantized=options.quantization is not None,
     )
+    return memory_estimate.estimate(lm.config, step)
 
 
 def _longest_pack(datamodule: SFTDataModule) -> int:

@@ -15,6 +15,7 @@ import torch
 
 from lit_sft.demo import builtin as demo
 from lit_sft.errors import UserError
+from lit_sft.hub import resolve
 from lit_sft.model import (
     base_fingerprint,
     fused_layers,
@@ -27,8 +28,10 @@ from lit_sft.model import (
     trainable,
 )
 from lit_sft.model.attention import packed
-from lit_sft.model.lora import adapters
-from lit_sft.model.loss import CausalLMLoss, pack_kwargs
+from lit_sft.model.attention.implementation import attention_of, set_attention
+from lit_sft.model.lora.apply import apply_lora
+from lit_sft.model.lora.load import is_adapter_dir, load_adapter
+from lit_sft.model.loss import CausalLMLoss
 from lit_sft.ranks import broadcast_from_rank_zero
 from lit_sft.settings import ModelConfig
 
@@ -52,7 +55,7 @@ def model_directory(name_or_path: str, revision: str | None = None) -> str:
     """
     if name_or_path.startswith(BUILTIN):
         return str(demo.model_dir(name_or_path.removeprefix(BUILTIN)))
-    return load.resolve(name_or_path, revision=revision, allow_adapter=True)
+    return resolve(name_or_path, revision=revision, allow_adapter=True)
 
 
 def base_directory(path: str) -> str:
@@ -61,7 +64,7 @@ def base_directory(path: str) -> str:
     Raises:
         UserError: It is not to be had.
     """
-    if not adapters.is_adapter_dir(path):
+    if not is_adapter_dir(path):
         return path
     config = json.loads((Path(path) / "adapter_config.json").read_text(encoding="utf-8"))
     name = str(config.get("base_model_name_or_path"))
@@ -70,7 +73,7 @@ def base_directory(path: str) -> str:
         return str(own)
     if name.startswith(BUILTIN):
         return model_directory(name)
-    return load.resolve(name, revision=config.get("revision"), key=f"{path}: base_model_name_or_path")
+    return resolve(name, revision=config.get("revision"), key=f"{path}: base_model_name_or_path")
 
 
 def tokenizer_directory(name_or_path: str, revision: str | None = None) -> str:
@@ -127,7 +130,7 @@ def base_name(name_or_path: str) -> str:
 
 def refuse_adapter(options: ModelConfig) -> None:
     """Raises a UserError where an adapter directory is named in place of a model that is to be trained."""
-    if adapters.is_adapter_dir(model_directory(options.model_name_or_path, options.revision)):
+    if is_adapter_dir(model_directory(options.model_name_or_path, options.revision)):
         raise UserError(
             f"model.model_name_or_path {options.model_name_or_path} holds an adapter: set it to the base (and "
             "model.adapter_name_or_path to the adapter, to go on training it)"
@@ -267,7 +270,7 @@ def _log_model(lm: PreTrainedModel, options: ModelConfig) -> None:
     log.info(
         f"model: {type(lm).__name__}, {total / 1e6:,.1f} M parameters in "
         f"{options.quantization or str(lm.dtype).removeprefix('torch.')}, "
-        f"{trained / total:.1%} trained, attention {lm.config._attn_implementation}"
+        f"{trained / total:.1%} trained, attention {attention_of(lm)}"
     )
 
 
@@ -279,8 +282,8 @@ def probe(model: CausalLMLoss) -> FastPaths:
     """
     lm = model.lm
     name = type(lm).__name__
-    chosen = lm.config._attn_implementation
-    lost = self_check.what_is_lost(lm, pack_kwargs) if chosen == packed.PACKED else None
+    chosen = attention_of(lm)
+    lost = self_check.what_is_lost(lm) if chosen == packed.PACKED else None
     if lost is not None:
         log.warning("%s needs %s: attention falls back to `eager`, exact but slower", name, lost)
     # Implementations from elsewhere may know 16 bits only, or a GPU only, so `eager` stands in for them.
@@ -292,7 +295,7 @@ def probe(model: CausalLMLoss) -> FastPaths:
         model.check_head()
         fused = fused_layers.fuse_blocks(lm)
         # A window that is only in the mask may be cut at places of the row, and not of the example.
-        separate_rows = lost is not None or not self_check.packs_are_exact(lm, pack_kwargs)
+        separate_rows = lost is not None or not self_check.packs_are_exact(lm)
         fused_layers.unfuse_blocks(lm, fused)
     if separate_rows:
         log.warning("%s: each example gets a padded row of its own, exact but slower than packs", name)
@@ -322,21 +325,21 @@ def _trained_attention(chosen: str, is_lossy: bool, separate_rows: bool) -> str:
 @contextmanager
 def _attention(lm: PreTrainedModel, name: str) -> Iterator[None]:
     """Runs a block under another attention implementation."""
-    before = lm.config._attn_implementation
+    before = attention_of(lm)
     if name == before:
         yield
         return
-    self_check.attend_by(lm, name)
+    set_attention(lm, name)
     try:
         yield
     finally:
-        self_check.attend_by(lm, before)
+        set_attention(lm, before)
 
 
 def apply_fast_paths(model: CausalLMLoss, paths: FastPaths) -> None:
     """Lets a model take the ways that `probe` found exact, here or on rank 0."""
-    if model.lm.config._attn_implementation != paths.attention:
-        self_check.attend_by(model.lm, paths.attention)
+    if attention_of(model.lm) != paths.attention:
+        set_attention(model.lm, paths.attention)
     model.separate_rows = paths.separate_rows
     model.own_logits = paths.own_logits
     model.fused = fused_layers.fuse_blocks(model.lm, known=paths.fused)
@@ -350,7 +353,7 @@ def _evaluated_adapter(lm: PreTrainedModel, folder: str, options: ModelConfig) -
         Path(folder), base_fingerprint.base_of(lm, options.init, options.seed), str(lm.name_or_path)
     )
     load.read_generation_config(lm, folder)
-    return adapters.load_adapter(lm, folder)
+    return load_adapter(lm, folder)
 
 
 def choose_trained(lm: PreTrainedModel, path: str, options: ModelConfig, on_meta: bool) -> PeftModel | None:
@@ -363,14 +366,14 @@ def choose_trained(lm: PreTrainedModel, path: str, options: ModelConfig, on_meta
     if options.lora is not None:
         # start values that decompose the weights need weights; rank 0 has both
         lora = replace(options.lora, init_lora_weights=True) if on_meta else options.lora
-        return adapters.apply_lora(lm, lora, new_token_ids=new_ids, seed=options.seed)
+        return apply_lora(lm, lora, new_token_ids=new_ids, seed=options.seed)
     if options.adapter_name_or_path is not None:
-        folder = load.resolve(options.adapter_name_or_path, key="model.adapter_name_or_path", allow_adapter=True)
+        folder = resolve(options.adapter_name_or_path, key="model.adapter_name_or_path", allow_adapter=True)
         log.info("adapter: goes on from %s", options.adapter_name_or_path)
         name = options.model_name_or_path
         base = base_fingerprint.base_of(lm, options.init, options.seed)
         is_proved = base_fingerprint.check_recorded_base(Path(folder), base, name)
-        return adapters.load_adapter(lm, folder, base_name=None if is_proved else name, trainable=True)
+        return load_adapter(lm, folder, base_name=None if is_proved else name, trainable=True)
     if options.trainable is not None:
         trainable.set_trainable(lm, options.trainable)
         ends = (lm.get_input_embeddings(), lm.get_output_embeddings())

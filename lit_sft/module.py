@@ -17,10 +17,11 @@ from lit_sft.datamodule import data_of
 from lit_sft.errors import UserError
 from lit_sft.generation import answer as answer_module
 from lit_sft.generation.scoring import EvaluationOptions
-from lit_sft.model import base_fingerprint, memory_estimate, parallel, self_check
-from lit_sft.model.export import export_hf
+from lit_sft.model import base_fingerprint, memory_estimate, parallel, self_check, trainable
+from lit_sft.model.export import AdapterBase, ChatFormat, export_hf
 from lit_sft.model.generate import GenerationOptions, context_length, stop_token_ids
-from lit_sft.model.lora.adapters import LoraConfig, lift_trained
+from lit_sft.model.lora.lora_config import LoraConfig
+from lit_sft.model.lora.precision import lift_trained
 from lit_sft.model.loss import CausalLMLoss, LossOptions
 from lit_sft.model_builder import base_name, build_model
 from lit_sft.settings import ModelConfig
@@ -159,7 +160,7 @@ class SFTModule(L.LightningModule):
         longest = data_of(self.trainer).data.longest
         self_check.check_length(model.lm, longest, context_length(model.lm.config))
         self.loss_scale = 1.0 / 1024 if self.trainer.precision.startswith("16") else 1.0
-        if base_fingerprint.is_frozen(model.lm):
+        if trainable.is_frozen(model.lm):
             self.base = base_fingerprint.base_of(model.lm, self.options.init, self.options.seed)
         self.model = model
         self._peft = _Unregistered(adapter)
@@ -234,8 +235,7 @@ class SFTModule(L.LightningModule):
             torch.distributed.all_reduce(self.window)  # Lightning's would wait at a barrier first
         num_targets = self.window[1].clamp(min=1)  # without a target all gradients are 0
         scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / (num_targets * self.loss_scale)
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        torch._foreach_mul_(gradients, scale.to(gradients[0].device, torch.float32))  # offloaded ones are on the CPU
+        optim.scale_gradients(self.parameters(), scale)
         self.log("train/loss", (self.window[0] / num_targets).float(), prog_bar=self.in_bar)
         self.log("train/lr", torch.tensor(optimizer.param_groups[0]["lr"], dtype=torch.float64))
 
@@ -327,12 +327,12 @@ class SFTModule(L.LightningModule):
         """Leaves out what is frozen, and remembers what that was; and how answers end."""
         checkpoint |= {"base": self.base, "quantization": self.options.quantization, "stop_ids": self.stop_ids}
         if self.base is not None:
-            checkpoint["state_dict"] = base_fingerprint.trained(self, checkpoint["state_dict"])
+            checkpoint["state_dict"] = trainable.trained(self, checkpoint["state_dict"])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses what does not belong to this model; takes back how answers end."""
         if "state_dict" in checkpoint:  # Lightning's FSDP strategy has taken it out
-            base_fingerprint.check_fits(self, checkpoint["state_dict"])
+            trainable.check_fits(self, checkpoint["state_dict"])
         base_fingerprint.check_base(checkpoint["base"], self.base)
         # Only training must go on over the same bits. Who evaluates or merges over others has asked for it by name.
         is_resumed = self.trainer.state.fn == "fit"
@@ -357,13 +357,9 @@ class SFTModule(L.LightningModule):
         is_ours = options.init == "random" or options.add_tokens
         export_hf(
             self.adapter or self.model.lm,
-            datamodule.tokenizer,
+            ChatFormat(datamodule.tokenizer, self.stop_ids, datamodule.data.chat_template),
             output_dir,
-            stop_ids=self.stop_ids,
-            chat_template=datamodule.data.chat_template,
-            base_name_or_path=None if is_ours else base_name(options.model_name_or_path),
-            base_revision=options.revision,
+            base=None if is_ours else AdapterBase(base_name(options.model_name_or_path), options.revision),
             state_dict=None if state_dict is None else {k.removeprefix("lm."): v for k, v in state_dict.items()},
-            record_base=base_fingerprint.record_base,
             **how,
         )

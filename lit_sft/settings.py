@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from lit_sft.errors import UserError
 from lit_sft.generation.scoring import EvaluationOptions
 from lit_sft.model.generate import GenerationOptions
-from lit_sft.model.lora.adapters import LoraConfig
+from lit_sft.model.lora.lora_config import LoraConfig
 from lit_sft.model.loss import LossOptions
 from lit_sft.training.optim import ScheduleOptions
 

@@ -9,10 +9,11 @@ import torch
 from tiny import tiny_gpt2, tiny_llama, tiny_qwen3
 
 from lit_sft.errors import UserError
-from lit_sft.model.base_fingerprint import check_fits
-from lit_sft.model.lora.adapters import LoraConfig, apply_lora, is_adapter_dir, load_adapter
+from lit_sft.model.lora.apply import apply_lora
+from lit_sft.model.lora.load import is_adapter_dir, load_adapter
+from lit_sft.model.lora.lora_config import LoraConfig
 from lit_sft.model.lora.merge import merge, merge_error
-from lit_sft.model.trainable import set_trainable
+from lit_sft.model.trainable import check_fits, set_trainable
 
 IDS = torch.arange(5, 29).reshape(2, 12)
 

@@ -15,7 +15,8 @@ from terminal import log_lines, refused
 from tiny import save_tiny, tiny_gpt2, tiny_llama, tiny_tokenizer
 
 from lit_sft.model import trainable
-from lit_sft.model.lora.adapters import LoraConfig, apply_lora
+from lit_sft.model.lora.apply import apply_lora
+from lit_sft.model.lora.lora_config import LoraConfig
 
 SIZES = {
     "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,

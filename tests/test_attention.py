@@ -9,14 +9,16 @@ from lit_sft.errors import UserError
 from lit_sft.model import parallel, self_check
 from lit_sft.model.attention import cpu_kernel
 from lit_sft.model.attention import packed as attention_packed
+from lit_sft.model.attention.implementation import attention_of
+from lit_sft.model.attention.packed import pack_kwargs
 from lit_sft.model.generate import GenerationOptions, generate, left_pad
-from lit_sft.model.loss import CausalLMLoss, pack_kwargs
+from lit_sft.model.loss import CausalLMLoss
 from lit_sft.model_builder import apply_fast_paths, probe
 
 
 def hidden(lm, input_ids, lengths):
     position_ids = torch.cat([torch.arange(n) for n in lengths])[None]
-    packed = lm.config._attn_implementation == attention_packed.PACKED
+    packed = attention_of(lm) == attention_packed.PACKED
     kwargs = pack_kwargs(lengths, input_ids.device) if packed else {}
     return lm.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **kwargs).last_hidden_state
 
@@ -31,7 +33,7 @@ def test_an_example_in_a_pack_equals_the_example_alone(make):
     together = hidden(lm, input_ids, lengths).split(lengths, dim=1)
     for part, ids in zip(together, input_ids.split(lengths, dim=1), strict=True):
         torch.testing.assert_close(part, hidden(lm, ids, (ids.shape[1],)), rtol=1e-5, atol=1e-5)
-    assert self_check.packs_are_exact(lm, pack_kwargs)
+    assert self_check.packs_are_exact(lm)
 
 
 def test_the_same_as_transformers_own_mask_for_packs():
@@ -168,7 +170,7 @@ def test_a_state_space_model_is_found_out():
     lm = MambaForCausalLM(
         MambaConfig(vocab_size=320, hidden_size=16, num_hidden_layers=2, state_size=4, initializer_range=0.5)
     )
-    assert not self_check.packs_are_exact(lm, pack_kwargs)
+    assert not self_check.packs_are_exact(lm)
 
 
 def test_choose():
@@ -210,7 +212,7 @@ def small(name, attn_implementation="eager", **sizes):
 def test_what_is_lost(name):
     sizes, expected = LOST[name]
     attention_packed.register()
-    lost = self_check.what_is_lost(small(name, attention_packed.PACKED, **sizes), pack_kwargs)
+    lost = self_check.what_is_lost(small(name, attention_packed.PACKED, **sizes))
     assert lost is None if expected is None else expected in lost
 
 
@@ -218,7 +220,7 @@ def test_what_is_lost(name):
 def test_what_is_lost_in_bf16(name):
     sizes, expected = LOST[name]
     attention_packed.register()
-    lost = self_check.what_is_lost(small(name, attention_packed.PACKED, **sizes).bfloat16(), pack_kwargs)
+    lost = self_check.what_is_lost(small(name, attention_packed.PACKED, **sizes).bfloat16())
     assert lost is None if expected is None else expected in lost
 
 
@@ -229,14 +231,14 @@ def test_rounding_in_bf16_is_no_loss():
     with log_lines() as lines:
         model = CausalLMLoss(lm)
         apply_fast_paths(model, probe(model))
-    assert lm.config._attn_implementation == attention_packed.PACKED and lines == []
+    assert attention_of(lm) == attention_packed.PACKED and lines == []
 
 
 def test_a_model_that_stumbles_is_one_of_them(monkeypatch):
     attention_packed.register()
     lm = small("Llama", attention_packed.PACKED)
     monkeypatch.setattr(lm.model, "forward", lambda **inputs: inputs["attention_mask"].shape)
-    assert self_check.what_is_lost(lm, pack_kwargs) == "attention code of its own"
+    assert self_check.what_is_lost(lm) == "attention code of its own"
 
 
 @pytest.mark.parametrize("name", [name for name in LOST if LOST[name][1]])
@@ -248,7 +250,7 @@ def test_such_a_model_falls_back_aloud_and_is_exact(name):
     model = CausalLMLoss(lm)
     with log_lines() as lines:
         apply_fast_paths(model, probe(model))
-    assert lm.config._attn_implementation == "eager"
+    assert attention_of(lm) == "eager"
     assert any(expected in line and "falls back to `eager`" in line for line in lines)
     input_ids = torch.randint(3, 320, (1, 18), generator=torch.Generator().manual_seed(0))
     labels = input_ids.roll(-1, 1)

@@ -18,7 +18,7 @@ from lit_sft.callbacks.checkpointer import Checkpointer, CheckpointOptions
 from lit_sft.generation import answer as answer_module
 from lit_sft.model import generate
 from lit_sft.model.attention import cpu_kernel, packed
-from lit_sft.model.loss import pack_kwargs
+from lit_sft.model.attention.packed import pack_kwargs
 
 
 @pytest.fixture(scope="module")
@@ -104,10 +104,12 @@ def test_lengths_are_not_read_from_the_device(monkeypatch):
     lm.set_attn_implementation(packed.PACKED)
     monkeypatch.setattr(cpu_kernel, "takes", lambda *_: False)  # as on a GPU without the flash kernel
     bounds = pack_kwargs((3, 4), torch.device("cpu"))
-    expected = lm(input_ids=torch.arange(7)[None], position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3]]), **bounds).logits
-    monkeypatch.setattr(torch.Tensor, "diff", None)
-    again = lm(input_ids=torch.arange(7)[None], position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3]]), **bounds).logits
-    assert torch.equal(again, expected)
+    inputs = {"input_ids": torch.arange(7)[None], "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3]])}
+    expected = lm(**inputs, **bounds).logits
+    unreadable = {name: bounds[name].to("meta") for name in ("cu_seq_lens_q", "cu_seq_lens_k")}
+    assert torch.equal(lm(**inputs, **{**bounds, **unreadable}).logits, expected)
+    with pytest.raises(NotImplementedError, match="meta"):  # what would wait for a GPU
+        lm(**inputs, **{**bounds, **unreadable, "cu_seq_lens_host": None})
 
 
 @pytest.mark.parametrize(

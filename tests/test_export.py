@@ -12,19 +12,21 @@ from tiny import save_tiny, tiny_gpt2, tiny_llama, tiny_qwen3, tiny_tokenizer
 
 from lit_sft.errors import UserError
 from lit_sft.model.attention import packed
-from lit_sft.model.export import export_hf, verify_export
+from lit_sft.model.export import AdapterBase, ChatFormat, export_hf
 from lit_sft.model.generate import stop_token_ids
 from lit_sft.model.load import load_model, load_tokenizer
-from lit_sft.model.lora.adapters import LoraConfig, apply_lora, load_adapter
+from lit_sft.model.lora.apply import apply_lora
+from lit_sft.model.lora.load import load_adapter
+from lit_sft.model.lora.lora_config import LoraConfig
 from lit_sft.model.lora.merge import merge
+from lit_sft.model.verify_export import verify_export
 
 PROBES = [[5, 6, 7, 8], [100, 90, 80]]
 IDS = torch.arange(5, 29).reshape(2, 12)
 
 
-def export(model, path, **options):
-    tokenizer = options.pop("tokenizer", None) or tiny_tokenizer()
-    export_hf(model, tokenizer, path, **{"stop_ids": [0, 2], **options})
+def export(model, path, *, tokenizer=None, stop_ids=(0, 2), chat_template=None, **options):
+    export_hf(model, ChatFormat(tokenizer or tiny_tokenizer(), stop_ids, chat_template), path, **options)
 
 
 def plain(path):
@@ -265,7 +267,7 @@ def test_an_adapter_over_an_existing_base(tmp_path):
     source = save_tiny(tmp_path / "base", tiny_llama())
     base = load_model(source, init="pretrained", dtype=torch.float32, attn_implementation="sdpa", seed=0)
     model = shake(apply_lora(base, LoraConfig(r=2)))
-    export(model, tmp_path / "hf", base_name_or_path=source)
+    export(model, tmp_path / "hf", base=AdapterBase(source))
     assert read(tmp_path / "hf", "adapter_config.json")["base_model_name_or_path"] == source
     assert all("lora_" in name for name in stored_names(tmp_path / "hf", "adapter_model.safetensors"))
     assert not (tmp_path / "hf" / "base").exists() and not (tmp_path / "hf" / "model.safetensors").exists()
@@ -297,7 +299,7 @@ def test_start_values_that_change_the_base_bring_it_along(tmp_path):
     source = save_tiny(tmp_path / "base", tiny_llama())
     base = load_model(source, init="pretrained", dtype=torch.float32, attn_implementation="sdpa", seed=0)
     model = shake(apply_lora(base, LoraConfig(init_lora_weights="pissa_niter_4")))
-    export(model, tmp_path / "hf", base_name_or_path=source)
+    export(model, tmp_path / "hf", base=AdapterBase(source))
     assert torch.allclose(logits(reload_adapter(tmp_path / "hf")), logits(model), rtol=0, atol=1e-5)
 
 

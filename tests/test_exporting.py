@@ -58,18 +58,18 @@ def test_export(kind, place, tmp_path):
 
 def test_what_is_not_equal_is_not_exported(place, tmp_path, capsys, monkeypatch):
     """One line, no half-written directory, and an earlier export is back."""
-    from lit_sft.model import export
+    from lit_sft.model import verify_export
 
     ckpt, out = trained(place, tmp_path / "runs"), tmp_path / "exported" / "out"
-    reload = export._reload
-    monkeypatch.setattr(export, "_reload", lambda directory, model: tiny_llama(seed=3))
+    reload = verify_export._reload
+    monkeypatch.setattr(verify_export, "_reload", lambda directory, model: tiny_llama(seed=3))
     line = refused(capsys, "export", [*ckpt, f"--output_dir={out}"])
     assert f"the logits of the export {out} are off" in line and "nothing was exported" in line
     assert list(out.parent.iterdir()) == []
-    monkeypatch.setattr(export, "_reload", reload)
+    monkeypatch.setattr(verify_export, "_reload", reload)
     run("export", [*ckpt, f"--output_dir={out}"])
     earlier = {path.name: path.read_bytes() for path in out.iterdir()}
-    monkeypatch.setattr(export, "_greedy", lambda model, prompt, stops: [id(model)])
+    monkeypatch.setattr(verify_export, "_greedy", lambda model, prompt, stops: [id(model)])
     assert "the answers of the export" in refused(capsys, "export", [*ckpt, f"--output_dir={out}"])
     assert {path.name: path.read_bytes() for path in out.iterdir()} == earlier
     assert [path.name for path in out.parent.iterdir()] == ["out"]

@@ -7,7 +7,8 @@ from tiny import tiny_gpt2, tiny_llama, tiny_qwen3
 from lit_sft.data.collate import collate
 from lit_sft.model import fused_layers
 from lit_sft.model.attention import packed
-from lit_sft.model.lora.adapters import LoraConfig, apply_lora
+from lit_sft.model.lora.apply import apply_lora
+from lit_sft.model.lora.lora_config import LoraConfig
 from lit_sft.model.loss import CausalLMLoss
 
 

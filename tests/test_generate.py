@@ -10,8 +10,10 @@ from tiny import tiny_gpt2, tiny_llama, tiny_qwen3, tiny_tokenizer
 
 from lit_sft.errors import UserError
 from lit_sft.model.attention import packed
-from lit_sft.model.generate import GenerationOptions, decode_completion, generate, left_pad
-from lit_sft.model.lora.adapters import LoraConfig, apply_lora
+from lit_sft.model.decode import decode_completion
+from lit_sft.model.generate import GenerationOptions, generate, left_pad
+from lit_sft.model.lora.apply import apply_lora
+from lit_sft.model.lora.lora_config import LoraConfig
 
 PROMPTS = [[5, 6, 7], [40], list(range(60, 80)), [9, 8, 7, 6, 5, 4], [100, 200, 300]]
 # Wide weights make answers that wander instead of repeating one token.

@@ -1,4 +1,4 @@
-"""model/load.py: resolving names, and loading what they stand for."""
+"""hub.py and model/load.py: resolving names, and loading what they stand for."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ import torch
 from tiny import save_tiny, tiny_llama, tiny_qwen3, tiny_tokenizer
 
 from lit_sft.errors import UserError
+from lit_sft.hub import resolve
+from lit_sft.model.attention.implementation import attention_of
 from lit_sft.model.generate import stop_token_ids
-from lit_sft.model.load import load_config, load_model, load_tokenizer, resolve
+from lit_sft.model.load import load_config, load_model, load_tokenizer
 
 
 def load(path, init="pretrained", dtype=torch.float32, attn_implementation="sdpa", seed=0):
@@ -89,7 +91,7 @@ def test_an_adapter_directory_is_named_as_such(tmp_path):
 
 def test_offline_the_error_is_one_sentence_that_comes_in_seconds(tmp_path):
     """In a process of its own, so that the client reads the environment and nothing is warm."""
-    program = "from lit_sft.model.load import resolve; resolve('someone/some-model', key='the.key')"
+    program = "from lit_sft.hub import resolve; resolve('someone/some-model', key='the.key')"
     for environment in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://hub.invalid"}):
         start = time.monotonic()
         outcome = subprocess.run(
@@ -219,7 +221,7 @@ def test_pretrained_weights_are_those_of_the_files_in_the_asked_dtype(tmp_path):
     assert model.training
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert {p.dtype for p in load(path, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
-    assert load(path, attn_implementation="eager").config._attn_implementation == "eager"
+    assert attention_of(load(path, attn_implementation="eager")) == "eager"
 
 
 def test_random_weights_depend_on_the_seed_alone(tmp_path):

@@ -11,7 +11,8 @@ from lit_sft.data.collate import collate
 from lit_sft.errors import UserError
 from lit_sft.model import loss
 from lit_sft.model.attention import packed as attention_packed
-from lit_sft.model.loss import CausalLMLoss, LossOptions, pack_kwargs
+from lit_sft.model.attention.packed import pack_kwargs
+from lit_sft.model.loss import CausalLMLoss, LossOptions
 from lit_sft.types import IGNORE_INDEX
 
 

@@ -35,9 +35,9 @@ def config(**sizes):
 def expected(of=None, **changes):
     settings = dict(
         num_parameters=1000, num_trained=1000, tokens=10, stored_bytes=4, compute_bytes=2, optimizer_bytes=8,
-        gradient_checkpointing=False, chunk_elements=2**20,
+        gradient_checkpointing=False,
     )  # fmt: skip
-    return memory_estimate.estimate(of or config(), **{**settings, **changes})
+    return memory_estimate.estimate(of or config(), memory_estimate.StepShape(**{**settings, **changes}))
 
 
 def test_parts():

@@ -5,7 +5,8 @@ import torch
 from tiny import tiny_qwen3
 
 from lit_sft.errors import UserError
-from lit_sft.model.lora.adapters import LoraConfig, apply_lora
+from lit_sft.model.lora.apply import apply_lora
+from lit_sft.model.lora.lora_config import LoraConfig
 from lit_sft.model.loss import CausalLMLoss
 from lit_sft.model.neftune import apply_neftune
 

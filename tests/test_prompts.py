@@ -21,7 +21,8 @@ from chat_templates import (
 from lit_sft.errors import UserError
 from lit_sft.generation.prompts import Asked, encode
 from lit_sft.generation.text_metrics import exact_match, extract_answer
-from lit_sft.model.generate import decode_completion, stop_token_ids
+from lit_sft.model.decode import decode_completion
+from lit_sft.model.generate import stop_token_ids
 from lit_sft.model.new_tokens import add_tokens
 from lit_sft.types import Conversation
 

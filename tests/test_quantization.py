@@ -9,7 +9,8 @@ from tiny import save_tiny, tiny_llama, tiny_qwen3, tiny_tokenizer
 from lit_sft.errors import UserError
 from lit_sft.model import quantization
 from lit_sft.model.load import load_model
-from lit_sft.model.lora.adapters import LoraConfig, apply_lora
+from lit_sft.model.lora.apply import apply_lora
+from lit_sft.model.lora.lora_config import LoraConfig
 from lit_sft.model.lora.merge import dequantized, merge, merge_error
 from lit_sft.model.loss import CausalLMLoss
 from lit_sft.module import SFTModule

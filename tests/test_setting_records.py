@@ -17,7 +17,7 @@ from lit_sft.data.cache import cache_key
 from lit_sft.datamodule import SFTDataModule
 from lit_sft.errors import UserError
 from lit_sft.model.generate import GenerationOptions
-from lit_sft.model.lora.adapters import LoraConfig
+from lit_sft.model.lora.lora_config import LoraConfig
 from lit_sft.model_builder import fingerprint
 from lit_sft.module import SFTModule
 from lit_sft.preprocessing import Preparation, Reading

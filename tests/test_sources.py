@@ -15,7 +15,8 @@ import pyarrow.parquet
 import pytest
 from terminal import log_lines
 
-from lit_sft.data.sources import data_files, hub_datasets
+from lit_sft import hub
+from lit_sft.data.sources import data_files
 from lit_sft.data.sources.open_rows import open_rows
 from lit_sft.data.sources.rows import Rows, by_source, first_rows, limit, split_rows, subset
 from lit_sft.errors import UserError
@@ -477,7 +478,7 @@ def refuse(*_, **__):
 def test_hub_ids_fail_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hub_datasets, "HUB_SECONDS", 0.1)
+    monkeypatch.setattr(hub, "TIMEOUT_SECONDS", 0.1)
     for answer, words in ((refuse, "Name or service not known"), (lambda *_, **__: time.sleep(5), "no answer within")):
         monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", answer)
         start = time.monotonic()

@@ -14,7 +14,8 @@ from lit_sft.data.collate import collate
 from lit_sft.model import loss, parallel
 from lit_sft.model.attention import packed as attention_packed
 from lit_sft.model.fused_layers import fuse_blocks
-from lit_sft.model.lora.adapters import LoraConfig, apply_lora
+from lit_sft.model.lora.apply import apply_lora
+from lit_sft.model.lora.lora_config import LoraConfig
 from lit_sft.model.loss import CausalLMLoss
 
 import numpy as np  # isort: skip

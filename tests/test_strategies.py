@@ -24,7 +24,8 @@ from lit_sft.distributed.fsdp2 import FSDP2Strategy, check
 from lit_sft.errors import UserError
 from lit_sft.model import parallel
 from lit_sft.model.load import load_model
-from lit_sft.model.lora.adapters import LoraConfig, apply_lora
+from lit_sft.model.lora.apply import apply_lora
+from lit_sft.model.lora.lora_config import LoraConfig
 from lit_sft.model_builder import build_model
 from lit_sft.module import SFTModule
 

@@ -11,9 +11,10 @@ from lit_sft import lightning_internals
 from lit_sft.checkpoint.io import read_checkpoint
 from lit_sft.datamodule import QUESTIONS, SFTDataModule
 from lit_sft.errors import UserError
-from lit_sft.model import fused_layers, self_check
-from lit_sft.model.export import verify_export
+from lit_sft.model import fused_layers
+from lit_sft.model.attention.implementation import set_attention
 from lit_sft.model.lora import merge
+from lit_sft.model.verify_export import verify_export
 from lit_sft.module import SFTModule
 
 
@@ -58,7 +59,7 @@ def export_checkpoint(
         if module.options.quantization is not None:
             plain = merge.dequantized(plain)
         module.use_merged(merge.merge(plain, probe, before))
-    self_check.attend_by(module.model.lm, "sdpa")
+    set_attention(module.model.lm, "sdpa")
     if dtype is not None and module.adapter is not None:
         raise UserError(f"--dtype {dtype} is for whole models, and an adapter stays as it is: add --merge_lora true")
     trained = module.adapter or module.model.lm

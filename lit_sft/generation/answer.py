@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from lit_sft.model.generate import GenerationOptions, decode_completion, generate
+from lit_sft.model.decode import decode_completion
+from lit_sft.model.generate import GenerationOptions, generate
 from lit_sft.model.loss import CausalLMLoss
 from lit_sft.types import Prompts
 

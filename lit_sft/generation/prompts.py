@@ -10,7 +10,8 @@ from typing import NamedTuple
 from lit_sft.data.formats.parse import conversation_to_prompt
 from lit_sft.data.tokenize import Renderer
 from lit_sft.errors import UserError, located
-from lit_sft.model.generate import GenerationOptions, decode_completion, left_pad
+from lit_sft.model.decode import decode_completion
+from lit_sft.model.generate import GenerationOptions, left_pad
 from lit_sft.types import Conversation, Prompts
 
 TOKENS_PER_BATCH = 16_384

@@ -1,14 +1,11 @@
-"""What a checkpoint or an adapter holds of a model: all, or what is trained and a fingerprint of the frozen rest."""
+"""The fingerprint of a frozen base: whether trained weights or an adapter lie over the base of their training."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from torch import nn
 
 from lit_sft.errors import UserError
 
@@ -18,42 +15,6 @@ BASE_FILE = "base_fingerprint.json"
 """In an adapter directory: the fingerprint of the base that it was trained over. Of lit_sft, not of peft."""
 SAMPLES = 64
 """Samples of a file, evenly spread; the header (names, types, shapes) is read besides."""
-
-
-def is_frozen(model: nn.Module) -> bool:
-    """Whether a part of it is not trained."""
-    return not all(parameter.requires_grad for parameter in model.parameters())
-
-
-def trained(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a state that are trained; a tied weight once."""
-    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return {name: value for name, value in state.items() if name in names}
-
-
-def check_fits(model: nn.Module, saved: Mapping[str, Any]) -> None:
-    """Compares names and shapes of what is saved with those of the model.
-
-    Args:
-        model: All of it was saved, or, where a part is frozen, what is trained.
-        saved: Tensors by parameter name.
-
-    Raises:
-        UserError: One is in one of them only, or has another shape.
-    """
-    own = model.state_dict()
-    if is_frozen(model):
-        own = trained(model, own)
-    remedy = "set model.* as it was in training (config.yaml beside the checkpoints)"
-    if strangers := sorted(own.keys() ^ saved.keys()):
-        where = "checkpoint" if strangers[0] in saved else "model"
-        raise UserError(f"the checkpoint does not fit the model: {strangers[0]} is in the {where} only; {remedy}")
-    for name, value in saved.items():
-        if value.shape != own[name].shape:
-            raise UserError(
-                f"the checkpoint does not fit the model: {name} is {list(value.shape)} in the checkpoint and "
-                f"{list(own[name].shape)} in the model; {remedy}"
-            )
 
 
 def check_base(saved: str | None, current: str | None) -> None:

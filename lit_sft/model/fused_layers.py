@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_sft.model.evaluation_mode import evaluation_mode
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
@@ -141,7 +143,9 @@ def _norm_forward(norm: Any, feeds_linear: bool) -> Callable[[Tensor], Tensor]:
 def _mlp_forward(mlp: Any) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
         gate, up, down = mlp.gate_proj(x), mlp.up_proj(x), mlp.down_proj
-        if type(down) is nn.Linear and down.bias is None and not down._forward_hooks:
+        # torch has no public way to ask whether a module has hooks, which only a call of the module itself runs.
+        is_observed = bool(down._forward_hooks)
+        if type(down) is nn.Linear and down.bias is None and not is_observed:
             out: Tensor = _GatedDown.apply(gate, up, down.weight)
         else:  # adapted, quantized or observed
             out = down(_GatedSiLU.apply(gate, up))
@@ -224,17 +228,14 @@ def _same(module: nn.Module, forward: Callable[[Tensor], Tensor], width: int) ->
         return False
     x = torch.linspace(-2, 2, 2 * width, device=weight.device).view(1, 2, width)
     x = x.to(weight.dtype if weight.is_floating_point() else torch.get_default_dtype())
-    was_training = module.training
-    module.eval()
     adapters = [b.weight for b in getattr(module, "lora_B", {}).values()]
     starts = [b.clone() for b in adapters]
     for b in adapters:
         b.copy_(torch.linspace(-1, 1, b.numel(), device=b.device).view_as(b))
     mixed = any(b.dtype != weight.dtype for b in adapters)  # computes as autocast says, and only there
-    with torch.autocast(weight.device.type, torch.bfloat16, enabled=mixed):
+    with evaluation_mode(module), torch.autocast(weight.device.type, torch.bfloat16, enabled=mixed):
         own, ours = module(x), forward(x)
     for b, start in zip(adapters, starts, strict=True):
         b.copy_(start)
-    module.train(was_training)
     tolerance = 1e-5 if own.dtype == torch.float32 else 2e-2
     return torch.allclose(own.float(), ours.float(), rtol=tolerance, atol=tolerance * float(own.abs().max()))

@@ -5,17 +5,17 @@ Letters: B prompts, T tokens of the longest prompt, R answers per prompt.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lit_sft.errors import UserError
+from lit_sft.model.evaluation_mode import evaluation_mode
+from lit_sft.model.parallel import is_compiled
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -58,16 +58,6 @@ class GenerationOptions:
 
 
 _SAMPLING = ("temperature", "top_p", "top_k", "num_return_sequences")
-
-_THOUGHTS = ("<think>", "</think>", "[THINK]", "[/THINK]")
-"""Marks that stay in the text of an answer, so that thoughts can be told from it; most tokenizers have them as text."""
-_CHANNELS = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>")
-_CHANNEL = re.compile(
-    r"(?:<\|start\|>assistant)?<\|channel\|>analysis<\|message\|>(.*?)(?:<\|end\|>|\Z)"
-    r"|(?:<\|start\|>assistant)?<\|channel\|>(?:final|commentary)<\|message\|>|<\|start\|>assistant",
-    re.DOTALL,
-)
-"""Headers of gpt-oss, which thinks in a message of its own, in the channel `analysis`, before the one to the user."""
 
 
 def stop_token_ids(
@@ -147,32 +137,6 @@ def generate(
     return [_up_to_stop(ids, stops) for ids in output[:, input_ids.shape[1] :].tolist()]
 
 
-def decode_completion(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stop_ids: Sequence[int]) -> str:
-    """The text of an answer, without its stop token and without special tokens.
-
-    Marks of thoughts stay, whatever they are to the tokenizer; what gpt-oss thinks is put between `<think>` marks.
-    """
-    if not ids:
-        return ""
-    ended, special = ids[-1] in set(stop_ids), _special_tokens(tokenizer, len(tokenizer))
-    has_channels = "<|channel|>" in special.values()
-    marks = _THOUGHTS + _CHANNELS if has_channels else _THOUGHTS
-    kept = [i for i in (ids[:-1] if ended else ids) if i not in special or special[i] in marks]
-    text = tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    assert isinstance(text, str)
-    if not has_channels:
-        return text
-    text = _CHANNEL.sub(lambda found: "" if found[1] is None else f"<think>{found[1]}</think>", text)
-    return re.sub("|".join(map(re.escape, _CHANNELS)), "", text)
-
-
-@lru_cache(maxsize=4)
-def _special_tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> dict[int, str]:
-    """Texts by id, collected once: some tokenizers have hundreds. `size` tells when there are new ones."""
-    special = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
-    return special | {index: str(token) for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-
-
 def context_length(config: PretrainedConfig) -> int | None:
     """Tokens that a model can read; None where there is no limit, as in recurrent ones."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -215,36 +179,28 @@ def _ready_to_generate(lm: PreTrainedModel, cast: bool) -> Iterator[None]:
     costs half of the weights in memory. Sharded ones are gathered in the type that sharding was told. In fp16 a model
     that was trained in bf16 may overflow, so there the weights stay as they are stored.
     """
-    dtype = torch.get_autocast_dtype(lm.device.type)
-    cast = cast and torch.is_autocast_enabled(lm.device.type) and dtype == torch.bfloat16
+    kind = lm.device.type
+    dtype = torch.get_autocast_dtype(kind)
+    casts = cast and torch.is_autocast_enabled(kind) and dtype == torch.bfloat16
     # `generate` fills what a config leaves open from this one: repetition penalties, say, or a length.
     own_generation_config = lm.generation_config
-    training = [module for module in lm.modules() if module.training]
     lm.generation_config = _new_generation_config()
-    lm.train(False)
-    stored = _cast_weights(lm, dtype) if cast else []
-    # Without gradients torch copies the weight for every prompt if its input is a slice, as the last states of the
-    # prompts are (3.6 GB for 64 prompts of SmolLM2, frozen): https://github.com/pytorch/pytorch/issues/186148.
-    # Compiled blocks would be compiled again for every new length, until torch gives up, for training, too.
-    compiled = any(module._compiled_call_impl is not None for module in lm.modules())
-    eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
-    head = lm.get_output_embeddings()
-    hook = head and head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
     try:
-        with eager, torch.autocast(lm.device.type, enabled=False):
+        with (
+            evaluation_mode(lm),
+            _weights_cast(lm, dtype) if casts else nullcontext(),
+            _contiguous_states(lm),
+            _uncompiled(lm),
+            torch.autocast(kind, enabled=False),
+        ):
             yield
     finally:
-        if hook is not None:
-            hook.remove()
-        for module, name, parameter in stored:
-            module._parameters[name] = parameter
         lm.generation_config = own_generation_config
-        for module in training:
-            module.training = True
 
 
-def _cast_weights(lm: nn.Module, dtype: torch.dtype) -> list[tuple[nn.Module, str, nn.Parameter]]:
-    """Puts copies in place of all weights in fp32; returns what to put back: where, under which name, which one.
+@contextmanager
+def _weights_cast(lm: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Puts copies in place of all weights in fp32.
 
     Not by `parameter.data`: given another type, a parameter loses the node of the graph that adds up its gradient, and
     the hooks on it, by which DDP reduces gradients. Without a word, every rank would train alone from then on.
@@ -252,13 +208,43 @@ def _cast_weights(lm: nn.Module, dtype: torch.dtype) -> list[tuple[nn.Module, st
     stored = [
         (module, name, parameter)
         for module in lm.modules()
-        for name, parameter in module._parameters.items()
-        if parameter is not None and parameter.dtype == torch.float32
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
+        if parameter.dtype == torch.float32
     ]
+    # One copy of each parameter: tied weights stay tied.
     copies = {parameter: nn.Parameter(parameter.detach().to(dtype), requires_grad=False) for _, _, parameter in stored}
-    for module, name, parameter in stored:
-        module._parameters[name] = copies[parameter]  # tied weights stay tied
-    return stored
+    try:
+        for module, name, parameter in stored:
+            setattr(module, name, copies[parameter])
+        yield
+    finally:
+        for module, name, parameter in stored:
+            setattr(module, name, parameter)
+
+
+@contextmanager
+def _contiguous_states(lm: PreTrainedModel) -> Iterator[None]:
+    """Hands the head contiguous states, where it is a module of its own.
+
+    Without gradients torch copies the weight for every prompt if its input is a slice, as the last states of the
+    prompts are (3.6 GB for 64 prompts of SmolLM2, frozen): https://github.com/pytorch/pytorch/issues/186148.
+    """
+    head = lm.get_output_embeddings()
+    if head is None:
+        yield
+        return
+    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _uncompiled(lm: nn.Module) -> AbstractContextManager[None]:
+    """Lets compiled blocks run as they are written: they would be compiled again for every new length, until torch
+    gives up, for training, too.
+    """
+    return torch.compiler.set_stance("force_eager") if is_compiled(lm) else nullcontext()
 
 
 def _new_generation_config(**settings: Any) -> GenerationConfig:

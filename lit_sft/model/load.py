@@ -1,59 +1,18 @@
-"""Directory or hub id -> model and tokenizer, through plain transformers."""
+"""Model directory -> config, tokenizer and model, through plain transformers."""
 
 from __future__ import annotations
 
-import re
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from lit_sft import hub
 from lit_sft.errors import UserError
+from lit_sft.model.random_state import own_random_state
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-HUB_TIMEOUT_SECONDS = 3.0
-"""How long the hub may take to say whether it has a model, before the local cache is asked instead."""
-
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-# No pickles, which can run code when loaded, and no sub-folders, which hold other formats of the same weights.
-_DOWNLOAD = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
-_DO_NOT_DOWNLOAD = ["*/*", "consolidated*.safetensors"]
-
-
-def resolve(
-    name_or_path: str,
-    *,
-    revision: str | None = None,
-    key: str = "model.model_name_or_path",
-    allow_adapter: bool = False,
-) -> str:
-    """Turns what the user named into the path of a local directory, before anything slow starts.
-
-    Without a hub the libraries retry for most of a minute in every call; here the hub is asked once, then the cache.
-
-    Args:
-        name_or_path: A directory or a hub id.
-        revision: Branch, tag or commit of a hub id.
-        key: The configuration key that holds `name_or_path`, for messages.
-        allow_adapter: Whether a directory that holds only an adapter will do.
-
-    Raises:
-        UserError: If there is no such model, or if it could not be had.
-    """
-    if not name_or_path:
-        raise UserError(f"{key} is empty: set it to a model directory or a hub id")
-    local = Path(name_or_path).expanduser()
-    if local.exists():
-        _check_model_directory(local, key, allow_adapter)
-        return str(local)
-    if not _HUB_ID.fullmatch(name_or_path) or name_or_path.startswith("."):
-        raise UserError(f"{key}: there is no directory {name_or_path}; set it to an existing directory or to a hub id")
-    directory = Path(_fetch(name_or_path, revision, key))
-    _check_model_directory(directory, key, allow_adapter)
-    return str(directory)
 
 
 def load_config(path: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -114,7 +73,7 @@ def load_model(
     state stays as it was. The model comes in training mode.
 
     Args:
-        path: What `resolve` returned.
+        path: Local directory, as `hub.resolve` returns it.
         init: `pretrained` reads safetensors or one GGUF file (dequantized), `random` needs the config only.
         dtype: The type the weights are stored in.
         attn_implementation: As transformers names it: `sdpa`, `eager`, `flash_attention_2` or a registered function.
@@ -152,87 +111,10 @@ def read_generation_config(model: PreTrainedModel, path: str) -> None:
         model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
 
 
-def _fetch(repo_id: str, revision: str | None, key: str) -> str:
-    """The local snapshot of a hub id: fetched if the hub answers, from the cache if it does not."""
-    from huggingface_hub import errors, snapshot_download
-
-    unreachable = _ask_hub(repo_id, revision, key)
-    try:
-        return snapshot_download(
-            repo_id,
-            revision=revision,
-            allow_patterns=_DOWNLOAD,
-            ignore_patterns=_DO_NOT_DOWNLOAD,
-            local_files_only=unreachable is not None,
-        )
-    except errors.GatedRepoError as error:
-        raise UserError(
-            f"{key}: access to {repo_id} is gated; accept its conditions on the hub and log in with `hf auth login`"
-        ) from error
-    except errors.LocalEntryNotFoundError as error:
-        raise UserError(
-            f"{key}: {repo_id} is neither a local directory nor complete in the local cache, and the hub cannot be "
-            f"reached ({unreachable or _reason(error)}); set {key} to a local model directory"
-        ) from error
-    except Exception as error:  # the HTTP library differs between versions, and so do its errors
-        raise UserError(f"{key}: the download of {repo_id} failed ({_reason(error)}); try again") from error
-
-
-def _ask_hub(repo_id: str, revision: str | None, key: str) -> str | None:
-    """Asks the hub once. None: it has the model; a text: why it could not be asked; no such model raises."""
-    from huggingface_hub import HfApi, errors
-
-    answer: list[Exception | None] = []
-
-    def ask() -> None:
-        try:
-            HfApi().model_info(repo_id, revision=revision, timeout=HUB_TIMEOUT_SECONDS)
-            answer.append(None)
-        except Exception as error:
-            answer.append(error)
-
-    # The timeout of an HTTP library covers neither name resolution nor the second address of a host: hence the thread.
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(HUB_TIMEOUT_SECONDS + 0.5)
-    error = answer[0] if answer else TimeoutError(f"no answer within {HUB_TIMEOUT_SECONDS:g} s")
-    if error is None:
-        return None
-    if isinstance(error, errors.RevisionNotFoundError):
-        raise UserError(f"{key}: {repo_id} has no revision {revision!r}; change model.revision") from error
-    if isinstance(error, errors.RepositoryNotFoundError):
-        raise UserError(
-            f"{key}: there is no directory {repo_id}, and the hub has no such model or shows it only to its members; "
-            "mend the name, or log in with `hf auth login`"
-        ) from error
-    if isinstance(error, errors.HFValidationError):
-        raise UserError(f"{key}: {repo_id!r} is neither a directory nor a valid hub id") from error
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set"
-    if isinstance(error, errors.HfHubHTTPError):
-        return f"it answered {error.response.status_code}"
-    return _reason(error)
-
-
-def _check_model_directory(path: Path, key: str, allow_adapter: bool) -> None:
-    if not path.is_dir():
-        raise UserError(f"{key}: {path} is a file; set it to the directory that holds the model")
-    if (path / "config.json").is_file() or _gguf_arguments(str(path)):
-        return
-    if not (path / "adapter_config.json").is_file():
-        raise UserError(f"{key}: {path} is no model directory (no config.json)")
-    if not allow_adapter:
-        raise UserError(f"{key}: {path} holds an adapter, not a model; set it to the adapter's base model")
-
-
 def _gguf_arguments(path: str) -> dict[str, str]:
-    """`gguf_file` for transformers where the directory holds one GGUF file and no safetensors."""
-    files = sorted(Path(path).glob("*.gguf"))
-    if not files or any(Path(path).glob("*.safetensors")):
-        return {}
-    if len(files) > 1:
-        raise UserError(f"{path} holds {len(files)} .gguf files; leave one of them in a directory of its own")
-    return {"gguf_file": files[0].name}
+    """`gguf_file` for transformers where the directory's weights are one GGUF file."""
+    name = hub.gguf_file(path)
+    return {} if name is None else {"gguf_file": name}
 
 
 def _check_causal(config: PretrainedConfig, path: str) -> None:
@@ -254,8 +136,7 @@ def _random_model(config: PretrainedConfig, arguments: dict[str, Any], seed: int
     from transformers import AutoModelForCausalLM
 
     factory: Any = AutoModelForCausalLM
-    with torch.random.fork_rng(devices=[]), torch.device(device):
-        torch.default_generator.manual_seed(seed)
+    with own_random_state(seed), torch.device(device):
         model: PreTrainedModel = factory.from_config(config, **arguments)
     return model
 

@@ -6,6 +6,7 @@ Letters: B rows, T tokens, N targets, C targets of a chunk, D hidden size, V voc
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_sft.errors import UserError
+from lit_sft.model.attention.packed import pack_kwargs
+from lit_sft.model.evaluation_mode import evaluation_mode
 from lit_sft.types import IGNORE_INDEX, LossOutput
 
 if TYPE_CHECKING:
@@ -74,6 +77,17 @@ class Head:
         return grad if self.scale == 1.0 else grad.mul_(self.scale)
 
 
+@dataclass(frozen=True)
+class _Task:
+    """What the chunked cross-entropy computes, beside the tensors that gradients flow to."""
+
+    head: Head
+    options: LossOptions
+    count_correct: bool
+    needs_grad: bool
+    """Whether gradients are enabled. In validation torch says of the inputs that they need one, all the same."""
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of token losses; the gradients are made in the forward pass, chunk by chunk, so that no logits are kept.
 
@@ -88,53 +102,94 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         weight: Tensor,  # [V, D]
         bias: Tensor | None,  # [V]
         targets: Tensor,  # [N]
-        head: Head,
-        options: LossOptions,
-        count_correct: bool,
-        needs_grad: bool,
+        task: _Task,
     ) -> tuple[Tensor, Tensor]:
-        compute_weight = weight.to(hidden.dtype)
-        # what torch says of the inputs it says without gradients too, in validation
-        needs_hidden, needs_weight, needs_bias = (needs_grad and needed for needed in ctx.needs_input_grad[:3])
-        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight and not len(targets) else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needs_bias else None
-        loss_sum = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        num_correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
-        needs_grad = needs_hidden or needs_weight or needs_bias
-        vocabulary = weight.shape[0]
-        chunk = max(1, CHUNK_ELEMENTS // vocabulary)
-        piece = max(1, PIECE_ELEMENTS.get(hidden.device.type, CHUNK_ELEMENTS) // vocabulary)
-        for start in range(0, len(targets), chunk):
-            part = slice(start, start + chunk)
-            projected = head.project(hidden[part], compute_weight)  # [C, V], becomes its own gradient piece by piece
-            for rows, aims in zip(projected.split(piece), targets[part].split(piece), strict=True):
-                logits = head.logits(rows)
-                if count_correct:
-                    num_correct += (logits.argmax(-1) == aims).sum()
-                losses, grad = _losses_and_gradient(logits, aims, options, needs_grad)
-                loss_sum += losses.sum()
-                if grad is None:
-                    continue
-                grad = head.backward_through_logits_(grad, logits)
-                if grad_bias is not None:
-                    grad_bias += grad.sum(0)
-                rows.copy_(grad)
-            if grad_hidden is not None:
-                torch.mm(projected, compute_weight, out=grad_hidden[part])
-            if grad_weight is None and needs_weight:
-                grad_weight = (projected.T @ hidden[part]).float()
-            elif grad_weight is not None:
-                grad_weight += projected.T @ hidden[part]  # a sum of chunks in fp32
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-        ctx.mark_non_differentiable(num_correct)
-        return loss_sum, num_correct
+        needed = [task.needs_grad and needs for needs in ctx.needs_input_grad[:3]]
+        sums = _Sums(task, hidden, weight.to(hidden.dtype), needed)
+        for chunk in _slices(len(targets), CHUNK_ELEMENTS // len(weight)):
+            projected = task.head.project(hidden[chunk], sums.compute_weight)  # [C, V]
+            sums.add_losses_(projected, targets[chunk])
+            sums.add_products(chunk, projected, hidden[chunk])
+        ctx.save_for_backward(sums.grad_hidden, sums.grad_weight, sums.grad_bias)
+        ctx.mark_non_differentiable(sums.num_correct)
+        return sums.loss_sum, sums.num_correct
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        grads = (g if g is None else g.mul_(grad_loss) for g in ctx.saved_tensors)  # used once: no second copy
-        return (*grads, None, None, None, None, None)
+        # Each is used once, so it is scaled in place, without a second copy.
+        grads = (grad if grad is None else grad.mul_(grad_loss) for grad in ctx.saved_tensors)
+        return (*grads, None, None)
+
+
+class _Sums:
+    """The loss and the gradients of the chunks so far. A gradient that nobody needs is None.
+
+    Args:
+        task: What is computed.
+        hidden: [N, D] in compute type.
+        compute_weight: [V, D], the weight in compute type.
+        needed: Whether hidden states, weight and bias need a gradient.
+    """
+
+    def __init__(self, task: _Task, hidden: Tensor, compute_weight: Tensor, needed: list[bool]) -> None:
+        needs_hidden, self.needs_weight, needs_bias = needed
+        self.task = task
+        self.compute_weight = compute_weight
+        self.needs_grad = any(needed)
+        vocabulary = len(compute_weight)
+        self.piece = max(1, PIECE_ELEMENTS.get(hidden.device.type, CHUNK_ELEMENTS) // vocabulary)
+        self.loss_sum = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        self.num_correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
+        self.grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        self.grad_bias = hidden.new_zeros(vocabulary, dtype=torch.float32) if needs_bias else None
+        # The first chunk makes it, so that no zeros are written before. Without a target there is no chunk.
+        self.grad_weight: Tensor | None = None
+        if self.needs_weight and not len(hidden):
+            self.grad_weight = torch.zeros_like(compute_weight, dtype=torch.float32)
+
+    def add_losses_(self, projected: Tensor, targets: Tensor) -> None:
+        """Adds the losses of a chunk; its logits [C, V] become their own gradient, piece by piece."""
+        for rows, aims in zip(projected.split(self.piece), targets.split(self.piece), strict=True):
+            self._add_piece_(rows, aims)
+
+    def _add_piece_(self, rows: Tensor, targets: Tensor) -> None:
+        head = self.task.head
+        logits = head.logits(rows)
+        if self.task.count_correct:
+            self.num_correct += (logits.argmax(-1) == targets).sum()
+        losses, grad = _losses_and_gradient(logits, targets, self.task.options, self.needs_grad)
+        self.loss_sum += losses.sum()
+        if grad is None:
+            return
+        grad = head.backward_through_logits_(grad, logits)
+        if self.grad_bias is not None:
+            self.grad_bias += grad.sum(0)
+        rows.copy_(grad)
+
+    def add_products(self, chunk: slice, grad: Tensor, hidden: Tensor) -> None:
+        """Adds what a chunk gives to the gradients of the hidden states and of the weight.
+
+        Args:
+            chunk: Its place among the N targets.
+            grad: [C, V] by `hidden @ weight.T`, in compute type.
+            hidden: [C, D].
+        """
+        if self.grad_hidden is not None:
+            torch.mm(grad, self.compute_weight, out=self.grad_hidden[chunk])
+        if not self.needs_weight:
+            return
+        product = grad.T @ hidden
+        if self.grad_weight is None:
+            self.grad_weight = product.float()
+        else:  # in fp32, as a sum of chunks
+            self.grad_weight += product
+
+
+def _slices(length: int, size: int) -> Iterator[slice]:
+    size = max(1, size)
+    for start in range(0, length, size):
+        yield slice(start, start + size)
 
 
 def _losses_and_gradient(
@@ -159,16 +214,6 @@ def _losses_and_gradient(
     return losses, grad
 
 
-def pack_kwargs(lengths: tuple[int, ...], device: torch.device) -> dict[str, Any]:
-    """What the layers hand down to attention about the S examples of a row, under transformers' names: a tensor and
-    one number, since torch.compile makes code anew for every length of a tuple.
-    """
-    bounds = torch.tensor((0, *lengths), dtype=torch.int32, device="cpu").cumsum(0, dtype=torch.int32)
-    bounds, longest = bounds.to(device, non_blocking=True), max(lengths)
-    bounds.host_lengths = list(lengths)  # type: ignore[attr-defined] # where examples go one by one, nobody waits
-    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
-
-
 class CausalLMLoss(nn.Module):
     """A Hugging Face causal LM together with its loss, so that sharding gathers the head where it is used.
 
@@ -185,7 +230,7 @@ class CausalLMLoss(nn.Module):
         self.lm = lm
         self.trained_options = options or LossOptions()
         self.fused: list[str] = []
-        """Modules of the LM whose forward pass was replaced (see `fused`)."""
+        """Modules of the LM whose forward pass was replaced (see `fused_layers`)."""
         self.separate_rows = False
         """Set where the model would mix examples of a pack: each becomes a padded row of its own."""
         head = lm.get_output_embeddings()
@@ -205,7 +250,8 @@ class CausalLMLoss(nn.Module):
     @property
     def head(self) -> Head:
         """The output head as the model's config describes it."""
-        linear, config = self.lm.get_output_embeddings(), self.lm.config.get_text_config()
+        linear = self.lm.get_output_embeddings()
+        config = self.lm.config.get_text_config()
         scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
         scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite
         softcap = getattr(config, "final_logit_softcapping", None)  # Gemma
@@ -253,11 +299,16 @@ class CausalLMLoss(nn.Module):
 
     def _from_hidden(self, hidden: Tensor, targets: Tensor, count_correct: bool) -> tuple[Tensor, Tensor]:
         """[N, D], [N] -> sum of losses, number of correct."""
-        head, kind, needs_grad = self.head, hidden.device.type, torch.is_grad_enabled()
-        # without autocast the type of the weight: a norm that is kept in fp32 must not lift the head to it
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
+        head = self.head
+        kind = hidden.device.type
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        else:
+            # Not that of the hidden states: a norm that is kept in fp32 must not lift the head to it.
+            dtype = head.weight.dtype
+        task = _Task(head, self.options, count_correct, needs_grad=torch.is_grad_enabled())
         return _ChunkedCrossEntropy.apply(  # type: ignore[no-any-return]
-            hidden.to(dtype), head.weight, head.bias, targets, head, self.options, count_correct, needs_grad
+            hidden.to(dtype), head.weight, head.bias, targets, task
         )
 
     def _from_logits(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -275,13 +326,11 @@ class CausalLMLoss(nn.Module):
             return
         device = self.lm.get_output_embeddings().weight.device
         input_ids = torch.arange(8, device=device)[None] % self.lm.config.get_text_config().vocab_size
-        was_training = self.training
-        self.eval()
-        own = self.lm(input_ids=input_ids, use_cache=False).logits[0]
-        hidden = self.lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[0]
+        with evaluation_mode(self):
+            own = self.lm(input_ids=input_ids, use_cache=False).logits[0]
+            hidden = self.lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[0]
         head = self.head
         ours = head.logits(head.project(hidden.to(head.weight.dtype), head.weight))
-        self.train(was_training)
         tolerance = 1e-4 if own.dtype == torch.float32 else 2e-2
         self.own_logits = not torch.allclose(own.float(), ours, rtol=tolerance, atol=tolerance * float(own.abs().max()))
         if self.own_logits:

@@ -8,11 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lit_sft.model.loss import CHUNK_ELEMENTS, PIECE_ELEMENTS
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Numbers of two of glibc's settings (malloc.h)."""
-
-PIECE_ELEMENTS = {True: 2**21, False: 2**24}
-"""As in the loss, on a CPU and on a GPU."""
 
 CPU_SCRATCH = 200_000_000
 """Bytes of code and kernels' scratch that came with the first steps of SmolLM2-135M, full and with LoRA."""
@@ -41,82 +40,102 @@ class MemoryEstimate:
         return sum(self.parts.values())
 
 
-def estimate(
-    config: Any,
-    *,
-    num_parameters: int,
-    num_trained: int,
-    tokens: int,
-    stored_bytes: int,
-    compute_bytes: int,
-    optimizer_bytes: float,
-    gradient_checkpointing: bool | str,
-    accumulates: bool = True,
-    adapted: bool = False,
-    input_copies: bool = False,
-    normed_heads: bool = False,
-    chunk_elements: int,
-    on_cpu: bool = False,
-    quantized: bool = False,
-    shards: int = 1,
-) -> MemoryEstimate:
+@dataclass(frozen=True, kw_only=True)
+class StepShape:
+    """What the memory of a training step depends on, beside the config of the model."""
+
+    num_parameters: int
+    """Parameters of the base."""
+    num_trained: int
+    """Parameters with a gradient."""
+    tokens: int
+    """Tokens in one forward pass."""
+    stored_bytes: int
+    """Bytes of a stored weight."""
+    compute_bytes: int
+    """Bytes of a number that is computed with: 2 under bf16 autocast, which also copies the weights."""
+    optimizer_bytes: float
+    """Bytes that the optimizer remembers of a trained parameter: 8 for Adam in fp32, 0 for plain SGD."""
+    gradient_checkpointing: bool | str
+    """Whether only the inputs of blocks are kept; with `selective` some of the costly results, too."""
+    accumulates: bool = True
+    """Whether gradients of an earlier forward pass are there; otherwise they come as activations go."""
+    adapted: bool = False
+    """Whether low-rank adapters lie over a frozen base."""
+    input_copies: bool = False
+    """Whether every adapted layer keeps a copy of its input, as in peft: adapters that are not plain LoRA do."""
+    normed_heads: bool = False
+    """Whether queries and keys have norms of their own, which keep their inputs (Qwen3, Gemma3)."""
+    on_cpu: bool = False
+    """Whether to count what the process itself grows by, too."""
+    quantized: bool = False
+    """Whether the linear layers of the blocks are stored in 4 bits."""
+    shards: int = 1
+    """Devices that share weights, gradients and optimizer state; each gathers head, embedding and two blocks."""
+
+
+def estimate(config: Any, step: StepShape) -> MemoryEstimate:
     """Adds up what a step holds when its last forward pass has ended.
 
     Args:
         config: Of the model (its text part is used).
-        num_parameters: Of the base.
-        num_trained: Those with a gradient.
-        tokens: In one forward pass.
-        stored_bytes: Per stored weight.
-        compute_bytes: Per number that is computed with (2 under bf16 autocast, which also copies the weights).
-        optimizer_bytes: Remembered of each trained parameter: 8 for Adam in fp32, 0 for plain SGD.
-        gradient_checkpointing: Only block inputs are kept; with `selective` some of what is costly, too.
-        accumulates: Gradients of an earlier forward pass are there; else they come as activations go.
-        adapted: Low-rank adapters over a frozen base.
-        input_copies: Every adapted layer keeps a copy of its input, as in peft: what is not plain LoRA does.
-        normed_heads: Queries and keys have norms of their own, which keep their inputs (Qwen3, Gemma3).
-        chunk_elements: Logits that the loss holds at once.
-        on_cpu: Count what the process itself grows by, too.
-        quantized: The linear layers of the blocks are stored in 4 bits.
-        shards: Devices that share weights, gradients and optimizer state; each gathers head, embedding, two blocks.
+        step: The step.
     """
     text = config.get_text_config()
-    hidden, vocabulary = text.hidden_size, text.vocab_size
-    numbers = _block_numbers(text, adapted, input_copies, normed_heads)
-    kept = _kept_per_token(text, numbers, stored_bytes, compute_bytes, gradient_checkpointing)
-    weights = _weights(text, num_parameters, stored_bytes, compute_bytes, quantized, shards)
-    weights += 4 * num_trained * adapted // shards  # in fp32, whatever the base is in
-    logits = min(tokens, max(1, chunk_elements // vocabulary)) * vocabulary * compute_bytes
-    head = 0 if adapted else vocabulary * hidden * (4 + compute_bytes)  # its gradient, and that of a chunk
-    trained, remembered = num_trained * (4 if adapted else stored_bytes), int(num_trained * optimizer_bytes)
-    activations, logits = tokens * kept + CPU_SCRATCH * on_cpu, logits + 3 * 4 * PIECE_ELEMENTS[on_cpu] + head
+    # Adapters are stored in fp32, whatever the base is stored in.
+    trained = step.num_trained * (4 if step.adapted else step.stored_bytes)
+    remembered = int(step.num_trained * step.optimizer_bytes)
+    activations = step.tokens * _kept_per_token(text, step) + CPU_SCRATCH * step.on_cpu
+    logits = _logits(text, step)
+    gradients = trained // step.shards
+    if not step.accumulates:
+        gradients = max(0, gradients - activations - logits)
     return MemoryEstimate(
-        weights=weights,
-        gradients=trained // shards if accumulates else max(0, trained // shards - activations - logits),
-        optimizer=remembered // shards,
+        weights=_weights(text, step),
+        gradients=gradients,
+        optimizer=remembered // step.shards,
         activations=activations,
         logits=logits,
         checkpoint=trained + remembered,
     )
 
 
-def _weights(text: Any, count: int, stored_bytes: int, compute_bytes: int, quantized: bool, shards: int) -> int:
-    """Bytes of all weights, and of their copies in compute type."""
+def _weights(text: Any, step: StepShape) -> int:
+    """Bytes of the base's weights, of their copies in compute type, and of the adapters."""
+    count = step.num_parameters
     ends = text.vocab_size * text.hidden_size * (1 if text.tie_word_embeddings else 2)  # embedding and head
-    if quantized:  # half a byte, and the scales
-        return int(ends * stored_bytes + int((count - ends) * 0.52))
-    if shards > 1:
+    if step.quantized:  # half a byte, and the scales
+        base = int(ends * step.stored_bytes + int((count - ends) * 0.52))
+    elif step.shards > 1:
         gathered = ends + 2 * (count - ends) // text.num_hidden_layers
-        return int(count * stored_bytes // shards + gathered * compute_bytes)
-    return count * (stored_bytes + (compute_bytes if compute_bytes < stored_bytes else 0))
+        base = int(count * step.stored_bytes // step.shards + gathered * step.compute_bytes)
+    elif step.compute_bytes < step.stored_bytes:
+        base = count * (step.stored_bytes + step.compute_bytes)
+    else:
+        base = count * step.stored_bytes
+    adapters = 4 * step.num_trained // step.shards if step.adapted else 0
+    return base + adapters
 
 
-def _kept_per_token(text: Any, numbers: int, stored_bytes: int, compute_bytes: int, checkpointing: bool | str) -> int:
+def _logits(text: Any, step: StepShape) -> int:
+    """Bytes of the logits that the loss holds at once, of their pieces in fp32, and of the head's gradient."""
+    vocabulary = text.vocab_size
+    chunk = min(step.tokens, max(1, CHUNK_ELEMENTS // vocabulary)) * vocabulary * step.compute_bytes
+    pieces = 3 * 4 * PIECE_ELEMENTS["cpu" if step.on_cpu else "cuda"]
+    # The gradient, and that of a chunk.
+    head = 0 if step.adapted else vocabulary * text.hidden_size * (4 + step.compute_bytes)
+    return chunk + pieces + head
+
+
+def _kept_per_token(text: Any, step: StepShape) -> int:
     """Bytes that all blocks keep; of those that are checkpointed what goes in, some products, and all of one block."""
-    layers, stream = text.num_hidden_layers, text.hidden_size * stored_bytes
-    block = 2 * stream + numbers * compute_bytes
-    costly = _costly_numbers(text) * compute_bytes if checkpointing == "selective" else 0
-    return int(layers * (stream + costly) + block if checkpointing else layers * block)
+    layers = text.num_hidden_layers
+    stream = text.hidden_size * step.stored_bytes
+    block = 2 * stream + _block_numbers(text, step) * step.compute_bytes
+    if not step.gradient_checkpointing:
+        return int(layers * block)
+    costly = _costly_numbers(text) * step.compute_bytes if step.gradient_checkpointing == "selective" else 0
+    return int(layers * (stream + costly) + block)
 
 
 def _sizes(text: Any) -> tuple[int, int, int, int]:
@@ -136,15 +155,16 @@ def _costly_numbers(text: Any) -> int:
     return 2 * queries + keys + inner + hidden
 
 
-def _block_numbers(text: Any, adapted: bool, input_copies: bool, normed_heads: bool) -> int:
+def _block_numbers(text: Any, step: StepShape) -> int:
     """Numbers in compute type that a Llama-like block keeps per token, beside the two inputs of its norms: the norms'
     outputs, query, key, value, the attention's output, the two factors of the MLP; with adapters their product, too.
     """
     hidden, queries, keys, inner = _sizes(text)
-    linear_inputs = 2 * hidden + inner * adapted
-    if input_copies:
+    if step.input_copies:
         linear_inputs = 5 * hidden + queries + 2 * inner
-    return int(linear_inputs + 2 * (queries + keys) + 2 * inner + normed_heads * (queries + keys))
+    else:
+        linear_inputs = 2 * hidden + inner * step.adapted
+    return int(linear_inputs + 2 * (queries + keys) + 2 * inner + step.normed_heads * (queries + keys))
 
 
 def resident(peak: bool = False) -> int:

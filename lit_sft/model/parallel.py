@@ -26,6 +26,7 @@ def decoder_layers(lm: PreTrainedModel) -> list[nn.Module]:
     Raises:
         UserError: The architecture does not name its blocks.
     """
+    # Transformers has no public list of a model's blocks; FSDP of accelerate reads this one, too.
     names = set(lm._no_split_modules or ())
     layers = [module for module in lm.modules() if type(module).__name__ in names]
     if not layers:
@@ -81,6 +82,12 @@ def apply_compile(lm: PreTrainedModel) -> None:
     """
     for layer in decoder_layers(lm):
         layer.compile(dynamic=True)
+
+
+def is_compiled(lm: nn.Module) -> bool:
+    """Whether `nn.Module.compile` was called on a part of the model."""
+    # torch has no public way to ask for it.
+    return any(module._compiled_call_impl is not None for module in lm.modules())
 
 
 def apply_fsdp2(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -11,20 +11,20 @@ import torch
 from torch import Tensor
 
 from lit_sft.errors import UserError
+from lit_sft.model.attention.implementation import attention_of, set_attention
+from lit_sft.model.attention.packed import pack_kwargs
+from lit_sft.model.evaluation_mode import evaluation_mode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 
-PackKwargs = Callable[[tuple[int, ...], torch.device], dict[str, Any]]
-"""`loss.pack_kwargs`."""
-
 LENGTHS = (5, 7)
 
 
 @torch.no_grad()
-def packs_are_exact(lm: PreTrainedModel, pack_kwargs: PackKwargs) -> bool:
+def packs_are_exact(lm: PreTrainedModel) -> bool:
     """Whether a row of two examples gives each the hidden states it has alone (state-space layers, say, do not)."""
     input_ids, position_ids = _inputs(lm)
     first = LENGTHS[0]
@@ -47,14 +47,14 @@ def is_causal(lm: PreTrainedModel) -> bool:
 
 
 @torch.no_grad()
-def what_is_lost(lm: PreTrainedModel, pack_kwargs: PackKwargs) -> str | None:
+def what_is_lost(lm: PreTrainedModel) -> str | None:
     """What the chosen attention function leaves out of what the model asks for; None if nothing.
 
     One example alone is compared with `eager`, the model's own: caps, sinks, biases by position, or masks of its own
     kind show. A window does not show in a few tokens; but transformers asks for a mask with that window, and the layer
     that gets it must hand the window to the attention function.
     """
-    name = lm.config._attn_implementation
+    name = attention_of(lm)
     input_ids, _ = _inputs(lm)
     position_ids = torch.arange(input_ids.shape[1], device=lm.device)[None]
     windows: set[int] = set()
@@ -69,9 +69,9 @@ def what_is_lost(lm: PreTrainedModel, pack_kwargs: PackKwargs) -> str | None:
         return "attention code of its own"
     if windows:
         return f"a window of {min(windows):,} tokens, which its layers do not hand down"
-    attend_by(lm, "eager")
+    set_attention(lm, "eager")
     expected = _states(lm, input_ids, position_ids)
-    attend_by(lm, name)
+    set_attention(lm, name)
     return None if _close(ours, expected, tolerance=0.25) else "scores or a mask of its own kind"
 
 
@@ -95,20 +95,6 @@ def check_length(lm: PreTrainedModel, longest: int, context: int | None) -> None
             f"positions for {context:,} only: set it to {context}"
         )
     log.warning("the longest example has %s tokens, the model was made for %s", f"{longest:,}", f"{context:,}")
-
-
-def attend_by(lm: PreTrainedModel, name: str) -> None:
-    """Changes the attention of a model.
-
-    Of a model with attention code of its own only the masks change, which is all that there is to change.
-
-    Args:
-        lm: The model.
-        name: Of transformers; `sdpa` is `eager` for a model that does not know it.
-    """
-    name = "eager" if name == "sdpa" and not lm._supports_sdpa else name
-    lm.set_attn_implementation(name)
-    lm.config._attn_implementation = name
 
 
 @contextmanager
@@ -153,12 +139,8 @@ def _inputs(lm: PreTrainedModel) -> tuple[Tensor, Tensor]:
 
 def _states(lm: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, **kwargs: Any) -> Tensor:
     """What the model makes of them: hidden states, or logits where it does not tell its head from the rest."""
-    was_training = lm.training
-    lm.eval()
-    try:
+    with evaluation_mode(lm):
         output = lm.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **kwargs)
-    finally:
-        lm.train(was_training)
     states: Tensor = output.logits if lm.base_model is lm else output.last_hidden_state
     return states
 

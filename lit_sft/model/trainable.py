@@ -1,9 +1,9 @@
-"""The trained part of a model, chosen by name."""
+"""The trained part of a model: chosen by name, and compared with what a checkpoint holds."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -41,3 +41,39 @@ def set_trainable(model: nn.Module, patterns: Iterable[str]) -> None:
             raise UserError(f"model.trainable: {pattern!r} matches no parameter; there are names such as {examples}")
         for parameter in found:
             parameter.requires_grad_(True)
+
+
+def is_frozen(model: nn.Module) -> bool:
+    """Whether a part of the model is not trained."""
+    return not all(parameter.requires_grad for parameter in model.parameters())
+
+
+def trained(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a state that are trained; a tied weight once."""
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {name: value for name, value in state.items() if name in names}
+
+
+def check_fits(model: nn.Module, saved: Mapping[str, Any]) -> None:
+    """Compares names and shapes of what is saved with those of the model.
+
+    Args:
+        model: All of it was saved, or, where a part is frozen, what is trained.
+        saved: Tensors by parameter name.
+
+    Raises:
+        UserError: One is in one of them only, or has another shape.
+    """
+    own = model.state_dict()
+    if is_frozen(model):
+        own = trained(model, own)
+    remedy = "set model.* as it was in training (config.yaml beside the checkpoints)"
+    if strangers := sorted(own.keys() ^ saved.keys()):
+        where = "checkpoint" if strangers[0] in saved else "model"
+        raise UserError(f"the checkpoint does not fit the model: {strangers[0]} is in the {where} only; {remedy}")
+    for name, value in saved.items():
+        if value.shape != own[name].shape:
+            raise UserError(
+                f"the checkpoint does not fit the model: {name} is {list(value.shape)} in the checkpoint and "
+                f"{list(own[name].shape)} in the model; {remedy}"
+            )

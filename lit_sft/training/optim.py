@@ -102,6 +102,19 @@ def prefer_fused(optimizer: Optimizer) -> None:
             group["fused"] = True
 
 
+def scale_gradients(parameters: Iterable[nn.Parameter], factor: Tensor) -> None:
+    """Multiplies all gradients by a number, in place.
+
+    Args:
+        parameters: Those without a gradient are left out.
+        factor: Scalar on any device.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    # Private, but it is what torch's own clipping uses: one kernel for many tensors, instead of one for each.
+    # Offloaded gradients are on the CPU.
+    torch._foreach_mul_(gradients, factor.to(gradients[0].device, torch.float32))
+
+
 def clip_by_norm(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
     """The norm of all gradients, on every device that has a shard of them; scales them down to `limit` if it is finite.
 
@@ -192,7 +205,9 @@ def check_weights(optimizer: Optimizer, sharded: bool, scaled: bool) -> None:
             gradient of 0 makes NaN; or it unscales gradients itself, after they were clipped.
     """
     name = type(optimizer).__name__
-    if scaled and getattr(optimizer, "_step_supports_amp_scaling", False):
+    # Private, but it is what torch's GradScaler and Lightning read, and optimizers of other packages set.
+    unscales_itself = getattr(optimizer, "_step_supports_amp_scaling", False)
+    if scaled and unscales_itself:
         raise UserError(
             f"model.optimizer {name} with fused: true would clip gradients that are still scaled "
             "for fp16: leave fused out, or set trainer.precision to bf16-mixed"

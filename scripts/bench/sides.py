@@ -57,7 +57,7 @@ def lit_sft_module(model: Path, lora: bool, **settings: Any) -> Any:
     """The module of the lit_sft side."""
     from torch.optim import AdamW
 
-    from lit_sft.model.lora.adapters import LoraConfig
+    from lit_sft.model.lora.lora_config import LoraConfig
     from lit_sft.module import SFTModule
     from lit_sft.training.optim import ScheduleOptions
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from lit_sft.model import memory_estimate
+from lit_sft.model.attention.implementation import attention_of
 from lit_sft.training.flops import peak_flops, step_cost
 
 
@@ -60,7 +61,7 @@ class Speed:
             "tokens": tokens,
             "targets": targets,
             "steps": steps - self.warm_steps,
-            "attention": lm.config._attn_implementation,
+            "attention": attention_of(lm),
             "device": torch.cuda.get_device_name(self.device) if self.on_gpu else "cpu",
             "torch": torch.__version__,
         }

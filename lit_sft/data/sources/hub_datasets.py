@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import logging
 from textwrap import shorten
-from threading import Thread
 from typing import TYPE_CHECKING
 
+from lit_sft import hub
 from lit_sft.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 log = logging.getLogger(__name__)
-
-HUB_SECONDS = 3.0
 
 
 def load_saved(folder: str, split: str, key: str) -> Dataset:
@@ -44,7 +42,7 @@ def load_hub(repo: str, config: str | None, split: str, key: str) -> Dataset:
     """A hub data set, or what the local cache has of it where the hub cannot be asked. Runs no script.
 
     Raises:
-        UserError: Neither has it, or not this configuration or split. Without a network this takes 3 seconds at most.
+        UserError: Neither has it, or not this configuration or split. Without a network this takes about 3 seconds.
     """
     import datasets
     from datasets.packaged_modules.cache.cache import Cache
@@ -67,19 +65,10 @@ def load_hub(repo: str, config: str | None, split: str, key: str) -> Dataset:
 
 
 def why_unreachable(repo: str) -> str | None:
-    """None where the hub serves the data set. In a thread, because no client's time-out covers looking up names."""
+    """Why the hub cannot serve the data set now; None if it can."""
     from huggingface_hub import HfApi
 
-    answers: list[str | None] = []
-
-    def ask() -> None:
-        try:
-            HfApi().dataset_info(repo, timeout=HUB_SECONDS)
-            answers.append(None)
-        except Exception as error:  # the kinds depend on the HTTP client, which changes with the version
-            answers.append(str(error) or type(error).__name__)
-
-    thread = Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(HUB_SECONDS)
-    return answers[0] if answers else f"no answer within {HUB_SECONDS:.0f} s"
+    error = hub.ask(lambda seconds: HfApi().dataset_info(repo, timeout=seconds))
+    if error is None:
+        return None
+    return str(error) or type(error).__name__

@@ -43,6 +43,7 @@ def packed_attention_cpu(
     inputs = (x.split(lengths, dim=2) for x in (query, key, value))
     for place, norm, q, k, v in zip(out.split(lengths, dim=1), norms.split(lengths, dim=2), *inputs, strict=True):
         k, v, mask = repeat_heads(k, groups), repeat_heads(v, groups), window_bias(q, window)
+        # The public SDPA does not return the logarithms of the sums, which the backward pass needs.
         made, made_norm = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, mask is None, attn_mask=mask, scale=scaling
         )
@@ -63,7 +64,7 @@ def _made(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     schema="(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor norms, Tensor bounds, float? scale, "
     "int? window) -> (Tensor, Tensor, Tensor)",
 )
-def _backward_op(
+def _backward_op(  # noqa: PLR0913 - as the schema has them
     grad: Tensor,
     query: Tensor,
     key: Tensor,

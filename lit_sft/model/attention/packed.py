@@ -29,7 +29,35 @@ PACKED = "lit_sft_packed"
 """Name under which `packed_attention` is known to transformers."""
 
 
-def packed_attention(
+def pack_kwargs(lengths: tuple[int, ...], device: torch.device) -> dict[str, Any]:
+    """Describes the S examples of a row to attention; the layers of a model hand these keyword arguments down.
+
+    The names are those of transformers, but for `cu_seq_lens_host`. The bounds are tensors, because torch.compile would
+    compile again for every new tuple of lengths.
+
+    Args:
+        lengths: Tokens of each example.
+        device: Device of the model's inputs.
+
+    Returns:
+        `cu_seq_lens_q` and `cu_seq_lens_k`: [S + 1] int32 on the device, where the examples begin, and the end.
+        `max_length_q` and `max_length_k`: length of the longest example. `cu_seq_lens_host`: the same bounds in host
+        memory, for attention that needs the lengths as numbers: to read them from a GPU, each layer would wait for it.
+    """
+    host_bounds = torch.tensor((0, *lengths), dtype=torch.int32, device="cpu").cumsum(0, dtype=torch.int32)
+    bounds = host_bounds.to(device, non_blocking=True)
+    longest = max(lengths)
+    return {
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": longest,
+        "max_length_k": longest,
+        "cu_seq_lens_host": host_bounds,
+    }
+
+
+# The arguments are those with which transformers calls an attention function.
+def packed_attention(  # noqa: PLR0913
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -40,6 +68,7 @@ def packed_attention(
     sliding_window: int | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int = 0,
+    cu_seq_lens_host: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention in transformers' interface; without `cu_seq_lens_q` (generation, say) it is the library's own SDPA.
@@ -55,6 +84,7 @@ def packed_attention(
         sliding_window: Tokens that a position sees, itself included.
         cu_seq_lens_q: [S + 1] where the examples begin, and T.
         max_length_q: Length of the longest example.
+        cu_seq_lens_host: `cu_seq_lens_q` in host memory, if it is there.
         **kwargs: What other implementations need.
 
     Returns:
@@ -77,13 +107,16 @@ def packed_attention(
     if torch.is_autocast_enabled(query.device.type):  # as autocast does for SDPA; rotary embeddings left fp32
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    how = (cu_seq_lens_q, scaling, sliding_window)
     if flash_takes(query, value) and not dropout:
-        kernel, out = "torch's variable-length flash kernel", _varlen(query, key, value, max_length_q, *how)
+        kernel = "torch's variable-length flash kernel"
+        out = _varlen(query, key, value, max_length_q, cu_seq_lens_q, scaling, sliding_window)
     elif cpu_kernel.takes(query, value) and not dropout:
-        kernel, out = "SDPA's CPU kernel", cpu_kernel.packed_attention_cpu(query, key, value, *how)[0]
+        kernel = "SDPA's CPU kernel"
+        out, _ = cpu_kernel.packed_attention_cpu(query, key, value, cu_seq_lens_q, scaling, sliding_window)
     else:
-        kernel, out = "SDPA, example by example", _per_segment(query, key, value, dropout, *how)
+        kernel = "SDPA, example by example"
+        bounds = cu_seq_lens_q if cu_seq_lens_host is None else cu_seq_lens_host
+        out = _per_segment(query, key, value, dropout, bounds, scaling, sliding_window)
     if module.training and not torch.compiler.is_compiling():
         _tell(kernel, query.device.type, str(query.dtype).removeprefix("torch."), query.shape[-1])
     return out, None
@@ -119,13 +152,15 @@ def _per_segment(
     sliding_window: int | None,
 ) -> Tensor:
     """One call of SDPA per example: [1, H, T, K] -> [1, T, H, K]. For dropout, and fp32 on a GPU."""
-    lengths, groups = _on_host(bounds), query.shape[1] // key.shape[1]
+    # Without a copy in host memory, this waits for the device.
+    lengths = bounds.diff().tolist()
+    groups = query.shape[1] // key.shape[1]
     parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
     outs = []
     for q, k, v in parts:
-        k, v = (
-            cpu_kernel.repeat_heads(x, groups) for x in (k, v)
-        )  # else torch 2.11 makes whole matrices of scores on a GPU
+        # With fewer heads of keys than of queries, torch 2.11 makes whole matrices of scores on a GPU.
+        k = cpu_kernel.repeat_heads(k, groups)
+        v = cpu_kernel.repeat_heads(v, groups)
         mask = cpu_kernel.window_bias(q, sliding_window)
         out = F.scaled_dot_product_attention(
             q,
@@ -177,12 +212,6 @@ def _varlen_is_told() -> bool:
     from torch.nn.attention.varlen import varlen_attn
 
     return "enable_gqa" in inspect.signature(varlen_attn).parameters
-
-
-def _on_host(bounds: Tensor) -> list[int]:
-    """Lengths between bounds: as `pack_kwargs` put them beside, for else a GPU is waited for in each layer."""
-    lengths: list[int] | None = getattr(bounds, "host_lengths", None)
-    return bounds.diff().tolist() if lengths is None else lengths
 
 
 def _packed_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:

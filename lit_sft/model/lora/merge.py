@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_sft.errors import UserError
+from lit_sft.model.random_state import own_random_state
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -82,7 +83,7 @@ def dequantized(model: PeftModel) -> PeftModel:
     for parameter in base.parameters():  # peft leaves what is trained whole in its place, in fp32
         parameter.data = parameter.data.to(dtype)  # and not buffers: rotary frequencies in bf16 are others
     config.init_lora_weights = True  # values that follow; other starts would change the base
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    with own_random_state(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="You are trying to modify a model with PEFT for a second time")
         again: Any = get_peft_model(base, config)
     own = {name: p for name, p in again.named_parameters() if p.requires_grad}

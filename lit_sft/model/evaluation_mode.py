@@ -1,0 +1,24 @@
+"""Evaluation mode for the time of a block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Switches a model to evaluation mode; afterwards every module is in the mode that it had before.
+
+    Args:
+        model: Its modules may be in different modes.
+    """
+    in_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in in_training:
+            module.training = True

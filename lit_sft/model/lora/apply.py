@@ -1,0 +1,85 @@
+"""New adapters in a model, through peft."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from lit_sft.errors import UserError
+from lit_sft.model.lora import targets
+from lit_sft.model.lora.lora_config import LoraConfig
+from lit_sft.model.lora.precision import train_in_fp32
+from lit_sft.model.random_state import devices_of, own_random_state
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+
+def apply_lora(
+    model: PreTrainedModel, config: LoraConfig, *, new_token_ids: Sequence[int] = (), seed: int = 0
+) -> PeftModel:
+    """Freezes the model and puts trainable fp32 adapters into it.
+
+    The random numbers depend on `seed` alone, and the caller's random state stays as it was. Activation checkpointing
+    must be the non-reentrant one: its gradients reach adapters over a frozen embedding without further preparation.
+
+    Args:
+        model: The base, which may be quantized to 4 bits.
+        config: What is adapted, and how.
+        new_token_ids: Ids whose rows of the embedding, and of the head, are trained as well.
+        seed: Seed of the start values.
+
+    Raises:
+        UserError: If a name in the config fits no module of the model.
+    """
+    from peft import get_peft_model
+
+    targets.check_names(model, config)
+    peft_config = _peft_config(model, config, new_token_ids)
+    try:
+        with own_random_state(seed, devices_of(model)), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="fan_in_fan_out")  # peft corrects it by itself
+            warnings.filterwarnings("ignore", category=FutureWarning)  # between peft and transformers
+            adapted: Any = get_peft_model(model, peft_config)
+    except ValueError as error:
+        raise _refused(error) from error
+    _check_patterns(config, adapted.targeted_module_names)
+    train_in_fp32(adapted)
+    return adapted  # type: ignore[no-any-return]
+
+
+def _peft_config(model: PreTrainedModel, config: LoraConfig, new_token_ids: Sequence[int]) -> Any:
+    from peft import LoraConfig as PeftLoraConfig
+
+    tied = model.config.get_text_config().tie_word_embeddings
+    if tied and targets.embeddings_among(model, config.target_modules):
+        # One weight, adapted as two: merging would add both updates to it.
+        raise UserError(
+            "model.lora.target_modules names the embedding or the head, which share one weight in this model; "
+            "put them into model.lora.modules_to_save instead"
+        )
+    options = asdict(config)
+    options["trainable_token_indices"] = targets.token_rows(model, config, new_token_ids)
+    options["ensure_weight_tying"] = tied and targets.embeddings_among(model, config.modules_to_save or [])
+    if config.target_modules == "all-linear":
+        # Left to itself, peft would adapt routers and experts, which cannot be merged.
+        options["target_modules"] = targets.all_linear(model)
+    try:
+        return PeftLoraConfig(task_type="CAUSAL_LM", **options)
+    except ValueError as error:
+        raise _refused(error) from error
+
+
+def _check_patterns(config: LoraConfig, adapted: Sequence[str]) -> None:
+    """Refuses patterns that match no adapted module, in the way in which peft matches them."""
+    for pattern in (*config.rank_pattern, *config.alpha_pattern):
+        if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in adapted):
+            raise UserError(f"model.lora: the pattern {pattern!r} is the name of no adapted module")
+
+
+def _refused(error: ValueError) -> UserError:
+    return UserError(f"model.lora: {str(error).splitlines()[0]}")
