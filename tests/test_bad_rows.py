@@ -280,7 +280,7 @@ def test_an_unreadable_file(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     (tmp_path / "a.jsonl").write_bytes(LINE)
-    monkeypatch.setattr("lit_sft.data.sources.open_rows.data_files.open", refuse, raising=False)
+    monkeypatch.setattr("lit_sft.data.sources.blocks.open", refuse, raising=False)
     with pytest.raises(UserError) as caught:
         open_rows(str(tmp_path / "a.jsonl"))
     one_line(caught, ["a.jsonl", "Permission denied", "data.train"])

@@ -5,6 +5,15 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+FIRST_COLUMNS = {
+    "messages": "messages",
+    "conversations": "sharegpt",
+    "instruction": "alpaca",
+    "prompt": "prompt_completion",
+    "text": "text",
+}
+"""The column that a format starts from -> the format."""
+FORMATS = tuple(FIRST_COLUMNS.values())
 _READ = {
     "messages": ("messages", "system", "tools"),
     "sharegpt": ("conversations", "system", "tools"),

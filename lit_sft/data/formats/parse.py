@@ -12,8 +12,7 @@ from functools import lru_cache, partial
 from string import Formatter
 from typing import Any
 
-from lit_sft.data.formats.columns import answer_column, counted, unread
-from lit_sft.data.formats.placeholders import find_placeholders
+from lit_sft.data.formats.columns import FIRST_COLUMNS, FORMATS, answer_column, counted, unread
 from lit_sft.data.formats.values import (
     as_object,
     check_text,
@@ -30,20 +29,8 @@ from lit_sft.data.formats.values import (
 from lit_sft.errors import UserError
 from lit_sft.types import Conversation, Message
 
-__all__ = [
-    "FORMATS",
-    "conversation_to_prompt",
-    "detect_format",
-    "find_placeholders",
-    "report_unread",
-    "template_fields",
-    "to_conversation",
-]
-
-FORMATS = ("messages", "sharegpt", "alpaca", "prompt_completion", "text")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
-_FIRST_COLUMNS = dict(zip(("messages", "conversations", "instruction", "prompt", "text"), FORMATS, strict=True))
 _SPEAKER_ROLES = (
     {"system": "system", "developer": "developer", "function_call": "function_call", "tool_call": "function_call"}
     | dict.fromkeys(("human", "user"), "user")
@@ -67,13 +54,13 @@ def detect_format(
     columns = {name: None for row in rows for name in row}
     columns |= {name: value for row in rows for name, value in row.items() if value is not None}
     columns = as_object(_rename(columns, column_mapping), "rows")
-    first = next((name for name in _FIRST_COLUMNS if name in columns), None)
+    first = next((name for name in FIRST_COLUMNS if name in columns), None)
     if first is None:
         raise UserError(
-            f"no format fits the columns {listed(columns)}: {listed(FORMATS)} start from {listed(_FIRST_COLUMNS)}; see "
+            f"no format fits the columns {listed(columns)}: {listed(FORMATS)} start from {listed(FIRST_COLUMNS)}; see "
             "`data.column_mapping` (such as {question: prompt, answer: completion}) and `data.format`"
         )
-    return _FIRST_COLUMNS[first], f"format {_FIRST_COLUMNS[first]}, because the rows have the column `{first}`"
+    return FIRST_COLUMNS[first], f"format {FIRST_COLUMNS[first]}, because the rows have the column `{first}`"
 
 
 def report_unread(
