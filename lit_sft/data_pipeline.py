@@ -11,9 +11,10 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from lit_sft.checkpoint import data_position
-from lit_sft.data.assistant_turns import ChatTemplate
+from lit_sft.data import template_omissions
+from lit_sft.data.assistant_turns import write_prompt
 from lit_sft.data.cache import ExampleCache, cache_key
-from lit_sft.data.chat_template import TODAY, kept_date, resolve_chat_template, with_date
+from lit_sft.data.chat_template import TODAY, ChatTemplate, kept_date, resolve_chat_template, with_date
 from lit_sft.data.formats import parse
 from lit_sft.data.packing import Packs
 from lit_sft.data.sources import open_rows
@@ -215,10 +216,10 @@ class SFTData:
             return
         probe, template = self.question("Hello"), self.renderer.template
         try:
-            text = template.prompt(probe)
+            text = write_prompt(template, probe)
         except UserError:
             return  # a row is refused likewise, with its place
-        if "left_out:system_turn" in template.left_out(probe, [text]):
+        if "left_out:system_turn" in template_omissions.of_conversation(template, probe, [text]):
             raise UserError(
                 "data.system_prompt is set, but the chat template does not write it, so the model would not see it; "
                 "set data.chat_template to a template that writes system turns, or data.system_prompt to null"
