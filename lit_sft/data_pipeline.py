@@ -15,7 +15,8 @@ from lit_sft.data import template_omissions
 from lit_sft.data.assistant_turns import write_prompt
 from lit_sft.data.cache import ExampleCache, cache_key
 from lit_sft.data.chat_template import TODAY, ChatTemplate, kept_date, resolve_chat_template, with_date
-from lit_sft.data.formats import parse
+from lit_sft.data.formats.columns import detect_format, report_unread
+from lit_sft.data.formats.prompt_template import template_fields
 from lit_sft.data.packing import Packs
 from lit_sft.data.sources import open_rows
 from lit_sft.data.sources import rows as sources_rows
@@ -237,10 +238,10 @@ class SFTData:
             mapping = None
         template, said = self.options.prompt_template, list[str]()
         if format == "auto":
-            format, *said = parse.detect_format(first, mapping, template)
+            format, *said = detect_format(first, mapping, template)
         if rows.name not in self._told:
             self._told.add(rows.name)
-            for line in (*said, *parse.report_unread(first, format, mapping, template)):
+            for line in (*said, *report_unread(first, format, mapping, template)):
                 log.info("%s: %s", rows.name, line)
         return Reading(format, mapping)
 
@@ -304,4 +305,4 @@ class SFTData:
     @property
     def _fields(self) -> Sequence[str]:
         """Of `data.prompt_template`."""
-        return () if self.options.prompt_template is None else parse.template_fields(self.options.prompt_template)
+        return () if self.options.prompt_template is None else template_fields(self.options.prompt_template)

@@ -7,7 +7,8 @@ import pytest
 from chat_templates import renderer_of, tokenizer_of
 from running import write_rows
 
-from lit_sft.data.formats.parse import detect_format, to_conversation
+from lit_sft.data.formats.columns import detect_format
+from lit_sft.data.formats.parse import to_conversation
 from lit_sft.data.sources.open_rows import open_rows
 from lit_sft.data.sources.rows import limit, split_rows
 from lit_sft.data.stats import Counts
