@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_sft.checkpoint import data_position
-from lit_sft.data.assistant_turns import ChatTemplate
+from lit_sft.data import template_omissions
+from lit_sft.data.assistant_turns import write_prompt
 from lit_sft.data.cache import ExampleCache, cache_key
-from lit_sft.data.chat_template import TODAY, kept_date, resolve_chat_template, with_date
-from lit_sft.data.formats import parse
+from lit_sft.data.chat_template import TODAY, ChatTemplate, kept_date, resolve_chat_template, with_date
+from lit_sft.data.formats.columns import detect_format, report_unread
+from lit_sft.data.formats.prompt_template import template_fields
 from lit_sft.data.packing import Packs
 from lit_sft.data.sources import open_rows
 from lit_sft.data.sources import rows as sources_rows
@@ -264,11 +266,11 @@ class SFTData:
         probe = self.question("Hello")
         template = self.renderer.template
         try:
-            text = template.prompt(probe)
+            text = write_prompt(template, probe)
         except UserError:
             # The first row is refused for the same reason, with its place.
             return
-        if "left_out:system_turn" in template.left_out(probe, [text]):
+        if "left_out:system_turn" in template_omissions.of_conversation(template, probe, [text]):
             raise UserError(
                 "data.system_prompt is set, but the chat template does not write it, so the model would not see it; "
                 "set data.chat_template to a template that writes system turns, or data.system_prompt to null"
@@ -289,10 +291,10 @@ class SFTData:
         format: str = self.options.format
         report: list[str] = []
         if format == "auto":
-            format, *report = parse.detect_format(first, mapping, template)
+            format, *report = detect_format(first, mapping, template)
         if rows.name not in self._told:
             self._told.add(rows.name)
-            for line in (*report, *parse.report_unread(first, format, mapping, template)):
+            for line in (*report, *report_unread(first, format, mapping, template)):
                 log.info("%s: %s", rows.name, line)
         return Reading(format, mapping)
 
@@ -357,4 +359,4 @@ class SFTData:
     @property
     def _fields(self) -> Sequence[str]:
         """Of `data.prompt_template`."""
-        return () if self.options.prompt_template is None else parse.template_fields(self.options.prompt_template)
+        return () if self.options.prompt_template is None else template_fields(self.options.prompt_template)

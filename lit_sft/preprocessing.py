@@ -26,9 +26,8 @@ from lit_sft.data.cache import (
     write_failure,
 )
 from lit_sft.data.formats.parse import to_conversation
-from lit_sft.data.formats.placeholders import find_placeholders
 from lit_sft.data.sources.rows import Rows
-from lit_sft.data.stats import Counts
+from lit_sft.data.stats import Counts, find_placeholders
 from lit_sft.data.tokenize import Renderer
 from lit_sft.data.workers import map_in_order
 from lit_sft.errors import UserError, located

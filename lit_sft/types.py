@@ -73,8 +73,8 @@ class RenderedTurn:
     start: int
     """Where the answer begins: the end of `prompt`, or of what `text` has in common with it."""
     anchor: int
-    """Where the last special token of `prompt` begins: nothing before it depends on what follows it. 0 if there is
-    none.
+    """Where the last special token of `prompt` begins: no token before it depends on the text behind it. 0 if there is
+    none, if the turn is lenient, or if the tokenizer does not tell where its tokens lie.
     """
     parts: tuple[tuple[int, int], ...]
     """The trained ranges: from `start` to the end, or what the template marks of that."""

@@ -141,7 +141,8 @@ def trl_python(venv: Path) -> str:
 
 def write_pairs(data: Path, path: Path) -> int:
     """Writes the rows as TRL wants them, messages before the last answer and that answer; returns their number."""
-    from lit_sft.data.formats.parse import conversation_to_prompt, detect_format, to_conversation
+    from lit_sft.data.formats.columns import detect_format
+    from lit_sft.data.formats.parse import conversation_to_prompt, to_conversation
     from lit_sft.data.sources.open_rows import open_rows
 
     rows = open_rows(str(data))

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from lit_sft.data.assistant_turns import ChatTemplate
-from lit_sft.data.chat_template import resolve_chat_template
+from lit_sft.data.chat_template import ChatTemplate, resolve_chat_template
 from lit_sft.data.tokenize import Renderer
 from lit_sft.errors import UserError
 from lit_sft.types import Conversation, Example, Message

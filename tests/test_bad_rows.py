@@ -7,7 +7,8 @@ import pytest
 from chat_templates import renderer_of, tokenizer_of
 from running import write_rows
 
-from lit_sft.data.formats.parse import detect_format, to_conversation
+from lit_sft.data.formats.columns import detect_format
+from lit_sft.data.formats.parse import to_conversation
 from lit_sft.data.sources.open_rows import open_rows
 from lit_sft.data.sources.rows import limit, split_rows
 from lit_sft.data.stats import Counts
@@ -280,7 +281,7 @@ def test_an_unreadable_file(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     (tmp_path / "a.jsonl").write_bytes(LINE)
-    monkeypatch.setattr("lit_sft.data.sources.data_files.open", refuse, raising=False)
+    monkeypatch.setattr("lit_sft.data.sources.blocks.open", refuse, raising=False)
     with pytest.raises(UserError) as caught:
         open_rows(str(tmp_path / "a.jsonl"))
     one_line(caught, ["a.jsonl", "Permission denied", "data.train"])

@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from lit_sft.data.formats.parse import conversation_to_prompt, detect_format, report_unread, to_conversation
-from lit_sft.data.formats.placeholders import find_placeholders
+from lit_sft.data.formats.columns import detect_format, report_unread
+from lit_sft.data.formats.parse import conversation_to_prompt, to_conversation
+from lit_sft.data.stats import find_placeholders
 from lit_sft.types import Conversation, Message
 
 HI = (Message("user", "hi"), Message("assistant", "hello"))

@@ -655,7 +655,7 @@ def test_a_chunk_of_rows_is_read_at_a_time(open_data, small_chunks, monkeypatch)
     rows = data.open("train")
     preparation = data.preparation(rows)
     read = []
-    monkeypatch.setattr(type(rows), "__getitem__", lambda self, i: read.append(i) or self.parts[0][i])
+    monkeypatch.setattr(type(rows), "__getitem__", lambda self, i: read.append(i) or self.parts[0].rows[i])
     seen = []
 
     def watch(path, blocks, meta):

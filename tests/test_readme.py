@@ -214,7 +214,8 @@ def test_relative_links_exist(page):
 
 @pytest.mark.parametrize("row", [row for text in blocks_in("json") for row in text.splitlines()])
 def test_rows_are_read(row):
-    from lit_sft.data.formats.parse import detect_format, to_conversation
+    from lit_sft.data.formats.columns import detect_format
+    from lit_sft.data.formats.parse import to_conversation
 
     value = json.loads(row)
     conversation = to_conversation(value, format=detect_format([value], None, None)[0])

@@ -16,7 +16,7 @@ import pytest
 from terminal import log_lines
 
 from lit_sft import hub
-from lit_sft.data.sources import data_files
+from lit_sft.data.sources import blocks, jsonl
 from lit_sft.data.sources.open_rows import open_rows
 from lit_sft.data.sources.rows import Rows, by_source, first_rows, limit, split_rows, subset
 from lit_sft.errors import UserError
@@ -97,7 +97,7 @@ def test_a_copy_that_lost_a_part_is_made_anew(suffix, tmp_path):
     copies = [copy for copy in cache.rglob("*") if copy.is_file()]
     for copy in copies:
         copy.write_bytes(b"".join(copy.read_bytes().splitlines(keepends=True)[:-1]))
-    data_files._handle.cache_clear()  # as in another process
+    jsonl._open_once.cache_clear()  # as in another process
     with log_lines() as lines:
         assert read(open_rows(path, cache_dir=cache)) == ROWS
         assert read(open_rows(path, cache_dir=cache)) == ROWS
@@ -132,7 +132,7 @@ def test_arrow_files_that_are_no_streams(tmp_path):
 @pytest.mark.parametrize("block", [1, 7, 64, 1 << 20])
 @pytest.mark.parametrize("text", [LINES, LINES.rstrip(), "\ufeff" + LINES, LINES.replace("\n", "\r\n"), " " + LINES])
 def test_lines_wherever_blocks_end(block, text, tmp_path, monkeypatch):
-    monkeypatch.setattr(data_files, "_BLOCK", block)
+    monkeypatch.setattr(blocks, "BLOCK_SIZE", block)
     rows = open_rows(write(tmp_path / "a.jsonl", text))
     assert read(rows) == ROWS
     assert rows.where(4).endswith("line 5")

@@ -1,300 +1,381 @@
-r"""Conversation -> text, and where in it each assistant turn lies. Text only: `render` does the same proof for tokens.
+r"""Conversation -> drafts: texts to be tokenized, and where in them each assistant turn lies.
 
-A turn is located by rendering twice: the messages before it with the generation prompt, as a server does to have it
-generated, and the messages up to it. The second text must begin with the first. What follows, up to and with the stop
-token, is what the model has to generate:
+A turn is located by writing the conversation twice: the messages before it with the generation prompt, as a server does
+to have the turn generated, and the messages up to it. The second text must begin with the first. The model has to
+generate the rest, up to and with the stop token:
 
     prompt   <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n
     whole    <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n
                                                                     ^ start ^ stop
+
+Here everything is text; `tokenize` proves the same for token ids.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from itertools import takewhile
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
-from lit_sft.data.generation_markers import marked
-from lit_sft.data.template_omissions import has_reasoning, of_answer, of_messages, of_tools
+from lit_sft.data.chat_template import ChatTemplate, Span, Switch
+from lit_sft.data.generation_markers import marked_parts
+from lit_sft.data.template_omissions import has_reasoning, of_answer, of_conversation
 from lit_sft.errors import UserError
 from lit_sft.types import Conversation, Message, RenderedTurn
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+TrainOn = Literal["completions", "last_completion", "all"]
 
-RAW_TEMPLATE = (
-    "{% for message in messages %}{{ message.content }}{% endfor %}"
-    "{{ eos_token if not (add_generation_prompt or messages[-1].content.endswith(eos_token)) }}"
-)
-"""Prompt and completion as they are, and eos."""
-
-_SWITCHES = ("enable_thinking", "thinking")
-"""Template variables that turn the thinking block of a generation prompt off or on."""
 _OPEN_THINKING = re.compile(r"[<\[][\w:|]*think[\w:|]*[>\]]\s*\Z", re.IGNORECASE)
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_REMEDIES = {
-    "system": "remove the system turn, and set data.system_prompt to null",
-    "alternat": "merge neighbouring turns of one role, or remove the row",
-}
-"""A word of a template's own error -> what to do."""
-
-_Switch = tuple[tuple[str, bool], ...]
-_Span = tuple[int, int]
+_LONGEST_CLOSING = 300
+"""Characters that special tokens and white space at the end of a text take at most."""
 
 
-@dataclass(frozen=True, eq=False)
-class ChatTemplate:
-    """Writes conversations as servers do: in the sandbox of transformers and with its variables.
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """The text of an example, before it is tokenized."""
+
+    text: str
+    turns: tuple[RenderedTurn, ...] = ()
+    """The turns whose label differs from `label`. `text` begins with the text of each."""
+    label: int = 0
+    """The label of everything outside `turns`: 1 = trained."""
+    stops: tuple[str, ...] = ()
+    """Stop tokens of the trained turns."""
+    notes: tuple[str, ...] = ()
+    """As in `Example`."""
+    needs_bos: bool = False
+    """No template wrote this text, so the tokenizer adds its bos."""
+
+
+def make_drafts(template: ChatTemplate, conversation: Conversation, train_on: TrainOn) -> list[Draft]:
+    """Writes a conversation and locates the turns that decide what is trained.
 
     Args:
-        tokenizer: Its special tokens are variables of the template, and one of them ends a turn.
-        text: The template; None for prompt and completion as they are (`raw`).
-        chat_template_kwargs: More variables.
-        unproved: `lenient` accepts a turn that does not fit its prompt, from what they have in common.
+        template: Writes it.
+        conversation: Turns or plain text.
+        train_on: See `Renderer`.
+
+    Returns:
+        One draft, or one per trained turn if the template rewrites earlier turns.
+
+    Raises:
+        UserError: The template cannot write the conversation, or a turn does not fit its prompt.
     """
+    if conversation.text is not None:
+        return [text_draft(conversation.text, template.tokenizer.eos_token)]
+    answers = [i for i, message in enumerate(conversation.messages) if message.role == "assistant"]
+    if template.is_raw and answers:
+        # Everything before the last answer is its prompt, even earlier answers.
+        answers = answers[-1:]
+        conversation = replace(conversation, messages=conversation.messages[: answers[0] + 1])
+    if train_on == "all":
+        return [full_draft(template, conversation, answers)]
+    if train_on == "last_completion":
+        return completion_drafts(template, conversation, answers, answers[-1:])
+    return completion_drafts(template, conversation, answers, answers)
 
-    tokenizer: PreTrainedTokenizerBase
-    text: str | None
-    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    unproved: Literal["error", "lenient"] = "error"
 
-    def write(
-        self, conversation: Conversation, switch: _Switch = (), *, generation_prompt: bool = False
-    ) -> tuple[str, list[_Span]]:
-        """The text of a conversation, and the ranges in it that the template marks with `{% generation %}`.
+def text_draft(text: str, eos_token: str | None) -> Draft:
+    """A plain text, all of which is trained, and one eos."""
+    if eos_token is None:
+        raise UserError("the tokenizer has no eos token to end a text; give it one")
+    before, _, behind = text.rpartition(eos_token)
+    ends_with_eos = not behind.strip()
+    body = before if ends_with_eos else text
+    return Draft(body + eos_token, label=1, stops=(eos_token,), needs_bos=True)
 
-        Raises:
-            UserError: The template refuses these messages, or fails on them.
-        """
-        from transformers.utils.chat_template_utils import render_jinja_template
 
-        # gpt-oss reads reasoning under another name, which transformers adds by itself only since 5.23
-        messages = [
-            message.to_dict() | ({"thinking": message.reasoning_content} if message.reasoning_content else {})
-            for message in conversation.messages
-        ]
-        result: Any
+def full_draft(template: ChatTemplate, conversation: Conversation, answers: Sequence[int]) -> Draft:
+    """All of a conversation is trained, but for the turns whose own flag forbids it.
+
+    Args:
+        template: Writes the conversation.
+        conversation: Has turns.
+        answers: Indices of the assistant turns.
+    """
+    messages = conversation.messages
+    turns = tuple(prove(template, conversation, i) for i in answers if messages[i].train is False)
+    whole, _ = template.write(conversation)
+    for turn in turns:
+        if not whole.startswith(turn.text):
+            raise UserError(f"turn {turn.number} is not trained, but the template rewrites it; set data.train_on")
+    stops: tuple[str, ...] = ()
+    if messages[-1].role == "assistant" and messages[-1].train is not False:
+        _, stop = find_stop(template, whole, conversation, len(messages) - 1)
+        stops = (stop,)
+    notes = _notes(turns) + of_conversation(template, conversation, [whole])
+    return Draft(whole, turns, label=1, stops=stops, notes=notes, needs_bos=template.is_raw)
+
+
+def completion_drafts(
+    template: ChatTemplate, conversation: Conversation, answers: Sequence[int], wanted: Sequence[int]
+) -> list[Draft]:
+    """Assistant turns are trained: those that are wanted, unless a turn's own flag says otherwise.
+
+    Args:
+        template: Writes the conversation.
+        conversation: Has turns.
+        answers: Indices of the assistant turns.
+        wanted: Those that `data.train_on` names.
+    """
+    turns = []
+    for i in answers:
+        flag = conversation.messages[i].train
+        if flag or (flag is None and i in wanted):
+            turns.append(prove(template, conversation, i))
+    whole = _write_whole(template, conversation, turns)
+    rewritten = [turn.text for turn in turns if not whole.startswith(turn.text)]
+    omissions = of_conversation(template, conversation, [whole, *rewritten])
+    if omissions:
+        turns = [replace(turn, notes=turn.notes + omissions) for turn in turns]
+    if rewritten:
+        return drafts_per_turn(turns, template.is_raw)
+    return [draft_of(whole, turns, template.is_raw)]
+
+
+def drafts_per_turn(turns: Sequence[RenderedTurn], needs_bos: bool) -> list[Draft]:
+    """One draft for each turn, with the text up to it."""
+    drafts = [draft_of(turn.text, [turn], needs_bos) for turn in turns]
+    if len(drafts) == 1:
+        return drafts
+    return [replace(draft, notes=("per_turn", *draft.notes)) for draft in drafts]
+
+
+def draft_of(text: str, turns: Sequence[RenderedTurn], needs_bos: bool) -> Draft:
+    """A draft in which only these turns are trained."""
+    stops = dict.fromkeys(turn.stop for turn in turns)
+    return Draft(text, tuple(turns), stops=tuple(stops), notes=_notes(turns), needs_bos=needs_bos)
+
+
+def _notes(turns: Sequence[RenderedTurn]) -> tuple[str, ...]:
+    """The notes of all turns, each of them once."""
+    return tuple(dict.fromkeys(note for turn in turns for note in turn.notes))
+
+
+def _write_whole(template: ChatTemplate, conversation: Conversation, turns: Sequence[RenderedTurn]) -> str:
+    """The text of a conversation, with the template variables of its last trained turn."""
+    if not turns:
+        return template.write(conversation)[0]
+    last = turns[-1]
+    if last.number == len(conversation.messages):
+        return last.whole
+    return template.write(conversation, last.switch)[0]
+
+
+def write_prompt(template: ChatTemplate, conversation: Conversation) -> str:
+    """The text that a server feeds the model to have a conversation continued.
+
+    If the last turn is the assistant's, it is the answer that is asked for. The prompt is then the one that this turn
+    is trained behind; if it cannot be trained, the prompt of the messages before it.
+
+    Raises:
+        UserError: The template cannot write it.
+    """
+    messages = conversation.messages
+    if messages and messages[-1].role == "assistant":
         try:
-            result = render_jinja_template(
-                [messages],
-                tools=None if conversation.tools is None else list(conversation.tools),
-                chat_template=RAW_TEMPLATE if self.text is None else self.text,
-                add_generation_prompt=generation_prompt,
-                return_assistant_tokens_mask=self._has_marks,
-                **self._variables | dict(switch),
-            )
-        except Exception as error:  # a template is somebody's program: it may raise anything
-            said = " ".join(str(error).split())
-            remedies = (remedy for word, remedy in _REMEDIES.items() if word in said.lower())
-            remedy = next(remedies, "mend the row, or set another data.chat_template")
-            raise UserError(f"the chat template does not take the row: {said}; {remedy}") from error
-        (text,), marks = result
-        return text, marks[0] if marks else []
-
-    def prompt(self, conversation: Conversation) -> str:
-        """What a server feeds to have a conversation continued.
-
-        A last assistant turn is what is asked for, so it is not shown: the prompt is the one that this turn is trained
-        behind, if it can be proved.
-        """
-        messages = conversation.messages
-        if messages and messages[-1].role == "assistant":
-            try:
-                return self.prove(conversation, len(messages) - 1).prompt
-            except UserError:
-                conversation = replace(conversation, messages=messages[:-1])
-        return self.write(conversation, generation_prompt=True)[0]
-
-    def prove(self, conversation: Conversation, index: int) -> RenderedTurn:
-        """Locate the assistant turn `messages[index]`; what comes after it is not looked at.
-
-        Where it does not fit its prompt, or its reasoning is not written, the template's own switches are tried.
-
-        Raises:
-            UserError: No switch makes it fit, or the template leaves the turn open or does not write its calls.
-        """
-        second_best, refusal = None, None
-        for switch in self._switches:
-            try:
-                turn = self._locate(conversation, index, switch)
-            except UserError as error:
-                refusal = refusal or error
-                continue
-            if "left_out:reasoning_content" not in turn.notes:
-                return turn
-            second_best = second_best or turn
-        if second_best is not None:
-            return second_best
-        if self.unproved == "lenient":
-            return self._locate(conversation, index, (), lenient=True)
-        assert refusal is not None
-        raise refusal
-
-    def find_stop(
-        self, text: str, conversation: Conversation, index: int, switch: _Switch = (), start: int = 0
-    ) -> tuple[int, str]:
-        """The special token that ends the turn `messages[index]`, and its position.
-
-        Args:
-            text: The conversation rendered up to and with this turn.
-            conversation: With or without what follows the turn.
-            index: Of the turn.
-            switch: With which the text was rendered.
-            start: Where in the text the answer begins.
-
-        Raises:
-            UserError: The template writes none.
-        """
-        # special tokens at the end, with only white space between them; no template writes 300 characters of them
-        closing = self._closing.search(text, max(start, len(text) - 300))
-        if closing is None:
-            raise UserError(
-                f"the chat template leaves turn {index + 1} (assistant) open: {text[-20:]!r} does not end with a "
-                "special token of the tokenizer, so the model would not learn to stop; set data.chat_template to a "
-                "template that ends turns with one the tokenizer has as a special token"
-            )
-        found = list(self._special.finditer(text, closing.start()))
-        stop = found[0] if len(found) == 1 else self._last_of_turn(text, found, conversation, index, switch)
-        return stop.start(), stop.group()
-
-    def left_out(self, conversation: Conversation, texts: Sequence[str]) -> tuple[str, ...]:
-        """Notes on tools, and on messages, the assistant's aside, that are in none of the texts of a conversation.
-
-        Tools are looked for in the prompt of the first answer: later a call has the name of its tool, too.
-        """
-        notes = of_messages(conversation.messages, texts)
-        if conversation.tools:
-            messages = tuple(takewhile(lambda message: message.role != "assistant", conversation.messages))
-
-            def written(tools: Any) -> str:
-                return self.write(Conversation(messages, tools), generation_prompt=True)[0]
-
-            notes += of_tools(conversation.tools, messages, written) + self._other_template
-        return notes
-
-    @property
-    def is_raw(self) -> bool:
-        """Whether prompt and completion are taken as they are."""
-        return self.text is None
-
-    def fingerprint(self) -> dict[str, Any]:
-        """Everything besides the tokenizer that decides what is written and proved, as plain JSON values."""
-        kwargs = dict(self.chat_template_kwargs)
-        return {"chat_template": self.text, "chat_template_kwargs": kwargs, "unproved": self.unproved}
-
-    @cached_property
-    def _has_marks(self) -> bool:
-        return self.text is not None and _GENERATION.search(self.text) is not None
-
-    @cached_property
-    def _variables(self) -> dict[str, Any]:
-        return {**self.tokenizer.special_tokens_map, **self.chat_template_kwargs}
-
-    @cached_property
-    def _other_template(self) -> tuple[str, ...]:
-        """A note for rows with tools, for which transformers takes another one of the tokenizer's templates."""
-        own = self.tokenizer.chat_template
-        if not isinstance(own, dict) or self.text is None or own.get("default") == own.get("tool_use"):
-            return ()
-        text = re.sub(r"\A\{%- macro strftime_now.*\n", "", self.text)  # the date that it was given
-        return ("other_template",) if "tool_use" in own and text == own.get("default") else ()
-
-    @cached_property
-    def _switches(self) -> list[_Switch]:
-        known = [name for name in _SWITCHES if re.search(rf"\b{name}\b", self.text or "")]
-        return [(), *(((name, value),) for name in known for value in (False, True))]
-
-    @cached_property
-    def _special(self) -> re.Pattern[str]:
-        added = {str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special}
-        tokens = sorted(added.union(self.tokenizer.all_special_tokens), key=lambda token: (-len(token), token))
-        return re.compile("|".join(map(re.escape, tokens)) or "(?!)")
-
-    @cached_property
-    def _closing(self) -> re.Pattern[str]:
-        return re.compile(rf"(?:(?:{self._special.pattern})\s*)+\Z")
-
-    def _locate(
-        self, conversation: Conversation, index: int, switch: _Switch, *, lenient: bool = False
-    ) -> RenderedTurn:
-        messages, number = conversation.messages, index + 1
-        prompt, _ = self.write(replace(conversation, messages=messages[:index]), switch, generation_prompt=True)
-        whole, marks = self.write(replace(conversation, messages=messages[:number]), switch)
-        fits = whole.startswith(prompt)
-        start = len(prompt) if fits else len(os.path.commonprefix([prompt, whole]))
-        stop_at, stop = self.find_stop(whole, conversation, index, switch, start if fits else 0)
-        answer, end = whole[start:stop_at], stop_at + len(stop)
-        for token in {stop, self.tokenizer.eos_token or stop}:
-            if token in (answer if fits else messages[index].content):
-                where = f"turn {number} (assistant) holds {token!r} before its end, where a server would stop"
-                raise UserError(f"{where}; remove it from the row")
-        left_out = self._left_out(conversation, index, answer)
-        thoughtless = self._opens_thinking(prompt) and not has_reasoning(messages[index])
-        if not lenient and (thoughtless or not fits):
-            raise _does_not_fit(number, start, prompt, whole, thoughtless)
-        notes = tuple(f"switch:{name}={str(value).lower()}" for name, value in switch)
-        notes += ("lenient",) * lenient + left_out
-        parts = marked(marks, start, stop_at, end, number) if self._has_marks else ((start, end),)
-        return RenderedTurn(number, prompt, whole[:end], stop, start, self._anchor(prompt), parts, whole, switch, notes)
-
-    def _opens_thinking(self, prompt: str) -> bool:
-        return self.text is not None and _OPEN_THINKING.search(prompt, max(0, len(prompt) - 50)) is not None
-
-    def _anchor(self, prompt: str) -> int:
-        for start in (max(0, len(prompt) - 200), 0):  # most prompts end with a header of a few characters
-            if found := list(self._special.finditer(prompt, start)):
-                return found[-1].start()
-        return 0
-
-    def _last_of_turn(
-        self, text: str, found: list[re.Match[str]], conversation: Conversation, index: int, switch: _Switch
-    ) -> re.Match[str]:
-        """Which of the special tokens at the end of `text` is the stop token.
-
-        Some templates end a turn with several (DeepSeek's tool calls), others write eos once more behind the whole text
-        (Phi-3). What is still there when the conversation goes on belongs to the turn, and the last of it stops.
-        """
-        messages, message = conversation.messages, conversation.messages[index]
-        if not message.content.strip() and not message.tool_calls:
-            raise UserError(f"turn {index + 1} (assistant) is blank; fill it in or remove the row")
-        if not message.tool_calls and (own := self._closing.search(message.content)):
-            written = self._special.findall(own.group())  # these are text of the answer
-            if [match.group() for match in found[: len(written)]] == written:
-                found = found[len(written) :] or found
-        calls = message.tool_calls or ()
-        replies = tuple(Message("tool", ".", name=c["function"]["name"], tool_call_id=c.get("id")) for c in calls)
-        following = messages[index + 1 : index + 2] or replies or (Message("user", "."),)
-        history, _ = self.write(replace(conversation, messages=messages[: index + 1] + following), switch)
-        before = max(0, found[0].start() - 100)
-        return next((match for match in reversed(found) if text[before : match.end()] in history), found[0])
-
-    def _left_out(self, conversation: Conversation, index: int, answer: str) -> tuple[str, ...]:
-        """Notes on what the template does not write. A call that is not written must not become an empty answer."""
-        message = conversation.messages[index]
-        for name in (call["function"]["name"] for call in message.tool_calls or ()):
-            if name not in answer:
-                raise UserError(
-                    f"turn {index + 1} (assistant) calls {name!r}, which the chat template does not write; set "
-                    "data.chat_template to a template with tool calls, or remove the row"
-                )
-        return of_answer(message, answer)
+            return prove(template, conversation, len(messages) - 1).prompt
+        except UserError:
+            conversation = replace(conversation, messages=messages[:-1])
+    return template.write(conversation, generation_prompt=True)[0]
 
 
-def _does_not_fit(number: int, at: int, prompt: str, whole: str, thoughtless: bool) -> UserError:
-    row = f"the row is written {whole[at : at + 40]!r}"
-    if thoughtless:
-        return UserError(
-            f"turn {number} (assistant) has no reasoning, but the template's prompt opens a thinking block: after "
-            f"{prompt[-30:]!r} {row}; add reasoning_content, set data.chat_template to one without that block, or "
-            "data.unproved to lenient"
-        )
-    there = f"after {prompt[max(0, at - 20) : at]!r} a server feeds {prompt[at : at + 40]!r}, but {row}"
-    return UserError(
-        f"turn {number} (assistant) does not continue the prompt of a server: {there}; set data.chat_template to a "
-        "template whose turns begin as its generation prompt does, or data.unproved to lenient"
+def prove(template: ChatTemplate, conversation: Conversation, index: int) -> RenderedTurn:
+    """Locates the assistant turn `messages[index]`; later messages do not matter.
+
+    If the turn does not fit its prompt, or its reasoning is not written, the switches of the template are tried.
+
+    Raises:
+        UserError: No switch makes it fit, or the template leaves the turn open or does not write its calls.
+    """
+    second_best = None
+    refusal = None
+    for switch in template.switches:
+        try:
+            turn = _locate(template, conversation, index, switch)
+        except UserError as error:
+            refusal = refusal or error
+            continue
+        if "left_out:reasoning_content" not in turn.notes:
+            return turn
+        second_best = second_best or turn
+    if second_best is not None:
+        return second_best
+    if template.unproved == "lenient":
+        return _locate(template, conversation, index, (), lenient=True)
+    assert refusal is not None
+    raise refusal
+
+
+def _locate(
+    template: ChatTemplate, conversation: Conversation, index: int, switch: Switch, *, lenient: bool = False
+) -> RenderedTurn:
+    message = conversation.messages[index]
+    number = index + 1
+    prompt, whole, marks = template.write_turn(conversation, index, switch)
+    start = _length_in_common(prompt, whole)
+    fits = start == len(prompt)
+    stop_at, stop = find_stop(template, whole, conversation, index, switch, start if fits else 0)
+    answer = whole[start:stop_at]
+    _check_no_stop_inside(template, answer if fits else message.content, stop, number)
+    omissions = of_answer(message, answer, number)
+    if not lenient:
+        _check_prefix(template, prompt, whole, start, message, number)
+    end = stop_at + len(stop)
+    parts: tuple[Span, ...] = ((start, end),)
+    if template.has_marks:
+        parts = marked_parts(marks, start, stop_at, end, number)
+    notes = [f"switch:{name}={str(value).lower()}" for name, value in switch]
+    if lenient:
+        notes.append("lenient")
+    return RenderedTurn(
+        number=number,
+        prompt=prompt,
+        text=whole[:end],
+        stop=stop,
+        start=start,
+        anchor=0 if lenient else _anchor(template, prompt),
+        parts=parts,
+        whole=whole,
+        switch=switch,
+        notes=(*notes, *omissions),
     )
+
+
+def _length_in_common(prompt: str, whole: str) -> int:
+    """Characters that both texts begin with."""
+    if whole.startswith(prompt):
+        return len(prompt)
+    return len(os.path.commonprefix([prompt, whole]))
+
+
+def find_stop(
+    template: ChatTemplate, text: str, conversation: Conversation, index: int, switch: Switch = (), start: int = 0
+) -> tuple[int, str]:
+    """Finds the special token that ends the turn `messages[index]`.
+
+    Args:
+        template: Wrote the text.
+        text: The conversation up to and with this turn.
+        conversation: With or without what follows the turn.
+        index: Of the turn.
+        switch: With which the text was written.
+        start: Where in the text the answer begins.
+
+    Returns:
+        Where the stop token begins, and the token.
+
+    Raises:
+        UserError: The template writes none.
+    """
+    closing = template.closing.search(text, max(start, len(text) - _LONGEST_CLOSING))
+    if closing is None:
+        raise UserError(
+            f"the chat template leaves turn {index + 1} (assistant) open: {text[-20:]!r} does not end with a "
+            "special token of the tokenizer, so the model would not learn to stop; set data.chat_template to a "
+            "template that ends turns with one the tokenizer has as a special token"
+        )
+    found = list(template.special.finditer(text, closing.start()))
+    stop = found[0]
+    if len(found) > 1:
+        stop = _last_of_turn(template, text, found, conversation, index, switch)
+    return stop.start(), stop.group()
+
+
+def _last_of_turn(
+    template: ChatTemplate,
+    text: str,
+    found: list[re.Match[str]],
+    conversation: Conversation,
+    index: int,
+    switch: Switch,
+) -> re.Match[str]:
+    """Which of the special tokens at the end of `text` is the stop token.
+
+    Some templates end a turn with several (DeepSeek's tool calls), others write eos once more behind the whole text
+    (Phi-3). The tokens that are still there when the conversation goes on belong to the turn; the last of them stops.
+    """
+    message = conversation.messages[index]
+    if not message.content.strip() and not message.tool_calls:
+        raise UserError(f"turn {index + 1} (assistant) is blank; fill it in or remove the row")
+    if not message.tool_calls:
+        found = _without_own(template, message, found)
+    following = _following(conversation.messages, index)
+    history, _ = template.write(
+        replace(conversation, messages=(*conversation.messages[: index + 1], *following)), switch
+    )
+    before = max(0, found[0].start() - 100)
+    for match in reversed(found):
+        if text[before : match.end()] in history:
+            return match
+    return found[0]
+
+
+def _without_own(template: ChatTemplate, message: Message, found: list[re.Match[str]]) -> list[re.Match[str]]:
+    """The special tokens behind those that the content of the message itself ends with."""
+    own = template.closing.search(message.content)
+    if own is None:
+        return found
+    tokens = template.special.findall(own.group())
+    if [match.group() for match in found[: len(tokens)]] != tokens:
+        return found
+    return found[len(tokens) :] or found
+
+
+def _following(messages: Sequence[Message], index: int) -> Sequence[Message]:
+    """What follows a turn, or could follow it: the results of its calls, or a question."""
+    if index + 1 < len(messages):
+        return messages[index + 1 : index + 2]
+    calls = messages[index].tool_calls
+    if not calls:
+        return [Message("user", ".")]
+    return [Message("tool", ".", name=call["function"]["name"], tool_call_id=call.get("id")) for call in calls]
+
+
+def _check_no_stop_inside(template: ChatTemplate, answer: str, stop: str, number: int) -> None:
+    """Refuses an answer with a token at which a server would stop."""
+    for token in (stop, template.tokenizer.eos_token):
+        if token and token in answer:
+            raise UserError(
+                f"turn {number} (assistant) holds {token!r} before its end, where a server would stop; remove it from "
+                "the row"
+            )
+
+
+def _check_prefix(template: ChatTemplate, prompt: str, whole: str, start: int, message: Message, number: int) -> None:
+    """Refuses a turn that the model could not write behind the prompt; `start` is the length of what they share."""
+    is_written = f"the row is written {whole[start : start + 40]!r}"
+    if _opens_thinking(template, prompt) and not has_reasoning(message):
+        raise UserError(
+            f"turn {number} (assistant) has no reasoning, but the template's prompt opens a thinking block: after "
+            f"{prompt[-30:]!r} {is_written}; add reasoning_content, set data.chat_template to one without that block, "
+            "or data.unproved to lenient"
+        )
+    if start < len(prompt):
+        there = f"after {prompt[max(0, start - 20) : start]!r} a server feeds {prompt[start : start + 40]!r}"
+        raise UserError(
+            f"turn {number} (assistant) does not continue the prompt of a server: {there}, but {is_written}; set "
+            "data.chat_template to a template whose turns begin as its generation prompt does, or data.unproved to "
+            "lenient"
+        )
+
+
+def _opens_thinking(template: ChatTemplate, prompt: str) -> bool:
+    if template.is_raw:
+        return False
+    return _OPEN_THINKING.search(prompt, max(0, len(prompt) - 50)) is not None
+
+
+def _anchor(template: ChatTemplate, prompt: str) -> int:
+    """Where the last special token of a prompt begins; 0 if there is none."""
+    if not template.tokenizer.is_fast:
+        # The tokenizer does not tell where in the text a token lies.
+        return 0
+    # Most prompts end with a header of a few characters, so the whole text is searched last.
+    for start in (max(0, len(prompt) - 200), 0):
+        found = list(template.special.finditer(prompt, start))
+        if found:
+            return found[-1].start()
+    return 0

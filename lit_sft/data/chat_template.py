@@ -1,17 +1,23 @@
-"""Finding the chat template: the tokenizer's own, a file, inline text, or the plain fallback."""
+"""The chat template: found by `resolve_chat_template`, written with by `ChatTemplate`.
+
+It is the tokenizer's own, a file, inline text, the plain fallback, or `raw`: prompt and completion as they are.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from datetime import date, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from uuid import uuid4
 
 from lit_sft.errors import UserError
+from lit_sft.types import Conversation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,7 +26,7 @@ RAW = "raw"
 """Value of `data.chat_template` for prompt and completion as they are."""
 
 TODAY = "strftime_now"
-"""What a template calls for the date of the day."""
+"""The function that a template calls for today's date."""
 
 PLAIN_TEMPLATE = (
     "{% for message in messages %}"
@@ -29,17 +35,37 @@ PLAIN_TEMPLATE = (
     "{% endfor %}"
     "{{ 'Assistant:\\n' if add_generation_prompt }}"
 )
-"""For tokenizers that have none: every turn under its speaker's name, the assistant's turns ended by eos.
+"""For tokenizers without a template: every turn under its speaker's name, the assistant's turns ended by eos.
 
 The header ends with a newline and not with a space, which a tokenizer would merge with the first word of the answer.
 """
 
+RAW_TEMPLATE = (
+    "{% for message in messages %}{{ message.content }}{% endfor %}"
+    "{{ eos_token if not (add_generation_prompt or messages[-1].content.endswith(eos_token)) }}"
+)
+"""For `raw`: prompt and completion as they are, and eos."""
+
+Switch = tuple[tuple[str, bool], ...]
+"""Template variables that are set for one turn: (name, value) of each."""
+Span = tuple[int, int]
+"""A range of characters: where it begins, and the end, which is not part of it."""
+
+_SWITCHES = ("enable_thinking", "thinking")
+"""Variables that turn the thinking block of a generation prompt off or on."""
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_REMEDIES = {
+    "system": "remove the system turn, and set data.system_prompt to null",
+    "alternat": "merge neighbouring turns of one role, or remove the row",
+}
+"""A word of a template's own error -> the remedy."""
+
 
 def resolve_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> str | None:
-    """Turn the setting `data.chat_template` into the text of a template that compiles.
+    """Turns the setting `data.chat_template` into the text of a template that compiles.
 
     Args:
-        tokenizer: Its own template is used where the setting is null; where it has none either, `PLAIN_TEMPLATE`.
+        tokenizer: Its own template is used if the setting is null; if it has none, `PLAIN_TEMPLATE`.
         chat_template: None, `raw`, the text of a template (it has `{{` or `{%`), or the path of a file.
 
     Returns:
@@ -53,46 +79,16 @@ def resolve_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str
             raise UserError("data.chat_template is raw, but the tokenizer has no eos token to end an answer; set one")
         return None
     if chat_template is None:
-        template, origin = _own_template(tokenizer), "the chat template of the tokenizer"
+        template = _own_template(tokenizer)
+        origin = "the chat template of the tokenizer"
     elif "{{" in chat_template or "{%" in chat_template:
-        template, origin = chat_template, "the inline data.chat_template"
+        template = chat_template
+        origin = "the inline data.chat_template"
     else:
-        template, origin = _read(chat_template), f"data.chat_template {chat_template}"
+        template = _read(chat_template)
+        origin = f"data.chat_template {chat_template}"
     _check_syntax(template, origin)
     return template
-
-
-def with_date(template: str, day: str) -> str:
-    """The template, which gets this date (2026-11-30) in place of today's; nothing else in it changes.
-
-    By a macro before it: as a variable, transformers would pass no function.
-    """
-    moment = datetime.fromisoformat(day)
-    directives = sorted(set(re.findall(r"%-?[A-Za-z]", template)))
-    written = "".join(f" | replace({json.dumps(d)}, {json.dumps(moment.strftime(d))})" for d in directives)
-    return f"{{%- macro {TODAY}(format) -%}}{{{{ format{written} }}}}{{%- endmacro %}}\n{template}"
-
-
-def kept_date(path: Path) -> str:
-    """The date in a file; where there is no file, today's is put into it, by one of several ranks or jobs.
-
-    Raises:
-        UserError: It holds no date.
-    """
-    if not path.is_file():
-        aside = path.with_name(f"{path.name}.{uuid4().hex}")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            aside.write_text(f"{date.today()}\n")
-        except OSError:  # questions need no cache
-            return str(date.today())
-        with suppress(FileExistsError):
-            os.link(aside, path)
-        aside.unlink()
-    try:
-        return str(date.fromisoformat(path.read_text().strip()))
-    except ValueError:
-        raise UserError(f"{path} holds no date such as 2026-11-30: write one, or remove it for today's") from None
 
 
 def _own_template(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -101,7 +97,7 @@ def _own_template(tokenizer: PreTrainedTokenizerBase) -> str:
         if "default" not in own:
             names = ", ".join(own) or "none"
             raise UserError(f"the tokenizer has no chat template named default, only {names}; set data.chat_template")
-        own = own["default"]
+        return str(own["default"])
     if own is not None:
         return str(own)
     if tokenizer.eos_token is None:
@@ -109,9 +105,10 @@ def _own_template(tokenizer: PreTrainedTokenizerBase) -> str:
             "the tokenizer has neither a chat template nor an eos token to end an answer; set data.chat_template to a "
             "template that ends assistant turns with a special token"
         )
-    # rendered text is tokenized without additions, so a bos that the tokenizer would add by itself is written out
-    adds_bos = tokenizer.bos_token is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
-    return "{{ bos_token }}" + PLAIN_TEMPLATE if adds_bos else PLAIN_TEMPLATE
+    # Rendered text is tokenized without special tokens, so a bos that the tokenizer would add is part of the template.
+    if tokenizer.bos_token is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
+        return "{{ bos_token }}" + PLAIN_TEMPLATE
+    return PLAIN_TEMPLATE
 
 
 def _read(path: str) -> str:
@@ -129,6 +126,185 @@ def _check_syntax(template: str, origin: str) -> None:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     try:
-        render_jinja_template([], chat_template=template)  # compiles, and renders no conversation
+        # Without conversations, this only compiles the template.
+        render_jinja_template([], chat_template=template)
     except TemplateSyntaxError as error:
         raise UserError(f"{origin} has a syntax error in line {error.lineno}: {error.message}; mend it") from None
+
+
+def with_date(template: str, day: str) -> str:
+    """A template that writes a fixed date in place of today's.
+
+    A macro before the template replaces the function: transformers passes no functions as variables.
+
+    Args:
+        template: The text of a template that calls `TODAY`.
+        day: Such as 2026-11-30.
+    """
+    moment = datetime.fromisoformat(day)
+    filters = ""
+    for directive in sorted(set(re.findall(r"%-?[A-Za-z]", template))):
+        filters += f" | replace({json.dumps(directive)}, {json.dumps(moment.strftime(directive))})"
+    return f"{{%- macro {TODAY}(format) -%}}{{{{ format{filters} }}}}{{%- endmacro %}}\n{template}"
+
+
+def without_date(template: str) -> str:
+    """The template that was given to `with_date`; any other template as it is."""
+    return re.sub(rf"\A\{{%- macro {TODAY}.*\n", "", template)
+
+
+def kept_date(path: Path) -> str:
+    """The date in a file. If there is no file, one of several ranks or jobs writes today's date into it.
+
+    Raises:
+        UserError: The file holds no date.
+    """
+    if not path.is_file():
+        aside = path.with_name(f"{path.name}.{uuid4().hex}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            aside.write_text(f"{date.today()}\n")
+        except OSError:
+            # `preview` needs no cache, so a folder that cannot be written is no error here.
+            return str(date.today())
+        # A link never replaces a file: the first process wins, and all others read its date.
+        with suppress(FileExistsError):
+            os.link(aside, path)
+        aside.unlink()
+    try:
+        return str(date.fromisoformat(path.read_text().strip()))
+    except ValueError:
+        raise UserError(f"{path} holds no date such as 2026-11-30: write one, or remove it for today's") from None
+
+
+class WrittenTurn(NamedTuple):
+    """An assistant turn, written twice."""
+
+    prompt: str
+    """The messages before the turn and the generation prompt: what a server feeds the model."""
+    whole: str
+    """The messages up to and with the turn."""
+    marks: list[Span]
+    """Ranges of `whole` between `{% generation %}` and `{% endgeneration %}`."""
+
+
+class ChatTemplate:
+    """Writes conversations as servers do: in the sandbox of transformers and with its variables.
+
+    Attributes:
+        closing: Matches the special tokens at the end of a text, with only white space between and behind them.
+        has_marks: Whether the template marks what the assistant generates.
+        special: Matches a special token of the tokenizer.
+        switches: Variables to try, one after the other, to make a turn fit its prompt; the first is empty.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        text: str | None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        unproved: Literal["error", "lenient"] = "error",
+    ) -> None:
+        """Prepares to write.
+
+        Args:
+            tokenizer: Its special tokens are variables of the template, and one of them ends a turn.
+            text: The template; None for prompt and completion as they are (`raw`).
+            chat_template_kwargs: More variables.
+            unproved: `lenient` accepts a turn that does not fit its prompt, from what they have in common.
+        """
+        self.tokenizer = tokenizer
+        self.text = text
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
+        self.unproved = unproved
+        self.is_raw = text is None
+        self._variables = {**tokenizer.special_tokens_map, **self.chat_template_kwargs}
+        self.has_marks = text is not None and _GENERATION.search(text) is not None
+        self.special = _special_tokens(tokenizer)
+        self.closing = re.compile(rf"(?:(?:{self.special.pattern})\s*)+\Z")
+        self.switches: list[Switch] = [()]
+        for name in _SWITCHES:
+            if text is not None and re.search(rf"\b{name}\b", text):
+                self.switches += [((name, False),), ((name, True),)]
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Everything besides the tokenizer that decides what is written and proved, as plain JSON values."""
+        return {
+            "chat_template": self.text,
+            "chat_template_kwargs": dict(self.chat_template_kwargs),
+            "unproved": self.unproved,
+        }
+
+    def write_turn(self, conversation: Conversation, index: int, switch: Switch) -> WrittenTurn:
+        """Writes the conversation up to the turn `messages[index]`: as the prompt of a server, and with the turn.
+
+        Raises:
+            UserError: The template refuses the messages.
+        """
+        before = replace(conversation, messages=conversation.messages[:index])
+        with_turn = replace(conversation, messages=conversation.messages[: index + 1])
+        prompt, _ = self.write(before, switch, generation_prompt=True)
+        whole, marks = self.write(with_turn, switch)
+        return WrittenTurn(prompt, whole, marks)
+
+    def write(
+        self, conversation: Conversation, switch: Switch = (), *, generation_prompt: bool = False
+    ) -> tuple[str, list[Span]]:
+        """Writes a conversation.
+
+        Args:
+            conversation: Messages and tools.
+            switch: Variables for this call.
+            generation_prompt: Whether the text ends with the header of an assistant turn.
+
+        Returns:
+            The text, and the ranges in it that the template marks with `{% generation %}`.
+
+        Raises:
+            UserError: The template refuses these messages, or fails on them.
+        """
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        messages = []
+        for message in conversation.messages:
+            variables = message.to_dict()
+            if message.reasoning_content:
+                # gpt-oss reads reasoning under this name, which transformers adds by itself only since 5.23.
+                variables["thinking"] = message.reasoning_content
+            messages.append(variables)
+        result: Any
+        try:
+            result = render_jinja_template(
+                [messages],
+                tools=None if conversation.tools is None else list(conversation.tools),
+                chat_template=RAW_TEMPLATE if self.text is None else self.text,
+                add_generation_prompt=generation_prompt,
+                return_assistant_tokens_mask=self.has_marks,
+                **self._variables | dict(switch),
+            )
+        # A template is a program, which may raise anything.
+        except Exception as error:
+            said = " ".join(str(error).split())
+            raise UserError(f"the chat template does not take the row: {said}; {_remedy(said)}") from error
+        (text,), marks = result
+        if not marks:
+            return text, []
+        return text, marks[0]
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    tokens = set(tokenizer.all_special_tokens)
+    for token in tokenizer.added_tokens_decoder.values():
+        if token.special:
+            tokens.add(str(token))
+    # The longest token comes first, or another that it begins with would match in its place.
+    ordered = sorted(tokens, key=lambda token: (-len(token), token))
+    nothing = "(?!)"
+    return re.compile("|".join(re.escape(token) for token in ordered) or nothing)
+
+
+def _remedy(said: str) -> str:
+    for word, remedy in _REMEDIES.items():
+        if word in said.lower():
+            return remedy
+    return "mend the row, or set another data.chat_template"

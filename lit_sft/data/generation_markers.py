@@ -1,26 +1,30 @@
-"""What a template marks of an answer with `{% generation %}`."""
+"""The parts of an answer that a template marks with `{% generation %}`."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from lit_sft.data.chat_template import Span
 from lit_sft.errors import UserError
 
-_Span = tuple[int, int]
 
-
-def marked(marks: list[_Span], start: int, stop_at: int, end: int, number: int) -> tuple[_Span, ...]:
-    """What of an answer lies between the marks; a stop token right behind them is trained, too.
+def marked_parts(marks: Sequence[Span], start: int, stop_at: int, end: int, number: int) -> tuple[Span, ...]:
+    """The marked parts of an answer. A stop token right behind a marked part belongs to it.
 
     Args:
-        marks: Ranges that the template marks, of the whole text.
+        marks: Ranges that the template marks in the whole text.
         start: Where the answer begins.
         stop_at: Where its stop token begins.
-        end: Where that ends.
+        end: Where the stop token ends.
         number: Of the turn, for messages.
 
     Raises:
         UserError: The stop token is neither marked nor right behind a mark.
     """
-    parts = [(max(start, first), min(last, end)) for first, last in marks if first < end and last > start]
+    parts = []
+    for first, last in marks:
+        if first < end and last > start:
+            parts.append((max(start, first), min(last, end)))
     if parts and parts[-1][1] == stop_at:
         parts[-1] = (parts[-1][0], end)
     if not parts or parts[-1][1] != end:

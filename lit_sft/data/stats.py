@@ -1,9 +1,15 @@
-"""What became of the rows of a data set, and how it is told."""
+"""Counts of the rows of a data set and of what became of them, and how the log tells them."""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass, field
+
+from lit_sft.types import Conversation
+
+_PLACEHOLDERS = re.compile(r"\{\{\s*(\w+)\s*\}\}|(?<!\S)\{([a-z]\w+)\}(?![^\s.,;:!?])")
+"""`{{name}}` anywhere; `{name}` only where it stands like a word, because code and LaTeX are full of braces."""
 
 
 @dataclass
@@ -90,3 +96,19 @@ def _describe(note: str) -> str:
     name, _, value = note.removeprefix("switch:").partition("=")
     setting = f"{{{name}: {value}}}"
     return f"rendered with the template's switch {setting}; serve the model with it (data.chat_template_kwargs)"
+
+
+def find_placeholders(conversation: Conversation) -> set[str]:
+    """The `{{name}}` and `{name}` marks that the author of a data set meant to be filled in, and nobody did.
+
+    They are trained as they stand, so they are counted.
+    """
+    contents = [message.content for message in conversation.messages]
+    text = "\n".join([conversation.text or "", *contents])
+    # The search would take a tenth of the whole preparation.
+    if "{" not in text:
+        return set()
+    found = set()
+    for double, single in _PLACEHOLDERS.findall(text):
+        found.add(f"{{{{{double}}}}}" if double else f"{{{single}}}")
+    return found

@@ -1,72 +1,124 @@
-"""What a chat template does not write of a row, to be counted: what the model does not see is told."""
+"""Parts of a row that the chat template does not write. They are counted, because the model does not see them."""
 
 from __future__ import annotations
 
 import html
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from itertools import takewhile
 
-from lit_sft.types import Message
+from lit_sft.data.chat_template import ChatTemplate, without_date
+from lit_sft.errors import UserError
+from lit_sft.types import Conversation, Message
 
 _END_OF_THINKING = re.compile(r"[<\[]/[\w:|]*think[\w:|]*[>\]]", re.IGNORECASE)
 
 _COMMANDS = re.compile(r"/(?:no_?think|think|system_override)\b")
-"""What a template obeys, and takes out of the text (SmolLM3, Nemotron)."""
+"""Commands in a message that a template obeys and removes (SmolLM3, Nemotron)."""
 _ESCAPES = re.compile(r"""\\+[nrtfb]?|["']""")
-"""What differs between a text and the same text as JSON or as Python writes it, whatever the depth."""
+"""Characters that JSON and Python escape, at any depth of nesting."""
 
 
 def has_reasoning(message: Message) -> bool:
-    """Whether there is a thought, of its own or in the content."""
+    """Whether a message has reasoning, in its own field or in the content."""
     return bool((message.reasoning_content or "").strip()) or _END_OF_THINKING.search(message.content) is not None
 
 
-def of_answer(message: Message, answer: str) -> tuple[str, ...]:
-    """Notes on what is missing in the text of an assistant's turn."""
-    # a template may take reasoning out of the content and write it its own way
+def of_answer(message: Message, answer: str, number: int) -> tuple[str, ...]:
+    """Notes on parts of an assistant turn that are missing in its text.
+
+    Args:
+        message: The turn.
+        answer: What the template writes of it.
+        number: Of the turn, for messages.
+
+    Raises:
+        UserError: A tool call is missing. Without it, the model would learn an empty answer.
+    """
+    for call in message.tool_calls or ():
+        name = call["function"]["name"]
+        if name not in answer:
+            raise UserError(
+                f"turn {number} (assistant) calls {name!r}, which the chat template does not write; set "
+                "data.chat_template to a template with tool calls, or remove the row"
+            )
+    notes = []
+    if (message.reasoning_content or "").strip() not in answer:
+        notes.append("left_out:reasoning_content")
+    # A template may take reasoning out of the content and write it in its own way.
     content = message.content.strip()
-    is_left_out = {
-        "reasoning_content": (message.reasoning_content or "").strip() not in answer,
-        "content": content not in answer and _END_OF_THINKING.split(content)[-1].strip() not in answer,
-    }
-    return tuple(f"left_out:{name}" for name, left_out in is_left_out.items() if left_out)
+    if content not in answer and _END_OF_THINKING.split(content)[-1].strip() not in answer:
+        notes.append("left_out:content")
+    return tuple(notes)
 
 
-def of_tools(
-    tools: Iterable[Mapping[str, Any]], messages: Iterable[Message], written: Callable[[Any], str]
-) -> tuple[str, ...]:
-    """A note where the template writes none of the tools.
+def of_conversation(template: ChatTemplate, conversation: Conversation, texts: Sequence[str]) -> tuple[str, ...]:
+    """Notes on tools, and on messages that are not the assistant's, which are in none of the texts.
 
     Args:
-        tools: In OpenAI's envelope.
-        messages: The prompt, which may have the name of one itself.
-        written: What the template writes of it with these tools, or with None.
+        template: Wrote the texts.
+        conversation: Was written.
+        texts: Several if the template rewrites history, which removes messages by design.
     """
-    functions = (tool["function"] for tool in tools)
+    notes = _of_messages(conversation.messages, texts)
+    if conversation.tools:
+        notes += _of_tools(template, conversation)
+        notes += _of_other_template(template)
+    return notes
+
+
+def _of_messages(messages: Sequence[Message], texts: Sequence[str]) -> tuple[str, ...]:
+    missing = []
+    for message in messages:
+        if message.role != "assistant" and not any(_is_in(text, message.content) for text in texts):
+            missing.append(message)
+    if not missing:
+        return ()
+    # The exact comparison found some missing. This is rare, so a slow comparison may have the last word.
+    plain_texts = [_plain(text) for text in texts]
+    roles = []
+    for message in missing:
+        if not any(_is_nearly_in(text, message.content) for text in plain_texts):
+            roles.append(message.role)
+    return tuple(f"left_out:{role}_turn" for role in dict.fromkeys(roles))
+
+
+def _of_tools(template: ChatTemplate, conversation: Conversation) -> tuple[str, ...]:
+    """A note if the template writes none of the tools.
+
+    They are searched in the prompt of the first answer: later, a call has the name of its tool, too.
+    """
+    functions = [tool["function"] for tool in conversation.tools or ()]
     names = [str(function.get("name", "")) for function in functions if isinstance(function, dict)]
-    found = [name for name in names if name in (prompt := written(tools))]
-    is_said = any(name in message.content for name in found for message in messages)
-    return ("left_out:tools",) if not found or (is_said and written(None) == prompt) else ()
+    if not names:
+        return ("left_out:tools",)
+    messages = tuple(takewhile(lambda message: message.role != "assistant", conversation.messages))
+    prompt, _ = template.write(Conversation(messages, conversation.tools), generation_prompt=True)
+    found = [name for name in names if name in prompt]
+    if not found:
+        return ("left_out:tools",)
+    if any(name in message.content for name in found for message in messages):
+        # The user may have written the name, so the tools must make a difference.
+        without_tools, _ = template.write(Conversation(messages), generation_prompt=True)
+        if without_tools == prompt:
+            return ("left_out:tools",)
+    return ()
 
 
-def of_messages(messages: Iterable[Message], texts: Sequence[str]) -> tuple[str, ...]:
-    """Notes on the roles, other than the assistant's, of messages that are in none of the texts.
-
-    Args:
-        messages: Of one conversation.
-        texts: What the template writes of it; several where it rewrites history, which drops messages by design.
-    """
-    missing = [m for m in messages if m.role != "assistant" and not any(_is_in(text, m.content) for text in texts)]
-    if missing:  # rarely, so this may take longer
-        texts = [_plain(text) for text in texts]
-        missing = [m for m in missing if not any(_is_nearly_in(text, m.content) for text in texts)]
-    return tuple(dict.fromkeys(f"left_out:{message.role}_turn" for message in missing))
+def _of_other_template(template: ChatTemplate) -> tuple[str, ...]:
+    """A note if transformers would use another template of the tokenizer for rows with tools."""
+    own = template.tokenizer.chat_template
+    if not isinstance(own, dict) or template.text is None or "tool_use" not in own:
+        return ()
+    default = own.get("default")
+    if own["tool_use"] == default or without_date(template.text) != default:
+        return ()
+    return ("other_template",)
 
 
 def _is_in(text: str, content: str) -> bool:
-    """As it is, or as JSON, as which templates write what tools returned."""
+    """Whether a text has a content as it is, or as JSON, in which templates write the results of tools."""
     content = content.strip()
     return content in text or any(json.dumps(content, ensure_ascii=ascii)[1:-1] in text for ascii in (False, True))
 
@@ -76,5 +128,5 @@ def _is_nearly_in(plain_text: str, content: str) -> bool:
 
 
 def _plain(text: str) -> str:
-    """Without what templates change of a text they write: white space, case, escapes."""
+    """The text without what templates change: white space, case, escapes."""
     return " ".join(_ESCAPES.sub(" ", html.unescape(text).casefold()).split())

@@ -1,9 +1,23 @@
-"""Which columns of a row are read."""
+"""Columns of rows: which format they tell, which are read, and which are not."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
+
+from lit_sft.data.formats.prompt_template import template_fields
+from lit_sft.data.formats.values import listed
+from lit_sft.errors import UserError
+
+FIRST_COLUMNS = {
+    "messages": "messages",
+    "conversations": "sharegpt",
+    "instruction": "alpaca",
+    "prompt": "prompt_completion",
+    "text": "text",
+}
+"""The column that a format starts from -> the format."""
+FORMATS = tuple(FIRST_COLUMNS.values())
 
 _READ = {
     "messages": ("messages", "system", "tools"),
@@ -14,31 +28,103 @@ _READ = {
 }
 _ANSWERS = ("completion", "output", "answer", "response")
 _COUNTED = ("chat_template_kwargs", "functions")
-"""What decides elsewhere how a conversation is written (SmolTalk2, OpenAI before it had `tools`)."""
+"""Columns that other programs write a conversation with (SmolTalk2, OpenAI before it had `tools`)."""
+
+
+def rename_columns(row: Mapping[str, Any], column_mapping: Mapping[str, str] | None) -> dict[str, Any]:
+    """Applies `data.column_mapping` to a row.
+
+    Raises:
+        UserError: It names a column that is not there, or gives two columns one name.
+    """
+    if not column_mapping:
+        return dict(row)
+    for column in column_mapping:
+        if column not in row:
+            raise UserError(f"`data.column_mapping` names `{column}`, but the columns are {listed(row)}")
+    renamed = {column_mapping.get(column, column): value for column, value in row.items()}
+    if len(renamed) < len(row):
+        raise UserError(f"`data.column_mapping` gives two of the columns {listed(row)} one name; choose other names")
+    return renamed
+
+
+def detect_format(
+    rows: Sequence[Mapping[str, Any]], column_mapping: Mapping[str, str] | None, prompt_template: str | None
+) -> tuple[str, str]:
+    """Decides `format: auto` from the columns that the first rows fill.
+
+    Returns:
+        The format, and a sentence for the log that says why.
+
+    Raises:
+        UserError: No known format has these columns.
+    """
+    if prompt_template is not None:
+        return "prompt_completion", "format prompt_completion, because `data.prompt_template` is set"
+    values: dict[str, Any] = {}
+    for row in rows:
+        for name, value in row.items():
+            if value is not None or name not in values:
+                values[name] = value
+    columns = [name for name, value in rename_columns(values, column_mapping).items() if value is not None]
+    for first, format in FIRST_COLUMNS.items():
+        if first in columns:
+            return format, f"format {format}, because the rows have the column `{first}`"
+    raise UserError(
+        f"no format fits the columns {listed(columns)}: {listed(FORMATS)} start from {listed(FIRST_COLUMNS)}; see "
+        "`data.column_mapping` (such as {question: prompt, answer: completion}) and `data.format`"
+    )
+
+
+def report_unread(
+    rows: Sequence[Mapping[str, Any]],
+    format: str,
+    column_mapping: Mapping[str, str] | None,
+    prompt_template: str | None,
+) -> list[str]:
+    """A line for the log about columns of the first rows that nothing reads.
+
+    The columns have the names that they have in the file.
+
+    Returns:
+        One line; none if all columns are read or empty.
+
+    Raises:
+        UserError: The template is broken.
+    """
+    mapping = column_mapping or {}
+    own_names: dict[str, str] = {}
+    for row in rows:
+        for name, value in row.items():
+            if value not in (None, "", [], {}):
+                own_names[mapping.get(name, name)] = name
+    read = _READ.get(format, ())
+    if prompt_template is not None:
+        fields = template_fields(prompt_template)
+        read = ("system", "tools", *fields, *answer_column(own_names, fields))
+    unread = [own for name, own in own_names.items() if name not in read]
+    if not unread:
+        return []
+    return [f"columns that are not read: {listed(unread)}"]
 
 
 def answer_column(columns: Collection[str], fields: Sequence[str]) -> list[str]:
     """The column with the answer to a `data.prompt_template` with these fields, if there is one."""
-    return [name for name in _ANSWERS if name in columns and name not in fields][:1]
+    for name in _ANSWERS:
+        if name in columns and name not in fields:
+            return [name]
+    return []
 
 
-def unread(
-    rows: Sequence[Mapping[str, Any]], format: str, column_mapping: Mapping[str, str], fields: Sequence[str]
-) -> list[str]:
-    """Columns with something in them that are not read, under the names that they have in the file.
+def unread_notes(row: Mapping[str, Any], fields: Sequence[str]) -> tuple[str, ...]:
+    """Notes on columns that would have changed how the row is written.
 
     Args:
-        rows: Some rows of a source.
-        format: What reads them.
-        column_mapping: {column of the row: column of the format}.
-        fields: Of the `data.prompt_template`, or none.
+        row: Its columns.
+        fields: Columns that `data.prompt_template` fills in.
     """
-    filled = {name: None for row in rows for name, value in row.items() if value not in (None, "", [], {})}
-    names = {column_mapping.get(name, name): name for name in filled}
-    read = ("system", "tools", *fields, *answer_column(names, fields)) if fields else _READ.get(format, ())
-    return [own for name, own in names.items() if name not in read]
-
-
-def counted(row: Mapping[str, Any], fields: Sequence[str]) -> tuple[str, ...]:
-    """Notes on columns that would have changed how the row is written, and are no field of a `data.prompt_template`."""
-    return tuple(f"unread:{name}" for name in _COUNTED if row.get(name) and name not in fields)
+    notes = []
+    for name in _COUNTED:
+        if row.get(name) and name not in fields:
+            notes.append(f"unread:{name}")
+    return tuple(notes)

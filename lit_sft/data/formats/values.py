@@ -1,46 +1,60 @@
-"""A value out of a row: of the type that is expected, or an error that names its key and says how to mend it."""
+"""A value out of a row: checked, or refused with an error that names its key and says how to mend it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from textwrap import shorten
 from typing import Any
 
 from lit_sft.errors import UserError
+from lit_sft.types import Message
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
 
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _TYPE_NAMES: dict[type, str] = {str: "a string", list: "a list", dict: "an object"}
 
 
 def required(row: Mapping[str, Any], name: str, key: str = "") -> Any:
-    """What stands in a column; `key` is how an error calls it.
+    """The value in a column.
+
+    Args:
+        row: Without nulls.
+        name: The column.
+        key: What an error calls it; by default its name.
 
     Raises:
-        UserError: It is missing (or null: readers take nulls out).
+        UserError: It is missing or null.
     """
-    if name not in row:
-        remedy = "repair the row" if "[" in key else "see `data.column_mapping`"
-        raise UserError(f"`{key or name}` is missing or null (there is: {listed(row)}); {remedy}")
-    return row[name]
+    if name in row:
+        return row[name]
+    remedy = "repair the row" if "[" in key else "see `data.column_mapping`"
+    raise UserError(f"`{key or name}` is missing or null (there is: {listed(row)}); {remedy}")
 
 
-def typed(value: Any, expected: type, key: str, *, single: bool = False) -> Any:
-    """`value`, if it has the type expected; lists and objects may be JSON strings, `single` takes x for [x].
+def typed(value: Any, expected: type, key: str) -> Any:
+    """A value of the expected type. A list or an object may be a JSON string.
 
     Raises:
-        UserError: It has another.
+        UserError: It has another type.
     """
-    if isinstance(value, str) and expected is not str:
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"`{key}` should be {_TYPE_NAMES[expected]}, but is a string, not JSON: {error}") from None
-    if single and isinstance(value, dict):
-        return [value]
+    return _checked(_parsed(value, expected, key), expected, key)
+
+
+def _checked(value: Any, expected: type, key: str) -> Any:
     if not isinstance(value, expected):
         raise UserError(f"`{key}` is {kind(value)}, expected {_TYPE_NAMES[expected]}")
     return value
+
+
+def _parsed(value: Any, expected: type, key: str) -> Any:
+    if expected is str or not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"`{key}` should be {_TYPE_NAMES[expected]}, but is a string, not JSON: {error}") from None
 
 
 def as_object(value: object, key: str) -> dict[str, Any]:
@@ -49,22 +63,73 @@ def as_object(value: object, key: str) -> dict[str, Any]:
 
 
 def as_objects(value: object, key: str) -> list[dict[str, Any]]:
-    """A list of objects, or one of them alone, without their nulls."""
-    return [as_object(item, f"{key}[{i}]") for i, item in enumerate(typed(value, list, key, single=True))]
+    """A list of objects without their nulls. One object stands for a list of one."""
+    value = _parsed(value, list, key)
+    if isinstance(value, dict):
+        value = [value]
+    return [as_object(item, f"{key}[{i}]") for i, item in enumerate(_checked(value, list, key))]
 
 
-def parsed_messages(value: Any, roles: Collection[str]) -> list[Any] | None:
-    """The messages that csv or parquet holds as a JSON string; None for anything else."""
-    if not isinstance(value, str) or not value.lstrip().startswith("["):
+def read_message(value: object, key: str, train: bool | None = None) -> Message:
+    """One turn in OpenAI's shape.
+
+    Args:
+        value: The object.
+        key: What errors call it.
+        train: For an assistant turn that has no `weight` or `train` of its own.
+
+    Raises:
+        UserError: It is no such object.
+    """
+    raw = as_object(value, key)
+    role = required(raw, "role", f"{key}.role")
+    if role not in ROLES:
+        raise UserError(f"`{key}.role` is {role!r:.40}, expected one of {listed(ROLES)}")
+    calls: tuple[dict[str, Any], ...] = ()
+    if "tool_calls" in raw:
+        calls = _tool_calls(raw["tool_calls"], f"{key}.tool_calls")
+    if calls and role != "assistant":
+        raise UserError(f"`{key}.tool_calls` is in a {role} turn, but only the assistant calls tools")
+    own_train = _train_flag(raw, role, key)
+    if not calls and _has_old_call(raw):
+        raise UserError(f"`{key}.function_call` is a call in an old form that is not read; write it as `tool_calls`")
+    names = {}
+    for name in ("name", "tool_call_id"):
+        if name in raw:
+            names[name] = typed(raw[name], str, f"{key}.{name}")
+    # A turn that calls tools may have no content.
+    content = raw.get("content", "") if calls else required(raw, "content", f"{key}.content")
+    if role == "assistant" and own_train is None:
+        own_train = train
+    return Message(
+        role=role,
+        content=_text_of(content, f"{key}.content"),
+        reasoning_content=_reasoning(raw, key),
+        tool_calls=calls or None,
+        train=own_train,
+        **names,
+    )
+
+
+def _train_flag(raw: Mapping[str, Any], role: str, key: str) -> bool | None:
+    """The turn's own flag; None for other turns than the assistant's."""
+    flag = raw.get("weight", raw.get("train"))
+    if flag not in (None, 0, 1) or (flag and role != "assistant"):
+        raise UserError(f"`{key}` ({role}) has the weight {flag!r:.40}, expected 0 or 1, and 1 only in assistant turns")
+    if flag is None or role != "assistant":
         return None
-    try:
-        items = json.loads(value)
-    except (ValueError, RecursionError):
-        return None
-    return items if items and all(isinstance(item, dict) and item.get("role") in roles for item in items) else None
+    return bool(flag)
 
 
-def text_of(value: object, key: str) -> str:
+def _has_old_call(raw: Mapping[str, Any]) -> bool:
+    """Whether OpenAI's former `function_call` says something."""
+    call = raw.get("function_call")
+    if isinstance(call, dict):
+        return any(call.values())
+    return bool(call)
+
+
+def _text_of(value: object, key: str) -> str:
     """The content of a message: a string, or a list of text parts."""
     if not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
         return str(typed(value, str, key))
@@ -74,18 +139,20 @@ def text_of(value: object, key: str) -> str:
     return "".join(typed(part.get("text"), str, f"{key}[{i}].text") for i, part in enumerate(value))
 
 
-def reasoning(message: Mapping[str, Any], key: str) -> str | None:
-    """What was thought, under whichever name; a blank text beside another says nothing."""
+def _reasoning(message: Mapping[str, Any], key: str) -> str | None:
+    """The reasoning, under any of its names. A blank text beside another one does not count."""
     given = {name: typed(message[name], str, f"{key}.{name}") for name in _REASONING if name in message}
-    thoughts = {text.strip(): text for text in given.values()}
+    if not given:
+        return None
+    thoughts: dict[str, str] = {text.strip(): text for text in given.values()}
     if len(thoughts) > 1:
         thoughts.pop("", None)
     if len(thoughts) > 1:
         raise UserError(f"`{key}` has different texts in {listed(given)}; keep one of them")
-    return next(iter(thoughts.values()), None)
+    return next(iter(thoughts.values()))
 
 
-def tool_calls(value: object, key: str) -> tuple[dict[str, Any], ...]:
+def _tool_calls(value: object, key: str) -> tuple[dict[str, Any], ...]:
     """Calls in OpenAI's shape."""
     calls = []
     for i, call in enumerate(as_objects(value, key)):
@@ -97,15 +164,34 @@ def tool_calls(value: object, key: str) -> tuple[dict[str, Any], ...]:
     return tuple(calls)
 
 
-def tool_schemas(value: object) -> tuple[dict[str, Any], ...] | None:
-    """Flat schemas are put into OpenAI's envelope, as inference servers do before they render the same template."""
+def read_tools(value: object) -> tuple[dict[str, Any], ...] | None:
+    """Schemas of tools in OpenAI's envelope; None if there is none.
+
+    Inference servers put flat schemas into the envelope, too, before they render the template.
+    """
     tools = as_objects(value, "tools")
     check_text(tools, "tools")
-    return tuple(tool if "function" in tool else {"type": "function", "function": tool} for tool in tools) or None
+    enveloped = []
+    for tool in tools:
+        enveloped.append(tool if "function" in tool else {"type": "function", "function": tool})
+    return tuple(enveloped) or None
+
+
+def parsed_messages(value: Any) -> list[Any] | None:
+    """The messages that csv or parquet holds as a JSON string; None for any other value."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return None
+    try:
+        items = json.loads(value)
+    except (ValueError, RecursionError):
+        return None
+    if items and all(isinstance(item, dict) and item.get("role") in ROLES for item in items):
+        return list(items)
+    return None
 
 
 def check_text(value: object, key: str) -> None:
-    """Refuses what cannot be written as UTF-8, which no tokenizer takes.
+    """Refuses text that cannot be written as UTF-8, which no tokenizer takes.
 
     Raises:
         UserError: There is a lone surrogate in it, at any depth.
@@ -116,14 +202,17 @@ def check_text(value: object, key: str) -> None:
         raise UserError(f"`{key}` has a lone surrogate {error.object[error.start]!a}, not text; remove it") from None
 
 
-def listed(names: Iterable[str]) -> str:
+def listed(names: Iterable[object]) -> str:
     """Names in a row, for messages."""
-    return shorten(", ".join(map(str, names)), 200) or "none"
+    return shorten(", ".join(str(name) for name in names), 200) or "none"
 
 
 def kind(value: object) -> str:
     """The type of a value with its article, for messages."""
+    if value is None:
+        return "null"
     if isinstance(value, list) and value:
         return f"a list of {type(value[0]).__name__}"
     name = type(value).__name__
-    return "null" if value is None else f"an {name}" if name[0] in "aeiou" else f"a {name}"
+    article = "an" if name[0] in "aeiou" else "a"
+    return f"{article} {name}"

@@ -1,4 +1,4 @@
-"""Which files a directory or a glob stands for. Nothing of it is left out in silence."""
+"""Which files a directory, a split in it or a glob stands for. What is left out is logged."""
 
 from __future__ import annotations
 
@@ -13,6 +13,16 @@ from lit_sft.errors import UserError
 
 log = logging.getLogger(__name__)
 
+DATA_FILE = re.compile(r"(\.jsonl|\.ndjson|\.json|\.csv|\.tsv|\.parquet|\.arrow)(\.gz|\.zst)?$", re.IGNORECASE)
+"""The end of the name of a file that can be opened: what it holds, and how it is compressed."""
+_SPLIT_WORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+"""Words in paths that tell a split."""
+_DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json")
+"""Files that describe a data set, and look like data."""
 _NO_DATA = re.compile(
     r"(readme|licen[cs]e|notice|citation|changelog|requirements|makefile)\b.*"
     r"|.*\.(md|rst|py|ipynb|sh|ya?ml|toml|cfg|ini|html|pdf|png|jpe?g|gif|svg|lock)",
@@ -35,6 +45,45 @@ def files_below(folder: str, key: str) -> list[str]:
         UserError: A directory cannot be read.
     """
     return [str(path) for path in sorted(Path(root, name) for root, names in _walk(folder, key) for name in names)]
+
+
+def files_of_split(folder: str, split: str, key: str) -> list[str]:
+    """The data files in a directory and its subdirectories, by name.
+
+    Where the paths tell splits (train.jsonl, test/0.parquet), only those of one split.
+
+    Args:
+        folder: The directory.
+        split: `train`, `validation` or `test`.
+        key: The setting, for messages.
+
+    Raises:
+        UserError: There is none, the paths do not tell which are of this split, or a link leads nowhere.
+    """
+    files = files_below(folder, key)
+    found = [file for file in files if DATA_FILE.search(file) and (os.path.isfile(file) or os.path.islink(file))]
+    report_unread(folder, [os.path.relpath(file, folder) for file in sorted(set(files).difference(found))])
+    splits: dict[str, list[str]] = {}
+    for file in found:
+        if os.path.basename(file).lower() not in _DESCRIPTIONS:
+            splits.setdefault(_split_of(os.path.relpath(file, folder)), []).append(file)
+    if not splits:
+        raise UserError(f"`{folder}` has no data file (json, jsonl, csv, parquet, arrow); correct `{key}`")
+    chosen = "" if set(splits) == {""} else split
+    if chosen not in splits or (chosen and "" in splits):
+        names = ", ".join(f"{name or 'no split'}: {len(files)}" for name, files in splits.items())
+        raise UserError(f"`{folder}` has files of ({names}), {split} is asked for; name files or a glob in `{key}`")
+    check_links(splits[chosen], key)
+    return splits[chosen]
+
+
+def _split_of(path: str) -> str:
+    """The split that a path tells, or an empty string."""
+    words = set(re.split(r"[\W\d_]+", path.lower()))
+    for split, marks in _SPLIT_WORDS.items():
+        if not words.isdisjoint(marks):
+            return split
+    return ""
 
 
 def files_matching(pattern: str, key: str) -> list[str]:

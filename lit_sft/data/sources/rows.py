@@ -19,19 +19,26 @@ log = logging.getLogger(__name__)
 Index = npt.NDArray[np.int64]
 
 
-class Part(Protocol):
-    """The rows of one file, of one split of a data set, or of a built-in task."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of the content."""
+class Indexed(Protocol):
+    """Values that are read one at a time."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, i: int, /) -> dict[str, Any]: ...
+    def __getitem__(self, i: int, /) -> Any: ...
 
-    def where(self, i: int) -> str:
-        """The place of row `i` in words."""
+
+@dataclass(frozen=True)
+class FilePart:
+    """The rows of one file, of one split of a saved or hub data set, or of a built-in task."""
+
+    name: str
+    """The name that the user knows, for messages."""
+    fingerprint: str
+    """A hash of the content. Path and date do not count, so a changed file never matches a cache of the old one."""
+    rows: Indexed
+    """N rows. Each should be an object; what else a file may hold is refused when the row is read."""
+    lines: Indexed | None = None
+    """[N]: the line of each row, from 0. None if the file has no lines."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +47,7 @@ class Rows:
 
     name: str
     """What the user called it."""
-    parts: tuple[Part, ...]
+    parts: tuple[FilePart, ...]
     sources: tuple[tuple[str, int], ...]
     """(name, number of parts) of each member of a mixture, in the order of the parts; one where there is none."""
     origins: Index
@@ -57,12 +64,17 @@ class Rows:
             UserError: It cannot be read; the message does not say where, see `where`.
         """
         part, place = self._find(i)
-        return part[place]
+        row = part.rows[place]
+        if not isinstance(row, dict):
+            raise UserError(f"the row is a {type(row).__name__}, expected an object; repair or remove it")
+        return row
 
     def where(self, i: int) -> str:
         """The place of row `i`, for messages: `train.jsonl line 12` (from 1) or `alpaca.json row 3` (from 0)."""
         part, place = self._find(i)
-        return part.where(place)
+        if part.lines is None:
+            return f"{part.name} row {place}"
+        return f"{part.name} line {part.lines[place] + 1}"
 
     def head(self, count: int) -> list[dict[str, Any]]:
         """Those of the first `count` rows that can be read (what is wrong with the others shows when they are used)."""
@@ -95,22 +107,25 @@ class Rows:
     @cached_property
     def fingerprint(self) -> str:
         """Hash of the content of all parts and of the choice and order of rows."""
-        parts = repr([(part.fingerprint, len(part)) for part in self.parts])
+        parts = repr([(part.fingerprint, len(part.rows)) for part in self.parts])
         return hashlib.sha256(parts.encode() + self.origins.tobytes()).hexdigest()
 
     @cached_property
     def _ends(self) -> Index:
-        return np.cumsum([len(part) for part in self.parts], dtype=np.int64)
+        return np.cumsum([len(part.rows) for part in self.parts], dtype=np.int64)
 
-    def _find(self, i: int) -> tuple[Part, int]:
+    def _find(self, i: int) -> tuple[FilePart, int]:
         origin = int(self.origins[i])
-        part = int(np.searchsorted(self._ends, origin, side="right"))
-        return self.parts[part], origin - int(self._ends[part]) + len(self.parts[part])
+        number = int(np.searchsorted(self._ends, origin, side="right"))
+        part = self.parts[number]
+        start = int(self._ends[number]) - len(part.rows)
+        return part, origin - start
 
 
-def join(name: str, parts: Sequence[Part]) -> Rows:
+def join(name: str, parts: Sequence[FilePart]) -> Rows:
     """All rows of the parts, one part behind the other."""
-    return Rows(name, tuple(parts), ((name, len(parts)),), np.arange(sum(map(len, parts)), dtype=np.int64))
+    num_rows = sum(len(part.rows) for part in parts)
+    return Rows(name, tuple(parts), ((name, len(parts)),), np.arange(num_rows, dtype=np.int64))
 
 
 def mix(name: str, members: Iterable[tuple[Rows, float]], seed: int) -> Rows:
@@ -118,14 +133,14 @@ def mix(name: str, members: Iterable[tuple[Rows, float]], seed: int) -> Rows:
 
     The members stay one behind the other, their rows in order; mixing them is up to the order of training.
     """
-    parts: list[Part] = []
+    parts: list[FilePart] = []
     sources: list[tuple[str, int]] = []
     origins: list[Index] = []
     for number, (rows, weight) in enumerate(members):
         whole, share = divmod(weight, 1.0)
         order = np.random.default_rng((seed, number)).permutation(len(rows))
         some = np.sort(order[: round(share * len(rows))])
-        offset = sum(map(len, parts))
+        offset = sum(len(part.rows) for part in parts)
         origins += [rows.origins + offset] * int(whole) + [rows.origins[some] + offset]
         parts += rows.parts
         sources += rows.sources

@@ -1,0 +1,171 @@
+"""JSON files: the lines of a `.jsonl` file by number, and the array in a `.json` file.
+
+Of a file of lines only the places where its lines begin are held in memory; an array is held as a whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, BinaryIO, TextIO
+
+import numpy as np
+
+from lit_sft.data.formats.columns import FIRST_COLUMNS
+from lit_sft.data.sources import blocks
+from lit_sft.data.sources.rows import Indexed
+from lit_sft.errors import UserError
+
+_LIST_COLUMNS = ("completion", "tools", "history")
+"""Columns whose values are lists of objects. An object with one of them is a row, not a wrapper around rows."""
+_STARTED = time.time()
+"""A file that is older than this process was not changed during the run."""
+
+
+@dataclass(frozen=True, eq=False)
+class JsonLines:
+    """The lines of a file that are not blank, read one at a time and parsed."""
+
+    path: str
+    fingerprint: str
+    """`content_hash` of the file."""
+    starts: np.ndarray
+    """[L + 1] int64: the bytes where the L lines begin, then the size of the file."""
+    lines: Indexed
+    """[N]: the number of each line that is not blank, from 0."""
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def __getitem__(self, i: int) -> Any:
+        """The value in line `lines[i]`.
+
+        Raises:
+            UserError: The line is not JSON, or the file was changed.
+        """
+        line = self.lines[i]
+        start = self.starts[line]
+        file = _open_once(self.path, self.fingerprint).fileno()
+        self._check_unchanged(os.fstat(file))
+        # Processes that were forked share the position in the file, so it is never used.
+        return _parse(os.pread(file, self.starts[line + 1] - start, start))
+
+    def _check_unchanged(self, status: os.stat_result) -> None:
+        if status.st_mtime < _STARTED and status.st_size == self.starts[-1]:
+            return
+        if not _has_content(self.path, self.fingerprint, status.st_size, status.st_mtime_ns):
+            raise UserError("the file was changed during the run; restore it, or run anew")
+
+
+@lru_cache(maxsize=64)
+def _open_once(path: str, fingerprint: str) -> BinaryIO:
+    """A file, opened once per process as long as its content is the same."""
+    return open(path, "rb", buffering=0)
+
+
+@lru_cache(maxsize=64)
+def _has_content(path: str, fingerprint: str, size: int, time_ns: int) -> bool:
+    """Whether a file has this content; size and time of the last change decide when it is read again."""
+    return blocks.content_hash(path) == fingerprint
+
+
+def _parse(line: bytes) -> Any:
+    try:
+        return json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"the line is not UTF-8 at byte {error.start}; save the file as UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"the line is not JSON: {error.msg} at column {error.colno}; repair or remove it") from None
+    except RecursionError:
+        raise UserError("the line is nested too deep to be read; remove it") from None
+
+
+def index_lines(path: str, fingerprint: str) -> JsonLines:
+    """Finds the lines of a file.
+
+    Args:
+        path: The file.
+        fingerprint: Its `content_hash`.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    starts_by_block = [np.zeros(1, np.int64)]
+    suspects_by_block = [np.ones(1, np.bool_)]
+    for starts_in_block, suspects_in_block in blocks.map_blocks(path, _line_starts):
+        starts_by_block.append(starts_in_block)
+        suspects_by_block.append(suspects_in_block)
+    starts = np.append(np.concatenate(starts_by_block), os.path.getsize(path)).astype(np.int64)
+    suspects = np.flatnonzero(np.concatenate(suspects_by_block))
+    blank = _blank_lines(path, starts, suspects)
+    num_lines = len(starts) - 1
+    lines: Indexed = range(num_lines)
+    if blank:
+        lines = np.delete(np.arange(num_lines), blank)
+    return JsonLines(path, fingerprint, starts, lines)
+
+
+def _line_starts(data: bytes, offset: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where lines begin behind the line ends of a block, and whether each begins like a blank line."""
+    block = np.frombuffer(data, np.uint8)
+    starts = np.flatnonzero(block[: blocks.BLOCK_SIZE] == ord("\n")) + 1
+    starts = starts[starts < len(block)]
+    return starts + offset, block[starts] <= ord(" ")
+
+
+def _blank_lines(path: str, starts: np.ndarray, suspects: np.ndarray) -> list[int]:
+    blank = []
+    with open(path, "rb", buffering=0) as file:
+        for i in suspects:
+            if not os.pread(file.fileno(), starts[i + 1] - starts[i], starts[i]).strip():
+                blank.append(i)
+    return blank
+
+
+def read_array(path: str) -> list[Any] | None:
+    """The rows of a `.json` file: an array, an object around an array, or one row.
+
+    Returns:
+        The rows, or None if the file has JSON lines.
+
+    Raises:
+        UserError: It holds something else.
+        OSError: It cannot be read.
+        ValueError: It is not JSON.
+    """
+    with open(path, encoding="utf-8-sig") as file:
+        if _has_json_lines(file):
+            return None
+        file.seek(0)
+        value = json.load(file)
+    if isinstance(value, dict):
+        return _rows_in(value)
+    if not isinstance(value, list):
+        raise UserError(f"it holds one {type(value).__name__}, expected an array of objects")
+    return value
+
+
+def _has_json_lines(file: TextIO) -> bool:
+    """Whether the first line is an object of its own, and another line follows."""
+    first = file.readline()
+    if not first.lstrip().startswith("{") or not file.readline().strip():
+        return False
+    try:
+        json.loads(first)
+    except ValueError:
+        return False
+    return True
+
+
+def _rows_in(value: dict[str, Any]) -> list[Any]:
+    """The only list of objects in an object; the object itself if it looks like a row."""
+    if any(value.get(column) is not None for column in FIRST_COLUMNS):
+        return [value]
+    lists = []
+    for key, item in value.items():
+        if key not in _LIST_COLUMNS and isinstance(item, list) and item and all(isinstance(row, dict) for row in item):
+            lists.append(item)
+    return lists[0] if len(lists) == 1 else [value]
