@@ -197,7 +197,7 @@ def test_every_file_is_in_the_tree():
     for line in text.splitlines():
         depth, name = (len(line) - len(line.lstrip())) // 2, line.split()[0]
         path = parents.get(depth - 1, "") + name
-        assert (REPOSITORY / path).exists(), f"{path} is in the tree of README, but not there"
+        assert (REPOSITORY / path).exists(), f"{path} is in the tree of docs/architecture.md, but not there"
         parents[depth] = path
         if not name.endswith("/"):
             listed.add(path)
