@@ -40,9 +40,11 @@ def packs_are_exact(lm: PreTrainedModel) -> bool:
 def is_causal(lm: PreTrainedModel) -> bool:
     """Whether hidden states stay the same when later tokens change (those of BERT without `is_decoder` do not)."""
     input_ids, _ = _inputs(lm)
-    position_ids, first = torch.arange(input_ids.shape[1], device=lm.device)[None], LENGTHS[0]
+    position_ids = torch.arange(input_ids.shape[1], device=lm.device)[None]
+    first = LENGTHS[0]
     changed = torch.cat([input_ids[:, :first], input_ids[:, first:] // 2], dim=1)
-    before, after = (_states(lm, ids, position_ids)[:, :first] for ids in (input_ids, changed))
+    before = _states(lm, input_ids, position_ids)[:, :first]
+    after = _states(lm, changed, position_ids)[:, :first]
     return _close(before, after, tolerance=0.03)  # the same computation twice
 
 
@@ -60,10 +62,7 @@ def what_is_lost(lm: PreTrainedModel) -> str | None:
     windows: set[int] = set()
     try:
         with _noting_windows(name, windows):
-            try:
-                ours = _states(lm, input_ids, position_ids, **pack_kwargs((input_ids.shape[1],), lm.device))
-            except TypeError:
-                ours = _states(lm, input_ids, position_ids)
+            ours = _states_alone(lm, input_ids, position_ids)
     except Exception as error:  # whatever a model does with a mask that is not there
         log.debug("%s under %s", type(lm).__name__, name, exc_info=error)
         return "attention code of its own"
@@ -135,6 +134,14 @@ def _inputs(lm: PreTrainedModel) -> tuple[Tensor, Tensor]:
     input_ids = torch.randint(vocabulary, (1, sum(LENGTHS)), generator=drawn, device="cpu")
     position_ids = torch.cat([torch.arange(length, device=lm.device) for length in LENGTHS])
     return input_ids.to(lm.device), position_ids[None]
+
+
+def _states_alone(lm: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    """As `_states`, of one example; told that it is one where the layers hand this down to attention."""
+    try:
+        return _states(lm, input_ids, position_ids, **pack_kwargs((input_ids.shape[1],), lm.device))
+    except TypeError:
+        return _states(lm, input_ids, position_ids)
 
 
 def _states(lm: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, **kwargs: Any) -> Tensor:
