@@ -234,7 +234,7 @@ def test_a_checkpoint_that_vanishes_is_passed_over(tmp_path, monkeypatch):
     path = folder / "step=000002.ckpt"
     torch.save({}, path)
     gone = tmp_path / "version_1" / "checkpoints" / "step=000009.ckpt"
-    monkeypatch.setattr(files, "_all", lambda run: [gone, path])
+    monkeypatch.setattr(files, "checkpoints_of", lambda run: [gone, path])
     keep(path, KeepPolicy(False, keep_last=1))
     assert find_last(tmp_path) == path
 
