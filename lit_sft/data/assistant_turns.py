@@ -215,12 +215,16 @@ def _locate(
     message = conversation.messages[index]
     number = index + 1
     prompt, whole, marks = template.write_turn(conversation, index, switch)
-    fits = whole.startswith(prompt)
-    start = len(prompt) if fits else len(os.path.commonprefix([prompt, whole]))
-    stop_at, stop = find_stop(template, whole, conversation, index, switch, start if fits else 0)
-    answer = whole[start:stop_at]
-    _check_no_stop_inside(template, answer if fits else message.content, stop, number)
-    omissions = of_answer(message, answer, number)
+    if whole.startswith(prompt):
+        start = len(prompt)
+        stop_at, stop = find_stop(template, whole, conversation, index, switch, start)
+        _check_no_stop_inside(template, whole[start:stop_at], stop, number)
+    else:
+        # It is not known where the answer begins, so only the content of the message is surely part of it.
+        start = len(os.path.commonprefix([prompt, whole]))
+        stop_at, stop = find_stop(template, whole, conversation, index, switch)
+        _check_no_stop_inside(template, message.content, stop, number)
+    omissions = of_answer(message, whole[start:stop_at], number)
     if not lenient:
         _check_prefix(template, prompt, whole, start, message, number)
     end = stop_at + len(stop)
