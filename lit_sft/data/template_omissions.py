@@ -130,7 +130,10 @@ def _is_written(content: str, texts: Sequence[str]) -> bool:
 def _is_nearly_written(content: str, plain_texts: Sequence[str]) -> bool:
     """Whether a content is in one of the texts with the changes that templates make."""
     parts = [_plain(part) for part in _COMMANDS.split(content)]
-    return any(all(part in text for part in parts) for text in plain_texts)
+    for text in plain_texts:
+        if all(part in text for part in parts):
+            return True
+    return False
 
 
 def _plain(text: str) -> str:

@@ -46,12 +46,12 @@ class Rows:
     """N rows, read one at a time. Forked workers may share it, and it can be pickled."""
 
     name: str
-    """What the user called it."""
+    """The name that the user gave."""
     parts: tuple[FilePart, ...]
     sources: tuple[tuple[str, int], ...]
-    """(name, number of parts) of each member of a mixture, in the order of the parts; one where there is none."""
+    """(name, number of parts) of each member of a mixture, in the order of the parts; one if it is no mixture."""
     origins: Index
-    """[N] int64: each row's place among the rows of all parts. Copies of a row (weight > 1) have the same."""
+    """[N] int64: the place of each row among the rows of all parts, the same for copies of a row (weight > 1)."""
 
     def __len__(self) -> int:
         """Number of rows N."""
@@ -77,7 +77,7 @@ class Rows:
         return f"{part.name} line {part.lines[place] + 1}"
 
     def head(self, count: int) -> list[dict[str, Any]]:
-        """Those of the first `count` rows that can be read (what is wrong with the others shows when they are used)."""
+        """The first `count` rows, without those that cannot be read. These are refused when they are used."""
         rows = []
         for i in range(min(count, len(self))):
             try:
