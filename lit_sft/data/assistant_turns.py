@@ -215,12 +215,16 @@ def _locate(
     message = conversation.messages[index]
     number = index + 1
     prompt, whole, marks = template.write_turn(conversation, index, switch)
-    start = _length_in_common(prompt, whole)
-    fits = start == len(prompt)
-    stop_at, stop = find_stop(template, whole, conversation, index, switch, start if fits else 0)
-    answer = whole[start:stop_at]
-    _check_no_stop_inside(template, answer if fits else message.content, stop, number)
-    omissions = of_answer(message, answer, number)
+    if whole.startswith(prompt):
+        start = len(prompt)
+        stop_at, stop = find_stop(template, whole, conversation, index, switch, start)
+        _check_no_stop_inside(template, whole[start:stop_at], stop, number)
+    else:
+        # It is not known where the answer begins, so only the content of the message is surely part of it.
+        start = len(os.path.commonprefix([prompt, whole]))
+        stop_at, stop = find_stop(template, whole, conversation, index, switch)
+        _check_no_stop_inside(template, message.content, stop, number)
+    omissions = of_answer(message, whole[start:stop_at], number)
     if not lenient:
         _check_prefix(template, prompt, whole, start, message, number)
     end = stop_at + len(stop)
@@ -242,13 +246,6 @@ def _locate(
         switch=switch,
         notes=(*notes, *omissions),
     )
-
-
-def _length_in_common(prompt: str, whole: str) -> int:
-    """Characters that both texts begin with."""
-    if whole.startswith(prompt):
-        return len(prompt)
-    return len(os.path.commonprefix([prompt, whole]))
 
 
 def find_stop(
@@ -347,7 +344,8 @@ def _check_no_stop_inside(template: ChatTemplate, answer: str, stop: str, number
 def _check_prefix(template: ChatTemplate, prompt: str, whole: str, start: int, message: Message, number: int) -> None:
     """Refuses a turn that the model could not write behind the prompt; `start` is the length of what they share."""
     is_written = f"the row is written {whole[start : start + 40]!r}"
-    if _opens_thinking(template, prompt) and not has_reasoning(message):
+    opens_thinking = not template.is_raw and _OPEN_THINKING.search(prompt, max(0, len(prompt) - 50)) is not None
+    if opens_thinking and not has_reasoning(message):
         raise UserError(
             f"turn {number} (assistant) has no reasoning, but the template's prompt opens a thinking block: after "
             f"{prompt[-30:]!r} {is_written}; add reasoning_content, set data.chat_template to one without that block, "
@@ -360,12 +358,6 @@ def _check_prefix(template: ChatTemplate, prompt: str, whole: str, start: int, m
             "data.chat_template to a template whose turns begin as its generation prompt does, or data.unproved to "
             "lenient"
         )
-
-
-def _opens_thinking(template: ChatTemplate, prompt: str) -> bool:
-    if template.is_raw:
-        return False
-    return _OPEN_THINKING.search(prompt, max(0, len(prompt) - 50)) is not None
 
 
 def _anchor(template: ChatTemplate, prompt: str) -> int:

@@ -14,7 +14,7 @@ import shutil
 import time
 import zlib
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lit_sft.errors import UserError
+from lit_sft.files import atomic_write
 from lit_sft.types import Example
 
 log = logging.getLogger(__name__)
@@ -88,7 +89,8 @@ class ExampleCache:
         return digest.hexdigest()
 
     def __reduce__(self) -> tuple[type[ExampleCache], tuple[Path]]:
-        return ExampleCache, (self.path,)  # workers map the file themselves instead of getting a copy
+        # Workers map the files themselves instead of getting a copy.
+        return ExampleCache, (self.path,)
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -101,7 +103,9 @@ class ExampleCache:
         """
         end = int(self._ends[index])
         span = slice(end - int(self.lengths[index]), end)
-        ids, mask, row = self._input_ids[span], self._loss_mask[span], int(self.rows[index])
+        ids = self._input_ids[span]
+        mask = self._loss_mask[span]
+        row = int(self.rows[index])
         if _checksum(ids, mask, row) != self._sums[index]:
             raise UserError(f"the cache {self.path} is damaged at example {index}: remove it, and it is made anew")
         return ids, mask, row
@@ -123,7 +127,8 @@ def _write_meta(path: Path, meta: dict[str, Any]) -> None:
 
 
 def _map(path: Path, dtype: type[np.generic]) -> npt.NDArray[Any]:
-    if path.stat().st_size == 0:  # an empty file cannot be mapped
+    # An empty file cannot be mapped.
+    if path.stat().st_size == 0:
         return np.empty(0, dtype)
     return np.memmap(path, dtype, "r")
 
@@ -149,15 +154,22 @@ class Block(NamedTuple):
 
 def to_block(examples: Sequence[Example]) -> Block:
     """Puts examples one behind the other."""
-    ids = [np.array(example.input_ids, dtype=np.int32) for example in examples]
-    masks = [np.array(example.loss_mask, dtype=np.uint8) for example in examples]
-    sums = [_checksum(a, mask, e.row) for a, mask, e in zip(ids, masks, examples, strict=True)]
-    hashes = b"".join(hashlib.blake2b(array.data, digest_size=8).digest() for array in ids)
+    ids = []
+    masks = []
+    sums = []
+    hashes = []
+    for example in examples:
+        input_ids = np.array(example.input_ids, dtype=np.int32)
+        loss_mask = np.array(example.loss_mask, dtype=np.uint8)
+        ids.append(input_ids)
+        masks.append(loss_mask)
+        sums.append(_checksum(input_ids, loss_mask, example.row))
+        hashes.append(hashlib.blake2b(input_ids.data, digest_size=8).digest())
     return Block(
-        lengths=np.array([len(array) for array in ids], dtype=np.int64),
+        lengths=np.array([len(input_ids) for input_ids in ids], dtype=np.int64),
         rows=np.array([example.row for example in examples], dtype=np.int64),
         parts=np.array([example.part for example in examples], dtype=np.int32),
-        hashes=np.frombuffer(hashes, dtype=np.uint64),
+        hashes=np.frombuffer(b"".join(hashes), dtype=np.uint64),
         sums=np.array(sums, dtype=np.uint32),
         input_ids=np.concatenate([np.empty(0, np.int32), *ids]),
         loss_mask=np.concatenate([np.empty(0, np.uint8), *masks]),
@@ -168,7 +180,8 @@ def write_cache(path: Path, blocks: Iterable[Block], meta: dict[str, Any]) -> Ex
     """Writes examples as they come; `meta` is read after the last ones, so the caller may fill it meanwhile."""
     path.parent.mkdir(parents=True, exist_ok=True)
     building = path.with_name(f"{path.name}.{uuid4().hex}.building")
-    building.mkdir()  # and not `mkdtemp`: others who share the cache could not read it
+    # A directory of `mkdtemp` could not be read by others who share the cache.
+    building.mkdir()
     try:
         with ExitStack() as stack:
             files = {name: stack.enter_context((building / name).open("wb")) for name in (*COLUMNS, *TOKENS)}
@@ -213,9 +226,8 @@ def open_cache(path: Path) -> ExampleCache | None:
 def write_failure(path: Path, error: Exception) -> None:
     """Tells those who wait for a cache why it will not come."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}")
-    aside.write_text(str(error) or type(error).__name__)
-    aside.replace(path)
+    with atomic_write(path) as file:
+        file.write(str(error) or type(error).__name__)
 
 
 def wait_for_cache(path: Path, failure: Path) -> ExampleCache:
@@ -228,13 +240,14 @@ def wait_for_cache(path: Path, failure: Path) -> ExampleCache:
     Raises:
         UserError: The other process failed.
     """
-    earliest, told = time.time() - FAILURE_SECONDS, time.monotonic()
+    earliest = time.time() - FAILURE_SECONDS
+    told = time.monotonic()
     while True:
-        try:
-            if len(cache := ExampleCache(path)):
+        # The cache may not be there yet, or may be damaged and about to be made anew.
+        with suppress(OSError, ValueError):
+            cache = ExampleCache(path)
+            if len(cache):
                 return cache
-        except (OSError, ValueError):
-            pass  # not yet there, or damaged and about to be made anew
         try:
             if failure.stat().st_mtime > earliest:
                 raise UserError(f"rank 0 could not prepare the data: {failure.read_text()}")

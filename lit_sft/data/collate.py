@@ -35,7 +35,8 @@ def collate(examples: Sequence[Tokens]) -> Batch:
     loss_mask = np.concatenate([loss_mask for _, loss_mask, _ in examples])
     labels = np.full_like(input_ids, IGNORE_INDEX)
     labels[:-1] = np.where(loss_mask[1:], input_ids[1:], IGNORE_INDEX)
-    labels[ends - 1] = IGNORE_INDEX  # what follows is another example
+    # The token behind the last one belongs to another example.
+    labels[ends - 1] = IGNORE_INDEX
     position_ids = np.arange(len(input_ids)) - np.repeat(ends - lengths, lengths)
     return Batch(
         input_ids=torch.from_numpy(input_ids)[None],

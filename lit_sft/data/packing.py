@@ -85,13 +85,15 @@ def pack_examples(lengths: npt.NDArray[np.int64], max_length: int) -> Packs:
         lengths: [N] tokens per example, each in 1..max_length.
         max_length: Tokens that fit in a pack.
     """
-    packs, best = best_fit_decreasing(lengths, max_length), lengths
-    for step in ROUNDINGS if len(lengths) < MANY else ():
+    packs = best_fit_decreasing(lengths, max_length)
+    if len(lengths) >= MANY:
+        return replace(packs, sizes=lengths)
+    for step in ROUNDINGS:
         sizes = np.minimum(-(-lengths // step) * step, max_length)
-        if len(coarse := best_fit_decreasing(sizes, max_length)) <= len(packs):
-            packs, best = coarse, sizes
-            break
-    return replace(packs, sizes=best)
+        coarse = best_fit_decreasing(sizes, max_length)
+        if len(coarse) <= len(packs):
+            return replace(coarse, sizes=sizes)
+    return replace(packs, sizes=lengths)
 
 
 def one_per_pack(num_examples: int) -> Packs:
@@ -103,9 +105,8 @@ def best_fit_decreasing(lengths: npt.NDArray[np.int64], max_length: int) -> Pack
     """Packs all examples at once, each into the fullest pack that still has room for it, the longest first.
 
     Examples of one length are placed together, and the free room of the open packs is a bit set, so a million lengths
-    take
-    seconds. Source: best-fit decreasing bin packing (Johnson 1973), as in "Fewer Truncations Improve Language Modeling"
-    (Ding et al. 2024, arXiv:2404.10830), here over the whole data set rather than a buffer.
+    take seconds. Source: best-fit decreasing bin packing (Johnson 1973), as in "Fewer Truncations Improve Language
+    Modeling" (Ding et al. 2024, arXiv:2404.10830), here over the whole data set rather than a buffer.
 
     Args:
         lengths: [N] tokens per example, each in 1..max_length.
@@ -117,8 +118,10 @@ def best_fit_decreasing(lengths: npt.NDArray[np.int64], max_length: int) -> Pack
     assert len(lengths) == 0 or (lengths.min() >= 1 and lengths.max() <= max_length)
     order = np.argsort(-lengths, kind="stable")
     pack_of = np.empty(len(lengths), dtype=np.int64)
-    packs_with_room: list[list[int]] = [[] for _ in range(max_length + 1)]  # free tokens -> packs
-    occupied = 0  # bit r set: some pack has exactly r tokens free
+    # Free tokens -> packs with exactly that much room.
+    packs_with_room: list[list[int]] = [[] for _ in range(max_length + 1)]
+    # Bit r is set if some pack has exactly r tokens free.
+    occupied = 0
     num_packs = 0
     sizes, counts = np.unique(-lengths[order], return_counts=True)
     start = 0
@@ -127,13 +130,17 @@ def best_fit_decreasing(lengths: npt.NDArray[np.int64], max_length: int) -> Pack
         while start < end:
             fitting = occupied >> size
             if fitting:
-                room = size + (fitting & -fitting).bit_length() - 1  # the lowest set bit: the tightest fit
+                # The lowest set bit is the tightest fit.
+                room = size + (fitting & -fitting).bit_length() - 1
                 pack = packs_with_room[room].pop()
                 if not packs_with_room[room]:
                     occupied ^= 1 << room
             else:
-                room, pack, num_packs = max_length, num_packs, num_packs + 1
-            take = min(room // size, end - start)  # after one placement the same pack is the tightest fit again
+                room = max_length
+                pack = num_packs
+                num_packs += 1
+            # After one placement, the same pack is the tightest fit again.
+            take = min(room // size, end - start)
             pack_of[order[start : start + take]] = pack
             start += take
             room -= take * size

@@ -93,9 +93,15 @@ class StepOrder:
             start = (micro * self.world_size + rank) * self.micro_batch_size
             return [int(pack) for pack in chosen[start : start + self.micro_batch_size]]
         chosen = chosen[np.argsort(-self.costs[chosen], kind="stable")]
-        start, ranks = micro * self.world_size * self.micro_batch_size, self.world_size
-        mine = [start + row * ranks + (ranks - 1 - rank if row % 2 else rank) for row in range(self.micro_batch_size)]
-        return [int(chosen[place]) for place in mine if place < len(chosen)]
+        start = micro * self.world_size * self.micro_batch_size
+        mine = []
+        for row in range(self.micro_batch_size):
+            # Every second round is dealt backwards.
+            seat = self.world_size - 1 - rank if row % 2 else rank
+            place = start + row * self.world_size + seat
+            if place < len(chosen):
+                mine.append(int(chosen[place]))
+        return mine
 
     def limited_batches(self, limit: int | float | None) -> int:
         """Forward passes of each rank in an epoch that ends after `limit` of them, or after that share of it."""

@@ -58,15 +58,19 @@ class Counts:
             f"{self.rows_kept:,} of {self.rows_read:,} rows kept as {self.examples:,} examples, "
             f"{self.tokens:,} tokens, {share:.0%} of them trained, the longest {self.longest:,}"
         ]
-        text += [f"{n:,} rows dropped: {reason}" for reason, n in self.dropped.items()]
+        for reason, n in self.dropped.items():
+            text.append(f"{n:,} rows dropped: {reason}")
         if self.duplicates:
             text.append(f"{self.duplicates:,} rows are exact copies of another")
         if self.lost_trained_tokens:
             cut = f"; {self.truncated:,} examples truncated" if self.truncated else ""
             text.append(f"{self.lost_trained_tokens:,} target tokens lost to data.max_length{cut}")
-        text += [f"{n:,} rows: {_describe(note)}" for note, n in self.notes.items()]
-        text += [f"{n:,} rows: {name} of data.prompt_template is empty" for name, n in self.blank.items()]
-        text += [f"{n:,} rows with {key} as it stands: nothing fills it" for key, n in self.placeholders.items()]
+        for note, n in self.notes.items():
+            text.append(f"{n:,} rows: {_describe(note)}")
+        for name, n in self.blank.items():
+            text.append(f"{n:,} rows: {name} of data.prompt_template is empty")
+        for key, n in self.placeholders.items():
+            text.append(f"{n:,} rows with {key} as it stands: nothing fills it")
         return [f"{data}: {line}" for line in text]
 
 

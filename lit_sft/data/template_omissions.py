@@ -69,19 +69,16 @@ def of_conversation(template: ChatTemplate, conversation: Conversation, texts: S
 
 
 def _of_messages(messages: Sequence[Message], texts: Sequence[str]) -> tuple[str, ...]:
-    missing = []
-    for message in messages:
-        if message.role != "assistant" and not any(_is_in(text, message.content) for text in texts):
-            missing.append(message)
+    missing = [m for m in messages if m.role != "assistant" and not _is_written(m.content, texts)]
     if not missing:
         return ()
-    # The exact comparison found some missing. This is rare, so a slow comparison may have the last word.
+    # This comparison is slow, but rarely needed.
     plain_texts = [_plain(text) for text in texts]
-    roles = []
+    notes = []
     for message in missing:
-        if not any(_is_nearly_in(text, message.content) for text in plain_texts):
-            roles.append(message.role)
-    return tuple(f"left_out:{role}_turn" for role in dict.fromkeys(roles))
+        if not _is_nearly_written(message.content, plain_texts):
+            notes.append(f"left_out:{message.role}_turn")
+    return tuple(dict.fromkeys(notes))
 
 
 def _of_tools(template: ChatTemplate, conversation: Conversation) -> tuple[str, ...]:
@@ -117,14 +114,26 @@ def _of_other_template(template: ChatTemplate) -> tuple[str, ...]:
     return ("other_template",)
 
 
-def _is_in(text: str, content: str) -> bool:
-    """Whether a text has a content as it is, or as JSON, in which templates write the results of tools."""
-    content = content.strip()
-    return content in text or any(json.dumps(content, ensure_ascii=ascii)[1:-1] in text for ascii in (False, True))
+def _is_written(content: str, texts: Sequence[str]) -> bool:
+    """Whether a content is in one of the texts, as it is or as JSON."""
+    stripped = content.strip()
+    if any(stripped in text for text in texts):
+        return True
+    # Templates write the results of tools as JSON.
+    for ensure_ascii in (False, True):
+        escaped = json.dumps(stripped, ensure_ascii=ensure_ascii)[1:-1]
+        if any(escaped in text for text in texts):
+            return True
+    return False
 
 
-def _is_nearly_in(plain_text: str, content: str) -> bool:
-    return all(_plain(part) in plain_text for part in _COMMANDS.split(content))
+def _is_nearly_written(content: str, plain_texts: Sequence[str]) -> bool:
+    """Whether a content is in one of the texts with the changes that templates make."""
+    parts = [_plain(part) for part in _COMMANDS.split(content)]
+    for text in plain_texts:
+        if all(part in text for part in parts):
+            return True
+    return False
 
 
 def _plain(text: str) -> str:

@@ -181,7 +181,7 @@ class Renderer:
     def _begin_of_answer(self, turn: RenderedTurn, text: str, tokens: dict[str, _Tokens]) -> int:
         """Index of the first token of a turn: the ids before it are those of the prompt alone."""
         ids = tokens[text].ids
-        tail_ids = tokens[_tail(turn)].ids
+        tail_ids = tokens[turn.prompt[turn.anchor :]].ids
         if "lenient" in turn.notes:
             return len(os.path.commonprefix([tail_ids, ids]))
         first = 0 if turn.anchor == 0 else self._token_at(text, tokens, turn.anchor)
@@ -273,7 +273,7 @@ class Renderer:
         texts = []
         for draft in drafts:
             texts.append(draft.text)
-            texts += [_tail(turn) for turn in draft.turns]
+            texts += [turn.prompt[turn.anchor :] for turn in draft.turns]
         return self._encode(texts)
 
     def _encode(self, texts: Iterable[str]) -> dict[str, _Tokens]:
@@ -313,8 +313,3 @@ class Renderer:
 
     def _decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-
-def _tail(turn: RenderedTurn) -> str:
-    """The end of a prompt that is tokenized alone."""
-    return turn.prompt[turn.anchor :]

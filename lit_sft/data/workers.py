@@ -23,6 +23,8 @@ R = TypeVar("R")
 MOST = 16
 """Workers: the process that takes what they make keeps no more of them busy."""
 
+_TOKENIZERS_PARALLELISM = "TOKENIZERS_PARALLELISM"
+
 _function: Callable[[Any], Any]
 """What this worker calls; set when it starts, so that it is not sent along with every item."""
 
@@ -37,7 +39,9 @@ def num_workers_of(setting: int | Literal["auto"]) -> int:
         if setting < 0:
             raise UserError(f"data.num_workers is {setting}, expected auto or 0 and more")
         return setting
-    return min(MOST, len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1)
+    if sys.platform == "linux":
+        return min(MOST, len(os.sched_getaffinity(0)))
+    return min(MOST, os.cpu_count() or 1)
 
 
 def map_in_order(function: Callable[[T], R], items: Iterable[T], num_workers: int) -> Iterator[R]:
@@ -77,23 +81,25 @@ def map_in_order(function: Callable[[T], R], items: Iterable[T], num_workers: in
 @contextmanager
 def _single_threaded_tokenizers() -> Iterator[None]:
     """For workers that start meanwhile: each has one core, and the threads of `tokenizers` do not survive a fork."""
-    before = os.environ.get(name := "TOKENIZERS_PARALLELISM")
-    os.environ[name] = "false"
+    before = os.environ.get(_TOKENIZERS_PARALLELISM)
+    os.environ[_TOKENIZERS_PARALLELISM] = "false"
     try:
         yield
     finally:
         if before is None:
-            del os.environ[name]
+            del os.environ[_TOKENIZERS_PARALLELISM]
         else:
-            os.environ[name] = before
+            os.environ[_TOKENIZERS_PARALLELISM] = before
 
 
 def _start(function: Callable[[Any], Any]) -> None:
     global _function
     _function = function
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    # The parent handles Ctrl-C.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     Thread(target=_die_with_parent, daemon=True).start()
-    gc.freeze()  # what was inherited is not looked through again, nor are its memory pages copied
+    # The garbage collector would touch, and so copy, the memory pages that are shared with the parent.
+    gc.freeze()
     gc.disable()
 
 

@@ -31,14 +31,12 @@ _COUNTED = ("chat_template_kwargs", "functions")
 """Columns that other programs write a conversation with (SmolTalk2, OpenAI before it had `tools`)."""
 
 
-def rename_columns(row: Mapping[str, Any], column_mapping: Mapping[str, str] | None) -> dict[str, Any]:
+def rename_columns(row: Mapping[str, Any], column_mapping: Mapping[str, str]) -> dict[str, Any]:
     """Applies `data.column_mapping` to a row.
 
     Raises:
         UserError: It names a column that is not there, or gives two columns one name.
     """
-    if not column_mapping:
-        return dict(row)
     for column in column_mapping:
         if column not in row:
             raise UserError(f"`data.column_mapping` names `{column}`, but the columns are {listed(row)}")
@@ -66,7 +64,9 @@ def detect_format(
         for name, value in row.items():
             if value is not None or name not in values:
                 values[name] = value
-    columns = [name for name, value in rename_columns(values, column_mapping).items() if value is not None]
+    if column_mapping:
+        values = rename_columns(values, column_mapping)
+    columns = [name for name, value in values.items() if value is not None]
     for first, format in FIRST_COLUMNS.items():
         if first in columns:
             return format, f"format {format}, because the rows have the column `{first}`"

@@ -69,7 +69,9 @@ def to_conversation(
         UserError: The row does not fit; the message names neither file nor row number.
     """
     _check_options(format, prompt_template)
-    row = as_object(rename_columns(row, column_mapping), "row")
+    if column_mapping:
+        row = rename_columns(row, column_mapping)
+    row = as_object(row, "row")
     if format == "text":
         return _read_text(row)
     fields: tuple[str, ...] = ()
@@ -82,6 +84,7 @@ def to_conversation(
     if not need_answer and turns and turns[-1].message == Message("assistant", ""):
         turns = turns[:-1]
     _check_turns(turns, need_answer)
+    _check_contents(turns)
     return Conversation(
         messages=tuple(turn.message for turn in turns),
         tools=read_tools(row["tools"]) if row.get("tools") else None,
@@ -119,14 +122,10 @@ def _read_text(row: Mapping[str, Any]) -> Conversation:
     return Conversation(messages=(), text=text)
 
 
-def _read_messages(row: Mapping[str, Any]) -> list[_Turn]:
-    return _read_list(required(row, "messages"), "messages")
-
-
-def _read_list(value: Any, column: str, train: bool | None = None) -> list[_Turn]:
-    """A list of messages; see `read_message` for `train`."""
+def _read_messages(row: Mapping[str, Any], column: str = "messages", train: bool | None = None) -> list[_Turn]:
+    """The list of messages in a column; see `read_message` for `train`."""
     turns = []
-    for i, item in enumerate(typed(value, list, column)):
+    for i, item in enumerate(typed(required(row, column), list, column)):
         key = f"{column}[{i}]"
         turns.append(_Turn(key, read_message(item, key, train)))
     return turns
@@ -173,29 +172,35 @@ def _read_alpaca(row: Mapping[str, Any]) -> list[_Turn]:
 
 def _read_prompt_completion(row: Mapping[str, Any]) -> list[_Turn]:
     """Only the completion is trained: an assistant turn inside the prompt is not, unless its own flag says so."""
-    prompt = required(row, "prompt")
-    completion = row.get("completion")
-    # Messages may be JSON strings. A completion is read as messages only beside such a prompt.
-    prompt_messages = parsed_messages(prompt)
-    if prompt_messages is not None:
-        prompt = prompt_messages
-        completion_messages = parsed_messages(completion)
-        if completion_messages is not None:
-            completion = completion_messages
-    turns = _read_text_or_list(prompt, "prompt", "user", train=False)
-    if completion is None:
+    row = _with_parsed_messages(row)
+    turns = _read_text_or_messages(row, "prompt", "user", train=False)
+    if "completion" not in row:
         return turns
-    answer = _read_text_or_list(completion, "completion", "assistant")
+    answer = _read_text_or_messages(row, "completion", "assistant")
     if any(turn.message.role not in ("assistant", "tool") for turn in answer):
         raise UserError("`completion` has turns of other roles than assistant and tool; move them to `prompt`")
     return turns + answer
 
 
-def _read_text_or_list(value: Any, column: str, role: str, train: bool | None = None) -> list[_Turn]:
-    """A list of messages, or a text that is one turn."""
-    if isinstance(value, list):
-        return _read_list(value, column, train)
-    return [_text_turn(role, value, column)]
+def _with_parsed_messages(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A row whose messages are lists: csv and parquet may hold them as JSON strings.
+
+    A completion is parsed only beside such a prompt, because the answer to a question may be JSON.
+    """
+    prompt = parsed_messages(required(row, "prompt"))
+    if prompt is None:
+        return row
+    completion = parsed_messages(row.get("completion"))
+    if completion is None:
+        return {**row, "prompt": prompt}
+    return {**row, "prompt": prompt, "completion": completion}
+
+
+def _read_text_or_messages(row: Mapping[str, Any], column: str, role: str, train: bool | None = None) -> list[_Turn]:
+    """The list of messages in a column, or the text in it as one turn."""
+    if isinstance(required(row, column), list):
+        return _read_messages(row, column, train)
+    return [_text_turn(role, row[column], column)]
 
 
 def _read_template(row: Mapping[str, Any], template: str) -> list[_Turn]:
@@ -240,6 +245,9 @@ def _check_turns(turns: Sequence[_Turn], need_answer: bool) -> None:
         raise UserError(f"`{first.key}` has the role {role}, but a user turn must come first; remove that turn")
     if need_answer and all(turn.message.role != "assistant" for turn in spoken):
         raise UserError("a row without an answer: no assistant turn; see `data.column_mapping`, or remove the row")
+
+
+def _check_contents(turns: Sequence[_Turn]) -> None:
     for key, message in turns:
         check_text(message.to_dict(), key)
         is_blank = not message.content.strip() and not message.tool_calls

@@ -33,28 +33,28 @@ def required(row: Mapping[str, Any], name: str, key: str = "") -> Any:
     raise UserError(f"`{key or name}` is missing or null (there is: {listed(row)}); {remedy}")
 
 
-def typed(value: Any, expected: type, key: str) -> Any:
+def typed(value: Any, expected: type, key: str, *, wrap: bool = False) -> Any:
     """A value of the expected type. A list or an object may be a JSON string.
+
+    Args:
+        value: The value.
+        expected: str, list or dict.
+        key: What an error calls it.
+        wrap: Whether one object stands for a list of one.
 
     Raises:
         UserError: It has another type.
     """
-    return _checked(_parsed(value, expected, key), expected, key)
-
-
-def _checked(value: Any, expected: type, key: str) -> Any:
+    if isinstance(value, str) and expected is not str:
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"`{key}` should be {_TYPE_NAMES[expected]}, but is a string, not JSON: {error}") from None
+    if wrap and isinstance(value, dict):
+        value = [value]
     if not isinstance(value, expected):
         raise UserError(f"`{key}` is {kind(value)}, expected {_TYPE_NAMES[expected]}")
     return value
-
-
-def _parsed(value: Any, expected: type, key: str) -> Any:
-    if expected is str or not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"`{key}` should be {_TYPE_NAMES[expected]}, but is a string, not JSON: {error}") from None
 
 
 def as_object(value: object, key: str) -> dict[str, Any]:
@@ -64,10 +64,7 @@ def as_object(value: object, key: str) -> dict[str, Any]:
 
 def as_objects(value: object, key: str) -> list[dict[str, Any]]:
     """A list of objects without their nulls. One object stands for a list of one."""
-    value = _parsed(value, list, key)
-    if isinstance(value, dict):
-        value = [value]
-    return [as_object(item, f"{key}[{i}]") for i, item in enumerate(_checked(value, list, key))]
+    return [as_object(item, f"{key}[{i}]") for i, item in enumerate(typed(value, list, key, wrap=True))]
 
 
 def read_message(value: object, key: str, train: bool | None = None) -> Message:
@@ -90,43 +87,37 @@ def read_message(value: object, key: str, train: bool | None = None) -> Message:
         calls = _tool_calls(raw["tool_calls"], f"{key}.tool_calls")
     if calls and role != "assistant":
         raise UserError(f"`{key}.tool_calls` is in a {role} turn, but only the assistant calls tools")
-    own_train = _train_flag(raw, role, key)
-    if not calls and _has_old_call(raw):
-        raise UserError(f"`{key}.function_call` is a call in an old form that is not read; write it as `tool_calls`")
+    train = _train_flag(raw, role, key, train)
+    if "function_call" in raw and not calls:
+        _check_old_call(raw["function_call"], f"{key}.function_call")
     names = {}
     for name in ("name", "tool_call_id"):
         if name in raw:
             names[name] = typed(raw[name], str, f"{key}.{name}")
-    # A turn that calls tools may have no content.
-    content = raw.get("content", "") if calls else required(raw, "content", f"{key}.content")
-    if role == "assistant" and own_train is None:
-        own_train = train
-    return Message(
-        role=role,
-        content=_text_of(content, f"{key}.content"),
-        reasoning_content=_reasoning(raw, key),
-        tool_calls=calls or None,
-        train=own_train,
-        **names,
-    )
+    if calls and "content" not in raw:
+        content = ""
+    else:
+        content = _text_of(required(raw, "content", f"{key}.content"), f"{key}.content")
+    return Message(role, content, _reasoning(raw, key), calls or None, train=train, **names)
 
 
-def _train_flag(raw: Mapping[str, Any], role: str, key: str) -> bool | None:
-    """The turn's own flag; None for other turns than the assistant's."""
+def _train_flag(raw: Mapping[str, Any], role: str, key: str, default: bool | None) -> bool | None:
+    """Whether an assistant turn is trained; None for turns of other roles."""
     flag = raw.get("weight", raw.get("train"))
     if flag not in (None, 0, 1) or (flag and role != "assistant"):
         raise UserError(f"`{key}` ({role}) has the weight {flag!r:.40}, expected 0 or 1, and 1 only in assistant turns")
-    if flag is None or role != "assistant":
+    if role != "assistant":
         return None
+    if flag is None:
+        return default
     return bool(flag)
 
 
-def _has_old_call(raw: Mapping[str, Any]) -> bool:
-    """Whether OpenAI's former `function_call` says something."""
-    call = raw.get("function_call")
-    if isinstance(call, dict):
-        return any(call.values())
-    return bool(call)
+def _check_old_call(call: object, key: str) -> None:
+    """Refuses OpenAI's former `function_call`, unless it is empty."""
+    is_empty = not any(call.values()) if isinstance(call, dict) else not call
+    if not is_empty:
+        raise UserError(f"`{key}` is a call in an old form that is not read; write it as `tool_calls`")
 
 
 def _text_of(value: object, key: str) -> str:
@@ -141,10 +132,13 @@ def _text_of(value: object, key: str) -> str:
 
 def _reasoning(message: Mapping[str, Any], key: str) -> str | None:
     """The reasoning, under any of its names. A blank text beside another one does not count."""
-    given = {name: typed(message[name], str, f"{key}.{name}") for name in _REASONING if name in message}
+    given = [name for name in _REASONING if name in message]
     if not given:
         return None
-    thoughts: dict[str, str] = {text.strip(): text for text in given.values()}
+    thoughts: dict[str, str] = {}
+    for name in given:
+        text = typed(message[name], str, f"{key}.{name}")
+        thoughts[text.strip()] = text
     if len(thoughts) > 1:
         thoughts.pop("", None)
     if len(thoughts) > 1:

@@ -29,22 +29,28 @@ _NO_DATA = re.compile(
     re.IGNORECASE,
 )
 """Names of what stands beside data: text about it, code, pictures."""
+_DEEP = re.compile(r"(^|/)\*\*(/|$)")
 _SHOWN = 5
+"""Names that a log line shows."""
 
 
 def files_below(folder: str, key: str) -> list[str]:
-    """All files in a directory and its subdirectories, by name, links among them; hidden ones are no data.
+    """All files in a directory and its subdirectories, by name. Hidden files are left out.
 
-    Links to directories are followed, and no directory is read twice.
+    Links are files, too. Links to directories are followed, and no directory is read twice.
 
     Args:
-        folder: The directory. It may itself lie in one that is hidden.
+        folder: The directory. It may itself lie in a hidden one.
         key: The setting, for messages.
 
     Raises:
         UserError: A directory cannot be read.
     """
-    return [str(path) for path in sorted(Path(root, name) for root, names in _walk(folder, key) for name in names)]
+    paths = []
+    for root, names in _walk(folder, key):
+        for name in names:
+            paths.append(Path(root, name))
+    return [str(path) for path in sorted(paths)]
 
 
 def files_of_split(folder: str, split: str, key: str) -> list[str]:
@@ -60,21 +66,32 @@ def files_of_split(folder: str, split: str, key: str) -> list[str]:
     Raises:
         UserError: There is none, the paths do not tell which are of this split, or a link leads nowhere.
     """
-    files = files_below(folder, key)
-    found = [file for file in files if DATA_FILE.search(file) and (os.path.isfile(file) or os.path.islink(file))]
-    report_unread(folder, [os.path.relpath(file, folder) for file in sorted(set(files).difference(found))])
     splits: dict[str, list[str]] = {}
-    for file in found:
-        if os.path.basename(file).lower() not in _DESCRIPTIONS:
-            splits.setdefault(_split_of(os.path.relpath(file, folder)), []).append(file)
+    unread = []
+    for file in files_below(folder, key):
+        relative = os.path.relpath(file, folder)
+        if not DATA_FILE.search(file) or not (os.path.isfile(file) or os.path.islink(file)):
+            unread.append(relative)
+        elif os.path.basename(file).lower() not in _DESCRIPTIONS:
+            splits.setdefault(_split_of(relative), []).append(file)
+    report_unread(folder, sorted(unread))
     if not splits:
         raise UserError(f"`{folder}` has no data file (json, jsonl, csv, parquet, arrow); correct `{key}`")
-    chosen = "" if set(splits) == {""} else split
-    if chosen not in splits or (chosen and "" in splits):
-        names = ", ".join(f"{name or 'no split'}: {len(files)}" for name, files in splits.items())
-        raise UserError(f"`{folder}` has files of ({names}), {split} is asked for; name files or a glob in `{key}`")
-    check_links(splits[chosen], key)
-    return splits[chosen]
+    chosen = _choose(splits, folder, split, key)
+    check_links(chosen, key)
+    return chosen
+
+
+def _choose(splits: dict[str, list[str]], folder: str, split: str, key: str) -> list[str]:
+    """The files of a split; all files if no path tells a split."""
+    if set(splits) == {""}:
+        return splits[""]
+    if split in splits and "" not in splits:
+        return splits[split]
+    counts = [f"{name or 'no split'}: {len(files)}" for name, files in splits.items()]
+    raise UserError(
+        f"`{folder}` has files of ({', '.join(counts)}), {split} is asked for; name files or a glob in `{key}`"
+    )
 
 
 def _split_of(path: str) -> str:
@@ -87,10 +104,10 @@ def _split_of(path: str) -> str:
 
 
 def files_matching(pattern: str, key: str) -> list[str]:
-    """All files that match a glob, by name, each once.
+    """All files that match a glob, by name, each of them once.
 
     Args:
-        pattern: With `**` for a directory and all below it, those that links lead to included.
+        pattern: `**` stands for a directory and all directories below it. Links are followed.
         key: The setting, for messages.
 
     Raises:
@@ -99,10 +116,14 @@ def files_matching(pattern: str, key: str) -> list[str]:
     matches = sorted(_expand(pattern, key), key=lambda path: path.count(os.sep))
     check_links(matches, key)
     found: dict[tuple[str, str], str] = {}
-    for path in filter(os.path.isfile, matches):
-        found.setdefault((os.path.realpath(os.path.dirname(path)), os.path.basename(path)), path)
-    inside = {str(parent) for path in found.values() for parent in Path(path).parents}
-    report_unread(pattern, [path for path in matches if os.path.isdir(path) and str(Path(path)) not in inside])
+    folders_of_found: set[Path] = set()
+    for path in matches:
+        if os.path.isfile(path):
+            own_name = (os.path.realpath(os.path.dirname(path)), os.path.basename(path))
+            if own_name not in found:
+                found[own_name] = path
+                folders_of_found.update(Path(path).parents)
+    report_unread(pattern, [path for path in matches if os.path.isdir(path) and Path(path) not in folders_of_found])
     return sorted(found.values())
 
 
@@ -121,20 +142,26 @@ def check_links(paths: Iterable[str], key: str) -> None:
 
 
 def report_unread(place: str, paths: Iterable[str]) -> None:
-    """One line about what else lies in a place, but for what is never data.
+    """Logs one line about files that are not read, unless their names say that they are no data.
 
     Args:
-        place: A directory or a glob.
-        paths: What is not read of it.
+        place: The directory or the glob.
+        paths: Files and directories in it.
     """
     names = [path for path in paths if not _NO_DATA.fullmatch(os.path.basename(path))]
-    if names:
-        more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
-        log.warning("%s: not read: %s%s", place, ", ".join(names[:_SHOWN]), more)
+    if not names:
+        return
+    more = ""
+    if len(names) > _SHOWN:
+        more = f" and {len(names) - _SHOWN:,} more"
+    log.warning("%s: not read: %s%s", place, ", ".join(names[:_SHOWN]), more)
 
 
 def _walk(folder: str, key: str) -> Iterator[tuple[str, list[str]]]:
-    """Each directory from `folder` down, once, and the names of its files. Of a disk some belong to the system."""
+    """Each directory from `folder` down, once, and the names of its files.
+
+    A subdirectory that cannot be read is logged: some directories of a disk belong to the system.
+    """
 
     def refuse(error: OSError) -> None:
         what = f"cannot read `{error.filename}` (`{key}`): {error.strerror}; see the permissions"
@@ -142,34 +169,49 @@ def _walk(folder: str, key: str) -> Iterator[tuple[str, list[str]]]:
             raise UserError(what) from error
         log.warning(what)
 
-    places, seen = [folder], set()
-    for place in places:  # links come last, so that a directory is known by its own name
+    seen = set()
+    # Links are walked last, so that a directory which is also reached without one keeps its own name.
+    places = [folder]
+    for place in places:
         for root, folders, names in os.walk(place, onerror=refuse):
-            if (real := os.path.realpath(root)) in seen:
+            real = os.path.realpath(root)
+            if real in seen:
+                # os.walk goes down into the folders that are left in this list.
                 folders.clear()
                 continue
             seen.add(real)
-            folders[:] = sorted(_shown(folders))
-            places += [link for link in (os.path.join(root, name) for name in folders) if _leads_on(link, real)]
-            yield root, _shown(names)
+            folders[:] = sorted(_without_hidden(folders))
+            for name in folders:
+                path = os.path.join(root, name)
+                if _leads_on(path, real):
+                    places.append(path)
+            yield root, _without_hidden(names)
 
 
 def _expand(pattern: str, key: str) -> Iterator[str]:
-    """What matches. `glob` itself would follow links in circles, and take forever where there are two."""
-    if not (deep := re.search(r"(^|/)\*\*(/|$)", pattern)):
+    """All paths that match.
+
+    `**` is expanded here: `glob` would follow links in circles, and take forever if there are two of them.
+    """
+    deep = _DEEP.search(pattern)
+    if deep is None:
         yield from glob(pattern)
         return
-    for base in glob(pattern[: deep.end(1)]) or [os.curdir] * (deep.start() == 0):
+    bases = glob(pattern[: deep.end(1)])
+    if not bases and deep.start() == 0:
+        bases = [os.curdir]
+    rest = pattern[deep.end() :] or "*"
+    for base in bases:
         for root, _ in _walk(base, key):
-            yield from _expand(os.path.join(escape(root), pattern[deep.end() :] or "*"), key)
+            yield from _expand(os.path.join(escape(root), rest), key)
 
 
-def _shown(names: Iterable[str]) -> list[str]:
+def _without_hidden(names: Iterable[str]) -> list[str]:
     """Copies that editors, notebooks and systems keep (.ipynb_checkpoints/, ._train.jsonl) are no data."""
     return [name for name in names if not name.startswith(".")]
 
 
 def _leads_on(path: str, folder: str) -> bool:
-    """Whether a path in a directory is a link, and not one that leads back up."""
+    """Whether a path in a directory is a link that does not lead back up."""
     target = os.path.realpath(path)
     return os.path.islink(path) and os.path.commonpath([target, folder]) != target

@@ -164,8 +164,11 @@ def _rows_in(value: dict[str, Any]) -> list[Any]:
     """The only list of objects in an object; the object itself if it looks like a row."""
     if any(value.get(column) is not None for column in FIRST_COLUMNS):
         return [value]
-    lists = []
-    for key, item in value.items():
-        if key not in _LIST_COLUMNS and isinstance(item, list) and item and all(isinstance(row, dict) for row in item):
-            lists.append(item)
-    return lists[0] if len(lists) == 1 else [value]
+    lists = [item for key, item in value.items() if key not in _LIST_COLUMNS and _has_only_objects(item)]
+    if len(lists) == 1:
+        return list(lists[0])
+    return [value]
+
+
+def _has_only_objects(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 0 and all(isinstance(item, dict) for item in value)

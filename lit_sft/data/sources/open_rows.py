@@ -93,16 +93,16 @@ class _Opener:
         for part in parts:
             if len(part.rows) == 0:
                 raise UserError(f"`{part.name}` (`{self.key}`) is empty; fill it or remove it")
-        self._check_columns(parts)
+        if len(parts) > 1:
+            self._check_columns(parts)
         return parts
 
     def _check_columns(self, parts: list[FilePart]) -> None:
         """Refuses files that have no column in common with the first."""
-        if len(parts) == 1:
-            return
-        columns = [_first_columns(part) for part in parts]
-        for part, names in zip(parts, columns, strict=True):
-            if names and columns[0] and not names & columns[0]:
+        expected = _first_columns(parts[0])
+        for part in parts:
+            names = _first_columns(part)
+            if names and expected and names.isdisjoint(expected):
                 raise UserError(
                     f"`{part.name}` has the columns {', '.join(sorted(names))}, but `{parts[0].name}` has other ones; "
                     f"files of different formats must be sources of their own in `{self.key}`"

@@ -46,12 +46,12 @@ class Rows:
     """N rows, read one at a time. Forked workers may share it, and it can be pickled."""
 
     name: str
-    """What the user called it."""
+    """The name that the user gave."""
     parts: tuple[FilePart, ...]
     sources: tuple[tuple[str, int], ...]
-    """(name, number of parts) of each member of a mixture, in the order of the parts; one where there is none."""
+    """(name, number of parts) of each member of a mixture, in the order of the parts; one if it is no mixture."""
     origins: Index
-    """[N] int64: each row's place among the rows of all parts. Copies of a row (weight > 1) have the same."""
+    """[N] int64: the place of each row among the rows of all parts, the same for copies of a row (weight > 1)."""
 
     def __len__(self) -> int:
         """Number of rows N."""
@@ -77,7 +77,7 @@ class Rows:
         return f"{part.name} line {part.lines[place] + 1}"
 
     def head(self, count: int) -> list[dict[str, Any]]:
-        """Those of the first `count` rows that can be read (what is wrong with the others shows when they are used)."""
+        """The first `count` rows, without those that cannot be read. These are refused when they are used."""
         rows = []
         for i in range(min(count, len(self))):
             try:
@@ -88,16 +88,22 @@ class Rows:
 
     def columns(self) -> list[str]:
         """Columns of the first 100 rows."""
-        return list({column: None for row in self.head(100) for column in row})
+        columns: dict[str, None] = {}
+        for row in self.head(100):
+            columns.update(dict.fromkeys(row))
+        return list(columns)
 
     def source_of(self, i: int) -> int:
         """Which of `sources` row `i` comes from."""
-        return 0 if len(self.sources) == 1 else int(subset(self, [i]).source_ids()[0])
+        if len(self.sources) == 1:
+            return 0
+        return int(subset(self, [i]).source_ids()[0])
 
     def source_ids(self) -> Index:
         """[N] int64: which of `sources` each row comes from."""
         part_ids = np.searchsorted(self._ends, self.origins, side="right")
-        return np.searchsorted(np.cumsum([parts for _, parts in self.sources]), part_ids, side="right")
+        ends_of_sources = np.cumsum([num_parts for _, num_parts in self.sources])
+        return np.searchsorted(ends_of_sources, part_ids, side="right")
 
     def counts(self) -> list[tuple[str, int]]:
         """(name, rows) of each source, for the log; copies count."""
@@ -153,15 +159,19 @@ def subset(rows: Rows, indices: npt.ArrayLike) -> Rows:
 
 
 def by_source(rows: Rows) -> dict[int, Rows]:
-    """The rows of each member of a mixture that has any left, by its place in `Rows.sources`."""
+    """The rows of each member of a mixture, by its place in `Rows.sources`. Members without rows are left out."""
     if len(rows.sources) == 1:
         return {0: rows}
     ids = rows.source_ids()
-    return {int(n): replace(subset(rows, np.flatnonzero(ids == n)), name=rows.sources[n][0]) for n in np.unique(ids)}
+    members = {}
+    for source in np.unique(ids).tolist():
+        name, _ = rows.sources[source]
+        members[source] = replace(subset(rows, np.flatnonzero(ids == source)), name=name)
+    return members
 
 
 def limit(rows: Rows, count: int) -> Rows:
-    """The `first_rows` of a data set that `data.max_samples` asks for, which is said.
+    """The `first_rows` that `data.max_samples` asks for; the log says so.
 
     Raises:
         UserError: `count` is not positive.
@@ -189,7 +199,7 @@ def first_rows(rows: Rows, count: int | None) -> Rows:
 
 
 def split_rows(n: int, val_size: float, seed: int, origins: Index | None = None) -> tuple[Index, Index]:
-    """Choose validation rows by seed: (training indices, validation indices), both ascending.
+    """Chooses validation rows by seed: (training indices, validation indices), both ascending.
 
     Args:
         n: Number of rows.
@@ -200,9 +210,9 @@ def split_rows(n: int, val_size: float, seed: int, origins: Index | None = None)
     Raises:
         UserError: `val_size` is out of range or leaves nothing on one side.
     """
-    distinct, first, copy_of = np.unique(
-        np.arange(n) if origins is None else origins, return_index=True, return_inverse=True
-    )
+    if origins is None:
+        origins = np.arange(n)
+    distinct, first, copy_of = np.unique(origins, return_index=True, return_inverse=True)
     count = round(val_size * len(distinct)) if 0 < val_size < 1 else int(val_size)
     if isinstance(val_size, bool) or val_size <= 0 or (val_size > 1 and count != val_size):
         raise UserError(f"`data.val_size` is {val_size}, expected a share between 0 and 1 or a whole number of rows")
