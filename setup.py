@@ -6,7 +6,9 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-VERSION = re.search(r'__version__ = "(.+)"', (HERE / "lit_sft" / "__init__.py").read_text()).group(1)
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "lit_sft" / "__init__.py").read_text()).group(
+    1
+)
 
 QUANTIZATION = ["bitsandbytes>=0.50,<0.51"]
 TEST = [
@@ -22,7 +24,9 @@ TEST = [
 setup(
     name="lit-sft",
     version=VERSION,
-    description="Supervised fine-tuning of Hugging Face causal language models with PyTorch Lightning",
+    description=(
+        "Supervised fine-tuning of Hugging Face causal language models with PyTorch Lightning"
+    ),
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -30,7 +34,8 @@ setup(
     packages=[*find_packages(include=["lit_sft", "lit_sft.*"]), "lit_sft.configs"],
     package_dir={"lit_sft.configs": "configs"},
     package_data={"lit_sft.demo": ["model/*"], "lit_sft.configs": ["*.yaml"]},
-    # Bounds are those that were tried. lightning 2.6.2 and 2.6.3 were withdrawn (supply chain: Lightning #21691).
+    # Bounds are those that were tried. lightning 2.6.2 and 2.6.3 were withdrawn (supply chain:
+    # Lightning #21691).
     install_requires=[
         "torch>=2.11,<2.16",
         "lightning>=2.6.4,<2.7",

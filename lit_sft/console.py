@@ -1,4 +1,6 @@
-"""What people see in the terminal and in TensorBoard: rows, trained tokens, answers side by side."""
+"""What people see in the terminal and in TensorBoard: rows, trained tokens, answers side by
+side.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ def console() -> Console:
     return plain if plain.is_terminal else Console(width=100)
 
 
-def coloured_tokens(tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int], loss_mask: Sequence[int]) -> Text:
+def coloured_tokens(
+    tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int], loss_mask: Sequence[int]
+) -> Text:
     """An example with its trained tokens in green, the rest dimmed, special tokens visible."""
     text = Text()
     start = 0
@@ -43,7 +47,9 @@ def answers_table(questions: Sequence[str], columns: Mapping[str, Sequence[str]]
     for name in columns:
         table.add_column(name, ratio=2, overflow="fold")
     for row, question in enumerate(questions):
-        table.add_row(Text(question), *(Text(visible(answers[row])) for answers in columns.values()))
+        table.add_row(
+            Text(question), *(Text(visible(answers[row])) for answers in columns.values())
+        )
     return table
 
 
@@ -57,12 +63,23 @@ def answers_markdown(questions: Sequence[str], columns: Mapping[str, Sequence[st
 
 
 def visible(text: str) -> str:
-    """Control characters as escapes, so that the gibberish of an untrained model cannot move the cursor."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    """Control characters as escapes, so that the gibberish of an untrained model cannot move the
+    cursor.
+    """
+    return "".join(
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
+    )
 
 
 def _cell(text: str) -> str:
-    for old, new in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "\\|"), ("`", "\\`"), ("\n", "<br>")):
+    for old, new in (
+        ("&", "&amp;"),
+        ("<", "&lt;"),
+        (">", "&gt;"),
+        ("|", "\\|"),
+        ("`", "\\`"),
+        ("\n", "<br>"),
+    ):
         text = text.replace(old, new)
     return text
 
@@ -84,9 +101,14 @@ def draw_histogram(lengths: np.ndarray, path: Path, size: tuple[int, int] = (800
     width = (size[0] - 2 * left) / len(counts)
     for index, count in enumerate(counts):
         x = left + index * width
-        draw.rectangle([x, bottom - (bottom - top) * count / counts.max(), x + width - 1, bottom], fill="#3a7d44")
+        draw.rectangle(
+            [x, bottom - (bottom - top) * count / counts.max(), x + width - 1, bottom],
+            fill="#3a7d44",
+        )
     draw.line([left, bottom, size[0] - left, bottom], fill="black")
-    draw.text((left, 8), f"{len(lengths):,} examples, at most {counts.max():,} in a bar", fill="black")
+    draw.text(
+        (left, 8), f"{len(lengths):,} examples, at most {counts.max():,} in a bar", fill="black"
+    )
     for edge in np.linspace(edges[0], edges[-1], 6):
         x = left + (edge - edges[0]) / max(1, edges[-1] - edges[0]) * (size[0] - 2 * left)
         draw.text((x - 10, bottom + 8), f"{edge:.0f}", fill="black")

@@ -1,4 +1,6 @@
-"""SFTData: from the data settings to rows, tokenizer, template and tokenized examples. Plain Python, no Lightning."""
+"""SFTData: from the data settings to rows, tokenizer, template and tokenized examples. Plain
+Python, no Lightning.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,13 @@ from lit_sft.checkpoint import data_position
 from lit_sft.data import template_omissions
 from lit_sft.data.assistant_turns import write_prompt
 from lit_sft.data.cache import ExampleCache, cache_key
-from lit_sft.data.chat_template import TODAY, ChatTemplate, kept_date, resolve_chat_template, with_date
+from lit_sft.data.chat_template import (
+    TODAY,
+    ChatTemplate,
+    kept_date,
+    resolve_chat_template,
+    with_date,
+)
 from lit_sft.data.formats.columns import detect_format, report_unread
 from lit_sft.data.formats.prompt_template import template_fields
 from lit_sft.data.packing import Packs
@@ -39,7 +47,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DATE_FILE = "chat_template_date"
-STAGE_SETS = {"fit": ["train", "validation"], "validate": ["validation"], "test": ["test"], "predict": []}
+STAGE_SETS = {
+    "fit": ["train", "validation"],
+    "validate": ["validation"],
+    "test": ["test"],
+    "predict": [],
+}
 """Data sets that a stage needs."""
 
 
@@ -61,7 +74,9 @@ class SFTData:
         self._told: set[str] = set()
         """Sources whose format, data sets whose sources, and questions whose form was logged."""
         self._identity: dict[str, Any] | None = None
-        """`Preparation.identity` of the training rows when they were read: the source may change during the run."""
+        """`Preparation.identity` of the training rows when they were read: the source may change
+        during the run.
+        """
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -92,12 +107,18 @@ class SFTData:
 
     @cached_property
     def template_date(self) -> str | None:
-        """What the template gets where it asks for today's date: the same as long as the cache is kept."""
+        """What the template gets where it asks for today's date: the same as long as the cache is
+        kept.
+        """
         if TODAY not in (self.chat_template or ""):
             return None
         path = self._cache_dir() / DATE_FILE
         day = kept_date(path)
-        log.info("the chat template asks for the date of the day: where it writes it, that is %s (%s)", day, path)
+        log.info(
+            "the chat template asks for the date of the day: where it writes it, that is %s (%s)",
+            day,
+            path,
+        )
         return day
 
     @cached_property
@@ -107,17 +128,25 @@ class SFTData:
         text = self.chat_template
         if text is not None and self.template_date is not None:
             text = with_date(text, self.template_date)
-        template = ChatTemplate(self.tokenizer, text, options.chat_template_kwargs, options.unproved)
+        template = ChatTemplate(
+            self.tokenizer, text, options.chat_template_kwargs, options.unproved
+        )
         return Renderer(self.tokenizer, template, options.train_on)
 
     @property
     def stop_ids(self) -> list[int]:
         """Stop tokens of the template and of every data set that is prepared."""
-        return sorted(self._template_stop_ids.union(*(cache.meta["stop_ids"] for cache in self.caches.values())))
+        return sorted(
+            self._template_stop_ids.union(
+                *(cache.meta["stop_ids"] for cache in self.caches.values())
+            )
+        )
 
     @cached_property
     def _template_stop_ids(self) -> set[int]:
-        """Stop tokens that the template writes after a short answer; none where it cannot write it."""
+        """Stop tokens that the template writes after a short answer; none where it cannot write
+        it.
+        """
         probe = Conversation((Message("user", "Hello"), Message("assistant", "Hi")))
         examples = self.renderer.render([probe], [0])[0]
         if isinstance(examples, UserError):
@@ -127,7 +156,8 @@ class SFTData:
     def prepare(self, stage: str) -> None:
         """Reads, renders and tokenizes what a stage needs; from the cache where nothing changed.
 
-        The command line calls it before any process group exists, so that no rank times out while one works.
+        The command line calls it before any process group exists, so that no rank times out while
+        one works.
 
         Args:
             stage: `fit`, `validate`, `test` or `predict`.
@@ -143,7 +173,9 @@ class SFTData:
                 self._prepare_set(name)
         if stage in ("validate", "test") and needed[0] not in self.caches:
             either = " or data.val_size" if stage == "validate" else ""
-            raise UserError(f"data.{needed[0]}{either} is not set: `{stage}` has nothing to evaluate")
+            raise UserError(
+                f"data.{needed[0]}{either} is not set: `{stage}` has nothing to evaluate"
+            )
 
     def _prepare_set(self, name: str) -> None:
         """Makes the examples of one data set, or finds them in the cache."""
@@ -151,9 +183,12 @@ class SFTData:
         preparation = self.preparation(rows)
         identity = preparation.identity(rows)
         path = self._cache_dir() / cache_key(identity)
-        self.caches[name] = preparation.cached(rows, path, name, num_workers_of(self.options.num_workers))
+        self.caches[name] = preparation.cached(
+            rows, path, name, num_workers_of(self.options.num_workers)
+        )
         if name == "train":
-            # The template stands here without the date, so that a difference is reported as one of the two.
+            # The template stands here without the date, so that a difference is reported as one of
+            # the two.
             date = {f"{DATE_FILE} in data.cache_dir": self.template_date}
             self._identity = {**identity, **date, "chat_template": self.chat_template}
         if name == "validation" and "train" in self.caches:
@@ -189,11 +224,17 @@ class SFTData:
 
     def _limited(self, rows: Rows) -> Rows:
         """The first `data.max_samples` rows."""
-        return rows if self.options.max_samples is None else sources_rows.limit(rows, self.options.max_samples)
+        return (
+            rows
+            if self.options.max_samples is None
+            else sources_rows.limit(rows, self.options.max_samples)
+        )
 
     def _split_off_validation(self, val_size: int | float) -> None:
         rows = self.rows["train"]
-        train, validation = sources_rows.split_rows(len(rows), val_size, self.options.seed, rows.origins)
+        train, validation = sources_rows.split_rows(
+            len(rows), val_size, self.options.seed, rows.origins
+        )
         self.rows["train"] = sources_rows.subset(rows, train)
         self.rows["validation"] = sources_rows.subset(rows, validation)
 
@@ -202,10 +243,14 @@ class SFTData:
         counts = self.rows[name].counts()
         if len(counts) > 1 and f"data.{name}" not in self._told:
             self._told.add(f"data.{name}")
-            log.info("%s: %s", name, ", ".join(f"{rows:,} rows of {source}" for source, rows in counts))
+            log.info(
+                "%s: %s", name, ", ".join(f"{rows:,} rows of {source}" for source, rows in counts)
+            )
 
     def fingerprint(self, packs: Packs) -> dict[str, Any]:
-        """What a checkpoint keeps of the data (see `data_position.remember`); no source is read for it."""
+        """What a checkpoint keeps of the data (see `data_position.remember`); no source is read for
+        it.
+        """
         assert self._identity is not None
         return data_position.remember(self._identity, self.options, self.caches, packs)
 
@@ -225,7 +270,9 @@ class SFTData:
         data_position.tell_other_validation(saved, now)
 
     def check_split(self, saved: dict[str, Any]) -> None:
-        """Refuses to evaluate on rows that a checkpoint may have been trained on (see `data_position.check_split`)."""
+        """Refuses to evaluate on rows that a checkpoint may have been trained on (see
+        `data_position.check_split`).
+        """
         if self.options.val_size is not None and not self.options.allow_other_data:
             data_position.check_split(saved, self.rows["train"].fingerprint)
 
@@ -243,10 +290,15 @@ class SFTData:
     def preparation(self, rows: Rows) -> Preparation:
         """How the rows of a data set become examples, the format of each source decided."""
         members = sources_rows.by_source(rows)
-        readings = {number: self._reading(member, len(members) == 1) for number, member in members.items()}
+        readings = {
+            number: self._reading(member, len(members) == 1) for number, member in members.items()
+        }
         mapping = self.options.column_mapping
         if mapping and all(reading.column_mapping is None for reading in readings.values()):
-            raise UserError(f"`data.column_mapping` names {', '.join(mapping)}, which no source of {rows.name} has")
+            raise UserError(
+                f"`data.column_mapping` names {', '.join(mapping)}, which no source of"
+                f" {rows.name} has"
+            )
         if any(reading.format != "text" for reading in readings.values()):
             self._check_system_prompt()
         return Preparation(
@@ -260,7 +312,9 @@ class SFTData:
         )
 
     def _check_system_prompt(self) -> None:
-        """Refuses a system prompt that the template leaves out: in rows it would only be counted."""
+        """Refuses a system prompt that the template leaves out: in rows it would only be
+        counted.
+        """
         if not self.options.system_prompt:
             return
         probe = self.question("Hello")
@@ -272,12 +326,15 @@ class SFTData:
             return
         if "left_out:system_turn" in template_omissions.of_conversation(template, probe, [text]):
             raise UserError(
-                "data.system_prompt is set, but the chat template does not write it, so the model would not see it; "
-                "set data.chat_template to a template that writes system turns, or data.system_prompt to null"
+                "data.system_prompt is set, but the chat template does not write it, so the model"
+                " would not see it; set data.chat_template to a template that writes system turns,"
+                " or data.system_prompt to null"
             )
 
     def _reading(self, rows: Rows, is_alone: bool) -> Reading:
-        """How one source is read. In a mixture a column mapping is for the members that have its columns."""
+        """How one source is read. In a mixture a column mapping is for the members that have its
+        columns.
+        """
         mapping = self.options.column_mapping
         template = self.options.prompt_template
         first = rows.head(20)
@@ -304,7 +361,9 @@ class SFTData:
         return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "lit_sft"
 
     def question(self, text: str) -> Conversation:
-        """A question as the model is asked it: in `data.prompt_template` where that has one field."""
+        """A question as the model is asked it: in `data.prompt_template` where that has one
+        field.
+        """
         template = self.options.prompt_template
         if template is not None and len(self._fields) == 1:
             text = template.format_map({self._fields[0]: text})
@@ -321,7 +380,9 @@ class SFTData:
         """What `predict` answers: `data.predict`, or else `data.questions`."""
         spec = self.options.questions if self.options.predict is None else self.options.predict
         if not spec:
-            raise UserError("there is nothing to predict: set data.predict to a file or to a list of questions")
+            raise UserError(
+                "there is nothing to predict: set data.predict to a file or to a list of questions"
+            )
         if isinstance(spec, list):
             questions = [text for text in spec if isinstance(text, str)]
             if len(questions) == len(spec):
@@ -329,19 +390,22 @@ class SFTData:
         return self.asked(self._limited(self._open(spec, split="test", key="data.predict")))
 
     def asked(self, rows: Rows, count: int | None = None, skip: bool = False) -> list[Prompt]:
-        """The first `count` rows (None: all; of a mixture, of each member in proportion), and the last answer of each.
+        """The first `count` rows (None: all; of a mixture, of each member in proportion), and the
+        last answer of each.
 
         Args:
             rows: Of one data set.
             count: How many.
-            skip: Leave out bad rows where `data.on_bad_row` says so; they are counted where they are tokenized.
+            skip: Leave out bad rows where `data.on_bad_row` says so; they are counted where they
+                are tokenized.
         """
         preparation = self.preparation(rows)
         rows = sources_rows.first_rows(rows, count)
         prompts: list[Prompt] = []
         for index in range(len(rows)):
             try:
-                # The template sees the answer, too: the prompt is then the one that the answer is trained behind.
+                # The template sees the answer, too: the prompt is then the one that the answer is
+                # trained behind.
                 conversation = preparation.conversation(rows, index, need_answer=False)
                 prompts += encode([Asked(conversation, rows.where(index))], self.renderer)
             except UserError:
@@ -353,10 +417,17 @@ class SFTData:
         self._check_system_prompt()
         if questions and len(self._fields) > 1 and key not in self._told:
             self._told.add(key)
-            log.info("%s: not asked as rows are trained: data.prompt_template has more fields than one", key)
+            log.info(
+                "%s: not asked as rows are trained: data.prompt_template has more fields than one",
+                key,
+            )
         return [Asked(self.question(text), f"{key}[{n}]") for n, text in enumerate(questions)]
 
     @property
     def _fields(self) -> Sequence[str]:
         """Of `data.prompt_template`."""
-        return () if self.options.prompt_template is None else template_fields(self.options.prompt_template)
+        return (
+            ()
+            if self.options.prompt_template is None
+            else template_fields(self.options.prompt_template)
+        )

@@ -1,4 +1,6 @@
-"""SFTDataModule: composes the data stages, owns the order of the examples and the position in it."""
+"""SFTDataModule: composes the data stages, owns the order of the examples and the position in
+it.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ QUESTIONS = [
 
 
 class MicroBatches(Dataset[Batch]):
-    """Forward passes of one rank, by (epoch, number); holds no state but what follows from these."""
+    """Forward passes of one rank, by (epoch, number); holds no state but what follows from
+    these.
+    """
 
     def __init__(self, cache: ExampleCache, packs: Packs, order: StepOrder, rank: int) -> None:
         self.cache = cache
@@ -59,14 +63,16 @@ class SFTDataModule(L.LightningDataModule):
     """Conversations in, batches out.
 
     Args:
-        train: `builtin:NAME`, hub id, file, glob, directory, or a list of {path, name, split, weight}.
+        train: `builtin:NAME`, hub id, file, glob, directory, or a list of {path, name, split,
+            weight}.
         validation: Likewise; exclusive with `val_size`.
         val_size: Share (0.1) or rows (200) split off `train`, chosen by seed.
         test: Likewise, for `test`.
         predict: Likewise, for `predict`; or a list of questions. null: `questions`.
         questions: Answered before training, at each validation and after it.
         format: `auto` decides from the columns.
-        chat_template: null: the tokenizer's own; a .jinja file; inline jinja; or `raw` (no template).
+        chat_template: null: the tokenizer's own; a .jinja file; inline jinja; or `raw` (no
+            template).
         chat_template_kwargs: Passed to the template, in training and for prompts.
         system_prompt: Put before conversations that have none.
         column_mapping: {column: our name}, e.g. {question: prompt, answer: completion}.
@@ -80,7 +86,8 @@ class SFTDataModule(L.LightningDataModule):
         micro_batch_size: Rows per forward pass and device.
         global_batch_size: Rows per optimizer step over all devices; accumulation follows from it.
         max_samples: Use only the first rows of each set.
-        num_workers: Processes that build batches (`auto`: 0 on a CPU, else 2) and that tokenize (one per core).
+        num_workers: Processes that build batches (`auto`: 0 on a CPU, else 2) and that tokenize
+            (one per core).
         cache_dir: Folder of tokenized data. null: `lit_sft` in the user's cache folder.
         model_name_or_path: Linked from the model: whose tokenizer is used.
         revision: Linked from the model.
@@ -99,7 +106,9 @@ class SFTDataModule(L.LightningDataModule):
         test: str | list[str | dict[str, Any]] | None = None,
         predict: str | list[str] | list[dict[str, Any]] | None = None,
         questions: list[str] = QUESTIONS,  # noqa: B006 - never mutated
-        format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = "auto",
+        format: Literal[
+            "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"
+        ] = "auto",
         chat_template: str | None = None,
         chat_template_kwargs: dict[str, Any] = {},  # noqa: B006
         system_prompt: str | None = None,
@@ -192,7 +201,9 @@ class SFTDataModule(L.LightningDataModule):
         return one_per_pack(len(lengths))
 
     def setup(self, stage: str) -> None:
-        """Fixes the order of examples for this number of ranks, and with it Lightning's accumulation."""
+        """Fixes the order of examples for this number of ranks, and with it Lightning's
+        accumulation.
+        """
         self.prepare(stage)
         assert self.trainer is not None
         options = self.options
@@ -203,7 +214,9 @@ class SFTDataModule(L.LightningDataModule):
             self.packs[name] = packs
             self.orders[name] = StepOrder(
                 num_packs=len(packs),
-                global_batch_size=options.global_batch_size if is_train else options.micro_batch_size * world_size,
+                global_batch_size=(
+                    options.global_batch_size if is_train else options.micro_batch_size * world_size
+                ),
                 micro_batch_size=options.micro_batch_size,
                 world_size=world_size,
                 seed=options.seed,
@@ -219,8 +232,8 @@ class SFTDataModule(L.LightningDataModule):
         order = self.orders["train"]
         if trainer.accumulate_grad_batches not in (1, order.accumulation):
             raise UserError(
-                f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}: leave it out, it follows from "
-                "data.global_batch_size / (data.micro_batch_size x devices)"
+                f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}: leave it"
+                " out, it follows from data.global_batch_size / (data.micro_batch_size x devices)"
             )
         trainer.accumulate_grad_batches = order.accumulation
         self._set_validations(trainer, order)
@@ -230,9 +243,9 @@ class SFTDataModule(L.LightningDataModule):
                 "trainer.limit_train_batches"
             )
         log.info(
-            f"train: {self._fill()}; {order.steps_per_epoch:,} optimizer steps per epoch of {order.global_batch_size} "
-            f"(micro-batch {order.micro_batch_size} x {order.world_size} devices x accumulation {order.accumulation}); "
-            f"{self.total_steps:,} steps in all"
+            f"train: {self._fill()}; {order.steps_per_epoch:,} optimizer steps per epoch of"
+            f" {order.global_batch_size} (micro-batch {order.micro_batch_size} x {order.world_size}"
+            f" devices x accumulation {order.accumulation}); {self.total_steps:,} steps in all"
         )
 
     def _set_validations(self, trainer: L.Trainer, order: StepOrder) -> None:
@@ -280,7 +293,8 @@ class SFTDataModule(L.LightningDataModule):
     def _begin_at_position(self) -> PositionSampler:
         """Applies the position to the order of the examples and to Lightning's fit loop.
 
-        Lightning asks for the loader right after it has restored its loops; there is no hook between the two.
+        Lightning asks for the loader right after it has restored its loops; there is no hook
+        between the two.
         """
         assert self.trainer is not None
         epoch, steps = self.position
@@ -300,7 +314,9 @@ class SFTDataModule(L.LightningDataModule):
         return self._in_order("test")
 
     def _in_order(self, name: str) -> DataLoader:
-        return self._loader(name, [(0, batch) for batch in range(self.orders[name].batches_per_epoch)])
+        return self._loader(
+            name, [(0, batch) for batch in range(self.orders[name].batches_per_epoch)]
+        )
 
     def _loader(self, name: str, sampler: Any) -> DataLoader:
         assert self.trainer is not None
@@ -308,7 +324,9 @@ class SFTDataModule(L.LightningDataModule):
         num_workers = self.options.num_workers
         if num_workers == "auto":
             num_workers = 0 if on_cpu else 2
-        dataset = MicroBatches(self.data.caches[name], self.packs[name], self.orders[name], self.trainer.global_rank)
+        dataset = MicroBatches(
+            self.data.caches[name], self.packs[name], self.orders[name], self.trainer.global_rank
+        )
         return TimedLoader(
             dataset,
             sampler=sampler,
@@ -357,19 +375,24 @@ class SFTDataModule(L.LightningDataModule):
         done = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
         # With trainer.limit_train_batches an epoch ends before the order does.
         is_at_end = done >= self.trainer.num_training_batches
-        assert done % order.accumulation == 0 or is_at_end, "checkpoints are saved between optimizer steps only"
+        assert done % order.accumulation == 0 or is_at_end, (
+            "checkpoints are saved between optimizer steps only"
+        )
         epoch = self.trainer.current_epoch
         position = [epoch, -(-done // order.accumulation)]
-        # In the validation at the end of an epoch the epoch is not over yet: a resumed run validates first.
+        # In the validation at the end of an epoch the epoch is not over yet: a resumed run
+        # validates first.
         if is_at_end and not self.trainer.validating:
             position = [epoch + 1, 0]
         return {"position": position, "data": self.data.fingerprint(self.packs["train"])}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Refuses data that does not fit the checkpoint. Its position is restored by `data_position.restore`.
+        """Refuses data that does not fit the checkpoint. Its position is restored by
+        `data_position.restore`.
 
         Raises:
-            UserError: The data is not that of the checkpoint, or validates on rows that it may be trained on.
+            UserError: The data is not that of the checkpoint, or validates on rows that it may be
+                trained on.
         """
         if "train" in self.orders:
             self.data.check_same(state["data"], self.packs["train"])

@@ -44,17 +44,22 @@ def located(where: str) -> Iterator[None]:
 HIDDEN = "<hidden>"
 """Stands where a secret was."""
 _SECRET_NAME = re.compile(
-    r"(^|[_-])(token|secret|passw(or)?d|credentials?|(api|access|secret|private|auth)[_-]?key)$", re.IGNORECASE
+    r"(^|[_-])(token|secret|passw(or)?d|credentials?|(api|access|secret|private|auth)[_-]?key)$",
+    re.IGNORECASE,
 )
 """Names of environment variables and settings whose values are secrets; not `max_new_tokens`."""
 _NO_SECRET = re.compile(
-    r"(^|[_-])(pad|eos|bos|unk|sep|cls|mask|image|audio|video|stop|special)[_-]?token$", re.IGNORECASE
+    r"(^|[_-])(pad|eos|bos|unk|sep|cls|mask|image|audio|video|stop|special)[_-]?token$",
+    re.IGNORECASE,
 )
 _SECRETS = re.compile(
     r"\bhf_[A-Za-z0-9]{16,}|\bsk-[A-Za-z0-9_-]{20,}|\bgh[a-z]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}|\bglpat-[\w-]{16,}"
-    r"|\bxox[a-z]-[\w-]{10,}|\bAKIA[0-9A-Z]{16}\b"  # of hubs and clouds
-    r"|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)|(?<=://)[^/\s:@]{8,}(?=@)"  # https://user:password@host
-    r"|(?<=[?&])(?:[\w-]*(?:token|signature|secret|api_?key|access_?key)|sig)=[^&\s\"']+",  # signed addresses
+    # Of hubs and clouds.
+    r"|\bxox[a-z]-[\w-]{10,}|\bAKIA[0-9A-Z]{16}\b"
+    # Https://user:password@host.
+    r"|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)|(?<=://)[^/\s:@]{8,}(?=@)"
+    # Signed addresses.
+    r"|(?<=[?&])(?:[\w-]*(?:token|signature|secret|api_?key|access_?key)|sig)=[^&\s\"']+",
     re.IGNORECASE,
 )
 _SHORTEST_SECRET = 8
@@ -62,25 +67,38 @@ _SHORTEST_SECRET = 8
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REMEDIES = {
-    **dict.fromkeys(_FULL, "free some space or choose another disk (trainer.default_root_dir, data.cache_dir)"),
+    **dict.fromkeys(
+        _FULL, "free some space or choose another disk (trainer.default_root_dir, data.cache_dir)"
+    ),
     **dict.fromkeys(
         (errno.EACCES, errno.EPERM, errno.EROFS),
         "see the permissions, or choose another place (trainer.default_root_dir, data.cache_dir)",
     ),
-    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit (`ulimit -n 65536`) or lower data.num_workers"),
-    **dict.fromkeys((errno.EAGAIN, errno.ENOMEM), "lower data.num_workers, or raise the limits (`ulimit -u`, memory)"),
+    **dict.fromkeys(
+        (errno.EMFILE, errno.ENFILE),
+        "raise the limit (`ulimit -n 65536`) or lower data.num_workers",
+    ),
+    **dict.fromkeys(
+        (errno.EAGAIN, errno.ENOMEM),
+        "lower data.num_workers, or raise the limits (`ulimit -u`, memory)",
+    ),
     errno.EPIPE: "the program that read the output has ended",
 }
 _IN_A_WORKER = re.compile(
     r"Caught \w+ in DataLoader worker process \d+\.\nOriginal Traceback.*\n(?:[\w.]+: )", re.DOTALL
 )
-_WORKER_DIED = re.compile(r"DataLoader worker \(pid\(?s?\)? [\d, ]+\) (.*?)\.?( Details|$)", re.DOTALL)
+_WORKER_DIED = re.compile(
+    r"DataLoader worker \(pid\(?s?\)? [\d, ]+\) (.*?)\.?( Details|$)", re.DOTALL
+)
 _OUT_OF_MEMORY = re.compile(
-    r"out of memory|DefaultCPUAllocator: (can't|not enough memory)|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE
+    r"out of memory|DefaultCPUAllocator: (can't|not enough memory)|CUBLAS_STATUS_ALLOC_FAILED",
+    re.IGNORECASE,
 )
 _ASKED_FOR = re.compile(r"[Tt]ried to allocate ([\d.]+ \w+)")
 _LAST_ERROR = re.compile(r"Last error:\s*(.+)")
-_LOST_RANK = re.compile(r"gloo|NCCL|Connection (closed|reset) by peer|\bTCPStore\b|recvValue|sendBytes", re.IGNORECASE)
+_LOST_RANK = re.compile(
+    r"gloo|NCCL|Connection (closed|reset) by peer|\bTCPStore\b|recvValue|sendBytes", re.IGNORECASE
+)
 
 
 def redact(text: str) -> str:
@@ -161,11 +179,15 @@ def in_one_line(error: BaseException) -> str | None:
     if isinstance(error, UserError):
         return " ".join(text.split())
     if isinstance(error, ValueError) and isinstance(error.__cause__, UserError):
-        return in_one_line(error.__cause__)  # the parser wraps what the options of a group that may be null refuse
+        # The parser wraps what the options of a group that may be null refuse.
+        return in_one_line(error.__cause__)
     if match := _WORKER_DIED.search(text):
         return _of_a_worker(match[1])
     if is_out_of_memory(error):
-        return f"out of memory: {asked_for(error)} could not be had ({' '.join(text.split())[:200] or 'host memory'})"
+        return (
+            f"out of memory: {asked_for(error)} could not be had"
+            f" ({' '.join(text.split())[:200] or 'host memory'})"
+        )
     if is_lost_rank(error):
         return _of_a_lost_rank(text)
     return _of_the_system(error, text)
@@ -178,7 +200,8 @@ def _of_a_worker(fate: str) -> str:
 
 def _of_a_lost_rank(text: str) -> str:
     reason = text.splitlines()[0][:200]
-    cause = _LAST_ERROR.search(text)  # of NCCL, which may be one of the settings
+    # Of NCCL, which may be one of the settings.
+    cause = _LAST_ERROR.search(text)
     if cause is not None:
         reason = f"{reason}; {cause[1][:200]}"
     return f"the connection to another rank broke, which was killed or has failed ({reason})"
@@ -188,9 +211,11 @@ def _of_the_system(error: BaseException, text: str) -> str | None:
     """What the operating system refused; None where it has no part in the failure."""
     if isinstance(error, OSError) and error.errno is not None:
         return _with_remedy(error)
-    if isinstance(error.__context__, OSError) and error.__context__.errno in _FULL:  # a library failed once more
+    if isinstance(error.__context__, OSError) and error.__context__.errno in _FULL:
+        # A library failed once more.
         return _with_remedy(error.__context__)
-    if "No space left on device" in text:  # libraries that write without Python
+    if "No space left on device" in text:
+        # Libraries that write without Python.
         return f"{' '.join(text.split())[:200]}; {_REMEDIES[errno.ENOSPC]}"
     return None
 
@@ -199,7 +224,9 @@ def _with_remedy(error: OSError) -> str:
     assert error.errno is not None
     files = [str(name) for name in (error.filename, error.filename2) if name is not None]
     frames = [
-        frame for frame in traceback.extract_tb(error.__traceback__) if f"{os.sep}lit_sft{os.sep}" in frame.filename
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if f"{os.sep}lit_sft{os.sep}" in frame.filename
     ]
     place = f" ({Path(frames[-1].filename).name}, {frames[-1].name})" if frames else ""
     remedy = f"; {_REMEDIES[error.errno]}" if error.errno in _REMEDIES else ""
@@ -210,7 +237,8 @@ _reported: BaseException | None = None
 
 
 def report_error(error: BaseException, rank: int = 0, advice: str = "") -> None:
-    """Prints what happened on stderr, once: in one line, below its traceback where nobody foresaw it.
+    """Prints what happened on stderr, once: in one line, below its traceback where nobody foresaw
+    it.
 
     Args:
         error: What was raised. It is reported once, though several places see it or what it causes.
@@ -227,7 +255,10 @@ def report_error(error: BaseException, rank: int = 0, advice: str = "") -> None:
     line = in_one_line(error)
     if line is None:
         print(redact("".join(traceback.format_exception(error))), file=sys.stderr, end="")
-        line = f"{type(error).__name__}: {' '.join(str(error).split())} (not foreseen: the traceback is above)"
+        line = (
+            f"{type(error).__name__}: {' '.join(str(error).split())} (not foreseen: the traceback"
+            " is above)"
+        )
     line = f"{f'rank {rank}: ' if rank else ''}{line}{f'; {advice}' if advice else ''}"
     print(f"error: {redact(line)}", file=sys.stderr, flush=True)
 
@@ -241,6 +272,7 @@ def keep_silent(error: BaseException) -> None:
 def exit_with_error(error: Exception) -> NoReturn:
     """Reports an error and ends the program with exit code 1."""
     report_error(error)
-    if isinstance(error, BrokenPipeError):  # or the interpreter would fail once more when it flushes
+    if isinstance(error, BrokenPipeError):
+        # Or the interpreter would fail once more when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.exit(1)

@@ -1,4 +1,6 @@
-"""The one way a file is written (aside, synced, renamed), and names that point to another file beside them."""
+"""The one way a file is written (aside, synced, renamed), and names that point to another file
+beside them.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,8 @@ LONGEST = 255
 def atomic_write(path: Path, mode: str = "w", **options: Any) -> Iterator[IO[Any]]:
     """Opens a file that replaces `path` in one step when the block ends.
 
-    The content is written beside `path`, synced to the disk and renamed, so a reader or a crash never meets a part of
-    it. If the block raises, `path` stays as it was.
+    The content is written beside `path`, synced to the disk and renamed, so a reader or a crash
+    never meets a part of it. If the block raises, `path` stays as it was.
 
     Args:
         path: File to write.
@@ -49,14 +51,17 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Makes everything in a folder survive a crash of the machine: the content of its files, and their names."""
+    """Makes everything in a folder survive a crash of the machine: the content of its files, and
+    their names.
+    """
     for path in (*folder.rglob("*"), folder):
         # The system syncs a file in the same way as a folder.
         sync_folder(path)
 
 
 def point(link: Path, name: str) -> None:
-    """Lets a name stand for another file in its folder, in one step; what bore that name before goes.
+    """Lets a name stand for another file in its folder, in one step; what bore that name before
+    goes.
 
     Args:
         link: The name.
@@ -64,17 +69,21 @@ def point(link: Path, name: str) -> None:
     """
     aside = link.with_name(f".{link.name}.tmp")
     aside.unlink(missing_ok=True)
-    if link.is_dir() and not link.is_symlink():  # in a copy that was made of what links name
+    if link.is_dir() and not link.is_symlink():
+        # In a copy that was made of what links name.
         shutil.rmtree(link)
     try:
         aside.symlink_to(name)
-    except OSError:  # some network and FUSE mounts, exFAT
+    except OSError:
+        # Some network and FUSE mounts, exFAT.
         aside.write_text(name)
     os.replace(aside, link)
 
 
 def target(link: Path) -> str | None:
-    """What a name stands for, whether that is there or not; None where it is a file of its own, or not there."""
+    """What a name stands for, whether that is there or not; None where it is a file of its own, or
+    not there.
+    """
     if link.is_symlink():
         return os.readlink(link)
     if not link.is_file() or link.stat().st_size > LONGEST:

@@ -1,4 +1,6 @@
-"""Hub id, cache or path -> local model directory, with a time limit on every question to the Hugging Face hub."""
+"""Hub id, cache or path -> local model directory, with a time limit on every question to the
+Hugging Face hub.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,13 @@ TIMEOUT_SECONDS = 3.0
 """How long the hub may take to answer before the local cache is used instead."""
 
 GRACE_SECONDS = 0.5
-"""What the thread gets on top, so that the HTTP client's own time-out, which says more, is reported first."""
+"""What the thread gets on top, so that the HTTP client's own time-out, which says more, is reported
+first.
+"""
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-# No pickles, which can run code when loaded, and no sub-folders, which hold other formats of the same weights.
+# No pickles, which can run code when loaded, and no sub-folders, which hold other formats of the
+# same weights.
 _DOWNLOAD = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
 _DO_NOT_DOWNLOAD = ["*/*", "consolidated*.safetensors"]
 
@@ -29,9 +34,11 @@ def resolve(
     key: str = "model.model_name_or_path",
     allow_adapter: bool = False,
 ) -> str:
-    """Turns a model name of the user into the path of a local directory, before anything slow starts.
+    """Turns a model name of the user into the path of a local directory, before anything slow
+    starts.
 
-    Without a hub the libraries retry for most of a minute in every call. Here the hub is asked once, then the cache.
+    Without a hub the libraries retry for most of a minute in every call. Here the hub is asked
+    once, then the cache.
 
     Args:
         name_or_path: A directory or a hub id.
@@ -49,14 +56,18 @@ def resolve(
         _check_model_directory(local, key, allow_adapter)
         return str(local)
     if not _HUB_ID.fullmatch(name_or_path) or name_or_path.startswith("."):
-        raise UserError(f"{key}: there is no directory {name_or_path}; set it to an existing directory or to a hub id")
+        raise UserError(
+            f"{key}: there is no directory {name_or_path}; set it to an existing directory or to a"
+            " hub id"
+        )
     directory = _fetch(name_or_path, revision, key)
     _check_model_directory(directory, key, allow_adapter)
     return str(directory)
 
 
 def gguf_file(directory: str | Path) -> str | None:
-    """The name of the GGUF file with a directory's weights; None where it has safetensors or no GGUF file.
+    """The name of the GGUF file with a directory's weights; None where it has safetensors or no
+    GGUF file.
 
     Raises:
         UserError: The directory holds several GGUF files.
@@ -66,15 +77,18 @@ def gguf_file(directory: str | Path) -> str | None:
     if not files or any(directory.glob("*.safetensors")):
         return None
     if len(files) > 1:
-        raise UserError(f"{directory} holds {len(files)} .gguf files; leave one of them in a directory of its own")
+        raise UserError(
+            f"{directory} holds {len(files)} .gguf files; leave one of them in a directory of"
+            " its own"
+        )
     return files[0].name
 
 
 def ask(question: Callable[[float], Any]) -> Exception | None:
     """Asks the hub one question and waits for the answer for a limited time.
 
-    The question runs in a thread, because the time-out of an HTTP client covers neither name resolution nor the second
-    address of a host.
+    The question runs in a thread, because the time-out of an HTTP client covers neither name
+    resolution nor the second address of a host.
 
     Args:
         question: Called with the time-out in seconds that it passes on to the HTTP client.
@@ -87,7 +101,8 @@ def ask(question: Callable[[float], Any]) -> Exception | None:
     def run() -> None:
         try:
             question(TIMEOUT_SECONDS)
-        except Exception as error:  # the HTTP client differs between versions, and so do its errors
+        except Exception as error:
+            # The HTTP client differs between versions, and so do its errors.
             outcome.append(error)
         else:
             outcome.append(None)
@@ -101,7 +116,9 @@ def ask(question: Callable[[float], Any]) -> Exception | None:
 
 
 def _fetch(repo_id: str, revision: str | None, key: str) -> Path:
-    """The local snapshot of a hub id: downloaded if the hub answers, from the cache if it does not."""
+    """The local snapshot of a hub id: downloaded if the hub answers, from the cache if it does
+    not.
+    """
     from huggingface_hub import errors, snapshot_download
 
     unreachable = _why_unreachable(repo_id, revision, key)
@@ -115,15 +132,20 @@ def _fetch(repo_id: str, revision: str | None, key: str) -> Path:
         )
     except errors.GatedRepoError as error:
         raise UserError(
-            f"{key}: access to {repo_id} is gated; accept its conditions on the hub and log in with `hf auth login`"
+            f"{key}: access to {repo_id} is gated; accept its conditions on the hub and log in with"
+            " `hf auth login`"
         ) from error
     except errors.LocalEntryNotFoundError as error:
         raise UserError(
-            f"{key}: {repo_id} is neither a local directory nor complete in the local cache, and the hub cannot be "
-            f"reached ({unreachable or _first_line(error)}); set {key} to a local model directory"
+            f"{key}: {repo_id} is neither a local directory nor complete in the local cache, and"
+            f" the hub cannot be reached ({unreachable or _first_line(error)}); set {key} to a"
+            " local model directory"
         ) from error
-    except Exception as error:  # the HTTP client differs between versions, and so do its errors
-        raise UserError(f"{key}: the download of {repo_id} failed ({_first_line(error)}); try again") from error
+    except Exception as error:
+        # The HTTP client differs between versions, and so do its errors.
+        raise UserError(
+            f"{key}: the download of {repo_id} failed ({_first_line(error)}); try again"
+        ) from error
     return Path(snapshot)
 
 
@@ -139,11 +161,13 @@ def _why_unreachable(repo_id: str, revision: str | None, key: str) -> str | None
     if error is None:
         return None
     if isinstance(error, errors.RevisionNotFoundError):
-        raise UserError(f"{key}: {repo_id} has no revision {revision!r}; change model.revision") from error
+        raise UserError(
+            f"{key}: {repo_id} has no revision {revision!r}; change model.revision"
+        ) from error
     if isinstance(error, errors.RepositoryNotFoundError):
         raise UserError(
-            f"{key}: there is no directory {repo_id}, and the hub has no such model or shows it only to its members; "
-            "mend the name, or log in with `hf auth login`"
+            f"{key}: there is no directory {repo_id}, and the hub has no such model or shows it"
+            " only to its members; mend the name, or log in with `hf auth login`"
         ) from error
     if isinstance(error, errors.HFValidationError):
         raise UserError(f"{key}: {repo_id!r} is neither a directory nor a valid hub id") from error
@@ -162,7 +186,9 @@ def _check_model_directory(path: Path, key: str, allow_adapter: bool) -> None:
     if not (path / "adapter_config.json").is_file():
         raise UserError(f"{key}: {path} is no model directory (no config.json)")
     if not allow_adapter:
-        raise UserError(f"{key}: {path} holds an adapter, not a model; set it to the adapter's base model")
+        raise UserError(
+            f"{key}: {path} holds an adapter, not a model; set it to the adapter's base model"
+        )
 
 
 def _first_line(error: Exception) -> str:

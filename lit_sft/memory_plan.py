@@ -1,4 +1,6 @@
-"""The memory that a training step needs: of this run, or of the run that `doctor` is asked about."""
+"""The memory that a training step needs: of this run, or of the run that `doctor` is asked
+about.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ def _devices_per_node(devices: Any, present: int) -> int:
     if isinstance(devices, list):
         return len(devices)
     if not str(devices).isdecimal():
-        raise UserError(f"trainer.devices is {devices}; set it to auto, a number, or a list of numbers")
+        raise UserError(
+            f"trainer.devices is {devices}; set it to auto, a number, or a list of numbers"
+        )
     return int(devices)
 
 
@@ -81,7 +85,9 @@ def needed_memory(
         tokens=_longest_pack(datamodule) * data.micro_batch_size,
         stored_bytes=stored.itemsize,
         compute_bytes=2 if precision.startswith(("bf16", "16")) else 4,
-        optimizer_bytes=bytes_per_parameter(options.optimizer, torch.float32 if adapted else stored),
+        optimizer_bytes=bytes_per_parameter(
+            options.optimizer, torch.float32 if adapted else stored
+        ),
         gradient_checkpointing=options.gradient_checkpointing,
         accumulates=data.global_batch_size > data.micro_batch_size * plan.devices,
         shards=plan.devices if plan.sharded else 1,
@@ -101,7 +107,9 @@ def _longest_pack(datamodule: SFTDataModule) -> int:
 
 
 def _is_plain_lora(options: Any) -> bool:
-    """Whether adapted layers keep no copy of their input (also true of a model without adapters)."""
+    """Whether adapted layers keep no copy of their input (also true of a model without
+    adapters).
+    """
     if options.quantization is not None:
         return False
     lora = options.lora

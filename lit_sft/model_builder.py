@@ -1,4 +1,6 @@
-"""Model settings to the module that computes the loss: composes the model stages, in visible order."""
+"""Model settings to the module that computes the loss: composes the model stages, in visible
+order.
+"""
 
 from __future__ import annotations
 
@@ -43,8 +45,10 @@ log = logging.getLogger(__name__)
 
 BUILTIN = "builtin:"
 ONE_THREAD_BELOW = 5_000_000
-"""Parameters below which a CPU runs one thread. The demo (0.9 M) made 12,000 tokens/s on one thread and 16,000 on two
-free cores, but under 1,000 on two busy ones: torch's threads wait for each other after every small product."""
+"""Parameters below which a CPU runs one thread. The demo (0.9 M) made 12,000 tokens/s on one thread
+and 16,000 on two free cores, but under 1,000 on two busy ones: torch's threads wait for each other
+after every small product.
+"""
 
 
 def model_directory(name_or_path: str, revision: str | None = None) -> str:
@@ -59,7 +63,8 @@ def model_directory(name_or_path: str, revision: str | None = None) -> str:
 
 
 def base_directory(path: str) -> str:
-    """The model of an adapter directory (as `adapter_config.json` names it); any other directory itself.
+    """The model of an adapter directory (as `adapter_config.json` names it); any other directory
+    itself.
 
     Raises:
         UserError: It is not to be had.
@@ -68,7 +73,8 @@ def base_directory(path: str) -> str:
         return path
     config = json.loads((Path(path) / "adapter_config.json").read_text(encoding="utf-8"))
     name = str(config.get("base_model_name_or_path"))
-    own = Path(path) / "base"  # a base that was made by us; its path is no longer true where the directory was moved
+    # A base that was made by us; its path is no longer true where the directory was moved.
+    own = Path(path) / "base"
     if not Path(name).exists() and own.is_dir():
         return str(own)
     if name.startswith(BUILTIN):
@@ -99,7 +105,8 @@ FINGERPRINTED = (
 def fingerprint(options: ModelConfig, precision: str, ckpt_path: str | None) -> dict[str, Any]:
     """What the answers of a model depend on, as plain values.
 
-    A `predict` that was stopped continues only under the same fingerprint, so its keys and texts must stay as they are.
+    A `predict` that was stopped continues only under the same fingerprint, so its keys and texts
+    must stay as they are.
 
     Args:
         options: The arguments of `SFTModule`.
@@ -123,24 +130,29 @@ def _weight_files(path: str) -> list[str]:
 
 
 def base_name(name_or_path: str) -> str:
-    """What an adapter says it is an adapter of: the hub id, or the directory as an absolute path."""
+    """What an adapter says it is an adapter of: the hub id, or the directory as an absolute
+    path.
+    """
     path = Path(name_or_path).expanduser()
     return str(path.absolute()) if path.is_dir() else name_or_path
 
 
 def refuse_adapter(options: ModelConfig) -> None:
-    """Raises a UserError where an adapter directory is named in place of a model that is to be trained."""
+    """Raises a UserError where an adapter directory is named in place of a model that is to be
+    trained.
+    """
     if is_adapter_dir(model_directory(options.model_name_or_path, options.revision)):
         raise UserError(
-            f"model.model_name_or_path {options.model_name_or_path} holds an adapter: set it to the base (and "
-            "model.adapter_name_or_path to the adapter, to go on training it)"
+            f"model.model_name_or_path {options.model_name_or_path} holds an adapter: set it to the"
+            " base (and model.adapter_name_or_path to the adapter, to go on training it)"
         )
 
 
 def stored_dtype(dtype: str, precision: str, lora: bool) -> torch.dtype:
     """The type that weights are stored in.
 
-    fp32 where they are trained: in bf16, AdamW at SFT rates moved 16 % of the parameters in 200 steps, in fp32 all.
+    fp32 where they are trained: in bf16, AdamW at SFT rates moved 16 % of the parameters in 200
+    steps, in fp32 all.
 
     Args:
         dtype: `model.dtype`.
@@ -150,20 +162,29 @@ def stored_dtype(dtype: str, precision: str, lora: bool) -> torch.dtype:
     if dtype != "auto":
         return getattr(torch, dtype)
     half = {"bf16": torch.bfloat16, "16": torch.float16}.get(precision.split("-")[0], torch.float32)
-    if precision.endswith("-true") and half != torch.float32 and not lora:  # adapters stay in fp32
+    if precision.endswith("-true") and half != torch.float32 and not lora:
+        # Adapters stay in fp32.
         mixed = precision.replace("-true", "-mixed")
-        log.warning("trainer.precision %s rounds most updates of trained weights away; %s keeps them", precision, mixed)
+        log.warning(
+            "trainer.precision %s rounds most updates of trained weights away; %s keeps them",
+            precision,
+            mixed,
+        )
     return half if lora or precision.endswith("-true") else torch.float32
 
 
 @dataclass(frozen=True)
 class FastPaths:
-    """Which of our faster ways a model takes, as a comparison with its own on a few tokens has shown."""
+    """Which of our faster ways a model takes, as a comparison with its own on a few tokens has
+    shown.
+    """
 
     attention: str
     """Attention implementation, by its name in transformers."""
     separate_rows: bool
-    """Each example gets a padded row of its own, because the model would mix the examples of a pack."""
+    """Each example gets a padded row of its own, because the model would mix the examples of a
+    pack.
+    """
     own_logits: bool
     """The model's own full logits are used in place of the chunked loss."""
     fused: list[str]
@@ -180,10 +201,12 @@ class BuiltModel(NamedTuple):
 
 
 def build_model(options: ModelConfig, precision: str, *, sharded: bool = False) -> BuiltModel:
-    """Loads the model; then in this order: new tokens, adapters or freezing, checks, noise, checkpointing, compile.
+    """Loads the model; then in this order: new tokens, adapters or freezing, checks, noise,
+    checkpointing, compile.
 
-    Sharding comes after it, by the strategy. With `sharded` only rank 0 has weights; the others build the same modules
-    on the meta device, and sharding fills them: no other rank ever holds the whole model.
+    Sharding comes after it, by the strategy. With `sharded` only rank 0 has weights; the others
+    build the same modules on the meta device, and sharding fills them: no other rank ever holds the
+    whole model.
 
     Args:
         options: The arguments of `SFTModule`.
@@ -206,7 +229,9 @@ def build_model(options: ModelConfig, precision: str, *, sharded: bool = False) 
     if options.neftune_noise_alpha is not None:
         neftune.apply_neftune(built.loss, lm.get_input_embeddings(), options.neftune_noise_alpha)
     if options.gradient_checkpointing:
-        parallel.apply_gradient_checkpointing(lm, selective=options.gradient_checkpointing == "selective")
+        parallel.apply_gradient_checkpointing(
+            lm, selective=options.gradient_checkpointing == "selective"
+        )
     if options.compile:
         parallel.apply_compile(lm)
     built.loss.train()
@@ -214,7 +239,9 @@ def build_model(options: ModelConfig, precision: str, *, sharded: bool = False) 
 
 
 def _build_with_rank_zero(options: ModelConfig, precision: str) -> BuiltModel:
-    """Loads the weights on rank 0, which tells the other ranks what it found; they build on the meta device."""
+    """Loads the weights on rank 0, which tells the other ranks what it found; they build on the
+    meta device.
+    """
     is_rank_zero = torch.distributed.get_rank() == 0
     found = None
     try:
@@ -240,10 +267,16 @@ def _load(options: ModelConfig, precision: str, on_meta: bool = False) -> BuiltM
     named = model_directory(options.model_name_or_path, options.revision)
     path = base_directory(named)
     if options.trust_remote_code:
-        log.warning("model.trust_remote_code: Python code that comes with %s may run", options.model_name_or_path)
+        log.warning(
+            "model.trust_remote_code: Python code that comes with %s may run",
+            options.model_name_or_path,
+        )
     config = load.load_config(path, trust_remote_code=options.trust_remote_code)
     if getattr(config, "quantization_config", None) is not None and options.quantization is None:
-        raise UserError(f"{path} holds quantized weights: set model.quantization to nf4, or use the model as it was")
+        raise UserError(
+            f"{path} holds quantized weights: set model.quantization to nf4, or use the model as"
+            " it was"
+        )
     names_adapter = path != named
     dtype = stored_dtype(options.dtype, precision, options.is_adapted or names_adapter)
     lm = load.load_model(
@@ -275,7 +308,8 @@ def _log_model(lm: PreTrainedModel, options: ModelConfig) -> None:
 
 
 def probe(model: CausalLMLoss) -> FastPaths:
-    """Compares our ways with the model's own on a few tokens. Where they differ its own are used, with a warning.
+    """Compares our ways with the model's own on a few tokens. Where they differ its own are used,
+    with a warning.
 
     Raises:
         UserError: The model is not causal.
@@ -286,11 +320,15 @@ def probe(model: CausalLMLoss) -> FastPaths:
     lost = self_check.what_is_lost(lm) if chosen == packed.PACKED else None
     if lost is not None:
         log.warning("%s needs %s: attention falls back to `eager`, exact but slower", name, lost)
-    # Implementations from elsewhere may know 16 bits only, or a GPU only, so `eager` stands in for them.
+    # Implementations from elsewhere may know 16 bits only, or a GPU only, so `eager` stands in for
+    # them.
     runs_here = chosen in (packed.PACKED, "eager", "sdpa")
     with _attention(lm, chosen if runs_here and lost is None else "eager"):
         if not self_check.is_causal(lm):
-            cure = "take a causal language model, or set is_decoder to true in its config.json if it has that key"
+            cure = (
+                "take a causal language model, or set is_decoder to true in its config.json if it"
+                " has that key"
+            )
             raise UserError(f"{name} lets tokens see those that follow: {cure}")
         model.check_head()
         fused = fused_layers.fuse_blocks(lm)
@@ -298,7 +336,9 @@ def probe(model: CausalLMLoss) -> FastPaths:
         separate_rows = lost is not None or not self_check.packs_are_exact(lm)
         fused_layers.unfuse_blocks(lm, fused)
     if separate_rows:
-        log.warning("%s: each example gets a padded row of its own, exact but slower than packs", name)
+        log.warning(
+            "%s: each example gets a padded row of its own, exact but slower than packs", name
+        )
     return FastPaths(
         attention=_trained_attention(chosen, lost is not None, separate_rows),
         separate_rows=separate_rows,
@@ -346,7 +386,9 @@ def apply_fast_paths(model: CausalLMLoss, paths: FastPaths) -> None:
 
 
 def _evaluated_adapter(lm: PreTrainedModel, folder: str, options: ModelConfig) -> PeftModel:
-    """The adapter directory that was named in place of a model: for answers and scores, not to be trained."""
+    """The adapter directory that was named in place of a model: for answers and scores, not to be
+    trained.
+    """
     if options.is_adapted or options.trainable is not None:
         refuse_adapter(options)
     base_fingerprint.check_recorded_base(
@@ -356,8 +398,12 @@ def _evaluated_adapter(lm: PreTrainedModel, folder: str, options: ModelConfig) -
     return load_adapter(lm, folder)
 
 
-def choose_trained(lm: PreTrainedModel, path: str, options: ModelConfig, on_meta: bool) -> PeftModel | None:
-    """Makes room for new tokens; then decides what is trained: adapters, which are returned, a part, or all."""
+def choose_trained(
+    lm: PreTrainedModel, path: str, options: ModelConfig, on_meta: bool
+) -> PeftModel | None:
+    """Makes room for new tokens; then decides what is trained: adapters, which are returned, a
+    part, or all.
+    """
     new_ids: list[int] = []
     if options.add_tokens:
         tokenizer = load.load_tokenizer(path, trust_remote_code=options.trust_remote_code)
@@ -368,7 +414,9 @@ def choose_trained(lm: PreTrainedModel, path: str, options: ModelConfig, on_meta
         lora = replace(options.lora, init_lora_weights=True) if on_meta else options.lora
         return apply_lora(lm, lora, new_token_ids=new_ids, seed=options.seed)
     if options.adapter_name_or_path is not None:
-        folder = resolve(options.adapter_name_or_path, key="model.adapter_name_or_path", allow_adapter=True)
+        folder = resolve(
+            options.adapter_name_or_path, key="model.adapter_name_or_path", allow_adapter=True
+        )
         log.info("adapter: goes on from %s", options.adapter_name_or_path)
         name = options.model_name_or_path
         base = base_fingerprint.base_of(lm, options.init, options.seed)
@@ -379,8 +427,8 @@ def choose_trained(lm: PreTrainedModel, path: str, options: ModelConfig, on_meta
         ends = (lm.get_input_embeddings(), lm.get_output_embeddings())
         if new_ids and not all(end.weight.requires_grad for end in ends):
             raise UserError(
-                "model.add_tokens: the new tokens would not be trained; model.trainable must match the embedding and "
-                "the head, by embed_tokens and lm_head in most models"
+                "model.add_tokens: the new tokens would not be trained; model.trainable must match"
+                " the embedding and the head, by embed_tokens and lm_head in most models"
             )
     else:
         trainable.freeze_unread(lm)

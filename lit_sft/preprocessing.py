@@ -1,4 +1,6 @@
-"""Rows to tokenized examples on disk: composes the data stages, once, before any process group exists."""
+"""Rows to tokenized examples on disk: composes the data stages, once, before any process group
+exists.
+"""
 
 from __future__ import annotations
 
@@ -42,9 +44,16 @@ CHUNK_ROWS = 200
 """Rows rendered and tokenized together."""
 ROWS_PER_WORKER = 1000
 """For fewer, a process costs more than it saves."""
-JOB = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT", "TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
-"""What launchers tell all ranks of a job, before the first of them prepares the data. Lightning's starts the others
-later.
+JOB = (
+    "SLURM_JOB_ID",
+    "SLURM_STEP_ID",
+    "SLURM_RESTART_COUNT",
+    "TORCHELASTIC_RUN_ID",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
+"""What launchers tell all ranks of a job, before the first of them prepares the data. Lightning's
+starts the others later.
 """
 DAY = 24 * 60 * 60
 """Seconds, after which nobody waits for a failure of another job any more."""
@@ -106,7 +115,9 @@ class Preparation:
         """
         return self._examples(rows, range(len(rows)), counts, [])
 
-    def _examples(self, rows: Rows, indices: range, counts: Counts, skipped: list[str]) -> list[Example]:
+    def _examples(
+        self, rows: Rows, indices: range, counts: Counts, skipped: list[str]
+    ) -> list[Example]:
         examples: list[Example] = []
         for index, result in self._render(rows, indices, counts):
             counts.rows_read += 1
@@ -139,10 +150,14 @@ class Preparation:
         counts.examples += len(kept)
         counts.tokens += sum(len(example.input_ids) for example in kept)
         counts.trained_tokens += sum(sum(example.loss_mask[1:]) for example in kept)
-        counts.stop_ids = sorted({*counts.stop_ids, *(i for example in kept for i in example.stop_ids)})
+        counts.stop_ids = sorted(
+            {*counts.stop_ids, *(i for example in kept for i in example.stop_ids)}
+        )
         return kept
 
-    def _render(self, rows: Rows, indices: range, counts: Counts) -> Iterator[tuple[int, list[Example] | UserError]]:
+    def _render(
+        self, rows: Rows, indices: range, counts: Counts
+    ) -> Iterator[tuple[int, list[Example] | UserError]]:
         """(row, its examples or what is wrong with it) in the order of the rows."""
         parsed: dict[int, Conversation | UserError] = {}
         for index in indices:
@@ -155,7 +170,9 @@ class Preparation:
             counts.placeholders.update(find_placeholders(conversation))
             counts.blank.update(conversation.blank)
             counts.notes.update(conversation.notes)
-        rendered = dict(zip(good, self.renderer.render(list(good.values()), list(good)), strict=True))
+        rendered = dict(
+            zip(good, self.renderer.render(list(good.values()), list(good)), strict=True)
+        )
         for index, item in parsed.items():
             result = item if isinstance(item, UserError) else rendered[index]
             if isinstance(result, UserError) and not isinstance(item, UserError):
@@ -163,7 +180,9 @@ class Preparation:
             yield index, result
 
     def _fit(self, example: Example, where: str, counts: Counts) -> Example | str:
-        """The example if it has a target and fits, cut where `overlong` says so; else why it is dropped."""
+        """The example if it has a target and fits, cut where `overlong` says so; else why it is
+        dropped.
+        """
         length, targets = len(example.input_ids), sum(example.loss_mask[1:])
         counts.longest = max(counts.longest, length)
         if targets == 0:
@@ -172,24 +191,31 @@ class Preparation:
             return example
         if self.overlong == "error":
             raise UserError(
-                f"{where}: {length} tokens are more than data.max_length {self.max_length}; raise data.max_length, or "
-                "set data.overlong to drop or truncate"
+                f"{where}: {length} tokens are more than data.max_length {self.max_length}; raise"
+                " data.max_length, or set data.overlong to drop or truncate"
             )
         ids = example.input_ids[: self.max_length]
         mask = example.loss_mask[: self.max_length]
         if self.overlong == "drop" or not any(mask[1:]):
             counts.lost_trained_tokens += targets
-            rest = " even after truncation, no target is left" if self.overlong == "truncate" else ""
+            rest = (
+                " even after truncation, no target is left" if self.overlong == "truncate" else ""
+            )
             return f"longer than data.max_length {self.max_length}{rest}"
         counts.truncated += 1
         counts.lost_trained_tokens += targets - sum(mask[1:])
         trained = {token for token, label in zip(ids, mask, strict=True) if label}
         return replace(
-            example, input_ids=ids, loss_mask=mask, stop_ids=tuple(i for i in example.stop_ids if i in trained)
+            example,
+            input_ids=ids,
+            loss_mask=mask,
+            stop_ids=tuple(i for i in example.stop_ids if i in trained),
         )
 
     def identity(self, rows: Rows) -> dict[str, Any]:
-        """All that decides the examples, as plain JSON values: data by content, tokenizer, template and options."""
+        """All that decides the examples, as plain JSON values: data by content, tokenizer, template
+        and options.
+        """
         import tokenizers
         import transformers
 
@@ -204,7 +230,8 @@ class Preparation:
         }
 
     def cached(self, rows: Rows, path: Path, name: str, num_workers: int = 1) -> ExampleCache:
-        """The examples of a data set, from the cache or made now: by global rank 0, while the others wait.
+        """The examples of a data set, from the cache or made now: by global rank 0, while the
+        others wait.
 
         Args:
             rows: The data set.
@@ -225,12 +252,16 @@ class Preparation:
             cache = open_cache(path) or self._write(path, rows, num_workers)
             counts = Counts(**cache.meta)
             if not len(cache):
-                reasons = "; ".join(f"{n:,} rows {reason}" for reason, n in counts.dropped.items()) or "it is empty"
-                raise UserError(
-                    f"data.{name} ({rows.name}): no row is left to train on: {reasons}; the longest example has "
-                    f"{counts.longest} tokens, data.max_length is {self.max_length}"
+                reasons = (
+                    "; ".join(f"{n:,} rows {reason}" for reason, n in counts.dropped.items())
+                    or "it is empty"
                 )
-        except Exception as error:  # not a signal: the other ranks get it, too, and a run started anew does not
+                raise UserError(
+                    f"data.{name} ({rows.name}): no row is left to train on: {reasons}; the longest"
+                    f" example has {counts.longest} tokens, data.max_length is {self.max_length}"
+                )
+        except Exception as error:
+            # Not a signal: the other ranks get it, too, and a run started anew does not.
             write_failure(failure, error)
             raise
         for line in counts.lines(name):
@@ -247,7 +278,9 @@ class Preparation:
             starts = range(0, len(rows), CHUNK_ROWS)
             chunks = (range(start, min(start + CHUNK_ROWS, len(rows))) for start in starts)
             workers = min(num_workers, len(rows) // ROWS_PER_WORKER)
-            with tqdm(desc="tokenizing", total=len(rows), unit=" rows", leave=False, disable=None) as bar:
+            with tqdm(
+                desc="tokenizing", total=len(rows), unit=" rows", leave=False, disable=None
+            ) as bar:
                 for chunk in map_in_order(partial(self._chunk, rows), chunks, workers):
                     counts.add(chunk.counts)
                     of_rows.append(_row_hashes(chunk.block))
@@ -259,7 +292,8 @@ class Preparation:
             if of_rows:
                 kept, hashes = (np.concatenate(arrays) for arrays in zip(*of_rows, strict=True))
                 counts.duplicates = _num_duplicates(rows.origins[kept], hashes)
-            meta.update(vars(counts))  # not `asdict`, which breaks a Counter
+            # Not `asdict`, which breaks a Counter.
+            meta.update(vars(counts))
 
         started = time.monotonic()
         cache = write_cache(path, blocks(), meta)
@@ -278,14 +312,19 @@ def num_overlapping(train: ExampleCache, validation: ExampleCache) -> int:
 
 
 def _num_duplicates(origins: npt.NDArray[np.int64], hashes: npt.NDArray[np.uint64]) -> int:
-    """Rows whose examples are exact copies of an earlier row's; what a mixture repeats on purpose does not count."""
+    """Rows whose examples are exact copies of an earlier row's; what a mixture repeats on purpose
+    does not count.
+    """
     distinct = np.unique(origins, return_index=True)[1]
     return len(distinct) - len(np.unique(hashes[distinct]))
 
 
-def _row_hashes(examples: Block | ExampleCache) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint64]]:
+def _row_hashes(
+    examples: Block | ExampleCache,
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint64]]:
     """Rows that have examples, and a hash of all examples of each."""
     first = np.flatnonzero(np.diff(examples.rows, prepend=-1))
-    parts = np.uint64(2) * examples.parts.astype(np.uint64) + np.uint64(1)  # odd, so no hash loses bits
+    # Odd, so no hash loses bits.
+    parts = np.uint64(2) * examples.parts.astype(np.uint64) + np.uint64(1)
     hashes = examples.hashes * parts
     return examples.rows[first], np.bitwise_xor.reduceat(hashes, first) if len(first) else hashes

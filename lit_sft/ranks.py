@@ -10,10 +10,11 @@ from typing import Any
 
 
 def global_rank() -> int:
-    """This process's rank before a process group exists, as launchers put it into the environment. Where Lightning
-    starts the ranks of several nodes, only whether it is the first.
+    """This process's rank before a process group exists, as launchers put it into the environment.
+    Where Lightning starts the ranks of several nodes, only whether it is the first.
     """
-    in_shell = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")  # whose SLURM_PROCID all ranks inherit
+    # Whose SLURM_PROCID all ranks inherit.
+    in_shell = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
     for variable in ("RANK",) if in_shell else ("RANK", "SLURM_PROCID"):
         if variable in os.environ:
             return int(os.environ[variable])

@@ -1,7 +1,9 @@
-"""The settings of model and data as records: what a constructor was given, checked and never changed.
+"""The settings of model and data as records: what a constructor was given, checked and never
+changed.
 
-The constructors of `SFTModule` and `SFTDataModule` are the schema of YAML and command line, so types, defaults and
-documentation of every setting stand there. The fields here have the same names in the same order.
+The constructors of `SFTModule` and `SFTDataModule` are the schema of YAML and command line, so
+types, defaults and documentation of every setting stand there. The fields here have the same names
+in the same order.
 """
 
 from __future__ import annotations
@@ -60,28 +62,43 @@ class ModelConfig:
         return self.lora is not None or self.adapter_name_or_path is not None
 
     def _check_what_is_trained(self) -> None:
-        chosen = [name for name in ("lora", "adapter_name_or_path", "trainable") if getattr(self, name) is not None]
+        chosen = [
+            name
+            for name in ("lora", "adapter_name_or_path", "trainable")
+            if getattr(self, name) is not None
+        ]
         if len(chosen) > 1:
             names = " and ".join(f"model.{name}" for name in chosen)
-            brings = "; an adapter directory brings its own settings" if "adapter_name_or_path" in chosen else ""
+            brings = (
+                "; an adapter directory brings its own settings"
+                if "adapter_name_or_path" in chosen
+                else ""
+            )
             raise UserError(f"{names} exclude each other: set all but one of them to null{brings}")
         if self.add_tokens and self.adapter_name_or_path is not None:
             raise UserError(
-                "model.add_tokens and model.adapter_name_or_path exclude each other: set one of them to null"
+                "model.add_tokens and model.adapter_name_or_path exclude each other: set one of"
+                " them to null"
             )
 
     def _check_quantization(self, quantization: str) -> None:
         if not self.is_adapted:
             raise UserError(
-                f"model.quantization {quantization} freezes the weights, so nothing would be trained: set "
-                "model.lora as well, or model.quantization to null"
+                f"model.quantization {quantization} freezes the weights, so nothing would be"
+                " trained: set model.lora as well, or model.quantization to null"
             )
         if self.init == "random":
-            raise UserError("model.quantization is for pretrained weights: set model.init to pretrained, or it to null")
-        if self.lora is not None and str(self.lora.init_lora_weights).startswith(("pissa", "olora")):
             raise UserError(
-                f"model.lora.init_lora_weights {self.lora.init_lora_weights} takes its start values out of the base, "
-                "which model.quantization has rounded to 4 bits: set one of them to its default"
+                "model.quantization is for pretrained weights: set model.init to pretrained, or it"
+                " to null"
+            )
+        if self.lora is not None and str(self.lora.init_lora_weights).startswith(
+            ("pissa", "olora")
+        ):
+            raise UserError(
+                f"model.lora.init_lora_weights {self.lora.init_lora_weights} takes its start values"
+                " out of the base, which model.quantization has rounded to 4 bits: set one of them"
+                " to its default"
             )
 
 
@@ -126,6 +143,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if self.validation is not None and self.val_size is not None:
-            raise UserError("data.validation and data.val_size exclude each other: set one of them to null")
+            raise UserError(
+                "data.validation and data.val_size exclude each other: set one of them to null"
+            )
         if self.max_length < 2:
             raise UserError(f"data.max_length is {self.max_length}, it must be at least 2")

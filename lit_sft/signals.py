@@ -1,7 +1,9 @@
-"""Signals become a flag, from the first line of the program on; the training loop acts on it between two steps.
+"""Signals become a flag, from the first line of the program on; the training loop acts on it
+between two steps.
 
-Only the standard library is imported here: a signal that comes while torch is being imported finds the handler. Ctrl-C,
-SIGTERM (`kill`, Kubernetes, SLURM's preemption and time limit) and SIGUSR1 (SLURM's `--signal`) are taken.
+Only the standard library is imported here: a signal that comes while torch is being imported finds
+the handler. Ctrl-C, SIGTERM (`kill`, Kubernetes, SLURM's preemption and time limit) and SIGUSR1
+(SLURM's `--signal`) are taken.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ from lit_sft.ranks import global_rank
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """By urgency: where ranks got different ones, the last of them counts."""
 ONE_PRESS = 0.5
-"""Seconds within which a second Ctrl-C is the first one again, passed on by a program in between."""
+"""Seconds within which a second Ctrl-C is the first one again, passed on by a program in
+between.
+"""
 LAUNCHER = "LIT_SFT_LAUNCHER"
 """Holds the process id of the rank that started this one, if Lightning's launcher did."""
 
@@ -30,7 +34,9 @@ _training = False
 
 
 def install() -> None:
-    """Takes the signals, for this process but not for those it forks; calling it again takes them back."""
+    """Takes the signals, for this process but not for those it forks; calling it again takes them
+    back.
+    """
     global _pid
     if not _pid:
         _pid = os.getpid()
@@ -54,33 +60,38 @@ def received() -> int:
 
 
 def wait(for_training: bool) -> None:
-    """Whether signals wait for the training loop, which looks at the flag; else they end the program."""
+    """Whether signals wait for the training loop, which looks at the flag; else they end the
+    program.
+    """
     global _training
     _training = for_training
 
 
 def say(text: str) -> None:
-    """One line on stderr; unlike `print` it may interrupt another one. Only global rank 0 speaks."""
+    """One line on stderr; unlike `print` it may interrupt another one. Only global rank 0
+    speaks.
+    """
     if global_rank() == 0:
         os.write(2, f"{text}\n".encode())
 
 
 def shield_worker(worker_id: int = 0) -> None:
-    """Makes a data worker deaf to signals, except to its parent's: SLURM and Ctrl-C reach all processes at once, and a
-    run whose workers died first cannot be saved.
+    """Makes a data worker deaf to signals, except to its parent's: SLURM and Ctrl-C reach all
+    processes at once, and a run whose workers died first cannot be saved.
     """
     _leave_to_parent()
     Thread(target=_end_with_parents_word, daemon=True).start()
 
 
-# ---------------------------------------------------------------------------------------------------- the inside
+# ------------------------------------------------------------------ the inside
 
 
 def _note(number: int, frame: FrameType | None) -> None:
     """The handler. Nothing is saved here, in the middle of anything."""
     global _received
     if os.getpid() != _pid:
-        return  # a process that has just been forked
+        # A process that has just been forked.
+        return
     _received = max(_received, 1 + SIGNALS.index(signal.Signals(number)))
     if _waits(number):
         return
@@ -89,8 +100,8 @@ def _note(number: int, frame: FrameType | None) -> None:
 
 
 def _waits(number: int) -> bool:
-    """Whether a signal waits for the training loop. In a SLURM job it does so before training, too: a job that ended
-    now would count as failed, and not be requeued.
+    """Whether a signal waits for the training loop. In a SLURM job it does so before training, too:
+    a job that ended now would count as failed, and not be requeued.
     """
     in_job = "SLURM_JOB_ID" in os.environ and number != signal.SIGINT
     return _training or (in_job and (sys.argv[1:2] == ["fit"] or number == signal.SIGUSR1))
@@ -105,8 +116,9 @@ def _launcher() -> int | None:
 
 
 def _watch(inbox: int, launcher: int | None) -> NoReturn:
-    """A thread: it runs also while the main one waits in a collective for a rank that is gone, where Python calls no
-    handler. Ends the process on the second Ctrl-C, or when its launcher was killed.
+    """A thread: it runs also while the main one waits in a collective for a rank that is gone,
+    where Python calls no handler. Ends the process on the second Ctrl-C, or when its launcher was
+    killed.
     """
     first = float("inf")
     while True:
@@ -123,8 +135,10 @@ def _watch(inbox: int, launcher: int | None) -> NoReturn:
 
 
 def _leave_to_parent() -> None:
-    signal.set_wakeup_fd(-1)  # inherited: the parent would count a child's signals as its own
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a mask, as torch sets its own handlers in data workers
+    # Inherited: the parent would count a child's signals as its own.
+    signal.set_wakeup_fd(-1)
+    # A mask, as torch sets its own handlers in data workers.
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
 
 def _end_with_parents_word() -> None:

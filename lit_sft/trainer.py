@@ -41,7 +41,9 @@ from lit_sft.module import SFTModule
 
 
 class SFTTrainer(L.Trainer):
-    """Lightning's Trainer, which stops at the end of an optimizer step and names the run's folder."""
+    """Lightning's Trainer, which stops at the end of an optimizer step and names the run's
+    folder.
+    """
 
     @property
     @override
@@ -54,7 +56,9 @@ class SFTTrainer(L.Trainer):
 
     @property
     def should_stop(self) -> bool:
-        """Whether to stop (`trainer.max_time`, early stopping): at the end of an optimizer step, and not within one."""
+        """Whether to stop (`trainer.max_time`, early stopping): at the end of an optimizer step,
+        and not within one.
+        """
         within = self.training and self.accumulate_grad_batches > 1 and not is_between_steps(self)
         return self._should_stop and not within
 
@@ -66,8 +70,8 @@ class SFTTrainer(L.Trainer):
     def _run_stage(self) -> Any:
         """Runs the stage, and then exports a resumed run that has no step left.
 
-        Lightning calls no hook of training in such a run. It was killed after its last checkpoint, or early stopping
-        had ended it, and is still exported under the current settings.
+        Lightning calls no hook of training in such a run. It was killed after its last checkpoint,
+        or early stopping had ended it, and is still exported under the current settings.
         """
         if self.state.fn != "fit":
             return super()._run_stage()
@@ -89,9 +93,14 @@ class SFTTrainer(L.Trainer):
 
 
 def run_callbacks(
-    config: Any, ckpt_path: str | None, is_fit: bool, files: CheckpointFiles, save_config: Callable[[Path], None]
+    config: Any,
+    ckpt_path: str | None,
+    is_fit: bool,
+    files: CheckpointFiles,
+    save_config: Callable[[Path], None],
 ) -> list[Callback]:
-    """Lists the callbacks of a run. Lightning calls them in this order, but those that save checkpoints last.
+    """Lists the callbacks of a run. Lightning calls them in this order, but those that save
+    checkpoints last.
 
     Args:
         config: Settings of the command.
@@ -125,7 +134,9 @@ def run_callbacks(
         callbacks.append(Progress())
     if config.early_stopping is not None:
         stop = config.early_stopping
-        callbacks.append(EarlyStopping(stop.monitor, patience=stop.patience, mode=stop.mode, strict=False))
+        callbacks.append(
+            EarlyStopping(stop.monitor, patience=stop.patience, mode=stop.mode, strict=False)
+        )
     return callbacks
 
 
@@ -143,27 +154,32 @@ def own_callbacks(trainer: Any, model: SFTModule, dry: bool = False) -> list[Cal
     callbacks = as_list(trainer.callbacks)
     if any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks):
         raise UserError(
-            "trainer.callbacks: StochasticWeightAveraging copies the module before its model is built, and averages "
-            "nothing: take lightning.pytorch.callbacks.EMAWeightAveraging"
+            "trainer.callbacks: StochasticWeightAveraging copies the module before its model is"
+            " built, and averages nothing: take lightning.pytorch.callbacks.EMAWeightAveraging"
         )
     if any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks):
         raise UserError(
-            "trainer.callbacks: GradientAccumulationScheduler would change the batch of an optimizer step: leave it "
-            "out, accumulation follows from data.global_batch_size"
+            "trainer.callbacks: GradientAccumulationScheduler would change the batch of an"
+            " optimizer step: leave it out, accumulation follows from data.global_batch_size"
         )
     if any(isinstance(callback, WeightAveraging) for callback in callbacks):
         _check_averaged(trainer, model)
-    return [callback for callback in callbacks if not dry or not isinstance(callback, (Checkpoint, ProgressBar))]
+    return [
+        callback
+        for callback in callbacks
+        if not dry or not isinstance(callback, (Checkpoint, ProgressBar))
+    ]
 
 
 def _check_averaged(trainer: Any, model: SFTModule) -> None:
-    """Refuses settings under which `WeightAveraging` would copy a model that has no weights yet, save a part of it, or
-    keep an average in 16 bits, which its small steps do not move.
+    """Refuses settings under which `WeightAveraging` would copy a model that has no weights yet,
+    save a part of it, or keep an average in 16 bits, which its small steps do not move.
     """
     if model.options.is_adapted or model.options.trainable is not None:
         raise UserError(
-            "trainer.callbacks: WeightAveraging needs all weights in its checkpoints, which leave out what is frozen: "
-            "remove it, or set model.lora, model.adapter_name_or_path and model.trainable to null"
+            "trainer.callbacks: WeightAveraging needs all weights in its checkpoints, which leave"
+            " out what is frozen: remove it, or set model.lora, model.adapter_name_or_path and"
+            " model.trainable to null"
         )
     for key, value, remedy in (
         ("trainer.precision", str(trainer.precision), "bf16-mixed"),
@@ -171,13 +187,13 @@ def _check_averaged(trainer: Any, model: SFTModule) -> None:
     ):
         if value in ("bf16-true", "16-true", "bfloat16", "float16"):
             raise UserError(
-                f"trainer.callbacks: WeightAveraging would keep its average in the 16 bits of {key} {value}, which are "
-                f"too few for it: set that to {remedy}"
+                f"trainer.callbacks: WeightAveraging would keep its average in the 16 bits of {key}"
+                f" {value}, which are too few for it: set that to {remedy}"
             )
     if trainer.strategy == "fsdp2" or isinstance(trainer.strategy, ModelParallelStrategy):
         raise UserError(
-            "trainer.callbacks: WeightAveraging does not take sharded weights: remove it, or set trainer.strategy to "
-            "ddp or auto"
+            "trainer.callbacks: WeightAveraging does not take sharded weights: remove it, or set"
+            " trainer.strategy to ddp or auto"
         )
 
 

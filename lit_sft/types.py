@@ -1,4 +1,6 @@
-"""The records that travel between the stages. Nothing here computes; every field states its alignment."""
+"""The records that travel between the stages. Nothing here computes; every field states its
+alignment.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 IGNORE_INDEX = -100
-"""Label of a position that is not trained (the value `torch.nn.functional.cross_entropy` skips by default)."""
+"""Label of a position that is not trained (the value `torch.nn.functional.cross_entropy` skips by
+default).
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +57,15 @@ class Conversation:
     blank: tuple[str, ...] = ()
     """Fields of `data.prompt_template` that are empty in this row."""
     notes: tuple[str, ...] = ()
-    """What of the row is not read although it changes how a conversation is written, to be counted in the log."""
+    """What of the row is not read although it changes how a conversation is written, to be counted
+    in the log.
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class RenderedTurn:
-    """One assistant turn and its place in the text that the chat template writes. Positions count characters of
-    `text`.
+    """One assistant turn and its place in the text that the chat template writes. Positions count
+    characters of `text`.
     """
 
     number: int
@@ -67,14 +73,17 @@ class RenderedTurn:
     prompt: str
     """What a server feeds before the turn."""
     text: str
-    """The rendered messages up to and with the turn's stop token; begins with `prompt` unless the turn is lenient."""
+    """The rendered messages up to and with the turn's stop token; begins with `prompt` unless the
+    turn is lenient.
+    """
     stop: str
     """The stop token, with which `text` ends."""
     start: int
     """Where the answer begins: the end of `prompt`, or of what `text` has in common with it."""
     anchor: int
-    """Where the last special token of `prompt` begins: no token before it depends on the text behind it. 0 if there is
-    none, if the turn is lenient, or if the tokenizer does not tell where its tokens lie.
+    """Where the last special token of `prompt` begins: no token before it depends on the text
+    behind it. 0 if there is none, if the turn is lenient, or if the tokenizer does not tell where
+    its tokens lie.
     """
     parts: tuple[tuple[int, int], ...]
     """The trained ranges: from `start` to the end, or what the template marks of that."""
@@ -88,12 +97,16 @@ class RenderedTurn:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """What the model sees of one conversation (or of one of its turns, where the template rewrites history)."""
+    """What the model sees of one conversation (or of one of its turns, where the template rewrites
+    history).
+    """
 
     input_ids: list[int]
     """Token ids, T of them."""
     loss_mask: list[int]
-    """T entries, 1 = this token is a target (it is predicted from the tokens before it), 0 = it is only read."""
+    """T entries, 1 = this token is a target (it is predicted from the tokens before it), 0 = it is
+    only read.
+    """
     row: int
     """Index of the conversation in its source."""
     part: int = 0
@@ -101,20 +114,20 @@ class Example:
     stop_ids: tuple[int, ...] = ()
     """Ids of the stop tokens that end this example's trained turns."""
     notes: tuple[str, ...] = field(default=())
-    """What had to be done to prove the mask, to be counted in the log: `per_turn`, `switch:enable_thinking=false`,
-    ...
+    """What had to be done to prove the mask, to be counted in the log: `per_turn`,
+    `switch:enable_thinking=false`, ...
     """
 
 
 class Batch(TypedDict):
     """One forward pass on one device. Letters: B rows, T tokens, S examples.
 
-    Examples lie one behind the other without padding; nothing attends across them. Two examples of 3 and 2 tokens, the
-    first
+    Examples lie one behind the other without padding; nothing attends across them. Two examples of
+    3 and 2 tokens, the first
     two tokens of each a prompt:
 
         input_ids     a b c d e
-        labels        . c . . .      (labels[t] is the target *after* input_ids[t]; shifted in `collate`, nowhere else)
+        labels        . c . . .      (labels[t] follows input_ids[t]; shifted in `collate` only)
         position_ids  0 1 2 0 1
         lengths       3 2
     """
@@ -124,11 +137,15 @@ class Batch(TypedDict):
     labels: Tensor
     """[1, T] int64, already shifted: the id that position t must predict, or IGNORE_INDEX."""
     target_positions: Tensor
-    """[N] int64: where labels are ids; found on the host, as a GPU would have to stop and tell their number."""
+    """[N] int64: where labels are ids; found on the host, as a GPU would have to stop and tell
+    their number.
+    """
     position_ids: Tensor
     """[1, T] int64, restarting at 0 with every example."""
     lengths: tuple[int, ...]
-    """S example lengths, sum T. They stay on the host, so that attention can split without a device sync."""
+    """S example lengths, sum T. They stay on the host, so that attention can split without a device
+    sync.
+    """
     rows: tuple[int, ...]
     """S row numbers in the data set, -1 for filler; for messages about this batch."""
 
@@ -151,7 +168,9 @@ class Prompts(TypedDict):
 
 
 class LossOutput(NamedTuple):
-    """Sums over the targets of one forward pass, so that any averaging can be done later and once."""
+    """Sums over the targets of one forward pass, so that any averaging can be done later and
+    once.
+    """
 
     loss_sum: Tensor
     """[] fp32, carries the gradient."""

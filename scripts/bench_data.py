@@ -1,20 +1,23 @@
-"""Rows per second from a file to tokenized, masked examples: lit_sft beside TRL's SFTTrainer, on the same rows.
+"""Rows per second from a file to tokenized, masked examples: lit_sft beside TRL's SFTTrainer, on
+the same rows.
 
     python scripts/fetch_smollm2.py
     python scripts/bench_data.py --data gsm8k_train.jsonl
     python scripts/bench_data.py --second_start 1000000
 
-What is timed, in a new process each time, the two sides taking turns, both after they have prepared one row (so that
-no import is counted), median of the repetitions:
+What is timed, in a new process each time, the two sides taking turns, both after they have prepared
+one row (so that no import is counted), median of the repetitions:
 
-lit_sft  `SFTData.prepare` with an empty cache: reading the file, rendering, proving the masks, tokenizing, writing.
-TRL      the construction of an SFTTrainer (completion-only loss, a model of a few weights) with all rows, less the
-         same with one row, as it tokenizes there; once as it is by default (`trl_rows_per_second`) and once with
-         `dataset_num_proc` set to one process per core (`trl_parallel_rows_per_second`). The rows are conversational
-         prompts and completions in an Arrow file that was written before; its caching is off.
+lit_sft  `SFTData.prepare` with an empty cache: reading the file, rendering, proving the masks,
+         tokenizing, writing.
+TRL      the construction of an SFTTrainer (completion-only loss, a model of a few weights) with all
+         rows, less the same with one row; once as it is by default (`trl_rows_per_second`)
+         and once with `dataset_num_proc` set to one process per core
+         (`trl_parallel_rows_per_second`). The rows are conversational prompts and completions in an
+         Arrow file that was written before; its caching is off.
 
-`--second_start` prepares that many made-up rows once, and times what a new process then takes for the same rows.
-The last line is one JSON object.
+`--second_start` prepares that many made-up rows once, and times what a new process then takes for
+the same rows. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -40,12 +43,24 @@ PAIR = {"question": "prompt", "answer": "completion"}
 def main() -> None:
     """Compares the two sides, or times a second start."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", type=Path, help="file of rows, in any format that data.train takes")
-    parser.add_argument("--second_start", type=int, metavar="ROWS", help="time a second start on made-up rows instead")
+    parser.add_argument(
+        "--data", type=Path, help="file of rows, in any format that data.train takes"
+    )
+    parser.add_argument(
+        "--second_start",
+        type=int,
+        metavar="ROWS",
+        help="time a second start on made-up rows instead",
+    )
     parser.add_argument("--tokenizer", type=Path, default=Path("models/SmolLM2-135M-Instruct"))
     parser.add_argument("--max_length", type=int, default=1024)
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--venv", type=Path, default=Path("~/.cache/lit_sft/trl-venv"), help="made where there is none")
+    parser.add_argument(
+        "--venv",
+        type=Path,
+        default=Path("~/.cache/lit_sft/trl-venv"),
+        help="made where there is none",
+    )
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--num_proc", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -55,24 +70,43 @@ def main() -> None:
     if (args.data is None) == (args.second_start is None):
         parser.error("give --data FILE or --second_start ROWS")
     if not (args.tokenizer / "tokenizer.json").is_file():
-        parser.error(f"there is no tokenizer in {args.tokenizer}: run scripts/fetch_smollm2.py, or set --tokenizer")
+        parser.error(
+            f"there is no tokenizer in {args.tokenizer}: run scripts/fetch_smollm2.py, or set"
+            " --tokenizer"
+        )
     with tempfile.TemporaryDirectory() as scratch:
         args.data = args.data or Path(scratch) / "rows.jsonl"
-        print(json.dumps(compare(args, Path(scratch)) if args.second_start is None else second_start(args)))
+        print(
+            json.dumps(
+                compare(args, Path(scratch)) if args.second_start is None else second_start(args)
+            )
+        )
 
 
 def compare(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Runs both sides in turn; rows per second of each."""
     python = trl_python(args.venv.expanduser())
     rows = write_pairs(args.data, pairs := scratch / "pairs.jsonl")
-    settings: dict[str, list[float]] = {"lit_sft": [], "trl": [], f"trl, {os.cpu_count()} processes": []}
+    settings: dict[str, list[float]] = {
+        "lit_sft": [],
+        "trl": [],
+        f"trl, {os.cpu_count()} processes": [],
+    }
     for repetition in range(args.repetitions):
         for name, times in settings.items():
             data = args.data if name == "lit_sft" else pairs
             more = ["--num_proc", str(os.cpu_count())] if name.endswith("processes") else []
             side = name.partition(",")[0]
-            times.append(run_side(sys.executable if side == "lit_sft" else python, side, data, args, more)["seconds"])
-            print(f"{repetition + 1}. {name}: {times[-1]:.2f} s, {rows / times[-1]:,.0f} rows per second", flush=True)
+            times.append(
+                run_side(sys.executable if side == "lit_sft" else python, side, data, args, more)[
+                    "seconds"
+                ]
+            )
+            print(
+                f"{repetition + 1}. {name}: {times[-1]:.2f} s, {rows / times[-1]:,.0f} rows per"
+                " second",
+                flush=True,
+            )
     speeds = {name: rows / statistics.median(times) for name, times in settings.items()}
     trl, parallel = speeds["trl"], speeds[f"trl, {os.cpu_count()} processes"]
     return {
@@ -89,11 +123,15 @@ def second_start(args: argparse.Namespace) -> dict[str, Any]:
     """Prepares made-up rows, and does so once more in a new process."""
     with args.data.open("w") as file:
         for index in range(args.second_start):
-            row = {"prompt": f"What is {index} plus {index % 97}?", "completion": f"It is {index + index % 97}."}
+            row = {
+                "prompt": f"What is {index} plus {index % 97}?",
+                "completion": f"It is {index + index % 97}.",
+            }
             file.write(json.dumps(row) + "\n")
     with tempfile.TemporaryDirectory() as cache:
         first, again = (
-            run_side(sys.executable, "lit_sft", args.data, args, [], {"LIT_SFT_BENCH_CACHE": cache}) for _ in range(2)
+            run_side(sys.executable, "lit_sft", args.data, args, [], {"LIT_SFT_BENCH_CACHE": cache})
+            for _ in range(2)
         )
     return {
         "rows": args.second_start,
@@ -106,13 +144,30 @@ def second_start(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_side(
-    python: str, side: str, data: Path, args: argparse.Namespace, more: list[str], env: dict[str, str] | None = None
+    python: str,
+    side: str,
+    data: Path,
+    args: argparse.Namespace,
+    more: list[str],
+    env: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """One measurement in a process of its own."""
-    command = [python, __file__, "--side", side, "--data", str(data), "--tokenizer", str(args.tokenizer)]
+    command = [
+        python,
+        __file__,
+        "--side",
+        side,
+        "--data",
+        str(data),
+        "--tokenizer",
+        str(args.tokenizer),
+    ]
     command += ["--max_length", str(args.max_length), *more]
     done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1", **(env or {})}
+        command,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **(env or {})},
     )
     if done.returncode:
         sys.exit(f"error: the {side} side failed: {done.stderr[-2000:]}")
@@ -121,26 +176,39 @@ def run_side(
 
 
 def trl_python(venv: Path) -> str:
-    """The interpreter of an environment that has TRL; the environment is made if it is not there."""
+    """The interpreter of an environment that has TRL; the environment is made if it is not
+    there.
+    """
     python = venv / "bin" / "python"
-    if python.exists() and subprocess.run([python, "-c", "import trl"], capture_output=True).returncode == 0:
+    if (
+        python.exists()
+        and subprocess.run([python, "-c", "import trl"], capture_output=True).returncode == 0
+    ):
         return str(python)
     print(f"installing TRL into {venv}", flush=True)
     subprocess.run([sys.executable, "-m", "venv", venv], check=True)
     install = [str(python), "-m", "pip", "install", "--quiet"]
     torch, *others = REQUIREMENTS
     attempts = [[torch]]
-    if sys.platform == "linux" and shutil.which("nvidia-smi") is None:  # without the gigabytes of CUDA
+    if sys.platform == "linux" and shutil.which("nvidia-smi") is None:
+        # Without the gigabytes of CUDA.
         attempts = [[f"{torch}+cpu"], ["--index-url", TORCH_CPU_INDEX, torch]]
     if all(subprocess.run([*install, *attempt]).returncode for attempt in attempts):
-        sys.exit(f"error: {torch} cannot be installed into {venv}; is a package index within reach?")
+        sys.exit(
+            f"error: {torch} cannot be installed into {venv}; is a package index within reach?"
+        )
     if subprocess.run([*install, *others]).returncode:
-        sys.exit(f"error: {' '.join(others)} cannot be installed into {venv}; is a package index within reach?")
+        sys.exit(
+            f"error: {' '.join(others)} cannot be installed into {venv}; is a package index within"
+            " reach?"
+        )
     return str(python)
 
 
 def write_pairs(data: Path, path: Path) -> int:
-    """Writes the rows as TRL wants them, messages before the last answer and that answer; returns their number."""
+    """Writes the rows as TRL wants them, messages before the last answer and that answer; returns
+    their number.
+    """
     from lit_sft.data.formats.columns import detect_format
     from lit_sft.data.formats.parse import conversation_to_prompt, to_conversation
     from lit_sft.data.sources.open_rows import open_rows
@@ -154,21 +222,31 @@ def write_pairs(data: Path, path: Path) -> int:
             prompt, _ = conversation_to_prompt(conversation)
             count = len(prompt.messages)
             messages = [message.to_dict() for message in conversation.messages]
-            file.write(json.dumps({"prompt": messages[:count], "completion": messages[count:]}) + "\n")
+            file.write(
+                json.dumps({"prompt": messages[:count], "completion": messages[count:]}) + "\n"
+            )
     return len(rows)
 
 
 def measure_lit_sft(args: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of a preparation: from scratch, or again if the folder named in the environment holds the result."""
+    """Seconds of a preparation: from scratch, or again if the folder named in the environment holds
+    the result.
+    """
     import resource
 
     from lit_sft.data.sources.open_rows import open_rows
     from lit_sft.datamodule import SFTDataModule
 
     mapping = PAIR if set(PAIR) <= set(open_rows(str(args.data)).columns()) else None
-    options = {"column_mapping": mapping, "model_name_or_path": str(args.tokenizer), "max_length": args.max_length}
+    options = {
+        "column_mapping": mapping,
+        "model_name_or_path": str(args.tokenizer),
+        "max_length": args.max_length,
+    }
     with tempfile.TemporaryDirectory() as scratch:
-        SFTDataModule(train=str(args.data), max_samples=1, cache_dir=scratch, **options).prepare("fit")
+        SFTDataModule(train=str(args.data), max_samples=1, cache_dir=scratch, **options).prepare(
+            "fit"
+        )
         cache_dir = os.environ.get("LIT_SFT_BENCH_CACHE", scratch)
         datamodule = SFTDataModule(train=str(args.data), cache_dir=cache_dir, **options)
         assert datamodule.data.renderer
@@ -194,7 +272,9 @@ def measure_trl(args: argparse.Namespace) -> dict[str, Any]:
     numbers = dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads"), 1)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes, **numbers))
     with tempfile.TemporaryDirectory() as scratch:
-        rows = datasets.load_dataset("json", data_files=str(args.data), split="train", cache_dir=scratch)
+        rows = datasets.load_dataset(
+            "json", data_files=str(args.data), split="train", cache_dir=scratch
+        )
 
         def construct(train: datasets.Dataset, num_proc: int | None) -> float:
             config = SFTConfig(
@@ -210,7 +290,8 @@ def measure_trl(args: argparse.Namespace) -> dict[str, Any]:
             SFTTrainer(model, args=config, train_dataset=train, processing_class=tokenizer)
             return time.perf_counter() - started
 
-        construct(rows.select([0]), None)  # imports and compiled templates
+        # Imports and compiled templates.
+        construct(rows.select([0]), None)
         one = construct(rows.select([0]), None)
         return {"seconds": construct(rows, args.num_proc) - one}
 

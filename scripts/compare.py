@@ -1,9 +1,11 @@
 """The same questions to several models, side by side in the terminal and on an HTML page.
 
     python scripts/compare.py models/SmolLM2-135M-Instruct lightning_logs/version_0/hf
-    python scripts/compare.py Qwen/Qwen3-0.6B-Base banghua/Qwen3-0.6B-SFT --data test.jsonl --num_questions 20
+    python scripts/compare.py Qwen/Qwen3-0.6B-Base banghua/Qwen3-0.6B-SFT --data test.jsonl
+    --num_questions 20
 
-A model is a hub id, a model directory, or an adapter directory; they are loaded one after the other.
+A model is a hub id, a model directory, or an adapter directory; they are loaded one after the
+other.
 """
 
 from __future__ import annotations
@@ -24,15 +26,24 @@ from lit_sft.model.generate import GenerationOptions
 def main() -> None:
     """Asks every model and shows what they say."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("models", nargs="+", help="hub ids, model directories or adapter directories")
+    parser.add_argument(
+        "models", nargs="+", help="hub ids, model directories or adapter directories"
+    )
     parser.add_argument("--questions", nargs="+", default=QUESTIONS)
     parser.add_argument("--data", help="rows to ask instead, as data.predict takes them")
     parser.add_argument("--num_questions", type=int, help="only the first rows of --data")
     parser.add_argument("--system_prompt")
     parser.add_argument("--chat_template", help="where a model has none")
-    parser.add_argument("--chat_template_kwargs", type=json.loads, default={}, help="""'{"enable_thinking": false}'""")
+    parser.add_argument(
+        "--chat_template_kwargs",
+        type=json.loads,
+        default={},
+        help="""'{"enable_thinking": false}'""",
+    )
     parser.add_argument("--max_new_tokens", type=int, default=100)
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    parser.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto"
+    )
     parser.add_argument("--output", type=Path, default=Path("compare.html"))
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")

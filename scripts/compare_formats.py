@@ -1,14 +1,16 @@
 """Trains the same rows in two raw formats and compares the losses on held-out rows.
 
     python scripts/compare_formats.py --data alpaca_en_demo.json
-    python scripts/compare_formats.py --data alpaca_en_demo.json --model models/SmolLM2-135M-Instruct
+    python scripts/compare_formats.py --data alpaca_en_demo.json --model
+    models/SmolLM2-135M-Instruct
 
-The formats are those of configs/format_instruction.yaml and configs/format_question.yaml; what follows the options goes
-to both runs, for instance `--trainer.max_steps 10`. The last line is one JSON object; for each format it has
+The formats are those of configs/format_instruction.yaml and configs/format_question.yaml; what
+follows the options goes to both runs, for instance `--trainer.max_steps 10`. The last line is one
+JSON object; for each format it has
 
-eval_loss    the mean over all tokens of the held-out rows, as trained. The formats have different tokens, so this says
-             how well each text is predicted and not which format answers better.
-answer_loss  the mean over the tokens of the answers, which are the same rows' and the same text in both.
+eval_loss    the mean over all tokens of the held-out rows, as trained. The formats have different
+             tokens, so this says how well each text is predicted and not which format answers better.
+answer_loss  the mean over the tokens of the answers, which are the same text in both.
 """
 
 from __future__ import annotations
@@ -28,39 +30,76 @@ FORMATS = ("format_instruction", "format_question")
 def main() -> None:
     """Both runs, one after the other."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", required=True, help="rows with the columns instruction, input, output")
+    parser.add_argument(
+        "--data", required=True, help="rows with the columns instruction, input, output"
+    )
     parser.add_argument("--model", help="another model than that of the recipes")
-    parser.add_argument("--output", type=Path, help="folder of the runs; by default they are thrown away")
+    parser.add_argument(
+        "--output", type=Path, help="folder of the runs; by default they are thrown away"
+    )
     args, more = parser.parse_known_args()
-    more += ["--data.train", args.data, *(["--model.model_name_or_path", args.model] if args.model else [])]
+    more += [
+        "--data.train",
+        args.data,
+        *(["--model.model_name_or_path", args.model] if args.model else []),
+    ]
     with tempfile.TemporaryDirectory() as scratch:
-        results = {name: compare(name, (args.output or Path(scratch)) / name, more) for name in FORMATS}
+        results = {
+            name: compare(name, (args.output or Path(scratch)) / name, more) for name in FORMATS
+        }
     without_input, rows = count_rows(args.data)
     if without_input:
-        print(f"{without_input:,} of {rows:,} rows have an empty input: there format_question asks nothing")
+        print(
+            f"{without_input:,} of {rows:,} rows have an empty input: there format_question asks"
+            " nothing"
+        )
     for name, losses in results.items():
-        print(f"{name}: eval loss {losses['eval_loss']:.4f}, of the answers alone {losses['answer_loss']:.4f}")
+        print(
+            f"{name}: eval loss {losses['eval_loss']:.4f}, of the answers alone"
+            f" {losses['answer_loss']:.4f}"
+        )
     print(json.dumps({"rows": rows, "rows_without_input": without_input, **results}))
 
 
 def compare(name: str, root: Path, more: list[str]) -> dict[str, float]:
     """One training, and the losses of its last checkpoint."""
-    run(["fit", "--config", str(CONFIGS / f"{name}.yaml"), "--trainer.default_root_dir", str(root), *more])
+    run(
+        [
+            "fit",
+            "--config",
+            str(CONFIGS / f"{name}.yaml"),
+            "--trainer.default_root_dir",
+            str(root),
+            *more,
+        ]
+    )
     eval_loss = last_loss(root)
-    again = ["--ckpt_path", "last", "--trainer.default_root_dir", str(root), "--data.train_on", "completions"]
+    again = [
+        "--ckpt_path",
+        "last",
+        "--trainer.default_root_dir",
+        str(root),
+        "--data.train_on",
+        "completions",
+    ]
     run(["validate", *again])
     return {"eval_loss": eval_loss, "answer_loss": last_loss(root)}
 
 
 def run(command: list[str]) -> None:
     """A command of lit_sft; ends with its error."""
-    if code := subprocess.run([sys.executable, "-m", "lit_sft", *command], stdout=sys.stderr).returncode:
+    if code := subprocess.run(
+        [sys.executable, "-m", "lit_sft", *command], stdout=sys.stderr
+    ).returncode:
         sys.exit(code)
 
 
 def last_loss(root: Path) -> float:
     """The newest validation loss under a folder of runs."""
-    newest = max(root.glob("lightning_logs/version_*/metrics.csv"), key=lambda path: int(path.parent.name[8:]))
+    newest = max(
+        root.glob("lightning_logs/version_*/metrics.csv"),
+        key=lambda path: int(path.parent.name[8:]),
+    )
     with newest.open() as file:
         return [float(row["val/loss"]) for row in csv.DictReader(file) if row.get("val/loss")][-1]
 

@@ -1,12 +1,14 @@
-"""The same model, rows, masks and recipe, trained by lit_sft and by TRL's SFTTrainer: held-out loss and exact match.
+"""The same model, rows, masks and recipe, trained by lit_sft and by TRL's SFTTrainer: held-out loss
+and exact match.
 
     python scripts/compare_with_trl.py
 
-The built-in model and task. For every seed random weights are drawn and written once; both sides start from them, see
-the 4,190 training rows as often, 32 per step, with the token ids and masks that lit_sft renders, and use AdamW, the
-same cosine schedule and clipping, all in fp32. They differ in the order of the rows, which each draws itself. What
-both have trained is tested by one command, `lit_sft test`. TRL runs in an environment of its own (scripts/bench_data.py
-makes it). The last line is one JSON object.
+The built-in model and task. For every seed random weights are drawn and written once; both sides
+start from them, see the 4,190 training rows as often, 32 per step, with the token ids and masks
+that lit_sft renders, and use AdamW, the same cosine schedule and clipping, all in fp32. They differ
+in the order of the rows, which each draws itself. What both have trained is tested by one command,
+`lit_sft test`. TRL runs in an environment of its own (scripts/bench_data.py makes it). The last
+line is one JSON object.
 """
 
 from __future__ import annotations
@@ -33,7 +35,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--venv", type=Path, default=Path("~/.cache/lit_sft/trl-venv"), help="made where there is none")
+    parser.add_argument(
+        "--venv",
+        type=Path,
+        default=Path("~/.cache/lit_sft/trl-venv"),
+        help="made where there is none",
+    )
     parser.add_argument("--trl", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.trl:
@@ -48,12 +55,24 @@ def main() -> None:
             for side, found in results.items():
                 began = time.monotonic()
                 model = place / side
-                settings = {"start": str(start), "output": str(model), "seed": seed, "epochs": args.epochs}
+                settings = {
+                    "start": str(start),
+                    "output": str(model),
+                    "seed": seed,
+                    "epochs": args.epochs,
+                }
                 if side == "trl":
-                    run(python, __file__, "--trl", json.dumps({**settings, "rows": str(place / "rows.jsonl")}))
+                    run(
+                        python,
+                        __file__,
+                        "--trl",
+                        json.dumps({**settings, "rows": str(place / "rows.jsonl")}),
+                    )
                 else:
                     model = train_lit_sft(**settings)
-                found.append({"seconds": time.monotonic() - began, **test(model, place / f"test_{side}")})
+                found.append(
+                    {"seconds": time.monotonic() - began, **test(model, place / f"test_{side}")}
+                )
                 print(f"seed {seed}, {side}: {json.dumps(found[-1])}", flush=True)
     print(json.dumps({side: summary(found) for side, found in results.items()}))
 
@@ -62,8 +81,12 @@ def summary(found: list[dict[str, float]]) -> dict[str, list[float]]:
     """[mean, standard deviation] over the seeds."""
     names = found[0]
     values = {name: [one[name] for one in found] for name in names}
-    spread = {name: statistics.stdev(all_) if len(all_) > 1 else 0.0 for name, all_ in values.items()}
-    return {name: [round(statistics.mean(values[name]), 4), round(spread[name], 4)] for name in names}
+    spread = {
+        name: statistics.stdev(all_) if len(all_) > 1 else 0.0 for name, all_ in values.items()
+    }
+    return {
+        name: [round(statistics.mean(values[name]), 4), round(spread[name], 4)] for name in names
+    }
 
 
 def run(*command: str) -> None:
@@ -83,7 +106,9 @@ def write_start(seed: int, place: Path) -> Path:
     from lit_sft.model_builder import model_directory
 
     path = model_directory("builtin:demo")
-    model = load.load_model(path, init="random", dtype=torch.float32, attn_implementation="sdpa", seed=seed)
+    model = load.load_model(
+        path, init="random", dtype=torch.float32, attn_implementation="sdpa", seed=seed
+    )
     model.save_pretrained(place / "start")
     data = SFTDataModule(train="builtin:arithmetic", model_name_or_path=path, max_length=128).data
     data.prepare("fit")
@@ -92,7 +117,10 @@ def write_start(seed: int, place: Path) -> Path:
         cache = data.caches["train"]
         for index in range(len(cache)):
             input_ids, loss_mask, _ = cache[index]
-            file.write(json.dumps({"input_ids": input_ids.tolist(), "completion_mask": loss_mask.tolist()}) + "\n")
+            file.write(
+                json.dumps({"input_ids": input_ids.tolist(), "completion_mask": loss_mask.tolist()})
+                + "\n"
+            )
     return place / "start"
 
 
@@ -131,7 +159,8 @@ def train_trl(start: str, output: str, seed: int, epochs: int, rows: str) -> Non
         per_device_train_batch_size=BATCH,
         learning_rate=LR,
         lr_scheduler_type="cosine",
-        warmup_steps=WARMUP,  # a share, where it is below 1
+        # A share, where it is below 1.
+        warmup_steps=WARMUP,
         weight_decay=0.0,
         max_grad_norm=1.0,
         max_length=128,
@@ -156,7 +185,11 @@ def train_trl(start: str, output: str, seed: int, epochs: int, rows: str) -> Non
 
 def test(model: Path, root: Path) -> dict[str, float]:
     """Loss and exact match on the 300 rows of the test set."""
-    own = [f"--model.model_name_or_path={model}", "--model.init=pretrained", f"--trainer.default_root_dir={root}"]
+    own = [
+        f"--model.model_name_or_path={model}",
+        "--model.init=pretrained",
+        f"--trainer.default_root_dir={root}",
+    ]
     run(sys.executable, "-m", "lit_sft", "test", "--config", "demo", *own)
     with (root / "lightning_logs" / "version_0" / "metrics.csv").open() as file:
         (row,) = csv.DictReader(file)

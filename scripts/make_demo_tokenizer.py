@@ -1,7 +1,9 @@
-"""Writes the tokenizer of the built-in model: python scripts/make_demo_tokenizer.py. For when the task has changed.
+"""Writes the tokenizer of the built-in model: python scripts/make_demo_tokenizer.py. For when the
+task has changed.
 
-A token per byte, the special tokens, and a token for each word that is often in the training split, which halves
-the rows. Nothing else is merged: digits, signs and the letters of rare words stay single bytes.
+A token per byte, the special tokens, and a token for each word that is often in the training split,
+which halves the rows. Nothing else is merged: digits, signs and the letters of rare words stay
+single bytes.
 """
 
 from __future__ import annotations
@@ -21,15 +23,28 @@ MIN_COUNT = 20
 def build() -> Tokenizer:
     """The tokenizer; the id of a byte is its value."""
     pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    texts = [message["content"] for row in demo.rows("arithmetic", "train") for message in row["messages"]]
+    texts = [
+        message["content"]
+        for row in demo.rows("arithmetic", "train")
+        for message in row["messages"]
+    ]
     pieces = Counter(piece for text in texts for piece, _ in pre_tokenizer.pre_tokenize_str(text))
-    words = {piece for piece, count in pieces.items() if count >= MIN_COUNT and re.fullmatch(r"Ġ?[A-Za-z]{2,}", piece)}
+    words = {
+        piece
+        for piece, count in pieces.items()
+        if count >= MIN_COUNT and re.fullmatch(r"Ġ?[A-Za-z]{2,}", piece)
+    }
     vocabulary = [*_byte_symbols(), *SPECIAL_TOKENS, *sorted(words.union(ROLES))]
-    # ignore_merges: a piece that is in the vocabulary is taken whole; all others fall apart into bytes
-    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, [], ignore_merges=True))
+    # ignore_merges: a piece that is in the vocabulary is taken whole; all others fall apart into
+    # bytes
+    tokenizer = Tokenizer(
+        models.BPE({token: i for i, token in enumerate(vocabulary)}, [], ignore_merges=True)
+    )
     tokenizer.pre_tokenizer = pre_tokenizer
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS]
+    )
     return tokenizer
 
 
@@ -37,7 +52,9 @@ def _byte_symbols() -> list[str]:
     """The visible character that stands for each byte in byte-level vocabularies, by byte."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     invisible = [byte for byte in range(256) if byte not in visible]
-    symbols = {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(invisible)}
+    symbols = {byte: chr(byte) for byte in visible} | {
+        byte: chr(256 + i) for i, byte in enumerate(invisible)
+    }
     return [symbols[byte] for byte in range(256)]
 
 

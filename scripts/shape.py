@@ -1,10 +1,12 @@
-"""Prints figures of the code: sizes, how dense statements are, how complex functions are, private attributes of others.
+"""Prints figures of the code: sizes, how dense statements are, how complex functions are, private
+attributes of others.
 
     python scripts/shape.py [FOLDER]
 
-A code line holds code: no blank lines, comments or docstrings. Densities are per 1,000 code lines. The complexity of a
-function is 1 plus its branches, loops, handlers, conditional expressions, assertions, comprehensions and additional
-operands of `and` and `or`. No figure is a goal by itself: they show where to look.
+A code line holds code: no blank lines, comments or docstrings. Densities are per 1,000 code lines.
+The complexity of a function is 1 plus its branches, loops, handlers, conditional expressions,
+assertions, comprehensions and additional operands of `and` and `or`. No figure is a goal by itself:
+they show where to look.
 """
 
 from __future__ import annotations
@@ -98,7 +100,10 @@ class Shape:
         yield f"{above} functions above a complexity of {COMPLEX}; the most complex:"
         yield from (f"  {value} {name}" for value, name in most[:5])
         yield f"lines over {LONG_LINE} columns: {self.counts['long lines']}"
-        yield f"private attributes of others: {sum(self.private.values())} in {len(self.private)} files"
+        yield (
+            f"private attributes of others: {sum(self.private.values())} in {len(self.private)}"
+            " files"
+        )
         yield from (f"  {count} {name}" for name, count in self.private.most_common())
         yield "largest files:"
         yield from (f"  {size} {name}" for size, name in sorted(self.sizes, reverse=True)[:5])
@@ -125,11 +130,17 @@ def complexity(function: ast.AST) -> int:
 
 
 def is_private_touch(node: ast.AST) -> bool:
-    """Whether a node reads an attribute with a leading underscore of something that is not `self`, or imports one."""
+    """Whether a node reads an attribute with a leading underscore of something that is not `self`,
+    or imports one.
+    """
     if isinstance(node, ast.ImportFrom):
         foreign = not (node.module or "").startswith("lit_sft")
         return foreign and any(alias.name.startswith("_") for alias in node.names)
-    if not isinstance(node, ast.Attribute) or node.attr.startswith("__") or not node.attr.startswith("_"):
+    if (
+        not isinstance(node, ast.Attribute)
+        or node.attr.startswith("__")
+        or not node.attr.startswith("_")
+    ):
         return False
     owner = ast.unparse(node.value)
     return owner not in ("self", "cls", "super()") and node.attr not in ("_exit", "_replace")

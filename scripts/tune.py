@@ -1,10 +1,13 @@
-"""Finds the micro-batch, the checkpointing and whether to compile, for the most tokens per second under a memory cap.
+"""Finds the micro-batch, the checkpointing and whether to compile, for the most tokens per second
+under a memory cap.
 
-    python scripts/tune.py --memory_gb 8 --config configs/smollm2_135m.yaml --data.train alpaca_en_demo.json
+    python scripts/tune.py --memory_gb 8 --config configs/smollm2_135m.yaml --data.train
+    alpaca_en_demo.json
 
-Takes what `fit` takes. Every candidate runs a few real steps in a process of its own (`scripts/bench/step.py`). The
-micro-batch doubles as long as it divides `data.global_batch_size`, fits and is faster; checkpointing and compile are
-tried from the largest that fits on. The last line is one JSON object with the best settings, as `fit` takes them.
+Takes what `fit` takes. Every candidate runs a few real steps in a process of its own
+(`scripts/bench/step.py`). The micro-batch doubles as long as it divides `data.global_batch_size`,
+fits and is faster; checkpointing and compile are tried from the largest that fits on. The last line
+is one JSON object with the best settings, as `fit` takes them.
 """
 
 from __future__ import annotations
@@ -25,26 +28,33 @@ STEP = Path(__file__).parent / "bench" / "step.py"
 def main() -> None:
     """Measures the candidates and prints the best."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--memory_gb", type=float, required=True, help="most that may be used, in GB (1e9 bytes)")
+    parser.add_argument(
+        "--memory_gb", type=float, required=True, help="most that may be used, in GB (1e9 bytes)"
+    )
     parser.add_argument("--largest", type=int, default=64, help="largest micro-batch to try")
     parser.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
         default=torch.cuda.is_available(),
-        help="try model.compile, too; on by default where there is a GPU (a CPU needs a C++ compiler for it)",
+        help=(
+            "try model.compile, too; on by default where there is a GPU (a CPU needs a C++ compiler"
+            " for it)"
+        ),
     )
     args, settings = parser.parse_known_args()
     tried = list(candidates(args, settings))
     fitting = [result for result in tried if result["peak_gb"] <= args.memory_gb]
     if not fitting:
-        sys.exit(f"error: nothing fits in {args.memory_gb} GB: lower data.max_length, or set model.lora")
+        sys.exit(
+            f"error: nothing fits in {args.memory_gb} GB: lower data.max_length, or set model.lora"
+        )
     best = max(fitting, key=lambda result: result["tokens_per_second"])
     print(json.dumps({"best": best.pop("settings"), **best, "candidates": len(tried)}))
 
 
 def candidates(args: argparse.Namespace, settings: list[str]) -> Iterator[dict[str, Any]]:
-    """One result after the other: a larger micro-batch only where the smaller one fits, and what takes less memory only
-    from the largest on that did.
+    """One result after the other: a larger micro-batch only where the smaller one fits, and what
+    takes less memory only from the largest on that did.
     """
     largest = 1
     for checkpointing in ("false", "selective", "full"):
@@ -69,16 +79,30 @@ def candidates(args: argparse.Namespace, settings: list[str]) -> Iterator[dict[s
 
 
 def measure(chosen: dict[str, str], settings: list[str]) -> dict[str, Any] | None:
-    """A few steps; None where they fail (memory, or a micro-batch that does not divide the global batch)."""
-    command = [sys.executable, str(STEP), "--brief", *settings, *(f"--{key}={value}" for key, value in chosen.items())]
+    """A few steps; None where they fail (memory, or a micro-batch that does not divide the global
+    batch).
+    """
+    command = [
+        sys.executable,
+        str(STEP),
+        "--brief",
+        *settings,
+        *(f"--{key}={value}" for key, value in chosen.items()),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     name = ", ".join(f"{key} {value}" for key, value in chosen.items())
     if done.returncode:
         print(f"{name}: {(done.stderr.strip().splitlines() or ['killed'])[-1]}", flush=True)
         return None
     report = json.loads(done.stdout.splitlines()[-1])
-    print(f"{name}: {report['tokens_per_second']:,.0f} tokens/s, {report['peak_gb']:.2f} GB", flush=True)
-    return {"settings": chosen, **{key: report[key] for key in ("tokens_per_second", "peak_gb", "mfu")}}
+    print(
+        f"{name}: {report['tokens_per_second']:,.0f} tokens/s, {report['peak_gb']:.2f} GB",
+        flush=True,
+    )
+    return {
+        "settings": chosen,
+        **{key: report[key] for key in ("tokens_per_second", "peak_gb", "mfu")},
+    }
 
 
 if __name__ == "__main__":

@@ -3,13 +3,14 @@
     python scripts/fetch_smollm2.py
     python scripts/verify_against_trl.py --data alpaca_en_demo.json
 
-Both fine-tune the same model in fp32 on the CPU, with AdamW, a constant learning rate and clipping by norm, without
-packing, and take the same examples in each optimizer step. TRL gets our `input_ids` and `completion_mask` (its own
-masks also train the newline after the stop token) and pads its batches; here each example is a forward pass of its
-own. TRL runs in an environment of its own, which is made where there is none.
+Both fine-tune the same model in fp32 on the CPU, with AdamW, a constant learning rate and clipping
+by norm, without packing, and take the same examples in each optimizer step. TRL gets our
+`input_ids` and `completion_mask` (its own masks also train the newline after the stop token) and
+pads its batches; here each example is a forward pass of its own. TRL runs in an environment of its
+own, which is made where there is none.
 
-Prints both losses of each step. Exit code 1 if they differ by more than 1e-4 of their size. The last line is one JSON
-object.
+Prints both losses of each step. Exit code 1 if they differ by more than 1e-4 of their size. The
+last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -32,13 +33,20 @@ CLIP = 1.0
 def main() -> None:
     """Prints both losses of each step."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="file of rows, in any format that data.train takes")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="file of rows, in any format that data.train takes"
+    )
     parser.add_argument("--columns", type=json.loads, help="data.column_mapping, as JSON")
     parser.add_argument("--model", type=Path, default=Path("models/SmolLM2-135M-Instruct"))
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rows_per_step", type=int, default=2)
     parser.add_argument("--max_length", type=int, default=256)
-    parser.add_argument("--venv", type=Path, default=Path("~/.cache/lit_sft/trl-venv"), help="made where there is none")
+    parser.add_argument(
+        "--venv",
+        type=Path,
+        default=Path("~/.cache/lit_sft/trl-venv"),
+        help="made where there is none",
+    )
     parser.add_argument("--trl_side", type=Path, metavar="EXAMPLES", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.trl_side:
@@ -60,9 +68,15 @@ def main() -> None:
     theirs = json.loads(done.stdout.splitlines()[-1])
     off = [abs(a - b) / abs(b) for a, b in zip(ours, theirs["losses"], strict=True)]
     print("| step | lit_sft | TRL | relative difference |\n|---|---|---|---|")
-    for step, (a, b, difference) in enumerate(zip(ours, theirs["losses"], off, strict=True), start=1):
+    for step, (a, b, difference) in enumerate(
+        zip(ours, theirs["losses"], off, strict=True), start=1
+    ):
         print(f"| {step} | {a:.6f} | {b:.6f} | {difference:.1e} |")
-    print(json.dumps({"limit": LIMIT, "largest": max(off), "trl": theirs["version"], "steps": len(off)}))
+    print(
+        json.dumps(
+            {"limit": LIMIT, "largest": max(off), "trl": theirs["version"], "steps": len(off)}
+        )
+    )
     sys.exit(0 if max(off) <= LIMIT else 1)
 
 
@@ -77,7 +91,9 @@ def our_losses(args: argparse.Namespace, scratch: Path, examples: Path) -> list[
     collate = data_collate.collate
 
     def recording(parts: Any) -> Any:
-        used.extend({"input_ids": ids.tolist(), "completion_mask": mask.tolist()} for ids, mask, _ in parts)
+        used.extend(
+            {"input_ids": ids.tolist(), "completion_mask": mask.tolist()} for ids, mask, _ in parts
+        )
         return collate(parts)
 
     settings = {
@@ -103,14 +119,16 @@ def our_losses(args: argparse.Namespace, scratch: Path, examples: Path) -> list[
         "data.packing": False,
         "data.micro_batch_size": 1,
         "data.global_batch_size": args.rows_per_step,
-        "data.max_samples": 4 * args.steps * args.rows_per_step,  # some are longer than max_length, and dropped
+        # Some are longer than max_length, and dropped.
+        "data.max_samples": 4 * args.steps * args.rows_per_step,
         "data.cache_dir": scratch / "cache",
     }
     if args.columns:
         settings["data.column_mapping"] = args.columns
     with mock.patch.object(datamodule, "collate", recording):
         fit(settings)
-    lines = [json.dumps(example) for example in used[: args.steps * args.rows_per_step]]  # the loader reads ahead
+    # The loader reads ahead.
+    lines = [json.dumps(example) for example in used[: args.steps * args.rows_per_step]]
     examples.write_text("\n".join(lines))
     return read(scratch).loss
 
@@ -125,7 +143,8 @@ def trl_losses(args: argparse.Namespace) -> dict[str, Any]:
     class Recording(trl.SFTTrainer):
         def training_step(self, *arguments: Any, **more: Any) -> Any:
             loss = super().training_step(*arguments, **more)
-            losses.append(float(loss))  # its log rounds to four digits
+            # Its log rounds to four digits.
+            losses.append(float(loss))
             return loss
 
     losses: list[float] = []

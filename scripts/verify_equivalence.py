@@ -1,15 +1,18 @@
-"""The same run, made in many ways: losses, gradient norms and final weights beside those of one plain process.
+"""The same run, made in many ways: losses, gradient norms and final weights beside those of one
+plain process.
 
     python scripts/verify_equivalence.py
     python scripts/verify_equivalence.py --only ddp fsdp2 --optimizers sgd
 
-The built-in model from random weights on made-up conversations, fp32 on the CPU (ranks talk over gloo), constant
-learning rate. An epoch has steps of 16, 16 and 5 rows: the last window is partial, its rows are uneven over ranks, and
-one rank gets a micro-batch without a target. Plain SGD without clipping shows a gradient that is wrong by a constant
-factor, which AdamW with clipping would hide; both are run.
+The built-in model from random weights on made-up conversations, fp32 on the CPU (ranks talk over
+gloo), constant learning rate. An epoch has steps of 16, 16 and 5 rows: the last window is partial,
+its rows are uneven over ranks, and one rank gets a micro-batch without a target. Plain SGD without
+clipping shows a gradient that is wrong by a constant factor, which AdamW with clipping would hide;
+both are run.
 
-Prints a table of the largest relative differences: of a loss, of a gradient norm, of a weight tensor (norm of the
-difference by norm). Exit code 1 if one is above 1e-5. The last line is one JSON object.
+Prints a table of the largest relative differences: of a loss, of a gradient norm, of a weight
+tensor (norm of the difference by norm). Exit code 1 if one is above 1e-5. The last line is one JSON
+object.
 """
 
 from __future__ import annotations
@@ -37,13 +40,23 @@ from unittest import mock
 import torch
 
 LIMIT, BF16_LIMIT = 1e-5, 1e-2
-"""In bf16 products of other shapes round otherwise; gradients that are not reduced over 2 ranks are off by 0.7."""
+"""In bf16 products of other shapes round otherwise; gradients that are not reduced over 2 ranks are
+off by 0.7.
+"""
 ROWS = 37
 EPOCHS = 2
 GLOBAL_BATCH = 16
 OPTIMIZERS: dict[str, dict[str, Any]] = {
-    "sgd": {"model.optimizer": "torch.optim.SGD", "model.optimizer.lr": 0.1, "trainer.gradient_clip_val": None},
-    "adamw": {"model.optimizer": "torch.optim.AdamW", "model.optimizer.lr": 1e-3, "trainer.gradient_clip_val": 0.5},
+    "sgd": {
+        "model.optimizer": "torch.optim.SGD",
+        "model.optimizer.lr": 0.1,
+        "trainer.gradient_clip_val": None,
+    },
+    "adamw": {
+        "model.optimizer": "torch.optim.AdamW",
+        "model.optimizer.lr": 1e-3,
+        "trainer.gradient_clip_val": 0.5,
+    },
 }
 
 
@@ -51,7 +64,9 @@ def own_logits() -> AbstractContextManager[Any]:
     """The model's own full logits in place of the chunked loss."""
     from lit_sft.model.loss import CausalLMLoss
 
-    return mock.patch.object(CausalLMLoss, "check_head", lambda self: setattr(self, "own_logits", True))
+    return mock.patch.object(
+        CausalLMLoss, "check_head", lambda self: setattr(self, "own_logits", True)
+    )
 
 
 def small_chunks() -> AbstractContextManager[Any]:
@@ -72,7 +87,9 @@ class Variant:
     nodes: int = 1
     """Launched by as many torchrun agents."""
     resumed_at: int | None = None
-    """Optimizer steps after which the run goes on from its checkpoint, the later ones being lost."""
+    """Optimizer steps after which the run goes on from its checkpoint, the later ones being
+    lost.
+    """
     resume_with: dict[str, Any] = field(default_factory=dict)
     """Settings that are others then."""
     patch: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
@@ -85,21 +102,30 @@ class Variant:
 
 
 FSDP2 = "lit_sft.distributed.fsdp2.FSDP2Strategy"
-FSDP2_OPTIONS = {"cpu_offload": True, "reshard_after_forward": False, "sync_every_micro_batch": False}
+FSDP2_OPTIONS = {
+    "cpu_offload": True,
+    "reshard_after_forward": False,
+    "sync_every_micro_batch": False,
+}
 TWO_RANKS = {"trainer.devices": 2, "data.micro_batch_size": 2}
 # One step per epoch: the only way to have the same examples in each step, packed and not.
 ONE_STEP = {"data.global_batch_size": 64, "data.micro_batch_size": 1, "trainer.max_epochs": 3}
 LORA = {"model.lora.r": 4, "model.lora.lora_alpha": 16}
 BF16 = {"trainer.precision": "bf16-mixed"}
 # Before, during and after training; the weights are cast for them meanwhile.
-ANSWERS = {"data.questions": ["abc"], "model.evaluation.num_samples": 2, "model.generation.max_new_tokens": 4}
+ANSWERS = {
+    "data.questions": ["abc"],
+    "model.evaluation.num_samples": 2,
+    "model.generation.max_new_tokens": 4,
+}
 VARIANTS = {
     "one process": Variant(),
     "accumulation of 4": Variant({"data.micro_batch_size": 4}),
     "accumulation of 16": Variant({"data.micro_batch_size": 1}),
     "own logits": Variant(patch=own_logits),
     "head in small chunks": Variant(patch=small_chunks),
-    "transformers' sdpa": Variant({"model.attn_implementation": "sdpa"}),  # with its masks for packs
+    # With its masks for packs.
+    "transformers' sdpa": Variant({"model.attn_implementation": "sdpa"}),
     "activation checkpointing": Variant({"model.gradient_checkpointing": True}),
     "selective checkpointing": Variant({"model.gradient_checkpointing": "selective"}),
     "compile": Variant({"model.compile": True}, needs_compiler=True),
@@ -120,19 +146,30 @@ VARIANTS = {
         {**TWO_RANKS, "trainer.strategy": {"class_path": FSDP2, "init_args": FSDP2_OPTIONS}}
     ),
     "fsdp2, checkpointing, compile": Variant(
-        {**TWO_RANKS, "trainer.strategy": "fsdp2", "model.gradient_checkpointing": True, "model.compile": True},
+        {
+            **TWO_RANKS,
+            "trainer.strategy": "fsdp2",
+            "model.gradient_checkpointing": True,
+            "model.compile": True,
+        },
         needs_compiler=True,
     ),
     "one step per epoch": Variant(ONE_STEP, like="one step per epoch"),
-    "packed": Variant({**ONE_STEP, "data.packing": True, "data.micro_batch_size": 2}, like="one step per epoch"),
+    "packed": Variant(
+        {**ONE_STEP, "data.packing": True, "data.micro_batch_size": 2}, like="one step per epoch"
+    ),
     "lora": Variant(LORA, like="lora"),
     "lora, ddp": Variant({**LORA, **TWO_RANKS, "trainer.strategy": "ddp"}, like="lora"),
     "lora, fsdp2": Variant({**LORA, **TWO_RANKS, "trainer.strategy": "fsdp2"}, like="lora"),
     "bf16": Variant(BF16, like="bf16"),
     "bf16, accumulation of 4": Variant({**BF16, "data.micro_batch_size": 4}, like="bf16"),
     "bf16, answers": Variant({**BF16, **ANSWERS}, like="bf16"),
-    "bf16, ddp, answers": Variant({**BF16, **ANSWERS, **TWO_RANKS, "trainer.strategy": "ddp"}, like="bf16"),
-    "bf16, fsdp2, answers": Variant({**BF16, **ANSWERS, **TWO_RANKS, "trainer.strategy": "fsdp2"}, like="bf16"),
+    "bf16, ddp, answers": Variant(
+        {**BF16, **ANSWERS, **TWO_RANKS, "trainer.strategy": "ddp"}, like="bf16"
+    ),
+    "bf16, fsdp2, answers": Variant(
+        {**BF16, **ANSWERS, **TWO_RANKS, "trainer.strategy": "fsdp2"}, like="bf16"
+    ),
 }
 
 
@@ -195,17 +232,26 @@ def train(variant: Variant, optimizer: str, train_file: str, root: Path) -> Resu
     settings = {**base(train_file, root), **OPTIMIZERS[optimizer], **variant.settings}
     with variant.patch():
         if variant.resumed_at is not None:
-            fit({**settings, "checkpoint.every_n_train_steps": 1, "checkpoint.keep_last": 99}, variant.nodes)
+            fit(
+                {**settings, "checkpoint.every_n_train_steps": 1, "checkpoint.keep_last": 99},
+                variant.nodes,
+            )
             for path in root.glob("lightning_logs/version_0/checkpoints/*=*.ckpt"):
                 if int(path.stem.partition("=")[2]) > variant.resumed_at:
-                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+                    (
+                        shutil.rmtree(path)
+                        if path.is_dir() and not path.is_symlink()
+                        else path.unlink()
+                    )
             settings |= {"ckpt_path": "last", **variant.resume_with}
         fit(settings, variant.nodes)
     return read(root)
 
 
 def fit(settings: dict[str, Any], nodes: int = 1) -> None:
-    """`python -m lit_sft fit`: in this process if it is one, else by Lightning's launcher or by torchrun's agents."""
+    """`python -m lit_sft fit`: in this process if it is one, else by Lightning's launcher or by
+    torchrun's agents.
+    """
     args = ["fit", *(f"--{key}={_text(value)}" for key, value in settings.items())]
     if settings["trainer.devices"] == 1 and nodes == 1:
         from lit_sft.cli.main import main
@@ -215,10 +261,19 @@ def fit(settings: dict[str, Any], nodes: int = 1) -> None:
         return
     commands = [[sys.executable, "-m", "lit_sft", *args]]
     if nodes > 1:
-        agent = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", "--nproc_per_node=1"]
+        agent = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            f"--nnodes={nodes}",
+            "--nproc_per_node=1",
+        ]
         agent += ["--master_addr=127.0.0.1", f"--master_port={_free_port()}"]
-        commands = [[*agent, f"--node_rank={node}", "-m", "lit_sft", *args] for node in range(nodes)]
-    # What a run in this process may have left (Lightning sets LOCAL_RANK) would make the launcher wait for other ranks.
+        commands = [
+            [*agent, f"--node_rank={node}", "-m", "lit_sft", *args] for node in range(nodes)
+        ]
+    # What a run in this process may have left (Lightning sets LOCAL_RANK) would make the launcher
+    # wait for other ranks.
     of_ranks = ("SLURM_", "RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "MASTER_")
     environment = {key: value for key, value in os.environ.items() if not key.startswith(of_ranks)}
     running = [
@@ -247,18 +302,27 @@ def read(root: Path) -> Result:
     folder = root / "lightning_logs" / "version_0"
     with (folder / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
-    loss, grad_norm = ([float(row[key]) for row in rows if row.get(key)] for key in ("train/loss", "train/grad_norm"))
-    return Result(loss, grad_norm, read_checkpoint(folder / "checkpoints" / "last.ckpt")["state_dict"])
+    loss, grad_norm = (
+        [float(row[key]) for row in rows if row.get(key)]
+        for key in ("train/loss", "train/grad_norm")
+    )
+    return Result(
+        loss, grad_norm, read_checkpoint(folder / "checkpoints" / "last.ckpt")["state_dict"]
+    )
 
 
 def differences(ours: Result, theirs: Result) -> dict[str, float]:
-    """The largest relative difference of losses, gradient norms and weights; infinite where there are more or fewer."""
+    """The largest relative difference of losses, gradient norms and weights; infinite where there
+    are more or fewer.
+    """
     if len(ours.loss) != len(theirs.loss) or ours.weights.keys() != theirs.weights.keys():
         return dict.fromkeys(("loss", "grad_norm", "weights"), float("inf"))
     pairs = [(ours.weights[name], weight) for name, weight in theirs.weights.items()]
     return {
         "loss": max(abs(a - b) / abs(b) for a, b in zip(ours.loss, theirs.loss, strict=True)),
-        "grad_norm": max(abs(a - b) / abs(b) for a, b in zip(ours.grad_norm, theirs.grad_norm, strict=True)),
+        "grad_norm": max(
+            abs(a - b) / abs(b) for a, b in zip(ours.grad_norm, theirs.grad_norm, strict=True)
+        ),
         "weights": max(float((a - b).norm() / b.norm()) for a, b in pairs),
     }
 
@@ -266,7 +330,11 @@ def differences(ours: Result, theirs: Result) -> dict[str, float]:
 def missing(variant: Variant) -> str | None:
     """Why a variant cannot be run here."""
     compiler = os.environ.get("CXX", "g++")
-    return f"no C++ compiler ({compiler})" if variant.needs_compiler and shutil.which(compiler) is None else None
+    return (
+        f"no C++ compiler ({compiler})"
+        if variant.needs_compiler and shutil.which(compiler) is None
+        else None
+    )
 
 
 def _text(value: Any) -> str:
@@ -294,11 +362,16 @@ def compare(names: list[str], optimizer: str, scratch: Path) -> list[dict[str, A
             continue
         done[name] = train(variant, optimizer, rows, scratch / optimizer / name.replace(" ", "_"))
         if name == variant.like:
-            cells = [f"{value:.6f}" for value in (done[name].loss[-1], done[name].grad_norm[-1])] + ["reference"]
+            cells = [
+                f"{value:.6f}" for value in (done[name].loss[-1], done[name].grad_norm[-1])
+            ] + ["reference"]
         else:
             line |= differences(done[name], done[variant.like])
             cells = [f"{line[key]:.1e}" for key in ("loss", "grad_norm", "weights")]
-        print(f"| {optimizer} | {name} | {' | '.join(cells)} | {time.monotonic() - started:.0f} s |", flush=True)
+        print(
+            f"| {optimizer} | {name} | {' | '.join(cells)} | {time.monotonic() - started:.0f} s |",
+            flush=True,
+        )
         table.append(line)
     return table
 
@@ -306,14 +379,28 @@ def compare(names: list[str], optimizer: str, scratch: Path) -> list[dict[str, A
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=VARIANTS, help="these, beside what they must equal")
+    parser.add_argument(
+        "--only", nargs="+", choices=VARIANTS, help="these, beside what they must equal"
+    )
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
     args = parser.parse_args()
     wanted = args.only or list(VARIANTS)
-    names = [name for name in VARIANTS if name in wanted or name in {VARIANTS[other].like for other in wanted}]
-    print("| optimizer | variant | loss | gradient norm | weights | time |\n|---|---|---|---|---|---|", flush=True)
+    names = [
+        name
+        for name in VARIANTS
+        if name in wanted or name in {VARIANTS[other].like for other in wanted}
+    ]
+    print(
+        "| optimizer | variant | loss | gradient norm | weights | time"
+        " |\n|---|---|---|---|---|---|",
+        flush=True,
+    )
     with tempfile.TemporaryDirectory() as scratch:
-        table = [line for optimizer in args.optimizers for line in compare(names, optimizer, Path(scratch))]
+        table = [
+            line
+            for optimizer in args.optimizers
+            for line in compare(names, optimizer, Path(scratch))
+        ]
     keys = ("loss", "grad_norm", "weights")
     off = [line for line in table if not all(line.get(key, 0.0) <= line["limit"] for key in keys)]
     print(json.dumps({"off": [f"{o['optimizer']}, {o['variant']}" for o in off], "runs": table}))

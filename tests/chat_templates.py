@@ -1,4 +1,6 @@
-"""Chat templates of the model families in use, written anew from their behaviour, and tokenizers to go with them."""
+"""Chat templates of the model families in use, written anew from their behaviour, and tokenizers to
+go with them.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 _CORPUS = (
-    "system user assistant model You are a helpful assistant. Hello Hello Hi Hi there there. Yes. No. Paris is it.",
-    "User: What is 1+1?\n\nAssistant: It is 2.\n\n\n\nThe answer: The answer: Answer: Question: Answer: Hello Hello",
-    "[INST] [/INST] <<SYS>> <</SYS>> <think>\n\n</think>\n\n <think>\nhm hm\n</think>\n\n get_weather get_weather city",
+    (
+        "system user assistant model You are a helpful assistant. Hello Hello Hi Hi there there."
+        " Yes. No. Paris is it."
+    ),
+    (
+        "User: What is 1+1?\n\nAssistant: It is 2.\n\n\n\nThe answer: The answer: Answer: Question:"
+        " Answer: Hello Hello"
+    ),
+    (
+        "[INST] [/INST] <<SYS>> <</SYS>> <think>\n\n</think>\n\n <think>\nhm hm\n</think>\n\n"
+        " get_weather get_weather city"
+    ),
     "你好 你好，世界。问题：回答：北京 北京",
     "user\nHi\nHi\nHi\nassistant\nHello\nHello\nHello\nassistant\nYes\nYes\nYes\nuser\nassistant\n",
 )
@@ -44,8 +55,11 @@ def tokenizer_of(name: str) -> PreTrainedTokenizerFast:
     return byte_tokenizer(family)
 
 
-def byte_tokenizer(family: Family, *, adds_bos: bool = False, **options: Any) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with merges over `\\n\\n` and over a space and a word, as large vocabularies have.
+def byte_tokenizer(
+    family: Family, *, adds_bos: bool = False, **options: Any
+) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with merges over `\\n\\n` and over a space and a word, as large vocabularies
+    have.
 
     Args:
         family: Its special tokens and template.
@@ -63,8 +77,12 @@ def byte_tokenizer(family: Family, *, adds_bos: bool = False, **options: Any) ->
     return _wrap(backend, family, adds_bos, **options)
 
 
-def metaspace_tokenizer(family: Family, *, adds_bos: bool = False, scheme: str = "first") -> PreTrainedTokenizerFast:
-    """Like SentencePiece: a space is `▁`, and one is put before the text (`first`) or before each piece (`always`)."""
+def metaspace_tokenizer(
+    family: Family, *, adds_bos: bool = False, scheme: str = "first"
+) -> PreTrainedTokenizerFast:
+    """Like SentencePiece: a space is `▁`, and one is put before the text (`first`) or before each
+    piece (`always`).
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     backend = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
@@ -73,8 +91,12 @@ def metaspace_tokenizer(family: Family, *, adds_bos: bool = False, scheme: str =
     backend.decoder = decoders.Sequence([
         decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0),
     ])  # fmt: skip
-    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=["<unk>", *byte_tokens], show_progress=False)
-    words = [" " + word for text in _CORPUS for word in text.split()]  # no merge goes over a space or a newline
+    trainer = trainers.BpeTrainer(
+        vocab_size=700, special_tokens=["<unk>", *byte_tokens], show_progress=False
+    )
+    words = [
+        " " + word for text in _CORPUS for word in text.split()
+    ]  # no merge goes over a space or a newline
     backend.train_from_iterator(words, trainer)
     return _wrap(backend, family, adds_bos)
 
@@ -84,20 +106,30 @@ def _wrap(backend: Any, family: Family, adds_bos: bool, **options: Any) -> PreTr
     from transformers import PreTrainedTokenizerFast
 
     special = dict.fromkeys([family.eos, *([family.bos] if family.bos else []), *family.special])
-    backend.add_special_tokens([AddedToken(t, special=True, normalized=False, rstrip=family.rstrip) for t in special])
+    backend.add_special_tokens(
+        [AddedToken(t, special=True, normalized=False, rstrip=family.rstrip) for t in special]
+    )
     backend.add_tokens([AddedToken(token, normalized=False) for token in family.added])
     if adds_bos:
         bos = (family.bos, backend.token_to_id(family.bos))
-        backend.post_processor = processors.TemplateProcessing(single=f"{family.bos} $A", special_tokens=[bos])
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{family.bos} $A", special_tokens=[bos]
+        )
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token=family.eos, bos_token=family.bos, pad_token=family.eos, **options
+        tokenizer_object=backend,
+        eos_token=family.eos,
+        bos_token=family.bos,
+        pad_token=family.eos,
+        **options,
     )
     tokenizer.chat_template = family.template
     return tokenizer
 
 
 def character_tokenizer(family: Family) -> PreTrainedTokenizer:
-    """A tokenizer in Python, one token per character: it does not tell where in the text a token lies."""
+    """A tokenizer in Python, one token per character: it does not tell where in the text a token
+    lies.
+    """
     from transformers import AddedToken, PreTrainedTokenizer
 
     class CharacterTokenizer(PreTrainedTokenizer):
@@ -123,7 +155,9 @@ def character_tokenizer(family: Family) -> PreTrainedTokenizer:
             return "".join(tokens)
 
     special = [AddedToken(token, special=True, normalized=False) for token in family.special]
-    tokenizer = CharacterTokenizer(eos_token=family.eos, bos_token=family.bos, extra_special_tokens=special)
+    tokenizer = CharacterTokenizer(
+        eos_token=family.eos, bos_token=family.bos, extra_special_tokens=special
+    )
     tokenizer.chat_template = family.template
     return tokenizer
 
@@ -189,10 +223,13 @@ QWEN3 = (
 {%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}
 {%- endif %}"""
 )
-"""Drops the thoughts of earlier turns; the last turn has a thinking block even when nothing was thought."""
+"""Drops the thoughts of earlier turns; the last turn has a thinking block even when nothing was
+thought.
+"""
 
 QWEN3_THINKING = (
-    _QWEN3_BODY + r"""{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n<think>\n' }}{%- endif %}"""
+    _QWEN3_BODY
+    + r"""{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n<think>\n' }}{%- endif %}"""
 )
 """The prompt opens the thinking block, and nothing switches it off."""
 
@@ -369,7 +406,14 @@ MARKED = r"""{%- for message in messages %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
 
 _CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
-_QWEN_ADDED = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
+_QWEN_ADDED = (
+    "<tool_call>",
+    "</tool_call>",
+    "<tool_response>",
+    "</tool_response>",
+    "<think>",
+    "</think>",
+)
 _DEEPSEEK = (
     "<｜User｜>", "<｜Assistant｜>", "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", "<｜tool▁call▁begin｜>",
     "<｜tool▁call▁end｜>", "<｜tool▁sep｜>", "<｜tool▁outputs▁begin｜>", "<｜tool▁outputs▁end｜>",
@@ -383,7 +427,9 @@ def _qwen(template: str) -> Family:
 
 
 def _deepseek(template: str) -> Family:
-    return Family(template, _DEEPSEEK, eos=_DEEPSEEK_EOS, bos=_DEEPSEEK_BOS, added=("<think>", "</think>"))
+    return Family(
+        template, _DEEPSEEK, eos=_DEEPSEEK_EOS, bos=_DEEPSEEK_BOS, added=("<think>", "</think>")
+    )
 
 
 FAMILIES = {
@@ -395,7 +441,12 @@ FAMILIES = {
     "llama-2": Family(LLAMA2, ("<unk>",), eos="</s>", bos="<s>"),
     "llama-3": Family(
         LLAMA3,
-        ("<|start_header_id|>", "<|end_header_id|>", "<|end_of_text|>", *(f"<|reserved_{i}|>" for i in range(50))),
+        (
+            "<|start_header_id|>",
+            "<|end_header_id|>",
+            "<|end_of_text|>",
+            *(f"<|reserved_{i}|>" for i in range(50)),
+        ),
         eos="<|eot_id|>",
         bos="<|begin_of_text|>",
     ),
@@ -408,19 +459,35 @@ FAMILIES = {
     ),
     "gemma": Family(GEMMA, ("<start_of_turn>", "<end_of_turn>"), eos="<eos>", bos="<bos>"),
     "phi-3": Family(
-        PHI3, ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"), eos="<|endoftext|>", bos="<s>", rstrip=True
+        PHI3,
+        ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
+        eos="<|endoftext|>",
+        bos="<s>",
+        rstrip=True,
     ),
     "deepseek-r1": _deepseek(DEEPSEEK_R1),
     "deepseek-v3": _deepseek(DEEPSEEK_V3),
     "deepseek-v3.1": _deepseek(DEEPSEEK_V31),
-    "glm-4": Family(GLM4, ("[gMASK]", "<sop>", "<|user|>", "<|assistant|>", "<|observation|>"), eos="<|endoftext|>"),
+    "glm-4": Family(
+        GLM4,
+        ("[gMASK]", "<sop>", "<|user|>", "<|assistant|>", "<|observation|>"),
+        eos="<|endoftext|>",
+    ),
     "gpt-oss": Family(
-        GPT_OSS, ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|call|>", "<|endoftext|>"), eos="<|return|>"
+        GPT_OSS,
+        ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|call|>", "<|endoftext|>"),
+        eos="<|return|>",
     ),
     "zephyr": Family(ZEPHYR, ("<unk>",), eos="</s>", bos="<s>"),
     "cohere": Family(
         COHERE,
-        ("<|START_OF_TURN_TOKEN|>", "<|CHATBOT_TOKEN|>", "<|USER_TOKEN|>", "<|START_RESPONSE|>", "<|END_RESPONSE|>"),
+        (
+            "<|START_OF_TURN_TOKEN|>",
+            "<|CHATBOT_TOKEN|>",
+            "<|USER_TOKEN|>",
+            "<|START_RESPONSE|>",
+            "<|END_RESPONSE|>",
+        ),
         eos="<|END_OF_TURN_TOKEN|>",
         bos="<BOS_TOKEN>",
     ),
@@ -439,7 +506,9 @@ def renderer_of(
 ) -> Renderer:
     """A renderer as a run builds it from its settings."""
     text = resolve_chat_template(tokenizer, chat_template)
-    return Renderer(tokenizer, ChatTemplate(tokenizer, text, chat_template_kwargs or {}, unproved), train_on)
+    return Renderer(
+        tokenizer, ChatTemplate(tokenizer, text, chat_template_kwargs or {}, unproved), train_on
+    )
 
 
 def render_one(renderer: Renderer, *messages: Message, tools: Any = None) -> list[Example]:
@@ -480,7 +549,9 @@ def assistant(content: str, **options: Any) -> Message:
 
 def call(name: str, **arguments: Any) -> tuple[dict[str, Any], ...]:
     """One tool call."""
-    return ({"id": "call00001", "type": "function", "function": {"name": name, "arguments": arguments}},)
+    return (
+        {"id": "call00001", "type": "function", "function": {"name": name, "arguments": arguments}},
+    )
 
 
 def tool(content: str, name: str = "get_weather") -> Message:

@@ -1,7 +1,9 @@
-"""A SLURM cluster of its own on this machine: munged, slurmctld and a slurmd for each emulated node, no accounting.
+"""A SLURM cluster of its own on this machine: munged, slurmctld and a slurmd for each emulated
+node, no accounting.
 
-All nodes are 127.0.0.1 and differ by port; each has a host name and an /etc/hosts of its own, so that tasks find each
-other by the names that SLURM tells them. Jobs in partition `urgent` preempt those in `main`.
+All nodes are 127.0.0.1 and differ by port; each has a host name and an /etc/hosts of its own, so
+that tasks find each other by the names that SLURM tells them. Jobs in partition `urgent` preempt
+those in `main`.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ from lit_sft import signals
 
 NODES = ("node1", "node2")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "unshare")
-PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin"  # the job scripts call `python`
+PATH = (  # the job scripts call `python`
+    f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin"
+)
 CONF = """
 ClusterName=test
 SlurmctldHost=localhost(127.0.0.1)
@@ -56,11 +60,15 @@ NodeName=node2 NodeHostname=node2 NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4
 PartitionName=main Nodes=ALL Default=YES PriorityTier=1 GraceTime=60
 PartitionName=urgent Nodes=ALL PriorityTier=9 PreemptMode=OFF
 """
-"""cred_expire is how long a requeued job waits, 2 minutes by default. KillOnBadExit is left at its default, off."""
+"""cred_expire is how long a requeued job waits, 2 minutes by default. KillOnBadExit is left at its
+default, off.
+"""
 
 
 class Hold(Callback):
-    """Waits at a step of a job's first start until a signal has come: whatever the machine's speed, it comes there."""
+    """Waits at a step of a job's first start until a signal has come: whatever the machine's speed,
+    it comes there.
+    """
 
     def __init__(self, step: int, says: str) -> None:
         self.step, self.says = step, says
@@ -89,14 +97,22 @@ class Cluster:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.env = {**environment(PATH=PATH, PYTHONPATH=f"{REPOSITORY}:{REPOSITORY / 'tests'}"), **self.conf()}
+        self.env = {
+            **environment(PATH=PATH, PYTHONPATH=f"{REPOSITORY}:{REPOSITORY / 'tests'}"),
+            **self.conf(),
+        }
 
     def conf(self) -> dict[str, str]:
         return {"SLURM_CONF": str(self.folder / "slurm.conf")}
 
     def call(self, *command: object) -> str:
         done = subprocess.run(
-            [*map(str, command)], env=self.env, cwd=REPOSITORY, capture_output=True, text=True, timeout=30
+            [*map(str, command)],
+            env=self.env,
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            timeout=30,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout.strip()
@@ -112,7 +128,9 @@ class Cluster:
     def wait(self, job: str, timeout: float = 300) -> str:
         """The state a job ended in."""
         return self.until(
-            lambda: self.job(job)["JobState"], lambda state: state not in ("PENDING", "RUNNING", "COMPLETING"), timeout
+            lambda: self.job(job)["JobState"],
+            lambda state: state not in ("PENDING", "RUNNING", "COMPLETING"),
+            timeout,
         )
 
     @staticmethod
@@ -150,20 +168,38 @@ def cluster() -> Iterator[Cluster]:
 
     def start(name: str, *command: str) -> None:
         log = (folder / f"{name}.log").open("wb")
-        daemons.append(subprocess.Popen(command, env=made.env, stdout=log, stderr=log, start_new_session=True))
+        daemons.append(
+            subprocess.Popen(command, env=made.env, stdout=log, stderr=log, start_new_session=True)
+        )
 
     try:
         names = ("key-file", "socket", "pid-file", "log-file", "seed-file")
-        files = dict(zip(names, ("key", "munge.socket", "munge.pid", "munge.log", "seed"), strict=True))
-        start("munged", "munged", "--foreground", *(f"--{name}={folder / file}" for name, file in files.items()))
+        files = dict(
+            zip(names, ("key", "munge.socket", "munge.pid", "munge.log", "seed"), strict=True)
+        )
+        start(
+            "munged",
+            "munged",
+            "--foreground",
+            *(f"--{name}={folder / file}" for name, file in files.items()),
+        )
         made.until((folder / "munge.socket").exists)
         start("slurmctld", "slurmctld", "-D")
         for node in NODES:
             (folder / f"spool.{node}").mkdir()
-            alone = f"hostname {node} && mount --bind {folder}/hosts /etc/hosts && exec slurmd -D -N {node}"
+            alone = (
+                f"hostname {node} && mount --bind {folder}/hosts /etc/hosts && exec slurmd -D -N"
+                f" {node}"
+            )
             start(node, "unshare", "--uts", "--mount", "sh", "-c", alone)
-        made.until(lambda: subprocess.run(["sinfo"], env=made.env, capture_output=True).returncode == 0)
-        made.until(lambda: made.call("sinfo", "-hN", "-p", "main", "-o", "%T").split() == ["idle"] * len(NODES))
+        made.until(
+            lambda: subprocess.run(["sinfo"], env=made.env, capture_output=True).returncode == 0
+        )
+        made.until(
+            lambda: (
+                made.call("sinfo", "-hN", "-p", "main", "-o", "%T").split() == ["idle"] * len(NODES)
+            )
+        )
         yield made
         made.call("scancel", "--user=root")
         with contextlib.suppress(AssertionError):

@@ -1,4 +1,6 @@
-"""Set before torch is imported: tiny models run fastest on one thread, and ranks share the machine's cores."""
+"""Set before torch is imported: tiny models run fastest on one thread, and ranks share the
+machine's cores.
+"""
 
 import os
 
@@ -8,19 +10,32 @@ for name in [name for name in os.environ if name.startswith("SLURM_")]:
 
 import pytest  # noqa: E402
 
-OF_A_RANK = ("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+OF_A_RANK = (
+    "RANK",
+    "LOCAL_RANK",
+    "GROUP_RANK",
+    "NODE_RANK",
+    "WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
 
 
 @pytest.fixture(autouse=True)
 def no_process_group_is_left():
-    """A run of one rank under `fsdp2` opens one in this process; the next test would wait for others in it.
+    """A run of one rank under `fsdp2` opens one in this process; the next test would wait for
+    others in it.
 
-    Lightning also leaves LOCAL_RANK in the environment; a launcher that inherits it starts no other rank and waits.
-    And a run that took itself for rank 1 leaves that number, with which later runs say nothing.
+    Lightning also leaves LOCAL_RANK in the environment; a launcher that inherits it starts no other
+    rank and waits. And a run that took itself for rank 1 leaves that number, with which later runs
+    say nothing.
     """
     from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-    before, rank = {name: os.environ.get(name) for name in OF_A_RANK}, getattr(rank_zero_only, "rank", None)
+    before, rank = (
+        {name: os.environ.get(name) for name in OF_A_RANK},
+        getattr(rank_zero_only, "rank", None),
+    )
     yield
     rank_zero_only.rank = rank
     from torch import distributed

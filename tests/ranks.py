@@ -17,9 +17,13 @@ def run_ranks(function: Callable[..., None], *args: Any, world_size: int = 2) ->
         torch.multiprocessing.spawn(_rank, (world_size, store, function, args), nprocs=world_size)
 
 
-def _rank(rank: int, world_size: int, store: str, function: Callable[..., None], args: tuple[Any, ...]) -> None:
+def _rank(
+    rank: int, world_size: int, store: str, function: Callable[..., None], args: tuple[Any, ...]
+) -> None:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=world_size)
+    torch.distributed.init_process_group(
+        "gloo", f"file://{store}", rank=rank, world_size=world_size
+    )
     try:
         function(*args)
     finally:

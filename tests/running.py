@@ -1,4 +1,6 @@
-"""Runs the real command line on a tiny model, in this process or in several, and reads back what the run wrote."""
+"""Runs the real command line on a tiny model, in this process or in several, and reads back what
+the run wrote.
+"""
 
 from __future__ import annotations
 
@@ -23,24 +25,36 @@ def chat_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
 
     def words(most: int) -> str:
         n = int(torch.randint(1, most, (1,), generator=generator))
-        return " ".join("abcdefgh"[int(i)] * 3 for i in torch.randint(0, 8, (n,), generator=generator))
+        return " ".join(
+            "abcdefgh"[int(i)] * 3 for i in torch.randint(0, 8, (n,), generator=generator)
+        )
 
     rows = []
     for index in range(count):
-        messages = [{"role": "user", "content": words(6)}, {"role": "assistant", "content": words(12)}]
+        messages = [
+            {"role": "user", "content": words(6)},
+            {"role": "assistant", "content": words(12)},
+        ]
         if index % 3 == 0:
-            messages += [{"role": "user", "content": words(4)}, {"role": "assistant", "content": words(5)}]
+            messages += [
+                {"role": "user", "content": words(4)},
+                {"role": "assistant", "content": words(5)},
+            ]
         rows.append({"messages": messages})
     return rows
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]], ensure_ascii: bool = False) -> str:
-    path.write_text("".join(json.dumps(row, ensure_ascii=ensure_ascii) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(row, ensure_ascii=ensure_ascii) + "\n" for row in rows), encoding="utf-8"
+    )
     return str(path)
 
 
 def arguments(model: str, train: str, root: Path, **overrides: Any) -> list[str]:
-    """Arguments of a small fp32 run on the CPU; overrides use __ for dots: `data__packing=False`."""
+    """Arguments of a small fp32 run on the CPU; overrides use __ for dots:
+    `data__packing=False`.
+    """
     settings = {
         "seed_everything": 1,
         "trainer.accelerator": "cpu",
@@ -66,7 +80,9 @@ def arguments(model: str, train: str, root: Path, **overrides: Any) -> list[str]
 
 
 def run(command: str, args: list[str], subprocesses: bool = False, timeout: float = 240) -> str:
-    """Runs `python -m lit_sft COMMAND ...`; in this process unless ranks or exit codes matter. Returns its output."""
+    """Runs `python -m lit_sft COMMAND ...`; in this process unless ranks or exit codes matter.
+    Returns its output.
+    """
     if not subprocesses:
         from lit_sft.cli.main import main
 
@@ -80,12 +96,16 @@ def run(command: str, args: list[str], subprocesses: bool = False, timeout: floa
         timeout=timeout,
         env=environment(),
     )
-    assert done.returncode == 0, f"exit code {done.returncode}\n" + done.stdout[-3000:] + done.stderr[-6000:]
+    assert done.returncode == 0, (
+        f"exit code {done.returncode}\n" + done.stdout[-3000:] + done.stderr[-6000:]
+    )
     return done.stdout + done.stderr
 
 
 def environment(**more: str) -> dict[str, str]:
-    """The environment without what would make ranks or a cluster of this process, and without a hub."""
+    """The environment without what would make ranks or a cluster of this process, and without a
+    hub.
+    """
     kept = {
         k: v
         for k, v in os.environ.items()

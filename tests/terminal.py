@@ -22,7 +22,9 @@ def log_lines() -> Iterator[list[str]]:
 
     logger = logging.getLogger("lit_sft")
     others, logger.handlers = logger.handlers, [Keep()]
-    propagates = logger.propagate  # a run stops that; then pytest would put handlers here, and later runs none
+    propagates = (
+        logger.propagate
+    )  # a run stops that; then pytest would put handlers here, and later runs none
     try:
         yield lines
     finally:
@@ -31,7 +33,9 @@ def log_lines() -> Iterator[list[str]]:
 
 
 def refused(capsys: Any, command: str, args: list[str], code: int = 1) -> str:
-    """Runs a command that must end with this exit code and one line on the terminal; returns that line."""
+    """Runs a command that must end with this exit code and one line on the terminal; returns that
+    line.
+    """
     capsys.readouterr()
     with log_lines(), pytest.raises(SystemExit) as caught:
         run(command, args)

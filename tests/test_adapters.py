@@ -41,7 +41,7 @@ def trained(model):
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
-# ----------------------------------------------------------------------------------------------------------- config
+# ------------------------------------------------------------------ config
 
 
 def test_names_and_defaults_are_those_of_peft():
@@ -52,7 +52,10 @@ def test_names_and_defaults_are_those_of_peft():
     for field in dataclasses.fields(LoraConfig):
         assert field.name in theirs, f"peft has no LoraConfig.{field.name}"
         expected = deliberate.get(field.name, theirs[field.name].default)
-        assert (field.default, field.default_factory) == (expected, theirs[field.name].default_factory), field.name
+        assert (field.default, field.default_factory) == (
+            expected,
+            theirs[field.name].default_factory,
+        ), field.name
 
 
 @pytest.mark.parametrize(
@@ -82,7 +85,10 @@ def test_wrong_values_are_refused(wrong, message):
         (dict(target_modules="(q_proj"), "model.lora.target_modules: .* is no regular expression"),
         (dict(exclude_modules=["lm_hed"]), "exclude_modules: no module is named lm_hed"),
         (dict(modules_to_save=["embed"]), "modules_to_save: no module is named embed"),
-        (dict(target_modules=["q_proj"], layers_to_transform=[0, 2]), "there is no layer 2, only 0 to 1"),
+        (
+            dict(target_modules=["q_proj"], layers_to_transform=[0, 2]),
+            "there is no layer 2, only 0 to 1",
+        ),
     ],
 )
 def test_names_that_fit_nothing_are_refused(wrong, message):
@@ -96,7 +102,7 @@ def test_adapters_on_a_tied_embedding_are_refused(targets):
         apply_lora(tiny_qwen3(), LoraConfig(target_modules=targets))
 
 
-# ------------------------------------------------------------------------------------------------------------ apply
+# ------------------------------------------------------------------ apply
 
 
 def test_only_the_adapters_are_trained_and_in_fp32_over_a_bf16_base():
@@ -104,7 +110,9 @@ def test_only_the_adapters_are_trained_and_in_fp32_over_a_bf16_base():
     frozen = {name: value.clone() for name, value in base.state_dict().items()}
     model = apply_lora(base, LoraConfig(r=4))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    assert len(trained) == 2 * 7 * 2  # A and B of seven linear layers in each of two blocks; not the head
+    assert (
+        len(trained) == 2 * 7 * 2
+    )  # A and B of seven linear layers in each of two blocks; not the head
     assert all("lora_" in name and p.dtype == torch.float32 for name, p in trained.items())
     kept = [name for name, p in model.named_parameters() if not p.requires_grad]
     assert len(kept) == len(frozen)
@@ -138,13 +146,17 @@ def test_gradients_reach_every_adapter_in_the_first_step(build, checkpointing):
     loss(model).backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if "lora_B" in name}
     assert gradients
-    assert [name for name, gradient in gradients.items() if gradient is None or not gradient.any()] == []
+    assert [
+        name for name, gradient in gradients.items() if gradient is None or not gradient.any()
+    ] == []
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
 
 
 @pytest.mark.parametrize("build", [tiny_llama, tiny_qwen3])
 def test_whole_modules_are_trained_in_fp32_and_work_with_and_without_autocast(build):
-    model = apply_lora(build().to(torch.bfloat16), LoraConfig(modules_to_save=["embed_tokens", "lm_head"]))
+    model = apply_lora(
+        build().to(torch.bfloat16), LoraConfig(modules_to_save=["embed_tokens", "lm_head"])
+    )
     whole = [p for name, p in model.named_parameters() if "modules_to_save" in name]
     assert {p.dtype for p in whole} == {torch.float32}
     plain = loss(model)
@@ -155,12 +167,14 @@ def test_whole_modules_are_trained_in_fp32_and_work_with_and_without_autocast(bu
 
 
 def test_layers_and_exclusions_are_honoured():
-    config = LoraConfig(target_modules=["q_proj", "v_proj"], layers_to_transform=[1], exclude_modules=["v_proj"])
+    config = LoraConfig(
+        target_modules=["q_proj", "v_proj"], layers_to_transform=[1], exclude_modules=["v_proj"]
+    )
     names = trained(apply_lora(tiny_llama(), config)).keys()
     assert len(names) == 2 and all("layers.1.self_attn.q_proj" in name for name in names)
 
 
-# ------------------------------------------------------------------------------------------------------------ state
+# ------------------------------------------------------------------ state
 
 
 def test_a_state_that_does_not_fit_is_refused():
@@ -172,7 +186,7 @@ def test_a_state_that_does_not_fit_is_refused():
         check_fits(apply_lora(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"])), state)
 
 
-# ------------------------------------------------------------------------------------------------------------ merge
+# ------------------------------------------------------------------ merge
 
 VARIANTS = [
     dict(),
@@ -197,7 +211,9 @@ def test_merged_equals_unmerged(build, variant):
     assert tied == merged.config.tie_word_embeddings == (build is tiny_qwen3)
 
 
-@pytest.mark.parametrize("variant", [dict(), dict(use_dora=True), dict(modules_to_save=["lm_head"])], ids=str)
+@pytest.mark.parametrize(
+    "variant", [dict(), dict(use_dora=True), dict(modules_to_save=["lm_head"])], ids=str
+)
 def test_merging_into_bf16_rounds_once_and_keeps_the_dtype(variant):
     model = shake(apply_lora(tiny_llama().to(torch.bfloat16), LoraConfig(**variant)))
     layer = model.get_base_model().model.layers[0].mlp.up_proj
@@ -214,7 +230,9 @@ def test_a_merge_that_changes_the_answers_is_refused(monkeypatch):
     from peft.tuners.lora.layer import Linear
 
     model = shake(apply_lora(tiny_llama(), LoraConfig()))
-    monkeypatch.setattr(Linear, "get_delta_weight", lambda self, adapter: torch.zeros_like(self.weight))
+    monkeypatch.setattr(
+        Linear, "get_delta_weight", lambda self, adapter: torch.zeros_like(self.weight)
+    )
     with pytest.raises(UserError, match="merging changes the logits"):
         merge(model, probe_ids=IDS)
 
@@ -227,7 +245,7 @@ def test_a_merge_is_compared_with_what_was_trained():
         merge(model, probe_ids=IDS, trained=2 * trained)
 
 
-# -------------------------------------------------------------------------------------------------------- directory
+# ------------------------------------------------------------------ directory
 
 
 @pytest.mark.parametrize("trainable", [False, True])
@@ -253,7 +271,7 @@ def test_an_adapter_of_another_base_is_refused(tmp_path):
         load_adapter(tiny_llama(), str(tmp_path / "absent"))
 
 
-# -------------------------------------------------------------------------------------------------------- trainable
+# ------------------------------------------------------------------ trainable
 
 
 def test_parameters_are_trained_by_name():
@@ -261,37 +279,53 @@ def test_parameters_are_trained_by_name():
     set_trainable(model, [r"layers\.1\.mlp", "norm"])
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert "model.norm.weight" in trained and "model.layers.1.mlp.up_proj.weight" in trained
-    assert not any("embed" in name or "layers.0.mlp" in name or "layers.1.self_attn" in name for name in trained)
+    assert not any(
+        "embed" in name or "layers.0.mlp" in name or "layers.1.self_attn" in name
+        for name in trained
+    )
 
 
 def test_a_tied_weight_answers_to_both_of_its_names():
     model = tiny_qwen3()
     set_trainable(model, ["lm_head"])
-    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["model.embed_tokens.weight"]
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == [
+        "model.embed_tokens.weight"
+    ]
 
 
 def test_patterns_that_match_nothing_or_do_not_compile_are_refused():
-    with pytest.raises(UserError, match="'decoder' matches no parameter; .* such as model.embed_tokens.weight"):
+    with pytest.raises(
+        UserError, match="'decoder' matches no parameter; .* such as model.embed_tokens.weight"
+    ):
         set_trainable(tiny_llama(), ["norm", "decoder"])
     with pytest.raises(UserError, match=r"model.trainable: 'layers\[' is no regular expression"):
         set_trainable(tiny_llama(), ["layers["])
 
 
-# ----------------------------------------------------------------------------------------------- patterns and tokens
+# -----------------------------------------------------------------------------------------------
+# patterns and tokens
 
 
 def test_ranks_differ_by_pattern_and_patterns_that_fit_nothing_are_refused():
-    model = apply_lora(tiny_llama(), LoraConfig(r=2, rank_pattern={"down_proj": 5, r"layers\.1\..*q_proj": 3}))
+    model = apply_lora(
+        tiny_llama(), LoraConfig(r=2, rank_pattern={"down_proj": 5, r"layers\.1\..*q_proj": 3})
+    )
     layers = model.get_base_model().model.layers
-    assert layers[0].mlp.down_proj.r["default"] == 5 and layers[0].self_attn.q_proj.r["default"] == 2
+    assert (
+        layers[0].mlp.down_proj.r["default"] == 5 and layers[0].self_attn.q_proj.r["default"] == 2
+    )
     assert layers[1].self_attn.q_proj.r["default"] == 3
     for wrong in (dict(rank_pattern={"down": 5}), dict(alpha_pattern={"lm_head": 5})):
         with pytest.raises(UserError, match="is the name of no adapted module"):
             apply_lora(tiny_llama(), LoraConfig(**wrong))
     for key in ("rank_pattern", "alpha_pattern"):
-        with pytest.raises(UserError, match=rf"model.lora.{key}: 'q_proj\(' is no regular expression: missing \)"):
+        with pytest.raises(
+            UserError, match=rf"model.lora.{key}: 'q_proj\(' is no regular expression: missing \)"
+        ):
             apply_lora(tiny_llama(), LoraConfig(**{key: {"q_proj(": 4}}))
-    with pytest.raises(UserError, match="model.lora.rank_pattern is .*; every value must be at least 1"):
+    with pytest.raises(
+        UserError, match="model.lora.rank_pattern is .*; every value must be at least 1"
+    ):
         LoraConfig(rank_pattern={"q_proj": 0})
 
 
@@ -308,14 +342,18 @@ def test_some_rows_of_embedding_and_head_are_trained(build):
     assert not chunked.own_logits
     labels = torch.roll(IDS[:1], -1, dims=1)
     output = chunked.train()(input_ids=IDS[:1], labels=labels, position_ids=torch.arange(12)[None])
-    expected = torch.nn.functional.cross_entropy(chunked.lm(IDS[:1]).logits[0].float(), labels[0], reduction="sum")
+    expected = torch.nn.functional.cross_entropy(
+        chunked.lm(IDS[:1]).logits[0].float(), labels[0], reduction="sum"
+    )
     torch.testing.assert_close(output.loss_sum, expected, rtol=2e-3, atol=0)
     output.loss_sum.backward()
     assert all(p.grad.any() for p in rows.values())
 
 
 def test_token_ids_that_do_not_exist_are_refused():
-    with pytest.raises(UserError, match="trainable_token_indices: there is no token 320, only 0 to 319"):
+    with pytest.raises(
+        UserError, match="trainable_token_indices: there is no token 320, only 0 to 319"
+    ):
         apply_lora(tiny_llama(), LoraConfig(trainable_token_indices=[3, 320]))
 
 
@@ -327,13 +365,17 @@ def test_rows_merge_and_a_matrix_that_is_trained_whole_has_none(build):
     assert merge_error(before, logits(merged)) <= 1e-5
     tied = merged.get_output_embeddings().weight is merged.get_input_embeddings().weight
     assert tied == (build is tiny_qwen3)
-    whole = apply_lora(build(), LoraConfig(modules_to_save=["embed_tokens", "lm_head"]), new_token_ids=[7])
+    whole = apply_lora(
+        build(), LoraConfig(modules_to_save=["embed_tokens", "lm_head"]), new_token_ids=[7]
+    )
     assert not any("trainable_tokens" in name for name in trained(whole))
 
 
 def test_unmerging_gives_the_base_back_within_rounding():
     model = shake(apply_lora(tiny_llama().to(torch.bfloat16), LoraConfig()))
-    base = {name: value.clone() for name, value in model.named_parameters() if not value.requires_grad}
+    base = {
+        name: value.clone() for name, value in model.named_parameters() if not value.requires_grad
+    }
     before = logits(model)
     model.merge_adapter()
     assert merge_error(before, logits(model)) < 0.05

@@ -1,5 +1,5 @@
-"""Architectures that are not a plain Llama, from `fit` to an export that is compared: windows, caps, sinks, experts,
-state spaces, a vision tower beside the text, code that comes with the model.
+"""Architectures that are not a plain Llama, from `fit` to an export that is compared: windows,
+caps, sinks, experts, state spaces, a vision tower beside the text, code that comes with the model.
 """
 
 import json
@@ -27,11 +27,23 @@ EXPERTS = {"num_experts_per_tok": 2, "head_dim": 8}
 
 
 def gemma3():
-    text = transformers.Gemma3TextConfig(**SIZES, head_dim=8, sliding_window=16, query_pre_attn_scalar=8)
-    vision = transformers.SiglipVisionConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+    text = transformers.Gemma3TextConfig(
+        **SIZES, head_dim=8, sliding_window=16, query_pre_attn_scalar=8
     )
-    tokens = {"image_token_index": 319, "boi_token_index": 318, "eoi_token_index": 317, "mm_tokens_per_image": 4}
+    vision = transformers.SiglipVisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+    )
+    tokens = {
+        "image_token_index": 319,
+        "boi_token_index": 318,
+        "eoi_token_index": 317,
+        "mm_tokens_per_image": 4,
+    }
     return transformers.Gemma3ForConditionalGeneration(
         transformers.Gemma3Config(text_config=text, vision_config=vision, **tokens)
     )
@@ -43,7 +55,9 @@ def of(name, **more):
 
 
 MODELS = {
-    "caps and windows": lambda: of("Gemma2", head_dim=8, sliding_window=16, query_pre_attn_scalar=8),
+    "caps and windows": lambda: of(
+        "Gemma2", head_dim=8, sliding_window=16, query_pre_attn_scalar=8
+    ),
     "a vision tower": gemma3,
     "windows": lambda: of("Mistral", sliding_window=16),
     "sinks": lambda: of("GptOss", num_local_experts=4, sliding_window=16, **EXPERTS),
@@ -51,7 +65,12 @@ MODELS = {
     "biases": lambda: of("Qwen2", tie_word_embeddings=True),
     "a state space": lambda: transformers.MambaForCausalLM(
         transformers.MambaConfig(
-            vocab_size=320, hidden_size=32, num_hidden_layers=2, state_size=4, bos_token_id=None, eos_token_id=0
+            vocab_size=320,
+            hidden_size=32,
+            num_hidden_layers=2,
+            state_size=4,
+            bos_token_id=None,
+            eos_token_id=0,
         )
     ),
 }
@@ -73,7 +92,12 @@ def place(tmp_path_factory):
 
 
 def trained(place, name, root, **options):
-    run("fit", arguments(*place(name), root, data__global_batch_size=4, data__questions=["abc"], **options))
+    run(
+        "fit",
+        arguments(
+            *place(name), root, data__global_batch_size=4, data__questions=["abc"], **options
+        ),
+    )
     return version(root)
 
 
@@ -86,9 +110,18 @@ def trained(place, name, root, **options):
 def test_fit_and_export(name, options, place, tmp_path):
     folder = trained(place, name, tmp_path / "runs", trainer__precision="bf16-mixed", **options)
     merge = ["--merge_lora=true"] if options else []
-    run("export", [f"--ckpt_path={folder / 'checkpoints' / 'last.ckpt'}", f"--output_dir={tmp_path / 'out'}", *merge])
+    run(
+        "export",
+        [
+            f"--ckpt_path={folder / 'checkpoints' / 'last.ckpt'}",
+            f"--output_dir={tmp_path / 'out'}",
+            *merge,
+        ],
+    )
     assert (tmp_path / "out" / "model.safetensors").is_file()
-    assert (folder / "hf" / ("adapter_model.safetensors" if options else "model.safetensors")).is_file()
+    assert (
+        folder / "hf" / ("adapter_model.safetensors" if options else "model.safetensors")
+    ).is_file()
 
 
 def test_a_doctor_for_a_state_space(place, tmp_path, capsys):
@@ -120,28 +153,35 @@ def test_a_tower_is_not_trained():
 @pytest.mark.parametrize("strategy", ["auto", pytest.param("fsdp2", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("options", [{}, LORA], ids=str)
 def test_bf16_true_casts_weights_and_nothing_else(strategy, options, tmp_path):
-    """What was trained, and what plain transformers loads, have the same rotary frequencies; adapters stay in fp32."""
+    """What was trained, and what plain transformers loads, have the same rotary frequencies;
+    adapters stay in fp32.
+    """
     model = save_tiny(tmp_path / "model", tiny_llama(max_position_embeddings=4096))
     rows = write_rows(tmp_path / "train.jsonl", chat_rows(8))
     settings = {"trainer__precision": "bf16-true", "trainer__strategy": strategy, **options}
     code = (
-        "import sys; from lit_sft.cli import main as cli; from lightning.pytorch.callbacks import Callback\n"
-        "class See(Callback):\n"
-        "    def on_train_end(self, trainer, module):\n"
-        "        print('buffers', {str(b.dtype) for b in module.buffers()})\n"
-        "        kinds = {True: set(), False: set()}\n"
-        "        for p in module.parameters(): kinds[p.requires_grad].add(str(getattr(p, '_local_tensor', p).dtype))\n"
-        "        print('trained', kinds[True], 'frozen', kinds[False])\n"
-        "make = cli.run_callbacks\n"
-        "cli.run_callbacks = lambda *args: [*make(*args), See()]\n"
-        "cli.main(sys.argv[1:])\n"
+        "import sys; from lit_sft.cli import main as cli; from lightning.pytorch.callbacks import"
+        " Callback\nclass See(Callback):\n    def on_train_end(self, trainer, module):\n       "
+        " print('buffers', {str(b.dtype) for b in module.buffers()})\n        kinds = {True: set(),"
+        " False: set()}\n        for p in module.parameters():"
+        " kinds[p.requires_grad].add(str(getattr(p, '_local_tensor', p).dtype))\n       "
+        " print('trained', kinds[True], 'frozen', kinds[False])\nmake ="
+        " cli.run_callbacks\ncli.run_callbacks = lambda *args: [*make(*args),"
+        " See()]\ncli.main(sys.argv[1:])\n"
     )
-    args = ["fit", *arguments(model, rows, tmp_path / "runs", data__global_batch_size=4, **settings)]
-    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, env=environment())
+    args = [
+        "fit",
+        *arguments(model, rows, tmp_path / "runs", data__global_batch_size=4, **settings),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *args], capture_output=True, text=True, env=environment()
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "buffers {'torch.float32'}" in done.stdout
     kinds = (
-        "trained {'torch.float32'} frozen {'torch.bfloat16'}" if options else "trained {'torch.bfloat16'} frozen set()"
+        "trained {'torch.float32'} frozen {'torch.bfloat16'}"
+        if options
+        else "trained {'torch.bfloat16'} frozen set()"
     )
     assert kinds in done.stdout, done.stdout
     assert (version(tmp_path / "runs") / "hf").is_dir()
@@ -153,13 +193,23 @@ def test_one_device_may_be_sharded(place, tmp_path):
 
 
 def test_learned_positions_end(tmp_path, capsys):
-    """A row beyond them is one line for `fit` and `doctor`; rotary positions go on, with a warning."""
-    long = {"messages": [{"role": "user", "content": "abc"}, {"role": "assistant", "content": "xyz " * 120}]}
+    """A row beyond them is one line for `fit` and `doctor`; rotary positions go on, with a
+    warning.
+    """
+    long = {
+        "messages": [
+            {"role": "user", "content": "abc"},
+            {"role": "assistant", "content": "xyz " * 120},
+        ]
+    }
     rows = write_rows(tmp_path / "train.jsonl", [*chat_rows(4), long])
     model = save_tiny(tmp_path / "gpt2", tiny_gpt2())
     args = arguments(model, rows, tmp_path / "runs", data__max_length=1024)
     line = refused(capsys, "fit", args)
-    assert "data.max_length: the longest example has" in line and "learned positions for 256 only" in line
+    assert (
+        "data.max_length: the longest example has" in line
+        and "learned positions for 256 only" in line
+    )
     with log_lines(), pytest.raises(SystemExit) as end:
         run("doctor", [*args, "--output=json"])
     assert end.value.code == 1
@@ -196,13 +246,17 @@ def test_code_that_comes_with_the_model(tmp_path):
     """Agreed to once, it may run in the comparison of the export too."""
     model = Path(save_tiny(tmp_path / "model"))
     (model / "configuration_own.py").write_text(
-        "from transformers import LlamaConfig\nclass OwnConfig(LlamaConfig):\n    model_type = 'ownllama'\n"
+        "from transformers import LlamaConfig\nclass OwnConfig(LlamaConfig):\n    model_type ="
+        " 'ownllama'\n"
     )
     (model / "modeling_own.py").write_text(
         "from transformers import LlamaForCausalLM\nfrom .configuration_own import OwnConfig\n"
         "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
     )
-    own = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    own = {
+        "AutoConfig": "configuration_own.OwnConfig",
+        "AutoModelForCausalLM": "modeling_own.OwnForCausalLM",
+    }
     config = json.loads((model / "config.json").read_text())
     config |= {"model_type": "ownllama", "architectures": ["OwnForCausalLM"], "auto_map": own}
     (model / "config.json").write_text(json.dumps(config))

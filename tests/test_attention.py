@@ -20,7 +20,9 @@ def hidden(lm, input_ids, lengths):
     position_ids = torch.cat([torch.arange(n) for n in lengths])[None]
     packed = attention_of(lm) == attention_packed.PACKED
     kwargs = pack_kwargs(lengths, input_ids.device) if packed else {}
-    return lm.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **kwargs).last_hidden_state
+    return lm.base_model(
+        input_ids=input_ids, position_ids=position_ids, use_cache=False, **kwargs
+    ).last_hidden_state
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_qwen3, tiny_gpt2])
@@ -40,7 +42,9 @@ def test_the_same_as_transformers_own_mask_for_packs():
     lm = tiny_llama()
     lengths = (6, 5, 2)
     input_ids = torch.randint(0, 320, (1, 13), generator=torch.Generator().manual_seed(0))
-    expected = hidden(lm, input_ids, lengths)  # sdpa with a block-diagonal mask from the position ids
+    expected = hidden(
+        lm, input_ids, lengths
+    )  # sdpa with a block-diagonal mask from the position ids
     attention_packed.register()
     lm.set_attn_implementation(attention_packed.PACKED)
     torch.testing.assert_close(hidden(lm, input_ids, lengths), expected, rtol=1e-5, atol=1e-5)
@@ -65,7 +69,9 @@ def test_sliding_window_is_honoured():
 
 @pytest.mark.parametrize("window", [None, 4])
 def test_gradients_are_those_of_separate_calls(window):
-    """Of the CPU's operation, by its own backward pass, in fp32; `opcheck` holds it to what torch.compile expects."""
+    """Of the CPU's operation, by its own backward pass, in fp32; `opcheck` holds it to what
+    torch.compile expects.
+    """
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, heads, 12, 8, generator=generator) for heads in (4, 2, 2))
     bounds = torch.tensor([0, 5, 6, 12], dtype=torch.int32)
@@ -85,7 +91,9 @@ def test_gradients_are_those_of_separate_calls(window):
 
 @pytest.mark.parametrize(("kv_heads", "scaling"), [(1, None), (2, 0.3), (6, None)])
 def test_gradients_in_bf16_are_as_exact_as_those_of_sdpa(kv_heads, scaling):
-    """Against fp64, for examples of no block, of one and of several: our products beside the kernel's own backward."""
+    """Against fp64, for examples of no block, of one and of several: our products beside the
+    kernel's own backward.
+    """
     generator = torch.Generator().manual_seed(0)
     lengths = (40, cpu_kernel.SHORT, cpu_kernel.BLOCK, 2 * cpu_kernel.BLOCK + 1)
     bounds = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
@@ -103,7 +111,9 @@ def test_gradients_in_bf16_are_as_exact_as_those_of_sdpa(kv_heads, scaling):
         return attention_packed._per_segment(*qkv, 0.0, bounds, scaling, None)
 
     exact = gradients(by_sdpa, torch.float64)
-    made = gradients(lambda *qkv: cpu_kernel.packed_attention_cpu(*qkv, bounds, scaling, None)[0], torch.bfloat16)
+    made = gradients(
+        lambda *qkv: cpu_kernel.packed_attention_cpu(*qkv, bounds, scaling, None)[0], torch.bfloat16
+    )
     for ours, theirs, expected in zip(made, gradients(by_sdpa, torch.bfloat16), exact, strict=True):
         for part in zip(*(x.split(lengths, dim=2) for x in (ours, theirs, expected)), strict=True):
             error, usual = ((x.double() - part[2]).norm() / part[2].norm() for x in part[:2])
@@ -111,12 +121,16 @@ def test_gradients_in_bf16_are_as_exact_as_those_of_sdpa(kv_heads, scaling):
 
 
 def test_compiled_once_for_packs_of_any_number_of_examples(monkeypatch):
-    """A tuple of lengths made code anew for each number of examples, until torch gave up compiling."""
+    """A tuple of lengths made code anew for each number of examples, until torch gave up
+    compiling.
+    """
     from torch._dynamo.testing import CompileCounterWithBackend
 
     counter = CompileCounterWithBackend("aot_eager")
     compile_module = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: compile_module(self, backend=counter, **kw))
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **kw: compile_module(self, backend=counter, **kw)
+    )
     lm = tiny_llama()
     attention_packed.register()
     lm.set_attn_implementation(attention_packed.PACKED)
@@ -134,18 +148,24 @@ def test_compiled_once_for_packs_of_any_number_of_examples(monkeypatch):
 
 
 def test_answers_leave_compiled_blocks_as_they_are(monkeypatch):
-    """They would be compiled for every length and state of the cache, until torch compiles nothing more, nor a step."""
+    """They would be compiled for every length and state of the cache, until torch compiles nothing
+    more, nor a step.
+    """
     from torch._dynamo.testing import CompileCounterWithBackend
 
     counter = CompileCounterWithBackend("eager")
     compile_module = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: compile_module(self, backend=counter, **kw))
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **kw: compile_module(self, backend=counter, **kw)
+    )
     lm = tiny_llama(num_hidden_layers=6)
     attention_packed.register()
     lm.set_attn_implementation(attention_packed.PACKED)
     parallel.apply_compile(lm)
     ids, mask = left_pad([[5, 6, 7, 8], [9, 10]], 0)
-    answers = generate(lm, ids, mask, options=GenerationOptions(max_new_tokens=6), stop_ids=[], pad_id=0)
+    answers = generate(
+        lm, ids, mask, options=GenerationOptions(max_new_tokens=6), stop_ids=[], pad_id=0
+    )
     assert counter.frame_count == 0 and all(len(answer) == 6 for answer in answers)
     hidden(lm, torch.arange(30)[None], (14, 16)).sum().backward()
     assert counter.frame_count == 1
@@ -155,11 +175,16 @@ def test_generation_goes_through_sdpa():
     lm = tiny_llama()
     input_ids = torch.tensor([[0, 0, 5, 6], [7, 8, 9, 10]])
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
-    expected = lm.generate(input_ids, attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    expected = lm.generate(
+        input_ids, attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0
+    )
     attention_packed.register()
     lm.set_attn_implementation(attention_packed.PACKED)
     assert torch.equal(
-        lm.generate(input_ids, attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0), expected
+        lm.generate(
+            input_ids, attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0
+        ),
+        expected,
     )
 
 
@@ -168,7 +193,9 @@ def test_a_state_space_model_is_found_out():
 
     torch.manual_seed(0)
     lm = MambaForCausalLM(
-        MambaConfig(vocab_size=320, hidden_size=16, num_hidden_layers=2, state_size=4, initializer_range=0.5)
+        MambaConfig(
+            vocab_size=320, hidden_size=16, num_hidden_layers=2, state_size=4, initializer_range=0.5
+        )
     )
     assert not self_check.packs_are_exact(lm)
 
@@ -181,7 +208,8 @@ def test_choose():
     assert attention_packed.choose(Gemma2Config(), "auto") == "eager"  # its scores are soft-capped
 
 
-# ---------------------------------------------------------------------- what packed attention cannot do is found out
+# ---------------------------------------------------------------------- what packed attention
+# cannot do is found out
 
 SIZES = dict(
     vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -193,7 +221,10 @@ LOST = {
     "Mistral": ({"sliding_window": 4}, None),
     "Gemma2": ({"sliding_window": 4, "attn_logit_softcapping": 5.0}, "scores"),
     "GptOss": ({"num_local_experts": 2, "num_experts_per_tok": 1}, "scores"),  # sinks
-    "Phimoe": ({"sliding_window": 4, "num_local_experts": 2, "num_experts_per_tok": 1}, "a window of 4 tokens"),
+    "Phimoe": (
+        {"sliding_window": 4, "num_local_experts": 2, "num_experts_per_tok": 1},
+        "a window of 4 tokens",
+    ),
     "Mpt": ({"d_model": 32, "n_heads": 4, "n_layers": 2}, "mask of its own"),
     "Bloom": ({"n_head": 4, "n_layer": 2}, "mask of its own"),
 }
@@ -216,7 +247,9 @@ def test_what_is_lost(name):
     assert lost is None if expected is None else expected in lost
 
 
-@pytest.mark.parametrize("name", [name for name in LOST if name != "Gemma2"])  # `choose` knows its caps
+@pytest.mark.parametrize(
+    "name", [name for name in LOST if name != "Gemma2"]
+)  # `choose` knows its caps
 def test_what_is_lost_in_bf16(name):
     sizes, expected = LOST[name]
     attention_packed.register()
@@ -225,7 +258,9 @@ def test_what_is_lost_in_bf16(name):
 
 
 def test_rounding_in_bf16_is_no_loss():
-    """It grows from layer to layer: the frozen base of every adapted model had been trained with `eager` for it."""
+    """It grows from layer to layer: the frozen base of every adapted model had been trained with
+    `eager` for it.
+    """
     attention_packed.register()
     lm = small("Llama", attention_packed.PACKED, num_hidden_layers=30, hidden_size=64).bfloat16()
     with log_lines() as lines:
@@ -243,7 +278,9 @@ def test_a_model_that_stumbles_is_one_of_them(monkeypatch):
 
 @pytest.mark.parametrize("name", [name for name in LOST if LOST[name][1]])
 def test_such_a_model_falls_back_aloud_and_is_exact(name):
-    """A row of three examples, two of them longer than the window, beside each alone in the model as it is."""
+    """A row of three examples, two of them longer than the window, beside each alone in the model
+    as it is.
+    """
     sizes, expected = LOST[name]
     attention_packed.register()
     lm, lengths = small(name, attention_packed.PACKED, **sizes), (9, 3, 6)
@@ -258,13 +295,17 @@ def test_such_a_model_falls_back_aloud_and_is_exact(name):
     ours = model.eval()(input_ids, labels, position_ids, lengths).loss_sum
     own = small(name, **sizes)
     alone = [
-        torch.nn.functional.cross_entropy(own(input_ids=ids, use_cache=False).logits[0], aims[0], reduction="sum")
+        torch.nn.functional.cross_entropy(
+            own(input_ids=ids, use_cache=False).logits[0], aims[0], reduction="sum"
+        )
         for ids, aims in zip(input_ids.split(lengths, 1), labels.split(lengths, 1), strict=True)
     ]
     torch.testing.assert_close(ours, sum(alone), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("name", "attention"), [("Llama", attention_packed.PACKED), ("Gemma2", "eager")])
+@pytest.mark.parametrize(
+    ("name", "attention"), [("Llama", attention_packed.PACKED), ("Gemma2", "eager")]
+)
 def test_probing_changes_nothing_until_what_it_found_is_applied(name, attention):
     """Here, or on another rank that gets the record."""
 
@@ -272,9 +313,13 @@ def test_probing_changes_nothing_until_what_it_found_is_applied(name, attention)
         return [name for name, module in lm.named_modules() if "forward" in vars(module)]
 
     attention_packed.register()
-    model, other = (CausalLMLoss(small(name, attention_packed.PACKED, **LOST[name][0])) for _ in range(2))
+    model, other = (
+        CausalLMLoss(small(name, attention_packed.PACKED, **LOST[name][0])) for _ in range(2)
+    )
     paths = pickle.loads(pickle.dumps(probe(model)))
-    assert model.lm.config._attn_implementation == attention_packed.PACKED and replaced(model.lm) == []
+    assert (
+        model.lm.config._attn_implementation == attention_packed.PACKED and replaced(model.lm) == []
+    )
     apply_fast_paths(other, paths)
     assert other.lm.config._attn_implementation == attention
     assert other.separate_rows == (attention == "eager")
@@ -285,20 +330,28 @@ def test_a_model_that_sees_what_follows_is_refused():
     """Of its own loss, the mean over tokens it could read, nothing would tell."""
     from transformers import BertConfig, BertLMHeadModel
 
-    sizes = {key: SIZES[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")}
+    sizes = {
+        key: SIZES[key]
+        for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+    }
     attention_packed.register()
     for is_decoder in (True, False):
         config = BertConfig(**sizes, intermediate_size=64, is_decoder=is_decoder)
         lm = BertLMHeadModel._from_config(config, attn_implementation=attention_packed.PACKED)
         assert self_check.is_causal(lm) or not is_decoder
-    with pytest.raises(UserError, match="BertLMHeadModel lets tokens see those that follow.*is_decoder"):
+    with pytest.raises(
+        UserError, match="BertLMHeadModel lets tokens see those that follow.*is_decoder"
+    ):
         probe(CausalLMLoss(lm))
 
 
-# ---------------------------------------------------------------------- the kernel of GPUs, with a stand-in for it
+# ---------------------------------------------------------------------- the kernel of GPUs, with a
+# stand-in for it
 
 
-def reference(query, key, value, bounds, _, longest, __, *, scale=None, window_size=(-1, -1), enable_gqa=False):
+def reference(
+    query, key, value, bounds, _, longest, __, *, scale=None, window_size=(-1, -1), enable_gqa=False
+):
     """`varlen_attn` as torch documents it, in plain torch: [T, H, K] -> [T, H, K]."""
     assert enable_gqa == (query.shape[1] != key.shape[1])
     assert bounds.dtype == torch.int32 and longest == int(bounds.diff().max())
@@ -310,7 +363,9 @@ def reference(query, key, value, bounds, _, longest, __, *, scale=None, window_s
         distance = torch.arange(end - start)[:, None] - torch.arange(end - start)
         seen = (distance >= -right) & ((distance <= left) if left >= 0 else True)
         scores = (q @ k.mT).float() * (scale or q.shape[-1] ** -0.5)
-        outs.append((scores.masked_fill(~seen, float("-inf")).softmax(-1).to(v.dtype) @ v).transpose(0, 1))
+        outs.append(
+            (scores.masked_fill(~seen, float("-inf")).softmax(-1).to(v.dtype) @ v).transpose(0, 1)
+        )
     return torch.cat(outs)
 
 
@@ -318,7 +373,16 @@ def without_groups(query, key, value, bounds, _, longest, __, *, scale=None, win
     """As an older torch has it, which sees by itself that heads share keys."""
     grouped = query.shape[1] != key.shape[1]
     return reference(
-        query, key, value, bounds, _, longest, __, scale=scale, window_size=window_size, enable_gqa=grouped
+        query,
+        key,
+        value,
+        bounds,
+        _,
+        longest,
+        __,
+        scale=scale,
+        window_size=window_size,
+        enable_gqa=grouped,
     )
 
 
@@ -337,20 +401,28 @@ def test_the_flash_kernel_gets_lengths_window_and_groups(varlen, window, monkeyp
 
 
 def test_mixed_precision_reaches_the_flash_kernel(monkeypatch, caplog):
-    """Rotary embeddings lift query and key to fp32 under autocast, which must not keep the kernel away."""
+    """Rotary embeddings lift query and key to fp32 under autocast, which must not keep the kernel
+    away.
+    """
     caplog.set_level("INFO", "lit_sft")
     lm, seen = tiny_qwen3().train(), []
     attention_packed.register()
     lm.set_attn_implementation(attention_packed.PACKED)
-    monkeypatch.setattr(attention_packed, "flash_takes", lambda query, value: query.dtype == torch.bfloat16)
     monkeypatch.setattr(
-        attention_packed, "_varlen", lambda q, k, v, *_: seen.append((q.dtype, k.dtype)) or q.transpose(1, 2)
+        attention_packed, "flash_takes", lambda query, value: query.dtype == torch.bfloat16
+    )
+    monkeypatch.setattr(
+        attention_packed,
+        "_varlen",
+        lambda q, k, v, *_: seen.append((q.dtype, k.dtype)) or q.transpose(1, 2),
     )
     attention_packed._tell.cache_clear()
     with log_lines() as lines, torch.autocast("cpu", torch.bfloat16):
         hidden(lm, torch.arange(3, 10)[None], (3, 4))
     assert seen == [(torch.bfloat16, torch.bfloat16)] * 2
-    assert lines == ["packed attention: torch's variable-length flash kernel (cpu, bfloat16, head size 16)"]
+    assert lines == [
+        "packed attention: torch's variable-length flash kernel (cpu, bfloat16, head size 16)"
+    ]
 
 
 def test_flash_takes_nothing_on_a_cpu():

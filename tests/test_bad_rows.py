@@ -1,4 +1,6 @@
-"""The catalogue of what is wrong with rows, files and settings: each is one line that says what and how to mend it."""
+"""The catalogue of what is wrong with rows, files and settings: each is one line that says what and
+how to mend it.
+"""
 
 import gzip
 import json
@@ -49,56 +51,134 @@ def pair(completion):
 
 
 ROWS = {
-    "no column": (("messages", {"prompt": "x"}), "`messages` is missing", "prompt", "data.column_mapping"),
+    "no column": (
+        ("messages", {"prompt": "x"}),
+        "`messages` is missing",
+        "prompt",
+        "data.column_mapping",
+    ),
     "null column": (("messages", {"messages": None}), "`messages` is missing or null"),
     "messages a number": (("messages", {"messages": 3}), "`messages` is an int, expected a list"),
     "messages broken JSON": (("messages", {"messages": "[{"}), "`messages`", "not JSON", "a list"),
     "messages too deep": (("messages", {"messages": "[" * 100_000}), "`messages`", "not JSON"),
-    "messages by column": (("messages", {"messages": {"role": ["user"]}}), "`messages` is a dict, expected a list"),
+    "messages by column": (
+        ("messages", {"messages": {"role": ["user"]}}),
+        "`messages` is a dict, expected a list",
+    ),
     "no turns": (chat(), "no turns", "remove the row"),
     "turn a list": (chat(["user", "hi"]), "`messages[0]` is a list of str, expected an object"),
     "no role": (chat({"content": "hi"}), "`messages[0].role` is missing", "content"),
-    "unknown role": (asks("x", role="usr"), "`messages[0].role` is 'usr'", "system, developer, user, assistant, tool"),
+    "unknown role": (
+        asks("x", role="usr"),
+        "`messages[0].role` is 'usr'",
+        "system, developer, user, assistant, tool",
+    ),
     "role a list": (asks("x", role=["user"]), "`messages[0].role` is ['user']", "expected one of"),
     "null content": (says(None), "`messages[1].content` is missing or null"),
-    "content a list of int": (says([1]), "`messages[1].content` is a list of int, expected a string"),
+    "content a list of int": (
+        says([1]),
+        "`messages[1].content` is a list of int, expected a string",
+    ),
     "content a float": (says(0.5), "`messages[1].content` is a float"),
     "nested lists": (says([[["a"]]]), "`messages[1].content` is a list of list"),
-    "an image": (asks([{"type": "image_url"}]), "`messages[0].content[0].type` is 'image_url'", "only text", "remove"),
+    "an image": (
+        asks([{"type": "image_url"}]),
+        "`messages[0].content[0].type` is 'image_url'",
+        "only text",
+        "remove",
+    ),
     "text part without text": (asks([{"type": "text"}]), "`messages[0].content[0].text` is null"),
     "name a number": (asks("hi", name=3), "`messages[0].name` is an int"),
-    "reasoning a list": (says("x", thinking=[3]), "`messages[1].thinking` is a list of int, expected a string"),
-    "two thoughts": (says("x", thinking="a", reasoning="b"), "`messages[1]` has different", "reasoning, thinking"),
-    "old call": (says(None, function_call={"name": "f"}), "`messages[1].function_call`", "old form", "`tool_calls`"),
-    "old call beside text": (says("x", function_call={"name": "f"}), "`messages[1].function_call`", "`tool_calls`"),
+    "reasoning a list": (
+        says("x", thinking=[3]),
+        "`messages[1].thinking` is a list of int, expected a string",
+    ),
+    "two thoughts": (
+        says("x", thinking="a", reasoning="b"),
+        "`messages[1]` has different",
+        "reasoning, thinking",
+    ),
+    "old call": (
+        says(None, function_call={"name": "f"}),
+        "`messages[1].function_call`",
+        "old form",
+        "`tool_calls`",
+    ),
+    "old call beside text": (
+        says("x", function_call={"name": "f"}),
+        "`messages[1].function_call`",
+        "`tool_calls`",
+    ),
     "weight of a half": (says("x", weight=0.5), "`messages[1]`", "weight 0.5", "0 or 1"),
     "weight a word": (says("x", train="yes"), "'yes'", "0 or 1"),
     "weight of a user": (asks("x", weight=1), "`messages[0]` (user)", "only in assistant"),
     "blank answer": (says(" \n"), "assistant turn `messages[1]` is blank"),
     "blank question": (asks(""), "user turn `messages[0]` is blank"),
-    "only system": (chat({"role": "system", "content": "x"}), "only a system turn", "remove the row"),
+    "only system": (
+        chat({"role": "system", "content": "x"}),
+        "only a system turn",
+        "remove the row",
+    ),
     "no answer": (chat(USER), "a row without an answer", "data.column_mapping"),
-    "answer first": (chat(ANSWER, USER), "`messages[0]` has the role assistant", "user turn must come first"),
+    "answer first": (
+        chat(ANSWER, USER),
+        "`messages[0]` has the role assistant",
+        "user turn must come first",
+    ),
     "surrogate": (says("a\ud83d"), "`messages[1]`", "surrogate '\\ud83d'", "remove it"),
     "surrogate in tools": (chat(USER, ANSWER, tools=[{"name": "\ud800"}]), "`tools`", "surrogate"),
-    "calls of a user": (asks("x", tool_calls=[{"name": "f"}]), "`messages[0].tool_calls`", "only the assistant"),
+    "calls of a user": (
+        asks("x", tool_calls=[{"name": "f"}]),
+        "`messages[0].tool_calls`",
+        "only the assistant",
+    ),
     "call without name": (calls(function={"arguments": "{}"}), "tool_calls[0].name` is missing"),
     "arguments no JSON": (calls(name="f", arguments="a=1"), "tool_calls[0].arguments", "not JSON"),
-    "arguments a list": (calls(name="f", arguments="[1]"), "arguments` is a list of int, expected an object"),
+    "arguments a list": (
+        calls(name="f", arguments="[1]"),
+        "arguments` is a list of int, expected an object",
+    ),
     "tools a word": (chat(USER, ANSWER, tools="calculator"), "`tools`", "not JSON"),
     "tools of words": (chat(USER, ANSWER, tools=["add"]), "`tools[0]`", "an object"),
-    "unknown speaker": (share({"from": "alien", "value": "x"}), "`conversations[0].from` is 'alien'", "human"),
+    "unknown speaker": (
+        share({"from": "alien", "value": "x"}),
+        "`conversations[0].from` is 'alien'",
+        "human",
+    ),
     "no speaker": (share({"value": "x"}), "`conversations[0].from` is missing"),
-    "value a number": (share(HUMAN, {"from": "gpt", "value": 42}), "`conversations[1].value` is an int"),
-    "gpt first": (share(GPT, HUMAN, GPT), "`conversations[0]` has the role assistant", "remove that turn"),
-    "call no JSON": (share(HUMAN, {"from": "function_call", "value": "f(1)"}), "`conversations[1].tool_calls`", "JSON"),
-    "two systems": (share({"from": "system", "value": "a"}, HUMAN, GPT, system="b"), "both system prompts", "keep one"),
+    "value a number": (
+        share(HUMAN, {"from": "gpt", "value": 42}),
+        "`conversations[1].value` is an int",
+    ),
+    "gpt first": (
+        share(GPT, HUMAN, GPT),
+        "`conversations[0]` has the role assistant",
+        "remove that turn",
+    ),
+    "call no JSON": (
+        share(HUMAN, {"from": "function_call", "value": "f(1)"}),
+        "`conversations[1].tool_calls`",
+        "JSON",
+    ),
+    "two systems": (
+        share({"from": "system", "value": "a"}, HUMAN, GPT, system="b"),
+        "both system prompts",
+        "keep one",
+    ),
     "system a number": (share(HUMAN, GPT, system=3), "`system` is an int"),
-    "no output": (alpaca(output=None, response="y"), "a row without an answer", "data.column_mapping"),
+    "no output": (
+        alpaca(output=None, response="y"),
+        "a row without an answer",
+        "data.column_mapping",
+    ),
     "no instruction": (alpaca(instruction=None), "`instruction` is missing or null", "output"),
     "output a number": (alpaca(output=42), "`output` is an int, expected a string"),
     "input a bool": (alpaca(input=True), "`input` is a bool"),
-    "history of three": (alpaca(history=[["a", "b", "c"]]), "`history[0]`", "pair [question, answer]"),
+    "history of three": (
+        alpaca(history=[["a", "b", "c"]]),
+        "`history[0]`",
+        "pair [question, answer]",
+    ),
     "history with null": (alpaca(history=[["a", None]]), "`history[0][1]` is null"),
     "completion a number": (pair(4), "`completion` is an int, expected a string"),
     "completion asks": (pair([USER, ANSWER]), "`completion`", "move them to `prompt`"),
@@ -142,16 +222,32 @@ def test_rows(name):
 
 
 TEMPLATES = {
-    "two users in a row": ("gemma", chat(USER, USER, ANSWER), ["roles must alternate", "merge neighbouring turns"]),
+    "two users in a row": (
+        "gemma",
+        chat(USER, USER, ANSWER),
+        ["roles must alternate", "merge neighbouring turns"],
+    ),
     "system refused": (
         "gemma",
         chat({"role": "system", "content": "x"}, USER, ANSWER),
         ["System", "remove"],
     ),
-    "answer stops early": ("chatml", says("a <|im_end|> b"), ["turn 2", "'<|im_end|>' before its end", "remove it"]),
-    "call not written": ("chatml", calls(name="add", arguments="{}"), ["turn 2", "'add'", "data.chat_template"]),
+    "answer stops early": (
+        "chatml",
+        says("a <|im_end|> b"),
+        ["turn 2", "'<|im_end|>' before its end", "remove it"],
+    ),
+    "call not written": (
+        "chatml",
+        calls(name="add", arguments="{}"),
+        ["turn 2", "'add'", "data.chat_template"],
+    ),
     "turn left open": ("glm-4", chat(USER, ANSWER), ["turn 2", "open", "data.chat_template"]),
-    "no reasoning": ("deepseek-r1", chat(USER, ANSWER), ["turn 2", "no reasoning", "reasoning_content"]),
+    "no reasoning": (
+        "deepseek-r1",
+        chat(USER, ANSWER),
+        ["turn 2", "no reasoning", "reasoning_content"],
+    ),
     "length": ("chatml", asks("word " * 200), ["data.max_length 128", "data.overlong"]),
     "ten megabytes": ("chatml", asks("ab " * 3_500_000), ["data.max_length 128", "data.overlong"]),
 }
@@ -175,14 +271,20 @@ GOOD = {
 
 @pytest.mark.parametrize("name", ROWS)
 def test_rows_in_a_file(name, tmp_path):
-    """One line that names file and line; with `skip` it is counted, and the rows around it are kept."""
+    """One line that names file and line; with `skip` it is counted, and the rows around it are
+    kept.
+    """
     (format, row), *words = ROWS[name]
-    rows = open_rows(write_rows(tmp_path / "a.jsonl", [GOOD[format], row, GOOD[format]], ensure_ascii=True))
+    rows = open_rows(
+        write_rows(tmp_path / "a.jsonl", [GOOD[format], row, GOOD[format]], ensure_ascii=True)
+    )
     with pytest.raises(UserError) as caught:
         preparation_of("chatml", format).examples(rows, Counts())
     one_line(caught, ["a.jsonl line 2: ", *words])
     counts = Counts()
-    assert [e.row for e in preparation_of("chatml", format, on_bad_row="skip").examples(rows, counts)] == [0, 2]
+    assert [
+        e.row for e in preparation_of("chatml", format, on_bad_row="skip").examples(rows, counts)
+    ] == [0, 2]
     assert (counts.rows_read, counts.rows_kept, sum(counts.dropped.values())) == (3, 2, 1)
 
 
@@ -194,7 +296,10 @@ def test_rows_that_a_template_does_not_take(family, row, words, tmp_path):
         preparation_of(family, format).examples(rows, Counts())
     one_line(caught, ["a.jsonl line 1: ", *words])
     counts = Counts()
-    assert preparation_of(family, format, on_bad_row="skip", overlong="drop").examples(rows, counts) == []
+    assert (
+        preparation_of(family, format, on_bad_row="skip", overlong="drop").examples(rows, counts)
+        == []
+    )
     assert sum(counts.dropped.values()) == counts.rows_read == 1
 
 
@@ -206,7 +311,8 @@ def test_settings_of_formats(row, settings, words):
 
 
 @pytest.mark.parametrize(
-    "rows", [[], [{"question": "a", "answer": "b"}], [{"prompt": None}], [{"a\nb": "x", "c" * 999: "y"}]]
+    "rows",
+    [[], [{"question": "a", "answer": "b"}], [{"prompt": None}], [{"a\nb": "x", "c" * 999: "y"}]],
 )
 def test_no_format_fits(rows):
     with pytest.raises(UserError) as caught:
@@ -273,7 +379,11 @@ def test_lines_fail_one_by_one(line, words, tmp_path):
         rows[1]
     one_line(caught, words)
     assert rows.where(1).endswith("a.jsonl line 3")
-    assert rows[0] == rows[2] == PAIR and rows.head(9) == [PAIR, PAIR] and rows.columns() == ["prompt", "completion"]
+    assert (
+        rows[0] == rows[2] == PAIR
+        and rows.head(9) == [PAIR, PAIR]
+        and rows.columns() == ["prompt", "completion"]
+    )
 
 
 def test_an_unreadable_file(tmp_path, monkeypatch):
@@ -312,7 +422,13 @@ SPECS = {
 
 @pytest.mark.parametrize(("spec", "words"), SPECS.values(), ids=SPECS)
 def test_specs(spec, words, tmp_path):
-    for name in ("a.jsonl", "split/dev.jsonl", "half/train.jsonl", "half/more.jsonl", "mixed/a.jsonl"):
+    for name in (
+        "a.jsonl",
+        "split/dev.jsonl",
+        "half/train.jsonl",
+        "half/more.jsonl",
+        "mixed/a.jsonl",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(LINE + b"\n" + LINE)
     (tmp_path / "mixed/b.jsonl").write_text('{"text": "x"}')

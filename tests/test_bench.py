@@ -14,7 +14,9 @@ GPU = SCRIPTS / "bench" / "gpu.py"
 
 
 def bench(*args, script=GPU):
-    return subprocess.run([sys.executable, script, *args], capture_output=True, text=True, env=environment())
+    return subprocess.run(
+        [sys.executable, script, *args], capture_output=True, text=True, env=environment()
+    )
 
 
 def report(done):
@@ -24,7 +26,9 @@ def report(done):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("bench") / "model", tiny_llama(max_position_embeddings=4096))
+    return save_tiny(
+        tmp_path_factory.mktemp("bench") / "model", tiny_llama(max_position_embeddings=4096)
+    )
 
 
 @pytest.mark.slow
@@ -34,7 +38,11 @@ def test_a_step_taken_apart_and_tuned(model, tmp_path):
     step = report(bench(*settings, script=SCRIPTS / "bench" / "step.py"))
     assert step["tokens_per_second"] > 0 and 0 < step["mfu"] < 1 and step["peak_gb"] > 0
     tuned = report(bench("--memory_gb=50", "--largest=2", *settings, script=SCRIPTS / "tune.py"))
-    assert set(tuned["best"]) == {"data.micro_batch_size", "model.gradient_checkpointing", "model.compile"}
+    assert set(tuned["best"]) == {
+        "data.micro_batch_size",
+        "model.gradient_checkpointing",
+        "model.compile",
+    }
     assert tuned["candidates"] >= 3
     nothing = bench("--memory_gb=0.001", "--largest=1", *settings, script=SCRIPTS / "tune.py")
     assert nothing.returncode == 1 and "error: nothing fits in 0.001 GB" in nothing.stderr
@@ -42,7 +50,15 @@ def test_a_step_taken_apart_and_tuned(model, tmp_path):
 
 @pytest.mark.slow
 def test_growth(model):
-    grown = report(bench("--model", model, "--longest=512", "--most_rows=1000", script=SCRIPTS / "bench" / "scale.py"))
+    grown = report(
+        bench(
+            "--model",
+            model,
+            "--longest=512",
+            "--most_rows=1000",
+            script=SCRIPTS / "bench" / "scale.py",
+        )
+    )
     assert list(grown) == ["packs", "rows", "ranks"] and list(grown["packs"]) == ["512"]
     assert list(grown["ranks"]) == ["1 auto", "2 ddp", "2 fsdp2"]
     assert all(result["tokens_per_second"] > 0 for result in grown["ranks"].values())
@@ -51,7 +67,16 @@ def test_growth(model):
 @pytest.mark.slow
 def test_start(model, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", chat_rows(6))
-    found = report(bench("--model", model, "--data", rows, "--repetitions=1", script=SCRIPTS / "bench" / "start.py"))
+    found = report(
+        bench(
+            "--model",
+            model,
+            "--data",
+            rows,
+            "--repetitions=1",
+            script=SCRIPTS / "bench" / "start.py",
+        )
+    )
     assert 0 < found["load_seconds"] < 60 and 0 < found["first_step_seconds"] < 60
     assert 0.5 < found["help_ratio"] < 2 and 0.5 < found["print_config_ratio"] < 2
 
@@ -72,7 +97,11 @@ def test_smoke():
     assert full["lit_sft_targets"] / full["lit_sft_tokens"] == pytest.approx(0.6, abs=0.01)
     for case in (full, lora):
         assert case["lit_sft_steps"] == 2 and case["lit_sft_attention"] == "lit_sft_packed"
-        assert 0 < case["lit_sft_mfu"] < 1 and case["lit_sft_peak_gb"] > 0 and case["lit_sft_expected_gb"] > 0
+        assert (
+            0 < case["lit_sft_mfu"] < 1
+            and case["lit_sft_peak_gb"] > 0
+            and case["lit_sft_expected_gb"] > 0
+        )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -87,7 +116,13 @@ def test_goals():
     import gpu
 
     def side(speed, peak, **more):
-        return {"tokens_per_second": speed, "peak_gb": peak, "device": "NVIDIA H100 80GB HBM3", "mfu": 0.5, **more}
+        return {
+            "tokens_per_second": speed,
+            "peak_gb": peak,
+            "device": "NVIDIA H100 80GB HBM3",
+            "mfu": 0.5,
+            **more,
+        }
 
     found = gpu.report({
         "0.6b-full": {"lit_sft": side(130, 10, expected_gb=11), "trl": side(100, 10)},
@@ -95,4 +130,7 @@ def test_goals():
         "8b-full": {"lit_sft": {"left_out": "too large"}},
     })  # fmt: skip
     assert list(found["goals"].values()) == [True, False, False, False, True]
-    assert found["cases"]["0.6b-full"]["memory_ratio"] == 1 and found["cases"]["8b-lora"]["estimate_ratio"] == 0.75
+    assert (
+        found["cases"]["0.6b-full"]["memory_ratio"] == 1
+        and found["cases"]["8b-lora"]["estimate_ratio"] == 0.75
+    )

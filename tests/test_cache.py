@@ -5,7 +5,11 @@ import pytest
 from lit_sft.data.cache import ExampleCache, cache_key, to_block, write_cache
 from lit_sft.types import Example
 
-EXAMPLES = [Example([1, 2, 3], [0, 1, 1], row=4), Example([9], [1], row=5, part=1), Example([7, 8], [0, 1], row=6)]
+EXAMPLES = [
+    Example([1, 2, 3], [0, 1, 1], row=4),
+    Example([9], [1], row=5, part=1),
+    Example([7, 8], [0, 1], row=6),
+]
 
 
 def blocks():
@@ -13,7 +17,10 @@ def blocks():
 
 
 def read(cache):
-    return [(ids.tolist(), mask.tolist(), row) for ids, mask, row in (cache[i] for i in range(len(cache)))]
+    return [
+        (ids.tolist(), mask.tolist(), row)
+        for ids, mask, row in (cache[i] for i in range(len(cache)))
+    ]
 
 
 def test_what_is_written_is_read(tmp_path):

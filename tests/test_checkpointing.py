@@ -1,4 +1,6 @@
-"""checkpointing/: files and directories of parts, written at once or in the background, whole or not there."""
+"""checkpointing/: files and directories of parts, written at once or in the background, whole or
+not there.
+"""
 
 import json
 import os
@@ -29,7 +31,9 @@ def sharded(path):
     files.clear(path, is_folder=True)
     files.write({"state_dict/w": ([0, 0], WHOLE[:4].clone())}, folder / files.PART.format(0))
     files.write({"state_dict/w": ([4, 0], WHOLE[4:].clone())}, folder / files.PART.format(1))
-    files.write({"state_dict": {"w": torch.empty(7, 5, device="meta")}, "step": 3}, folder / files.STATE)
+    files.write(
+        {"state_dict": {"w": torch.empty(7, 5, device="meta")}, "step": 3}, folder / files.STATE
+    )
     files.put_in_place(path)
     return path
 
@@ -38,7 +42,7 @@ def place(tmp_path, step=1, version=0):
     return files.path_of(tmp_path / f"version_{version}", step)
 
 
-# ---------------------------------------------------------------------------------------------------- shards
+# ------------------------------------------------------------------ shards
 
 
 def test_a_directory_is_read_as_one(tmp_path):
@@ -62,14 +66,19 @@ def test_tied_weights_are_copied_once():
     tied = torch.ones(3)
     copy_once = checkpoint_sharded.HostCopy()
     first = copy_once({"a": tied, "b": tied.detach(), "c": [1, None]})
-    assert first["a"].data_ptr() == first["b"].data_ptr() != tied.data_ptr() and first["c"] == [1, None]
+    assert first["a"].data_ptr() == first["b"].data_ptr() != tied.data_ptr() and first["c"] == [
+        1,
+        None,
+    ]
     address = first["a"].data_ptr()
     tied += 1
     second = copy_once({"a": tied, "b": tied, "c": [2, None]})
-    assert second["a"].data_ptr() == address and torch.equal(second["a"], tied), "memory is used again"
+    assert second["a"].data_ptr() == address and torch.equal(second["a"], tied), (
+        "memory is used again"
+    )
 
 
-# ---------------------------------------------------------------------------------------------------- intact or not
+# ------------------------------------------------------------------ intact or not
 
 
 def damage(path, kind):
@@ -117,14 +126,18 @@ def test_a_part_that_runs_code_is_refused(tmp_path):
         read_checkpoint(path)
 
 
-# ---------------------------------------------------------------------------------------------------- saving
+# ------------------------------------------------------------------ saving
 
 
 def test_a_resumed_run_looks_at_its_own_clock(monkeypatch):
-    """Steps of earlier starts took none of its time: it would not look again for thousands of steps."""
+    """Steps of earlier starts took none of its time: it would not look again for thousands of
+    steps.
+    """
     now = 100.0
     monkeypatch.setattr("time.monotonic", lambda: now)
-    trainer = SimpleNamespace(global_step=1500, world_size=1, checkpoint_callbacks=[], ckpt_path=None)
+    trainer = SimpleNamespace(
+        global_step=1500, world_size=1, checkpoint_callbacks=[], ckpt_path=None
+    )
     checkpointer, late = Checkpointer(CheckpointOptions(), CheckpointFiles()), []
     checkpointer.on_train_start(trainer, None)
     for _ in range(20):
@@ -172,11 +185,15 @@ def test_the_newest_stays_the_newest_when_the_clock_is_turned_back(tmp_path):
 def test_the_last_of_a_copied_run_is_the_one_that_its_link_names(tmp_path):
     writer = CheckpointFiles()
     for step in (1, 2, 3):
-        writer.save_checkpoint({"step": step}, place(tmp_path, step), KeepPolicy(False, keep_last=3))
+        writer.save_checkpoint(
+            {"step": step}, place(tmp_path, step), KeepPolicy(False, keep_last=3)
+        )
     for step, age in ((3, 9), (1, 5), (2, 1)):  # copied in this order, without their times
         os.utime(place(tmp_path, step), (time.time() - age,) * 2)
     assert find_last(tmp_path) == place(tmp_path, 3)
-    writer.save_checkpoint({"step": 2}, place(tmp_path, 2), KeepPolicy(False, keep_last=3))  # went back and on from 1
+    writer.save_checkpoint(
+        {"step": 2}, place(tmp_path, 2), KeepPolicy(False, keep_last=3)
+    )  # went back and on from 1
     assert find_last(tmp_path) == place(tmp_path, 2)
     place(tmp_path, 2).write_text("torn")
     assert find_last(tmp_path) == place(tmp_path, 1), "the newest of the rest"
@@ -197,7 +214,11 @@ class Slow:
 
 
 def test_the_background_keeps_the_moment_and_the_earlier_checkpoint(tmp_path, monkeypatch):
-    writer, weight, keep = CheckpointFiles(async_save=True), torch.zeros(4), KeepPolicy(False, keep_last=1)
+    writer, weight, keep = (
+        CheckpointFiles(async_save=True),
+        torch.zeros(4),
+        KeepPolicy(False, keep_last=1),
+    )
     writer.save_checkpoint({"w": weight}, place(tmp_path, 1), keep)
     writer.wait()
     slow = Slow(monkeypatch)
@@ -219,7 +240,10 @@ def test_an_error_in_the_background_is_raised_once(noticed_by, tmp_path, monkeyp
     writer.check()  # not yet
     slow.may_go_on.set()
     writer.teardown()
-    with pytest.raises(UserError, match="could not be written .No space left on device.; earlier ones are untouched"):
+    with pytest.raises(
+        UserError,
+        match="could not be written .No space left on device.; earlier ones are untouched",
+    ):
         if noticed_by == "the next save":
             writer.save_checkpoint({"w": WHOLE}, place(tmp_path, 2))
         else:
@@ -246,10 +270,14 @@ def test_a_disk_that_is_full(async_save, small_disk):
     writer, keep = CheckpointFiles(async_save), KeepPolicy(False, keep_last=2)
     writer.save_checkpoint({"w": torch.ones(100_000)}, place(small_disk, 1), keep)
     with pytest.raises(UserError, match="could not be written .*earlier ones are untouched"):
-        writer.save_checkpoint({"w": torch.ones(100_000), "v": torch.ones(90_000)}, place(small_disk, 2), keep)
+        writer.save_checkpoint(
+            {"w": torch.ones(100_000), "v": torch.ones(90_000)}, place(small_disk, 2), keep
+        )
         writer.wait()
     names = {path.name for path in place(small_disk).parent.iterdir()}
-    assert names == {"step=000001.ckpt", "last.ckpt"} and find_last(small_disk) == place(small_disk, 1)
+    assert names == {"step=000001.ckpt", "last.ckpt"} and find_last(small_disk) == place(
+        small_disk, 1
+    )
 
 
 def test_the_manifest_names_every_part(tmp_path):
@@ -257,7 +285,7 @@ def test_the_manifest_names_every_part(tmp_path):
     assert sorted(sizes) == ["part-0.pt", "part-1.pt", "state.pt"]
 
 
-# ---------------------------------------------------------------------------------------------------- links
+# ------------------------------------------------------------------ links
 
 
 def test_without_symbolic_links(tmp_path, monkeypatch):
@@ -278,7 +306,9 @@ def test_without_symbolic_links(tmp_path, monkeypatch):
         "best.ckpt",
     }
     os.utime(place(logs, 1))  # copied without its times
-    assert (folder / "last.ckpt").read_text() == "step=000003.ckpt" and find_last(logs) == place(logs, 3)
+    assert (folder / "last.ckpt").read_text() == "step=000003.ckpt" and find_last(logs) == place(
+        logs, 3
+    )
     assert find_checkpoint("best", logs, "validate") == str(place(logs, 1))
     assert find_checkpoint(str(folder / "best.ckpt"), logs, "validate") == str(place(logs, 1))
     assert files.go_back(place(logs, 1), 1, best_step=1)
@@ -299,7 +329,10 @@ def test_going_back_sets_the_rest_aside_once_more(kind, tmp_path):
     names = {"last.ckpt", "step=000001.ckpt", ".step=000002.ckpt.later", ".step=000003.ckpt.later"}
     assert {path.name for path in place(tmp_path).parent.iterdir()} == names
     files.keep(place(tmp_path, 1), KeepPolicy(False, keep_last=2))
-    assert {path.name for path in place(tmp_path).parent.iterdir()} == {"last.ckpt", "step=000001.ckpt"}
+    assert {path.name for path in place(tmp_path).parent.iterdir()} == {
+        "last.ckpt",
+        "step=000001.ckpt",
+    }
 
 
 def test_a_checkpoint_that_is_gone_back_to_is_the_newest_of_all_runs(tmp_path):
@@ -318,8 +351,12 @@ def test_the_best_step_is_that_of_its_file(tmp_path):
     trainer: Any = SimpleNamespace(
         global_step=5,
         log_dir=str(tmp_path),
-        strategy=SimpleNamespace(broadcast=lambda value: value, save_checkpoint=lambda *args, **_: saved.append(args)),
-        _checkpoint_connector=SimpleNamespace(dump_checkpoint=lambda weights_only: checkpointer.state_dict()),
+        strategy=SimpleNamespace(
+            broadcast=lambda value: value, save_checkpoint=lambda *args, **_: saved.append(args)
+        ),
+        _checkpoint_connector=SimpleNamespace(
+            dump_checkpoint=lambda weights_only: checkpointer.state_dict()
+        ),
     )
     checkpointer.save(trainer)
     ((state, path),) = saved
@@ -335,5 +372,7 @@ def test_a_file_of_the_users_that_a_run_went_back_to(where, tmp_path):
         files.write({"step": 3}, path)
     files.go_back(own, 3, best_step=None)
     assert find_last(tmp_path) == own and not place(tmp_path, 9).exists()
-    CheckpointFiles().save_checkpoint({"step": 4}, place(tmp_path, 4), KeepPolicy(False, keep_last=1))
+    CheckpointFiles().save_checkpoint(
+        {"step": 4}, place(tmp_path, 4), KeepPolicy(False, keep_last=1)
+    )
     assert find_last(tmp_path) == place(tmp_path, 4) and own.exists()

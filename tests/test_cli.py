@@ -1,4 +1,6 @@
-"""The command line: one line for what is wrong, which key and where; recipes by name; which setting wins."""
+"""The command line: one line for what is wrong, which key and where; recipes by name; which setting
+wins.
+"""
 
 import inspect
 import json
@@ -47,20 +49,25 @@ def config(folder, text):
     return str(path)
 
 
-# ---------------------------------------------------------------------------------------------------- the front door
+# ------------------------------------------------------------------ the front door
 
 
 def program(*args, cwd=REPOSITORY):
     """`python -m lit_sft ARGS`: (exit code, stdout, stderr)"""
     env = environment(PYTHONPATH=str(REPOSITORY))
-    done = subprocess.run([sys.executable, "-m", "lit_sft", *args], cwd=cwd, capture_output=True, text=True, env=env)
+    done = subprocess.run(
+        [sys.executable, "-m", "lit_sft", *args], cwd=cwd, capture_output=True, text=True, env=env
+    )
     return done.returncode, done.stdout, done.stderr
 
 
 def lists_the_commands(text):
     """Whether there is one line for each, and it is about this program."""
     lines = text.splitlines()
-    listed = {name: [line for line in lines if line.startswith(f"  {name} ")] for name in front_door.COMMANDS}
+    listed = {
+        name: [line for line in lines if line.startswith(f"  {name} ")]
+        for name in front_door.COMMANDS
+    }
     return text.startswith("usage: lit-sft") and all(len(found) == 1 for found in listed.values())
 
 
@@ -93,10 +100,15 @@ def test_a_command_that_does_not_exist(typed, said):
 
 
 def test_commands_are_those_of_the_program():
-    """What is listed without an import of Lightning is what there is, and our docstrings say the same."""
+    """What is listed without an import of Lightning is what there is, and our docstrings say the
+    same.
+    """
     assert set(front_door.COMMANDS) == set(SFTCLI.subcommands())
     for name in OURS:
-        assert inspect.getdoc(getattr(CommandTrainer, name)).splitlines()[0] == front_door.COMMANDS[name]
+        assert (
+            inspect.getdoc(getattr(CommandTrainer, name)).splitlines()[0]
+            == front_door.COMMANDS[name]
+        )
 
 
 ANYWHERE = [
@@ -124,14 +136,23 @@ def test_print_config_needs_no_run(typed, tmp_path, monkeypatch, capsys):
     with log_lines() as lines, pytest.raises(SystemExit) as caught:
         run(typed[0], [*typed[1:], "--print_config"])
     printed = yaml.safe_load(capsys.readouterr().out)
-    assert caught.value.code == 0 and printed["ckpt_path"] == "last" and printed["data"]["max_length"] == 2048
-    assert len(lines) == 1 and lines[0].startswith("the config of no run is read: --ckpt_path last: there is no")
+    assert (
+        caught.value.code == 0
+        and printed["ckpt_path"] == "last"
+        and printed["data"]["max_length"] == 2048
+    )
+    assert len(lines) == 1 and lines[0].startswith(
+        "the config of no run is read: --ckpt_path last: there is no"
+    )
 
 
-# ---------------------------------------------------------------------------------------------------- messages
+# ------------------------------------------------------------------ messages
 
 UNKNOWN = "unknown key data.lenght (command line): did you mean data.length?"
-NO_CLASS = 'Parser key "data.kind":\n  Type X expects a function or a callable class: {}. Got value: gone.Y'
+NO_CLASS = (
+    'Parser key "data.kind":\n  Type X expects a function or a callable class: {}. Got value:'
+    " gone.Y"
+)
 UNION = """Does not validate against any of the Union subtypes
   Subtypes: [<class 'int'>, <class 'NoneType'>]
   Errors:
@@ -146,30 +167,50 @@ SAID = [
     ("unrecognized arguments: demo", "unrecognized arguments: demo; keys begin with --"),
     (
         NO_CLASS.format("No module named 'gone'"),
-        "data.kind (command line): No module named 'gone': `pip install gone`, or choose another class",
+        (
+            "data.kind (command line): No module named 'gone': `pip install gone`, or choose"
+            " another class"
+        ),
     ),
     (
         NO_CLASS.format("module 'torch' has no attribute 'Y'"),
         "data.kind (command line): module 'torch' has no attribute 'Y'",
     ),
-    (f'Parser key "length":\n  {UNION}', "data.length (command line): got x, expected a whole number or null"),
+    (
+        f'Parser key "length":\n  {UNION}',
+        "data.length (command line): got x, expected a whole number or null",
+    ),
     (
         "Parser key \"data.kind\": 'z' not among choices ['a', 'b'] - or so",
         "data.kind (command line): 'z' not among choices ['a', 'b']",
     ),
     (
         "Unexpected config: - data\n",
-        "--config gone.yaml: Unexpected config: - data; expected keys with values, as --print_config shows",
+        (
+            "--config gone.yaml: Unexpected config: - data; expected keys with values, as"
+            " --print_config shows"
+        ),
     ),
 ]
-TYPED_WORDS = ["fit", "--config", "gone.yaml", "--data.lenght=3", "--data.length=x", "--data.kind=gone.Y"]
+TYPED_WORDS = [
+    "fit",
+    "--config",
+    "gone.yaml",
+    "--data.lenght=3",
+    "--data.length=x",
+    "--data.kind=gone.Y",
+]
 
 
-@pytest.mark.parametrize(("row", "message", "said"), [(row, *texts) for row, texts in enumerate(SAID)])
+@pytest.mark.parametrize(
+    ("row", "message", "said"), [(row, *texts) for row, texts in enumerate(SAID)]
+)
 def test_every_row_of_messages(row, message, said):
     """What jsonargparse says in the wording of its release, and that no earlier row takes it."""
     text = " ".join(message.split())
-    assert [bool(re.search(pattern, text)) for pattern, _ in MESSAGES[: row + 1]] == [False] * row + [True]
+    assert [bool(re.search(pattern, text)) for pattern, _ in MESSAGES[: row + 1]] == [
+        False
+    ] * row + [True]
     assert one_line(message, TYPED_WORDS, {"data.length", "data.kind"}) == said
 
 
@@ -182,17 +223,23 @@ def test_a_message_that_no_row_fits():
     assert one_line("\nsomething new: x\n  and how it came\n", ["fit"], set()) == "something new: x"
 
 
-# ---------------------------------------------------------------------------------------------------- unknown keys
+# ------------------------------------------------------------------ unknown keys
 
 TYPED = {
     "--data.max_lenght=3": "data.max_lenght (command line): did you mean data.max_length?",
-    "--trainer.max_epoch=3": "trainer.max_epoch (command line): did you mean trainer.max_epochs?",  # no abbreviations
+    "--trainer.max_epoch=3": (
+        "trainer.max_epoch (command line): did you mean trainer.max_epochs?"
+    ),  # no abbreviations
     "--modle.dtype=auto": "modle.dtype (command line): did you mean model.dtype?",
     "--max_length=3": "max_length (command line): did you mean data.max_length?",
     "--model.generation.max_tokens=3": "did you mean model.generation.max_new_tokens?",
-    "--model.lora.lora_alhpa=3": "model.lora.lora_alhpa (command line): did you mean model.lora.lora_alpha?",
+    "--model.lora.lora_alhpa=3": (
+        "model.lora.lora_alhpa (command line): did you mean model.lora.lora_alpha?"
+    ),
     '--model.lora={"r": 4, "rnk": 3}': "model.lora.rnk (command line): ",
-    "--model.optimizer.lrr=3": "model.optimizer.lrr (command line): did you mean model.optimizer.init_args.lr?",
+    "--model.optimizer.lrr=3": (
+        "model.optimizer.lrr (command line): did you mean model.optimizer.init_args.lr?"
+    ),
     "--early_stopping.patienc=3": "did you mean early_stopping.patience?",
     "-data.max_length=3": "did you mean data.max_length?",
     "--zzz=3": "zzz (command line): `--print_config` shows all keys",
@@ -209,9 +256,15 @@ IN_FILES = {
     "data: {max_lenght: 3}": ("data.max_lenght", "data.max_length"),
     "modle: {dtype: auto}": ("modle.dtype", "model.dtype"),
     "trainer: {max_epoch: 3}": ("trainer.max_epoch", "trainer.max_epochs"),
-    "model: {generation: {max_tokens: 3}}": ("model.generation.max_tokens", "model.generation.max_new_tokens"),
+    "model: {generation: {max_tokens: 3}}": (
+        "model.generation.max_tokens",
+        "model.generation.max_new_tokens",
+    ),
     "model: {lora: {r: 4, lora_alhpa: 3}}": ("model.lora.lora_alhpa", "model.lora.lora_alpha"),
-    "model: {evaluation: {num_sample: 4}}": ("model.evaluation.num_sample", "model.evaluation.num_samples"),
+    "model: {evaluation: {num_sample: 4}}": (
+        "model.evaluation.num_sample",
+        "model.evaluation.num_samples",
+    ),
     "model: {optimizer: {class_path: torch.optim.SGD, init_args: {lr: 1, momentun: 1}}}": (
         "model.optimizer.init_args.momentun",
         "model.optimizer.init_args.momentum",
@@ -228,25 +281,32 @@ def test_unknown_key_in_a_file(text, keys, args, tmp_path, capsys):
     assert line == f"unknown key {keys[0]} ({file}): did you mean {keys[1]}?"
 
 
-# ---------------------------------------------------------------------------------------------------- wrong values
+# ------------------------------------------------------------------ wrong values
 
 VALUES = {
     "data: {max_length: many}": "data.max_length (FILE): got many, expected a whole number",
     "data: {max_length: null}": "data.max_length (FILE): got null, expected a whole number",
     "data: {packing: maybe}": "data.packing (FILE): got maybe, expected true or false",
     "data: {overlong: cut}": "data.overlong (FILE): got cut, expected drop, truncate or error",
-    "data: {val_size: lots}": "data.val_size (FILE): got lots, expected a whole number, a number or null",
+    "data: {val_size: lots}": (
+        "data.val_size (FILE): got lots, expected a whole number, a number or null"
+    ),
     "data: {questions: hello}": "data.questions (FILE): got hello, expected a list",
     "data: null": "data (FILE): got null, expected keys with values",
     "trainer: 3": "trainer (FILE): got 3, expected keys with values",
     "model: {generation: [3]}": "model.generation (FILE): got [3], expected keys with values",
     "model: {lora: 3}": "model.lora (FILE): got 3, expected keys with values or null",
     "model: {lora: {r: x}}": "model.lora.r (FILE): got x, expected a whole number",
-    "model: {optimizer: {class_path: torch.optim.AdamWW}}": "module 'torch.optim' has no attribute 'AdamWW'",
-    "model: {optimizer: {class_path: not_there.optim.AdamW8bit}}": (
-        "model.optimizer (FILE): No module named 'not_there': `pip install not_there`, or choose another class"
+    "model: {optimizer: {class_path: torch.optim.AdamWW}}": (
+        "module 'torch.optim' has no attribute 'AdamWW'"
     ),
-    "data: {model_name_or_path: gpt2}": "data.model_name_or_path (FILE): follows from model.model_name_or_path",
+    "model: {optimizer: {class_path: not_there.optim.AdamW8bit}}": (
+        "model.optimizer (FILE): No module named 'not_there': `pip install not_there`, or choose"
+        " another class"
+    ),
+    "data: {model_name_or_path: gpt2}": (
+        "data.model_name_or_path (FILE): follows from model.model_name_or_path"
+    ),
     "data: {seed: 3}": "data.seed (FILE): follows from int(seed_everything): leave it out",
 }
 
@@ -265,11 +325,17 @@ def test_the_wrong_value_on_the_command_line_is_not_blamed_on_the_file(tmp_path,
 
 SETTINGS = {
     "model__lr_schedule__warmup_ratio": (1.5, ["model.lr_schedule.warmup_ratio is 1.5", "[0, 1)"]),
-    "trainer__accumulate_grad_batches": (3, ["trainer.accumulate_grad_batches is 3", "data.global_batch_size"]),
+    "trainer__accumulate_grad_batches": (
+        3,
+        ["trainer.accumulate_grad_batches is 3", "data.global_batch_size"],
+    ),
     "trainer__use_distributed_sampler": (True, ["trainer.use_distributed_sampler must be false"]),
     "trainer__enable_checkpointing": (False, ["trainer.enable_checkpointing must be true"]),
     "trainer__strategy": ("dpp", ["trainer", "dpp"]),
-    "data__micro_batch_size": (3, ["data.global_batch_size 8", "data.micro_batch_size 3 x 1 devices"]),
+    "data__micro_batch_size": (
+        3,
+        ["data.global_batch_size 8", "data.micro_batch_size 3 x 1 devices"],
+    ),
     "trainer__max_steps": (0, ["no optimizer step", "trainer.max_steps"]),
     "trainer__max_epochs": (0, ["no optimizer step", "trainer.max_epochs"]),
     "trainer__limit_train_batches": (0, ["no optimizer step", "trainer.limit_train_batches"]),
@@ -278,7 +344,9 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize(("key", "value", "words"), [(k, *v) for k, v in SETTINGS.items()], ids=SETTINGS)
+@pytest.mark.parametrize(
+    ("key", "value", "words"), [(k, *v) for k, v in SETTINGS.items()], ids=SETTINGS
+)
 def test_wrong_setting(key, value, words, args, tmp_path, capsys):
     line = refused(capsys, "fit", args(**{key: value}))
     assert all(word in line for word in words), line
@@ -290,7 +358,7 @@ def test_validation_and_val_size_exclude_each_other(args, place, capsys):
     assert "data.validation and data.val_size" in line
 
 
-# ---------------------------------------------------------------------------------------------------- files
+# ------------------------------------------------------------------ files
 
 CONFIGS = {
     "broken": ("data:\n  max_length: [1, 2\n  format: auto\n", "line 3"),
@@ -307,7 +375,9 @@ def test_broken_config(text, expected, tmp_path, capsys):
     assert line.startswith(f"--config {file}: ") and expected in line
 
 
-@pytest.mark.parametrize("typed", [["--config", "gone.yaml"], ["--config=gone.yaml"], ["-c", "gone.yaml"]])
+@pytest.mark.parametrize(
+    "typed", [["--config", "gone.yaml"], ["--config=gone.yaml"], ["-c", "gone.yaml"]]
+)
 def test_missing_config(typed, capsys):
     assert refused(capsys, "fit", typed).startswith("--config gone.yaml: there is no such file")
 
@@ -316,7 +386,9 @@ def test_a_recipe_by_its_name_from_anywhere(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert packaged_config("qwen").endswith("qwen.yaml") and packaged_config("gone") is None
     printed = print_config(capsys, ["--config", "qwen"])
-    assert printed["data"]["train"] == "banghua/DL-SFT-Dataset" and printed["data"]["packing"] is False
+    assert (
+        printed["data"]["train"] == "banghua/DL-SFT-Dataset" and printed["data"]["packing"] is False
+    )
 
 
 def print_config(capsys, args):
@@ -328,7 +400,13 @@ def print_config(capsys, args):
 
 def test_print_config_parses_back(args, tmp_path, capsys):
     printed = print_config(
-        capsys, [*args(), '--model.lora={"r": 3}', "--early_stopping.patience=9", "--model.optimizer.lr=0.25"]
+        capsys,
+        [
+            *args(),
+            '--model.lora={"r": 3}',
+            "--early_stopping.patience=9",
+            "--model.optimizer.lr=0.25",
+        ],
     )
     assert printed["model"]["lora"]["r"] == 3 and printed["early_stopping"]["patience"] == 9
     assert printed["model"]["optimizer"]["init_args"]["lr"] == 0.25
@@ -345,7 +423,10 @@ def test_the_class_path_of_an_older_config(place, tmp_path, capsys):
     typed = {
         "file": ["--config", config(tmp_path, yaml.safe_dump({"trainer": {"strategy": settings}}))],
         "json": [f"--trainer.strategy={json.dumps(settings)}"],
-        "key": [f"--trainer.strategy.class_path={OLD}", "--trainer.strategy.init_args.cpu_offload=true"],
+        "key": [
+            f"--trainer.strategy.class_path={OLD}",
+            "--trainer.strategy.init_args.cpu_offload=true",
+        ],
         "name": ["--trainer.strategy", OLD, "--trainer.strategy.cpu_offload=true"],
     }
     strategy = print_config(capsys, typed[place])["trainer"]["strategy"]
@@ -357,12 +438,16 @@ def test_later_settings_win(args, tmp_path, capsys):
     first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
     first.write_text("data: {max_length: 11, max_samples: 11, micro_batch_size: 11}")
     second.write_text("data: {max_length: 22, max_samples: 22}")
-    printed = print_config(capsys, ["--config", str(first), "--config", str(second), "--data.max_length=33"])
+    printed = print_config(
+        capsys, ["--config", str(first), "--config", str(second), "--data.max_length=33"]
+    )
     data = printed["data"]
-    assert [data[k] for k in ("max_length", "max_samples", "micro_batch_size", "global_batch_size")] == [33, 22, 11, 8]
+    assert [
+        data[k] for k in ("max_length", "max_samples", "micro_batch_size", "global_batch_size")
+    ] == [33, 22, 11, 8]
 
 
-# ---------------------------------------------------------------------------------------------------- the run's config
+# ------------------------------------------------------------------ the run's config
 
 
 @pytest.fixture(scope="module")
@@ -373,7 +458,13 @@ def finished(place):
     run(
         "fit",
         arguments(
-            model, rows, root, data__packing=False, trainer__max_steps=1, data__system_prompt="Say it.", data__test=rows
+            model,
+            rows,
+            root,
+            data__packing=False,
+            trainer__max_steps=1,
+            data__system_prompt="Say it.",
+            data__test=rows,
         ),
     )
     return root
@@ -400,19 +491,38 @@ def test_commands_read_the_config_of_the_run(command, finished, tmp_path, monkey
     """Defaults < the run's config.yaml < --config < command line."""
     ckpt = version(finished) / "checkpoints" / "last.ckpt"
     (tmp_path / "mine.yaml").write_text("data: {max_length: 64, micro_batch_size: 2}")
-    typed = ["--config", str(tmp_path / "mine.yaml"), "--data.micro_batch_size=4", f"--ckpt_path={ckpt}"]
+    typed = [
+        "--config",
+        str(tmp_path / "mine.yaml"),
+        "--data.micro_batch_size=4",
+        f"--ckpt_path={ckpt}",
+    ]
     got = parsed(monkeypatch, command, typed)
-    assert got["model"]["model_name_or_path"].endswith("model") and got["data"]["system_prompt"] == "Say it."
+    assert (
+        got["model"]["model_name_or_path"].endswith("model")
+        and got["data"]["system_prompt"] == "Say it."
+    )
     assert got["trainer"]["precision"] == "32-true"
-    assert (got["data"]["max_length"], got["data"]["micro_batch_size"], got["data"]["on_bad_row"]) == (64, 4, "error")
+    assert (
+        got["data"]["max_length"],
+        got["data"]["micro_batch_size"],
+        got["data"]["on_bad_row"],
+    ) == (64, 4, "error")
 
 
 @pytest.mark.parametrize("in_file", [False, True])
 def test_last_is_looked_up_in_the_right_place(in_file, finished, tmp_path, monkeypatch):
     (tmp_path / "mine.yaml").write_text(f"trainer: {{default_root_dir: {finished}}}")
-    where = ["--config", str(tmp_path / "mine.yaml")] if in_file else [f"--trainer.default_root_dir={finished}"]
+    where = (
+        ["--config", str(tmp_path / "mine.yaml")]
+        if in_file
+        else [f"--trainer.default_root_dir={finished}"]
+    )
     got = parsed(monkeypatch, "predict", [*where, "--ckpt_path", "last"])
-    assert got["ckpt_path"].startswith(str(version(finished))) and got["data"]["system_prompt"] == "Say it."
+    assert (
+        got["ckpt_path"].startswith(str(version(finished)))
+        and got["data"]["system_prompt"] == "Say it."
+    )
 
 
 def test_test_and_export_without_config(finished, tmp_path):
@@ -426,17 +536,22 @@ def test_test_and_export_without_config(finished, tmp_path):
 @pytest.mark.parametrize("command", ["test", "predict", "export"])
 def test_no_checkpoint(command, tmp_path, capsys):
     line = refused(capsys, command, ["--ckpt_path=last", f"--trainer.default_root_dir={tmp_path}"])
-    assert line.startswith("--ckpt_path last: there is no intact checkpoint") and str(tmp_path) in line
+    assert (
+        line.startswith("--ckpt_path last: there is no intact checkpoint") and str(tmp_path) in line
+    )
 
 
-# ---------------------------------------------------------------------------------------------------- bad input
+# ------------------------------------------------------------------ bad input
 
 USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
 GOOD = {"messages": [USER, ANSWER]}
 ROWS = {
     "no answer": ({"messages": [USER]}, ["line 3", "without an answer"]),
     "wrong type": ({"messages": "hi"}, ["line 3", "`messages`", "list", "string"]),
-    "wrong content": ({"messages": [{**USER, "content": 5}, ANSWER]}, ["line 3", "content` is an int", "a string"]),
+    "wrong content": (
+        {"messages": [{**USER, "content": 5}, ANSWER]},
+        ["line 3", "content` is an int", "a string"],
+    ),
 }
 
 
@@ -527,12 +642,16 @@ def silent_hub():
     ],
 )
 def test_a_hub_that_does_not_answer(key, value, args, tmp_path, silent_hub):
-    """One sentence within seconds, which names the id and the key; a real process, so that its exit code counts."""
+    """One sentence within seconds, which names the id and the key; a real process, so that its exit
+    code counts.
+    """
     environ = environment(HF_ENDPOINT=silent_hub, HF_HOME=str(tmp_path / "hf"))
     del environ["HF_HUB_OFFLINE"]
     command = [sys.executable, "-m", "lit_sft", "fit", *args(), f"--{key}={value}"]
     started = time.monotonic()
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, env=environ)
+    done = subprocess.run(
+        command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, env=environ
+    )
     took = time.monotonic() - started
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     last = done.stderr.strip().splitlines()[-1]

@@ -18,7 +18,9 @@ def test_labels_are_the_next_token_where_it_is_trained():
 def test_nothing_is_predicted_across_examples():
     batch = collate([tokens([1, 2], [1, 1]), tokens([3, 4, 5], [1, 0, 1])])
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5]]
-    assert batch["labels"].tolist() == [[2, IGNORE, IGNORE, 5, IGNORE]]  # 3 has a mask but nothing before it
+    assert batch["labels"].tolist() == [
+        [2, IGNORE, IGNORE, 5, IGNORE]
+    ]  # 3 has a mask but nothing before it
     assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 2]]
 
 

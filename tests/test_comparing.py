@@ -29,7 +29,9 @@ def test_two_models_side_by_side(tmp_path):
     assert text.count("<tr>") == 1 + 3 and text.count("<td>") == 3 * 4
     assert [re.findall(r"<th>(.*?)</th>", text)] == [["Question", "model0", "model1", "reference"]]
     cells = re.findall(r"<td>(.*?)</td>", text, re.DOTALL)
-    rows = [json.loads(line)["messages"] for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)["messages"] for line in (tmp_path / "rows.jsonl").read_text().splitlines()
+    ]
     assert cells[0::4] == [row[-2]["content"] for row in rows[:3]]
     assert cells[3::4] == [row[-1]["content"] for row in rows[:3]]
     assert cells[1::4] != cells[2::4]
@@ -38,11 +40,15 @@ def test_two_models_side_by_side(tmp_path):
 def test_a_model_that_is_not_there(tmp_path):
     done = compare(tmp_path, "./gone")
     assert done.returncode == 1
-    assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == done.stderr.splitlines()[-1:]
+    assert [
+        line for line in done.stderr.splitlines() if line.startswith("error: ")
+    ] == done.stderr.splitlines()[-1:]
     assert "there is no directory ./gone" in done.stderr
 
 
-@pytest.mark.parametrize("evil", ["<script>alert(1)</script>", '"><img src=x>', "\x1b[2J", "{rows}"])
+@pytest.mark.parametrize(
+    "evil", ["<script>alert(1)</script>", '"><img src=x>', "\x1b[2J", "{rows}"]
+)
 def test_answers_cannot_act(evil):
     text = page([evil], {"<b>": [evil]}, evil)
     assert "<script" not in text and "<img" not in text and "\x1b" not in text and "<b>" not in text

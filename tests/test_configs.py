@@ -1,4 +1,6 @@
-"""Every recipe in configs/ runs as it is written, on a tiny model and a few rows in place of what is fetched."""
+"""Every recipe in configs/ runs as it is written, on a tiny model and a few rows in place of what
+is fetched.
+"""
 
 import json
 import subprocess
@@ -46,16 +48,22 @@ def recipe(name):
 
 
 def test_there_are_recipes():
-    assert {"demo", "qwen", "qwen_packed", "smollm2_135m", "lora"} <= {path.stem for path in RECIPES}
+    assert {"demo", "qwen", "qwen_packed", "smollm2_135m", "lora"} <= {
+        path.stem for path in RECIPES
+    }
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe_runs(path, place, tmp_path):
-    """Two optimizer steps and the export; every setting of the file that is not replaced is that of the run."""
+    """Two optimizer steps and the export; every setting of the file that is not replaced is that of
+    the run.
+    """
     _, model, rows = place
     written = dict(flat(yaml.safe_load(path.read_text())))
     if "data.prompt_template" in written:
-        texts = [{"instruction": "Add", "input": f"{n} + 1", "output": str(n + 1)} for n in range(160)]
+        texts = [
+            {"instruction": "Add", "input": f"{n} + 1", "output": str(n + 1)} for n in range(160)
+        ]
         rows = write_rows(tmp_path / "alpaca.jsonl", texts)
     replaced = {**SMALL, "trainer.default_root_dir": tmp_path, "data.cache_dir": tmp_path / "cache"}
     for key, substitute in {"model.model_name_or_path": model, "data.train": rows}.items():
@@ -124,8 +132,16 @@ def test_the_pair_of_formats():
 @pytest.mark.slow
 def test_formats_are_compared(place, tmp_path):
     """Both losses of both formats, on a tiny model; rows without an input are counted."""
-    rows = [{"instruction": "Add", "input": f"{n} + 1" if n else "", "output": str(n + 1)} for n in range(40)]
-    command = [sys.executable, "scripts/compare_formats.py", "--data", write_rows(tmp_path / "rows.jsonl", rows)]
+    rows = [
+        {"instruction": "Add", "input": f"{n} + 1" if n else "", "output": str(n + 1)}
+        for n in range(40)
+    ]
+    command = [
+        sys.executable,
+        "scripts/compare_formats.py",
+        "--data",
+        write_rows(tmp_path / "rows.jsonl", rows),
+    ]
     command += [
         "--model",
         place[1],
@@ -134,7 +150,9 @@ def test_formats_are_compared(place, tmp_path):
         "--trainer.val_check_interval=4",
     ]
     command += [f"--data.cache_dir={tmp_path / 'cache'}"]
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout.splitlines()[-1])
     assert (result.pop("rows"), result.pop("rows_without_input")) == (40, 1)

@@ -1,7 +1,8 @@
-"""What users, their scripts and their files rely on: keys and defaults, scalar tags, JSON keys, files, exit codes.
+"""What users, their scripts and their files rely on: keys and defaults, scalar tags, JSON keys,
+files, exit codes.
 
-The snapshot in `records/contract.json` is compared whole. A change of it is a change for users: it belongs into
-CHANGELOG, and a new snapshot is written by
+The snapshot in `records/contract.json` is compared whole. A change of it is a change for users: it
+belongs into CHANGELOG, and a new snapshot is written by
 
     python tests/test_contract.py
 """
@@ -25,13 +26,22 @@ from tiny import save_tiny
 
 SNAPSHOT = Path(__file__).parent / "records" / "contract.json"
 COMMANDS = ("fit", "validate", "test", "predict", "preview", "doctor")
-SETTINGS = {"data__val_size": 4, "data__packing": True, "data__questions": ["abc"], "model__evaluation": {}}
+SETTINGS = {
+    "data__val_size": 4,
+    "data__packing": True,
+    "data__questions": ["abc"],
+    "model__evaluation": {},
+}
 
 
 def command(*args: str) -> subprocess.CompletedProcess[str]:
     """`python -m lit_sft ARGS` in a process of its own."""
     return subprocess.run(
-        [sys.executable, "-m", "lit_sft", *args], cwd=REPOSITORY, capture_output=True, text=True, env=environment()
+        [sys.executable, "-m", "lit_sft", *args],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        env=environment(),
     )
 
 
@@ -53,7 +63,12 @@ def defaults(name: str, *args: str) -> dict[str, Any]:
 def files(folder: Path) -> list[str]:
     """Names below a folder; what carries a time or a process number is cut off."""
     names = (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    return sorted({name.split(".tfevents")[0] + ".tfevents" if ".tfevents" in name else name for name in names})
+    return sorted(
+        {
+            name.split(".tfevents")[0] + ".tfevents" if ".tfevents" in name else name
+            for name in names
+        }
+    )
 
 
 def observe(folder: Path) -> dict[str, Any]:
@@ -63,7 +78,11 @@ def observe(folder: Path) -> dict[str, Any]:
     base = arguments(model, rows, root, **SETTINGS)
     lines = {}
     for name in ("fit", "validate", "predict"):
-        more = [] if name == "fit" else [f"--ckpt_path={root}/lightning_logs/version_0/checkpoints/last.ckpt"]
+        more = (
+            []
+            if name == "fit"
+            else [f"--ckpt_path={root}/lightning_logs/version_0/checkpoints/last.ckpt"]
+        )
         done = command(name, *base, *more)
         assert done.returncode == 0, done.stderr
     doctor = command("doctor", *base, "--output=json")
@@ -99,12 +118,16 @@ def observe(folder: Path) -> dict[str, Any]:
 
 
 def checkpoint_keys(path: Path) -> list[str]:
-    """Entries of a checkpoint down to the states of callbacks, which an older run must find again."""
+    """Entries of a checkpoint down to the states of callbacks, which an older run must find
+    again.
+    """
     import torch
 
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     inside = {"callbacks": checkpoint["callbacks"], "SFTDataModule": checkpoint["SFTDataModule"]}
-    return sorted([*checkpoint, *(f"{group}.{name}" for group, values in inside.items() for name in values)])
+    return sorted(
+        [*checkpoint, *(f"{group}.{name}" for group, values in inside.items() for name in values)]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +136,9 @@ def observed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", sorted(json.loads(SNAPSHOT.read_text())) if SNAPSHOT.exists() else [])
+@pytest.mark.parametrize(
+    "part", sorted(json.loads(SNAPSHOT.read_text())) if SNAPSHOT.exists() else []
+)
 def test_the_contract_is_kept(observed, part):
     assert observed[part] == json.loads(SNAPSHOT.read_text())[part]
 

@@ -1,4 +1,6 @@
-"""The built-in model and task: right answers, splits that share no prompt, and a run that learns them."""
+"""The built-in model and task: right answers, splits that share no prompt, and a run that learns
+them.
+"""
 
 import json
 import os
@@ -21,13 +23,19 @@ SPLITS = ("train", "validation", "test")
 CONFIG = yaml.safe_load((REPOSITORY / "configs" / "demo.yaml").read_text())
 ANSWER_REGEX = CONFIG["model"]["evaluation"]["answer_regex"]
 CALCULATION = re.compile(r"Calculate (\d)([+-])(\d)([+-])(\d)")
-COURSE = {"Give me an 1-sentence introduction of LLM.", "What's the difference between thread and process?"}
+COURSE = {
+    "Give me an 1-sentence introduction of LLM.",
+    "What's the difference between thread and process?",
+}
 
 
 @pytest.fixture(scope="module")
 def splits():
     """Prompt and answer of every row, by split."""
-    return {s: [tuple(m["content"] for m in row["messages"]) for row in demo.rows("arithmetic", s)] for s in SPLITS}
+    return {
+        s: [tuple(m["content"] for m in row["messages"]) for row in demo.rows("arithmetic", s)]
+        for s in SPLITS
+    }
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +46,9 @@ def tokenizer():
 
 
 def right_answer(prompt):
-    """What the answer comes down to, worked out without the code that made the rows: an integer, or the whole text."""
+    """What the answer comes down to, worked out without the code that made the rows: an integer, or
+    the whole text.
+    """
     if match := CALCULATION.fullmatch(prompt):
         a, first, b, second, c = match.groups()
         return str(int(a) + int(first + b) + int(second + c))
@@ -47,7 +57,7 @@ def right_answer(prompt):
     return "".join(reversed(prompt.removeprefix("Reverse the word ")))
 
 
-# ---------------------------------------------------------------------------------------------------- names
+# ------------------------------------------------------------------ names
 
 
 def test_unknown_names():
@@ -59,7 +69,7 @@ def test_unknown_names():
         demo.rows("arithmetic", "dev")
 
 
-# ---------------------------------------------------------------------------------------------------- the task
+# ------------------------------------------------------------------ the task
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -85,7 +95,9 @@ def test_calculations_do_the_first_operation(splits):
 
 
 def test_calculations_are_all_there_and_most_of_each_split(splits):
-    by_split = {s: [prompt for prompt, _ in splits[s] if CALCULATION.fullmatch(prompt)] for s in SPLITS}
+    by_split = {
+        s: [prompt for prompt, _ in splits[s] if CALCULATION.fullmatch(prompt)] for s in SPLITS
+    }
     assert len({prompt for prompts in by_split.values() for prompt in prompts}) == 4 * 10**3
     assert [len(by_split[s]) for s in SPLITS] == [3500, 250, 250]
     for s, prompts in by_split.items():
@@ -104,19 +116,30 @@ def test_no_prompt_is_in_two_splits(splits):
 
 def test_questions_of_the_course(splits):
     assert "Calculate 1+1-1" in dict(splits["validation"])
-    assert len(splits["train"]) - len(set(splits["train"])) == 38  # two questions, 20 times each; nothing else repeats
+    assert (
+        len(splits["train"]) - len(set(splits["train"])) == 38
+    )  # two questions, 20 times each; nothing else repeats
     for question in COURSE:
         assert sum(prompt == question for prompt, _ in splits["train"]) == 20
-        assert extract_answer(dict(splits["train"])[question], ANSWER_REGEX).endswith(".")  # compared as a whole
+        assert extract_answer(dict(splits["train"])[question], ANSWER_REGEX).endswith(
+            "."
+        )  # compared as a whole
 
 
 def test_first_validation_rows_are_a_mixture(splits):
     """`model.evaluation.num_samples` takes rows from the start."""
-    assert {prompt.split()[0] for prompt, _ in splits["validation"][:64]} == {"Calculate", "Is", "Reverse"}
+    assert {prompt.split()[0] for prompt, _ in splits["validation"][:64]} == {
+        "Calculate",
+        "Is",
+        "Reverse",
+    }
 
 
 def test_the_same_rows_in_another_process(splits):
-    code = "import json; from lit_sft.demo import builtin as demo; print(json.dumps(demo.rows('arithmetic', 'train')))"
+    code = (
+        "import json; from lit_sft.demo import builtin as demo;"
+        " print(json.dumps(demo.rows('arithmetic', 'train')))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=REPOSITORY,
@@ -127,7 +150,7 @@ def test_the_same_rows_in_another_process(splits):
     assert json.loads(done.stdout) == demo.rows("arithmetic", "train")
 
 
-# ---------------------------------------------------------------------------------------------------- the model
+# ------------------------------------------------------------------ the model
 
 
 def test_config_is_a_small_model_that_fits_the_tokenizer(tokenizer):
@@ -138,8 +161,16 @@ def test_config_is_a_small_model_that_fits_the_tokenizer(tokenizer):
     model = AutoModelForCausalLM.from_config(config)
     assert 0.8e6 < model.num_parameters() < 1e6
     assert len(tokenizer) <= config.vocab_size
-    assert config.eos_token_id == GenerationConfig.from_pretrained(directory).eos_token_id == tokenizer.eos_token_id
-    assert config.pad_token_id == GenerationConfig.from_pretrained(directory).pad_token_id == tokenizer.pad_token_id
+    assert (
+        config.eos_token_id
+        == GenerationConfig.from_pretrained(directory).eos_token_id
+        == tokenizer.eos_token_id
+    )
+    assert (
+        config.pad_token_id
+        == GenerationConfig.from_pretrained(directory).pad_token_id
+        == tokenizer.pad_token_id
+    )
 
 
 def test_package_data_is_small():
@@ -156,7 +187,11 @@ def test_tokenizer_is_what_the_script_makes(tokenizer, splits):
 def test_byte_is_token_but_for_frequent_words(tokenizer):
     assert tokenizer("7-13=\n")["input_ids"] == list(b"7-13=\n")
     assert tokenizer("nap 线")["input_ids"] == list("nap 线".encode())
-    assert tokenizer.convert_ids_to_tokens(tokenizer("Calculate 7")["input_ids"]) == ["Calculate", "Ġ", "7"]
+    assert tokenizer.convert_ids_to_tokens(tokenizer("Calculate 7")["input_ids"]) == [
+        "Calculate",
+        "Ġ",
+        "7",
+    ]
     text = "".join(map(chr, range(0x250))) + " tabs\t, 线程与进程 🙂  Calculate  the  words "
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
@@ -175,11 +210,26 @@ def test_template_is_chatml_and_eos_is_not_its_end_of_turn(tokenizer):
     )  # fmt: skip
     assert tokenizer.apply_chat_template(messages, tokenize=False) == prompt + "-1+3=2<|im_end|>\n"
     ids = tokenizer.apply_chat_template(messages)["input_ids"]
-    prompt_ids = tokenizer.apply_chat_template(messages[:2], add_generation_prompt=True)["input_ids"]
-    assert ids[len(prompt_ids) :] == [*b"-1+3=2", tokenizer.convert_tokens_to_ids("<|im_end|>"), *b"\n"]
+    prompt_ids = tokenizer.apply_chat_template(messages[:2], add_generation_prompt=True)[
+        "input_ids"
+    ]
+    assert ids[len(prompt_ids) :] == [
+        *b"-1+3=2",
+        tokenizer.convert_tokens_to_ids("<|im_end|>"),
+        *b"\n",
+    ]
     assert ids[: len(prompt_ids)] == prompt_ids
     assert tokenizer.eos_token_id not in ids
-    assert len({*tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"])}) == 4
+    assert (
+        len(
+            {
+                *tokenizer.convert_tokens_to_ids(
+                    ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"]
+                )
+            }
+        )
+        == 4
+    )
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|endoftext|>", "<|pad|>")
 
 
@@ -191,10 +241,13 @@ def test_every_row_fits(tokenizer, splits):
     texts = {prompt: answer for split in SPLITS for prompt, answer in splits[split]}
     rendered = [tokenizer.apply_chat_template(chat(*row), tokenize=False) for row in texts.items()]
     assert max(map(len, tokenizer(rendered)["input_ids"])) <= CONFIG["data"]["max_length"]
-    assert max(map(len, tokenizer(list(texts.values()))["input_ids"])) < CONFIG["model"]["generation"]["max_new_tokens"]
+    assert (
+        max(map(len, tokenizer(list(texts.values()))["input_ids"]))
+        < CONFIG["model"]["generation"]["max_new_tokens"]
+    )
 
 
-# ---------------------------------------------------------------------------------------------------- the run
+# ------------------------------------------------------------------ the run
 
 
 def answers(directory: Path, prompts: list[str]) -> list[str]:
@@ -210,12 +263,16 @@ def answers(directory: Path, prompts: list[str]) -> list[str]:
     )
     with torch.inference_mode():
         output = model.generate(**inputs, do_sample=False, max_new_tokens=40)
-    return tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return tokenizer.batch_decode(
+        output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    )
 
 
 @pytest.mark.slow
 def test_demo_is_learned_within_three_minutes(tmp_path, splits):
-    """`fit --config configs/demo.yaml` on one thread, in processor time: other work does not stretch it."""
+    """`fit --config configs/demo.yaml` on one thread, in processor time: other work does not
+    stretch it.
+    """
     started = sum(os.times()[2:4])
     place = [f"--trainer.default_root_dir={tmp_path}", f"--data.cache_dir={tmp_path / 'cache'}"]
     subprocess.run(

@@ -24,7 +24,12 @@ def reference(place):
 def train(place, name, subprocesses=False, **overrides):
     """(losses, validation losses, weights) of two epochs."""
     folder, model, rows = place
-    options = {"trainer__max_epochs": 2, "data__global_batch_size": 4, "data__val_size": 7, **overrides}
+    options = {
+        "trainer__max_epochs": 2,
+        "data__global_batch_size": 4,
+        "data__val_size": 7,
+        **overrides,
+    }
     args = arguments(model, rows, folder / name.replace(" ", "_"), **options)
     run("fit", args, subprocesses=subprocesses or options.get("trainer__devices", 1) > 1)
     root = folder / name.replace(" ", "_")
@@ -33,7 +38,9 @@ def train(place, name, subprocesses=False, **overrides):
 
 def same(result, expected):
     weights, others = result[2], expected[2]
-    return result[:2] == expected[:2] and all(torch.equal(weights[name], others[name]) for name in others)
+    return result[:2] == expected[:2] and all(
+        torch.equal(weights[name], others[name]) for name in others
+    )
 
 
 def test_twice(place, reference):

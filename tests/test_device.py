@@ -1,4 +1,6 @@
-"""What only a GPU shows, seen without one: where things are built, what is waited for, how answers are made."""
+"""What only a GPU shows, seen without one: where things are built, what is waited for, how answers
+are made.
+"""
 
 import contextlib
 import time
@@ -29,12 +31,20 @@ def place(tmp_path_factory):
 
 
 def settings(place, root, **options):
-    return arguments(*place, root, **{"data__packing": False, "data__global_batch_size": 4, **options})
+    return arguments(
+        *place, root, **{"data__packing": False, "data__global_batch_size": 4, **options}
+    )
 
 
-@pytest.mark.parametrize("options", [{}, {"model__lora": {"r": 2}}, {"model__neftune_noise_alpha": 5}], ids=str)
-def test_the_model_is_built_on_the_cpu_whatever_the_default_device(options, place, tmp_path, monkeypatch):
-    """Lightning makes the GPU the default device around `configure_model`: random start values would be others."""
+@pytest.mark.parametrize(
+    "options", [{}, {"model__lora": {"r": 2}}, {"model__neftune_noise_alpha": 5}], ids=str
+)
+def test_the_model_is_built_on_the_cpu_whatever_the_default_device(
+    options, place, tmp_path, monkeypatch
+):
+    """Lightning makes the GPU the default device around `configure_model`: random start values
+    would be others.
+    """
 
     @contextlib.contextmanager
     def elsewhere(self, empty_init=None):
@@ -52,7 +62,9 @@ def test_the_model_is_built_on_the_cpu_whatever_the_default_device(options, plac
 def test_numbers_for_a_bar_are_not_read_at_every_batch(own, place, tmp_path, monkeypatch):
     """To read one, a GPU would be waited for; a bar of the user's own gets them as ever."""
     reads = []
-    monkeypatch.setattr(result, "convert_tensors_to_scalars", lambda value: reads.append(value) or value.item())
+    monkeypatch.setattr(
+        result, "convert_tensors_to_scalars", lambda value: reads.append(value) or value.item()
+    )
     more = {"trainer__callbacks": [{"class_path": f"{__name__}.{Quiet.__name__}"}]} if own else {}
     run("fit", settings(place, tmp_path / "run", trainer__enable_progress_bar=True, **more))
     assert bool(reads) == own
@@ -66,7 +78,9 @@ def test_answers_in_fit_are_made_as_in_predict(place, tmp_path, monkeypatch):
     """Under the precision of the trainer, not in the type in which weights are stored."""
     seen, plain = [], generate.generate
     monkeypatch.setattr(
-        answer_module, "generate", lambda *a, **k: seen.append(torch.is_autocast_enabled("cpu")) or plain(*a, **k)
+        answer_module,
+        "generate",
+        lambda *a, **k: seen.append(torch.is_autocast_enabled("cpu")) or plain(*a, **k),
     )
     options = {"trainer__precision": "bf16-mixed", "data__questions": ["abc"]}
     run("fit", settings(place, tmp_path / "run", **options))
@@ -92,7 +106,9 @@ def test_the_clock_is_looked_at_every_few_seconds(monkeypatch):
 
 
 def test_sdpa_does_not_ask_cudnn():
-    """Which makes a plan for every length that it has not seen, and answers have a new one at every token."""
+    """Which makes a plan for every length that it has not seen, and answers have a new one at every
+    token.
+    """
     torch.backends.cuda.enable_cudnn_sdp(True)
     packed.choose(tiny_qwen3().config, "sdpa")
     assert not torch.backends.cuda.cudnn_sdp_enabled()
@@ -102,9 +118,14 @@ def test_lengths_are_not_read_from_the_device(monkeypatch):
     lm = tiny_qwen3()
     packed.register()
     lm.set_attn_implementation(packed.PACKED)
-    monkeypatch.setattr(cpu_kernel, "takes", lambda *_: False)  # as on a GPU without the flash kernel
+    monkeypatch.setattr(
+        cpu_kernel, "takes", lambda *_: False
+    )  # as on a GPU without the flash kernel
     bounds = pack_kwargs((3, 4), torch.device("cpu"))
-    inputs = {"input_ids": torch.arange(7)[None], "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3]])}
+    inputs = {
+        "input_ids": torch.arange(7)[None],
+        "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3]]),
+    }
     expected = lm(**inputs, **bounds).logits
     unreadable = {name: bounds[name].to("meta") for name in ("cu_seq_lens_q", "cu_seq_lens_k")}
     assert torch.equal(lm(**inputs, **{**bounds, **unreadable}).logits, expected)
@@ -115,8 +136,14 @@ def test_lengths_are_not_read_from_the_device(monkeypatch):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "out of memory"),
-        ("NCCL error in: a.cpp:1\nncclInvalidUsage\nLast error:\nDuplicate GPU detected", "Duplicate GPU detected"),
+        (
+            "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+            "out of memory",
+        ),
+        (
+            "NCCL error in: a.cpp:1\nncclInvalidUsage\nLast error:\nDuplicate GPU detected",
+            "Duplicate GPU detected",
+        ),
     ],
 )
 def test_errors_of_the_device(text, words):

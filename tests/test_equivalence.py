@@ -1,14 +1,32 @@
-"""`scripts/verify_equivalence.py` as a test: the same run, made in many ways, has the same losses, norms and weights.
+"""`scripts/verify_equivalence.py` as a test: the same run, made in many ways, has the same losses,
+norms and weights.
 
-Under AdamW with clipping some of the ways only: the optimizer sees the same gradients whatever made them.
+Under AdamW with clipping some of the ways only: the optimizer sees the same gradients whatever made
+them.
 """
 
 import pytest
 import torch
-from verify_equivalence import EPOCHS, LIMIT, VARIANTS, Variant, differences, missing, train, write_rows
+from verify_equivalence import (
+    EPOCHS,
+    LIMIT,
+    VARIANTS,
+    Variant,
+    differences,
+    missing,
+    train,
+    write_rows,
+)
 
 STEPS = 3 * EPOCHS
-ADAMW = ("accumulation of 16", "activation checkpointing", "ddp", "fsdp2", "fsdp2, resumed", "bf16, ddp, answers")
+ADAMW = (
+    "accumulation of 16",
+    "activation checkpointing",
+    "ddp",
+    "fsdp2",
+    "fsdp2, resumed",
+    "bf16, ddp, answers",
+)
 ELSEWHERE = ("ddp, resumed on one",)  # test_resume
 SLOW = ("2 nodes", "resumed", "offloaded", "compile", "lora, ")
 
@@ -35,7 +53,11 @@ def result(place):
 
 def cases():
     for name, variant in VARIANTS.items():
-        marks = [pytest.mark.slow] if name.startswith(SLOW) or any(word in name for word in SLOW) else []
+        marks = (
+            [pytest.mark.slow]
+            if name.startswith(SLOW) or any(word in name for word in SLOW)
+            else []
+        )
         for optimizer in ("sgd", *(["adamw"] if name in ADAMW else [])):
             if name != variant.like and name not in ELSEWHERE:
                 yield pytest.param(name, optimizer, marks=marks, id=f"{name}-{optimizer}")
@@ -56,7 +78,10 @@ def test_all_kinds_of_steps_are_in_the_set(place, monkeypatch):
     from lit_sft.data.sampler import StepOrder
 
     order = StepOrder(37, 16, 2, 2, seed=1, shuffle=True)
-    rows = [[len(order.packs(0, batch, rank)) for rank in (0, 1)] for batch in range(order.batches_per_epoch)]
+    rows = [
+        [len(order.packs(0, batch, rank)) for rank in (0, 1)]
+        for batch in range(order.batches_per_epoch)
+    ]
     assert rows[-2:] == [[2, 2], [1, 0]]
 
 
@@ -74,7 +99,9 @@ def test_tied_weights_stay_tied(place, result, name):
 
 
 def test_every_adapter_moves(result):
-    moved = {name: float(tensor.abs().max()) for name, tensor in result("lora", "sgd").weights.items()}
+    moved = {
+        name: float(tensor.abs().max()) for name, tensor in result("lora", "sgd").weights.items()
+    }
     lora_b = [value for name, value in moved.items() if "lora_B" in name]
     assert len(lora_b) == 2 * 7 and min(lora_b) > 0  # layers, linear modules in each
 
@@ -90,6 +117,8 @@ def test_the_test_can_fail(place, result, monkeypatch):
         return output.loss_sum / output.num_targets.clamp(min=1)
 
     monkeypatch.setattr(SFTModule, "training_step", mean_of_means)
-    wrong = train(Variant({"data.micro_batch_size": 1}), "sgd", place[1], place[0] / "mean_of_means")
+    wrong = train(
+        Variant({"data.micro_batch_size": 1}), "sgd", place[1], place[0] / "mean_of_means"
+    )
     off = differences(wrong, result("one process", "sgd"))
     assert min(off["grad_norm"], off["weights"]) > 100 * LIMIT

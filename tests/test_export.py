@@ -26,7 +26,9 @@ IDS = torch.arange(5, 29).reshape(2, 12)
 
 
 def export(model, path, *, tokenizer=None, stop_ids=(0, 2), chat_template=None, **options):
-    export_hf(model, ChatFormat(tokenizer or tiny_tokenizer(), stop_ids, chat_template), path, **options)
+    export_hf(
+        model, ChatFormat(tokenizer or tiny_tokenizer(), stop_ids, chat_template), path, **options
+    )
 
 
 def plain(path):
@@ -61,7 +63,7 @@ def read(directory: Path, name: str) -> dict:
     return json.loads((directory / name).read_text())
 
 
-# ------------------------------------------------------------------------------------------------------ whole models
+# ------------------------------------------------------------------ whole models
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -73,7 +75,10 @@ def test_plain_transformers_loads_equal_logits(tmp_path, build, dtype):
     assert model.training and model.config.use_cache is False
     reloaded = plain(tmp_path / "hf")
     assert reloaded.dtype == dtype
-    assert all(torch.equal(value, reloaded.state_dict()[name]) for name, value in model.state_dict().items())
+    assert all(
+        torch.equal(value, reloaded.state_dict()[name])
+        for name, value in model.state_dict().items()
+    )
     if dtype == torch.float32:  # `.to` above has also rounded the rotary buffers of the original
         assert torch.equal(logits(reloaded), logits(model))
     config = read(tmp_path / "hf", "config.json")
@@ -85,7 +90,9 @@ def test_plain_transformers_loads_equal_logits(tmp_path, build, dtype):
 def test_tied_weights_stay_tied_and_are_stored_once(tmp_path, gathered):
     model = tiny_qwen3()
     # Gathering from shards makes a copy of each name, also of two names of one weight.
-    state = {name: value.clone() for name, value in model.state_dict().items()} if gathered else None
+    state = (
+        {name: value.clone() for name, value in model.state_dict().items()} if gathered else None
+    )
     export(model, tmp_path / "hf", state_dict=state)
     assert "lm_head.weight" not in stored_names(tmp_path / "hf")
     reloaded = plain(tmp_path / "hf")
@@ -115,7 +122,9 @@ def test_weights_can_be_written_in_another_type(tmp_path):
 def test_our_own_attention_leaves_no_trace(tmp_path):
     source = save_tiny(tmp_path / "base", tiny_llama())
     packed.register()
-    model = load_model(source, init="pretrained", dtype=torch.float32, attn_implementation=packed.PACKED, seed=0)
+    model = load_model(
+        source, init="pretrained", dtype=torch.float32, attn_implementation=packed.PACKED, seed=0
+    )
     export(model, tmp_path / "hf")
     assert packed.PACKED not in (tmp_path / "hf" / "config.json").read_text()
     verify_export(tmp_path / "hf", model, tiny_tokenizer(), PROBES)
@@ -127,7 +136,8 @@ def test_everybody_may_read_what_the_umask_allows(tmp_path):
     assert len(modes) == 1
 
 
-# ------------------------------------------------------------------------------------- tokenizer, template, stopping
+# ------------------------------------------------------------------ tokenizer,
+# template, stopping
 
 
 def test_the_template_of_the_training_is_exported(tmp_path):
@@ -159,12 +169,16 @@ def says(model, token_id):
 
 
 def test_plain_transformers_stops_at_the_end_of_turn_of_the_template(tmp_path):
-    """The base's eos is <|endoftext|>, the template's end of turn is <|im_end|>, as in Qwen3-Base."""
+    """The base's eos is <|endoftext|>, the template's end of turn is <|im_end|>, as in
+    Qwen3-Base.
+    """
     model, tokenizer = says(tiny_llama(), 2), tiny_tokenizer()
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id == 0
     prompt = torch.tensor([[5, 6, 7]])
     assert model.generate(prompt, max_new_tokens=5, do_sample=False).shape[1] == 3 + 5
-    stop_ids = stop_token_ids(tokenizer, model.generation_config, [tokenizer.convert_tokens_to_ids("<|im_end|>")])
+    stop_ids = stop_token_ids(
+        tokenizer, model.generation_config, [tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    )
     export(model, tmp_path / "hf", stop_ids=stop_ids)
     assert plain(tmp_path / "hf").generate(prompt, max_new_tokens=5)[0].tolist() == [5, 6, 7, 2]
     saved = read(tmp_path / "hf", "generation_config.json")
@@ -188,7 +202,8 @@ def test_a_sampling_generation_config_is_kept(tmp_path):
     assert read(tmp_path / "hf", "generation_config.json")["temperature"] == 0.6
 
 
-# ------------------------------------------------------------------------------------------------- replacing, errors
+# -------------------------------------------------------------------------------------------------
+# replacing, errors
 
 
 def test_an_earlier_export_is_replaced_whole(tmp_path):
@@ -222,11 +237,15 @@ def test_other_peoples_files_and_the_base_are_not_replaced(tmp_path):
     with pytest.raises(UserError, match="is no model directory, so it is not replaced"):
         export(tiny_llama(), tmp_path / "thesis.tex")
     source = save_tiny(tmp_path / "hf" / "base")
-    model = load_model(source, init="pretrained", dtype=torch.float32, attn_implementation="sdpa", seed=0)
+    model = load_model(
+        source, init="pretrained", dtype=torch.float32, attn_implementation="sdpa", seed=0
+    )
     for target in ("hf", "hf/base"):
         with pytest.raises(UserError, match="which holds the base model: set another output_dir"):
             export(model, tmp_path / target)
-    assert (tmp_path / "thesis.tex").exists() and (tmp_path / "hf" / "base" / "config.json").exists()
+    assert (tmp_path / "thesis.tex").exists() and (
+        tmp_path / "hf" / "base" / "config.json"
+    ).exists()
 
 
 def test_verification_notices_a_difference(tmp_path):
@@ -236,7 +255,9 @@ def test_verification_notices_a_difference(tmp_path):
     with pytest.raises(UserError, match="the tokenizer of the export"):
         verify_export(tmp_path / "hf", tiny_llama(seed=0), tiny_tokenizer(bos_token="<s>"), PROBES)
     config = read(tmp_path / "hf", "generation_config.json")
-    (tmp_path / "hf" / "generation_config.json").write_text(json.dumps(config | {"suppress_tokens": list(range(200))}))
+    (tmp_path / "hf" / "generation_config.json").write_text(
+        json.dumps(config | {"suppress_tokens": list(range(200))})
+    )
     with pytest.raises(UserError, match="the answers of the export"):
         verify_export(tmp_path / "hf", tiny_llama(seed=0), tiny_tokenizer(), PROBES)
 
@@ -253,7 +274,7 @@ def test_verification_disturbs_neither_the_model_nor_the_random_state(tmp_path):
     assert all(module.training for module in model.modules())
 
 
-# ---------------------------------------------------------------------------------------------------------- adapters
+# ------------------------------------------------------------------ adapters
 
 
 def reload_adapter(path):
@@ -265,12 +286,19 @@ def reload_adapter(path):
 
 def test_an_adapter_over_an_existing_base(tmp_path):
     source = save_tiny(tmp_path / "base", tiny_llama())
-    base = load_model(source, init="pretrained", dtype=torch.float32, attn_implementation="sdpa", seed=0)
+    base = load_model(
+        source, init="pretrained", dtype=torch.float32, attn_implementation="sdpa", seed=0
+    )
     model = shake(apply_lora(base, LoraConfig(r=2)))
     export(model, tmp_path / "hf", base=AdapterBase(source))
     assert read(tmp_path / "hf", "adapter_config.json")["base_model_name_or_path"] == source
-    assert all("lora_" in name for name in stored_names(tmp_path / "hf", "adapter_model.safetensors"))
-    assert not (tmp_path / "hf" / "base").exists() and not (tmp_path / "hf" / "model.safetensors").exists()
+    assert all(
+        "lora_" in name for name in stored_names(tmp_path / "hf", "adapter_model.safetensors")
+    )
+    assert (
+        not (tmp_path / "hf" / "base").exists()
+        and not (tmp_path / "hf" / "model.safetensors").exists()
+    )
     assert read(tmp_path / "hf", "generation_config.json")["eos_token_id"] == [0, 2]
     assert load_tokenizer(str(tmp_path / "hf")).chat_template
     assert torch.equal(logits(reload_adapter(tmp_path / "hf")), logits(model))
@@ -280,13 +308,20 @@ def test_an_adapter_over_an_existing_base(tmp_path):
 @pytest.mark.parametrize("build", [tiny_llama, tiny_qwen3])
 @pytest.mark.parametrize(
     "variant",
-    [dict(), dict(use_dora=True), dict(modules_to_save=["lm_head"]), dict(init_lora_weights="pissa")],
+    [
+        dict(),
+        dict(use_dora=True),
+        dict(modules_to_save=["lm_head"]),
+        dict(init_lora_weights="pissa"),
+    ],
     ids=str,
 )
 def test_a_base_made_here_is_saved_with_the_adapter(tmp_path, build, variant):
     model = shake(apply_lora(build(), LoraConfig(**variant)))
     export(model, tmp_path / "hf")
-    assert read(tmp_path / "hf", "adapter_config.json")["base_model_name_or_path"] == str(tmp_path / "hf" / "base")
+    assert read(tmp_path / "hf", "adapter_config.json")["base_model_name_or_path"] == str(
+        tmp_path / "hf" / "base"
+    )
     if "init_lora_weights" not in variant:  # which takes its start values out of the base
         assert torch.equal(logits(plain(tmp_path / "hf" / "base")), logits(build()))
     assert torch.allclose(logits(reload_adapter(tmp_path / "hf")), logits(model), rtol=0, atol=1e-5)
@@ -295,9 +330,13 @@ def test_a_base_made_here_is_saved_with_the_adapter(tmp_path, build, variant):
 
 
 def test_start_values_that_change_the_base_bring_it_along(tmp_path):
-    """Otherwise the adapter would lie over the unchanged base, or the change would have to be computed anew."""
+    """Otherwise the adapter would lie over the unchanged base, or the change would have to be
+    computed anew.
+    """
     source = save_tiny(tmp_path / "base", tiny_llama())
-    base = load_model(source, init="pretrained", dtype=torch.float32, attn_implementation="sdpa", seed=0)
+    base = load_model(
+        source, init="pretrained", dtype=torch.float32, attn_implementation="sdpa", seed=0
+    )
     model = shake(apply_lora(base, LoraConfig(init_lora_weights="pissa_niter_4")))
     export(model, tmp_path / "hf", base=AdapterBase(source))
     assert torch.allclose(logits(reload_adapter(tmp_path / "hf")), logits(model), rtol=0, atol=1e-5)
@@ -306,7 +345,11 @@ def test_start_values_that_change_the_base_bring_it_along(tmp_path):
 def test_gathered_tensors_of_an_adapter(tmp_path):
     model = shake(apply_lora(tiny_qwen3(), LoraConfig(modules_to_save=["embed_tokens"])))
     state = {name: value.clone() for name, value in model.get_base_model().state_dict().items()}
-    export(apply_lora(tiny_qwen3(), LoraConfig(modules_to_save=["embed_tokens"])), tmp_path / "hf", state_dict=state)
+    export(
+        apply_lora(tiny_qwen3(), LoraConfig(modules_to_save=["embed_tokens"])),
+        tmp_path / "hf",
+        state_dict=state,
+    )
     assert torch.equal(logits(reload_adapter(tmp_path / "hf")), logits(model))
     assert torch.equal(logits(plain(tmp_path / "hf" / "base")), logits(tiny_qwen3()))
 
@@ -322,7 +365,14 @@ def test_an_exported_adapter_merges_to_the_model_it_was(tmp_path):
     model = shake(apply_lora(tiny_qwen3(), LoraConfig()))
     expected = logits(model)
     export(model, tmp_path / "hf")
-    merged = merge(load_adapter(plain(tmp_path / "hf" / "base"), str(tmp_path / "hf")), probe_ids=IDS)
+    merged = merge(
+        load_adapter(plain(tmp_path / "hf" / "base"), str(tmp_path / "hf")), probe_ids=IDS
+    )
     export(merged, tmp_path / "merged")
-    assert torch.allclose(logits(plain(tmp_path / "merged")), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    assert torch.allclose(
+        logits(plain(tmp_path / "merged")),
+        expected,
+        rtol=0,
+        atol=1e-5 * expected.abs().max().item(),
+    )
     assert "lm_head.weight" not in stored_names(tmp_path / "merged")

@@ -1,4 +1,6 @@
-"""`export`: any kind of checkpoint to a Hugging Face directory that has been compared, or no directory."""
+"""`export`: any kind of checkpoint to a Hugging Face directory that has been compared, or no
+directory.
+"""
 
 import pytest
 import torch
@@ -11,9 +13,15 @@ KINDS = {
     "an adapter": {"model__lora": {"r": 4}},
     "a part": {"model__trainable": ["lm_head"]},
     "parts": {"trainer__devices": 2, "trainer__strategy": "fsdp2"},
-    "parts of an adapter": {"trainer__devices": 2, "trainer__strategy": "fsdp2", "model__lora": {"r": 4}},
+    "parts of an adapter": {
+        "trainer__devices": 2,
+        "trainer__strategy": "fsdp2",
+        "model__lora": {"r": 4},
+    },
 }
-PARAMETERS = [pytest.param(kind, marks=[pytest.mark.slow] if "parts" in kind else []) for kind in KINDS]
+PARAMETERS = [
+    pytest.param(kind, marks=[pytest.mark.slow] if "parts" in kind else []) for kind in KINDS
+]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +57,9 @@ def test_export(kind, place, tmp_path):
     run("export", [*ckpt, f"--output_dir={tmp_path / 'out'}"])
     base = place[1] if "adapter" in kind else None
     ours = logits(tmp_path / "out", base)
-    torch.testing.assert_close(ours, logits(version(tmp_path / "runs") / "hf", base), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        ours, logits(version(tmp_path / "runs") / "hf", base), rtol=1e-6, atol=1e-6
+    )
     assert not torch.allclose(ours, logits(place[1]), atol=1e-3), "it was trained"
     if "adapter" in kind:
         run("export", [*ckpt, f"--output_dir={tmp_path / 'merged'}", "--merge_lora=true"])
@@ -86,7 +96,9 @@ def test_another_type(place, tmp_path, capsys):
     whole = logits(version(tmp_path / "runs") / "hf")
     assert float((logits(tmp_path / "out") - whole).abs().max() / whole.abs().max()) < 0.05
     ckpt = trained(place, tmp_path / "adapted", model__lora={"r": 4})
-    assert "add --merge_lora true" in refused(capsys, "export", [*ckpt, f"--output_dir={tmp_path / 'adapter'}", half])
+    assert "add --merge_lora true" in refused(
+        capsys, "export", [*ckpt, f"--output_dir={tmp_path / 'adapter'}", half]
+    )
     assert not (tmp_path / "adapter").exists()
 
 

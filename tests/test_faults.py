@@ -1,5 +1,5 @@
-"""What docs/faults.md says of each fault: what happens, what is said, what is kept. Faults are real, not simulated,
-wherever a test can cause them.
+"""What docs/faults.md says of each fault: what happens, what is said, what is kept. Faults are
+real, not simulated, wherever a test can cause them.
 """
 
 import json
@@ -15,7 +15,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import REPOSITORY, arguments, chat_rows, environment, final_weights, run, scalars, version, write_rows
+from running import (
+    REPOSITORY,
+    arguments,
+    chat_rows,
+    environment,
+    final_weights,
+    run,
+    scalars,
+    version,
+    write_rows,
+)
 from terminal import log_lines, refused
 from tiny import save_tiny, tiny_llama, tiny_tokenizer
 
@@ -39,7 +49,11 @@ def place(tmp_path_factory):
     (token,) = tokenizer("z", add_special_tokens=False)["input_ids"]
     with torch.no_grad():
         model.get_input_embeddings().weight[token] = torch.nan
-    return folder, save_tiny(folder / "model", model, tokenizer), write_rows(folder / "train.jsonl", chat_rows(ROWS))
+    return (
+        folder,
+        save_tiny(folder / "model", model, tokenizer),
+        write_rows(folder / "train.jsonl", chat_rows(ROWS)),
+    )
 
 
 def bad_rows(folder, *numbers):
@@ -54,7 +68,7 @@ def fit(model, rows, root, *more, **overrides):
     run("fit", [*arguments(model, rows, root, **{**PLAIN, **overrides}), *more])
 
 
-# ---------------------------------------------------------------------------------------------------- no number
+# ------------------------------------------------------------------ no number
 
 
 def checkpoints(root):
@@ -69,17 +83,25 @@ def assert_equal(one, other):
 
 
 def test_nan_stops_and_the_run_can_go_on(place, tmp_path, capsys):
-    """Everything that was saved is finite; the step is the next of the newest checkpoint; skipping gets past it."""
+    """Everything that was saved is finite; the step is the next of the newest checkpoint; skipping
+    gets past it.
+    """
     root, rows = tmp_path / "runs", bad_rows(tmp_path, BAD)
-    said = refused(capsys, "fit", arguments(place[1], rows, root, **PLAIN, checkpoint__keep_last=99))
+    said = refused(
+        capsys, "fit", arguments(place[1], rows, root, **PLAIN, checkpoint__keep_last=99)
+    )
     saved = checkpoints(root)
     step = int(said.split("step ")[1].split(":")[0])
-    assert max(saved) == step - 1 and "bad.jsonl line 3;" in said and "faults.skip_steps" in said, said
+    assert max(saved) == step - 1 and "bad.jsonl line 3;" in said and "faults.skip_steps" in said, (
+        said
+    )
     assert all(scalar == scalar for scalar in scalars(root, "train/loss")[:-1])
     with log_lines() as lines:
         fit(place[1], rows, root, "--ckpt_path=last", faults__skip_steps=1)
     assert max(checkpoints(root)) == ROWS // 4
-    assert any("left out (1 in a row, 1 in all)" in line and "line 3" in line for line in lines), lines
+    assert any("left out (1 in a row, 1 in all)" in line and "line 3" in line for line in lines), (
+        lines
+    )
 
 
 @pytest.fixture(scope="module")
@@ -115,16 +137,30 @@ def test_resumed_before_and_after_a_skipped_step(skipped, place, tmp_path):
         for path in (version(root) / "checkpoints").glob("step=*.ckpt"):
             if step_of(path) > at:
                 path.unlink()
-        fit(place[1], skipped[1], root, "--ckpt_path=last", faults__skip_steps=1, checkpoint__keep_last=99)
+        fit(
+            place[1],
+            skipped[1],
+            root,
+            "--ckpt_path=last",
+            faults__skip_steps=1,
+            checkpoint__keep_last=99,
+        )
         assert scalars(root, "train/skipped_steps") == scalars(skipped[0], "train/skipped_steps")
         for name, weight in final_weights(root).items():
             assert torch.equal(weight.nan_to_num(), final_weights(skipped[0])[name].nan_to_num())
 
 
 def test_a_fused_optimizer_skips_by_itself(skipped, place, tmp_path, monkeypatch, capsys):
-    """As on a GPU, where the host looks one step later: the same steps are left out, the same weights come out."""
+    """As on a GPU, where the host looks one step later: the same steps are left out, the same
+    weights come out.
+    """
     monkeypatch.setattr(nan_guard, "_can_defer", lambda optimizer, numbers: True)
-    fused = {"model__optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 8e-5, "weight_decay": 0.0}}}
+    fused = {
+        "model__optimizer": {
+            "class_path": "torch.optim.AdamW",
+            "init_args": {"lr": 8e-5, "weight_decay": 0.0},
+        }
+    }
     fused["model__optimizer"]["init_args"]["fused"] = True
     root, rows = tmp_path / "runs", skipped[1]
     fit(place[1], rows, root, faults__skip_steps=1, checkpoint__every_n_train_steps=4, **fused)
@@ -135,19 +171,26 @@ def test_a_fused_optimizer_skips_by_itself(skipped, place, tmp_path, monkeypatch
     assert not any(torch.isnan(weight).sum() > 64 for weight in state["state_dict"].values())
     stopped = arguments(place[1], rows, tmp_path / "stopped", **PLAIN, **fused)
     assert "the loss is nan" in refused(capsys, "fit", stopped)
-    saved, (step,) = checkpoints(tmp_path / "stopped"), [n for n, loss in enumerate(losses, 1) if loss != loss]
+    saved, (step,) = (
+        checkpoints(tmp_path / "stopped"),
+        [n for n, loss in enumerate(losses, 1) if loss != loss],
+    )
     assert max(saved, default=0) == step - 1, "a step was saved before it was looked at"
 
 
 def test_too_many_skips_in_a_row(place, tmp_path, capsys):
-    args = arguments(place[1], bad_rows(tmp_path, *range(ROWS)), tmp_path / "runs", **PLAIN, faults__skip_steps=2)
+    args = arguments(
+        place[1], bad_rows(tmp_path, *range(ROWS)), tmp_path / "runs", **PLAIN, faults__skip_steps=2
+    )
     said = refused(capsys, "fit", args)
     assert said.startswith("step 3: ") and "after 2 that were left out" in said
 
 
 @pytest.mark.parametrize("limit", [None, 1e-3])
 def test_gradient_explosion(limit, place, tmp_path, capsys, monkeypatch):
-    """The loss is a number, its gradient is none, or larger than asked for: all rows of the step are named."""
+    """The loss is a number, its gradient is none, or larger than asked for: all rows of the step
+    are named.
+    """
     configure = SFTModule.configure_model
 
     def exploding(module):
@@ -159,7 +202,9 @@ def test_gradient_explosion(limit, place, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(SFTModule, "configure_model", exploding)
     args = arguments(*place[1:], tmp_path / "runs", **PLAIN, faults__grad_norm_limit=limit)
     said = refused(capsys, "fit", args)
-    assert said.startswith("step 1: the loss is ") and len(set(re.findall(r"line (\d+)", said))) == 4, said
+    assert (
+        said.startswith("step 1: the loss is ") and len(set(re.findall(r"line (\d+)", said))) == 4
+    ), said
     assert ("above faults.grad_norm_limit 0.001" if limit else "the gradient norm nan") in said
     assert not checkpoints(tmp_path / "runs")
 
@@ -170,7 +215,9 @@ def test_clipping_by_value_hides_no_explosion(place, tmp_path, capsys, monkeypat
 
     def exploding(module):
         configure(module)
-        module.model.lm.get_output_embeddings().weight.register_hook(lambda gradient: gradient.fill_(torch.inf))
+        module.model.lm.get_output_embeddings().weight.register_hook(
+            lambda gradient: gradient.fill_(torch.inf)
+        )
 
     monkeypatch.setattr(SFTModule, "configure_model", exploding)
     by_value = {"trainer__gradient_clip_algorithm": "value", "trainer__gradient_clip_val": 0.5}
@@ -184,7 +231,7 @@ def test_wrong_options(key, value, place, tmp_path, capsys):
     assert f"faults.{key} is {value}" in refused(capsys, "fit", args)
 
 
-# ---------------------------------------------------------------------------------------------------- ranks
+# ------------------------------------------------------------------ ranks
 
 BREAKING = """
 import os, sys, time
@@ -208,13 +255,22 @@ cli.main()
 
 
 def fit_ranks(place, folder, script=BREAKING, launcher=(), timeout=60, **more):
-    """Runs `fit` on 2 ranks with a program; (exit code, stderr, seconds from the first failure to the end)."""
+    """Runs `fit` on 2 ranks with a program; (exit code, stderr, seconds from the first failure to
+    the end).
+    """
     (folder / "program.py").write_text(script)
-    settings = {**PLAIN, "trainer__devices": 2, "trainer__strategy": "ddp", **more.pop("overrides", {})}
+    settings = {
+        **PLAIN,
+        "trainer__devices": 2,
+        "trainer__strategy": "ddp",
+        **more.pop("overrides", {}),
+    }
     args = arguments(place[1], more.pop("rows", place[2]), folder / "runs", **settings)
     command = [sys.executable, *launcher, str(folder / "program.py"), "fit", *args]
     env = environment(PYTHONPATH=str(REPOSITORY), PYTHONUNBUFFERED="1", **more)
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=timeout)
+    done = subprocess.run(
+        command, cwd=folder, env=env, capture_output=True, text=True, timeout=timeout
+    )
     return done.returncode, done.stderr
 
 
@@ -245,17 +301,23 @@ def test_a_rank_fails(ranks, kind, launcher, said, place, tmp_path):
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_nan_on_one_rank(strategy, place, tmp_path):
     rows, settings = bad_rows(tmp_path, BAD), {"trainer__strategy": strategy}
-    code, err = fit_ranks(place, tmp_path, "from lit_sft.cli.main import main\nmain()", rows=rows, overrides=settings)
+    code, err = fit_ranks(
+        place, tmp_path, "from lit_sft.cli.main import main\nmain()", rows=rows, overrides=settings
+    )
     assert code == 1 and len(errors(err)) == 1, err[-3000:]
-    assert re.search(r"^error: step 3: the loss is nan.*rank \d: \S+bad.jsonl line 3;", errors(err)[0]), err[-3000:]
+    assert re.search(
+        r"^error: step 3: the loss is nan.*rank \d: \S+bad.jsonl line 3;", errors(err)[0]
+    ), err[-3000:]
     if strategy == "ddp":
         return
     skip = {**settings, "faults__skip_steps": 1, "trainer__default_root_dir": tmp_path / "skipping"}
-    code, err = fit_ranks(place, tmp_path, "from lit_sft.cli.main import main\nmain()", rows=rows, overrides=skip)
+    code, err = fit_ranks(
+        place, tmp_path, "from lit_sft.cli.main import main\nmain()", rows=rows, overrides=skip
+    )
     assert code == 0 and scalars(tmp_path / "skipping", "train/skipped_steps")[-1] == 1, err[-3000:]
 
 
-# ---------------------------------------------------------------------------------------------------- the surroundings
+# ------------------------------------------------------------------ the surroundings
 
 
 @pytest.fixture
@@ -266,7 +328,10 @@ def at_step_2(monkeypatch):
         start = SFTModule.on_train_batch_start
 
         def on_train_batch_start(module, batch, batch_idx):
-            if module.trainer.global_step == 2 and batch_idx % module.trainer.accumulate_grad_batches == 0:
+            if (
+                module.trainer.global_step == 2
+                and batch_idx % module.trainer.accumulate_grad_batches == 0
+            ):
                 do(module.trainer)
             return start(module, batch, batch_idx)
 
@@ -338,7 +403,9 @@ def test_the_cache_is_removed_during_the_run(place, tmp_path, at_step_2):
 
 @pytest.mark.parametrize("how", ["truncated", "rewritten"])
 def test_data_that_changes_during_the_run(how, place, tmp_path, at_step_2, capsys):
-    """Examples come from the cache, and what is asked at validation is read before the first step."""
+    """Examples come from the cache, and what is asked at validation is read before the first
+    step.
+    """
     path = Path(write_rows(tmp_path / "val.jsonl", chat_rows(8)))
 
     def change(trainer):
@@ -348,7 +415,10 @@ def test_data_that_changes_during_the_run(how, place, tmp_path, at_step_2, capsy
     at_step_2(change)
     settings = {**PLAIN, "data__validation": path, "model__evaluation": {"num_samples": 4}}
     fit(*place[1:], tmp_path / "runs", **settings)
-    references = [json.loads(line)["reference"] for line in (version(tmp_path / "runs") / "evaluation.jsonl").open()]
+    references = [
+        json.loads(line)["reference"]
+        for line in (version(tmp_path / "runs") / "evaluation.jsonl").open()
+    ]
     assert len(references) == 2 * 4 and references[:4] == references[4:]  # before and after
 
 
@@ -359,13 +429,22 @@ def test_training_data_that_grows_during_the_run(place, tmp_path, at_step_2):
     at_step_2(lambda trainer: path.write_text(before + before[: before.index("\n") + 1]))
     fit(place[1], path, tmp_path / "runs", data__val_size=4)
     path.write_text(before)
-    fit(place[1], path, tmp_path / "runs", "--ckpt_path=last", data__val_size=4, trainer__max_epochs=2)
+    fit(
+        place[1],
+        path,
+        tmp_path / "runs",
+        "--ckpt_path=last",
+        data__val_size=4,
+        trainer__max_epochs=2,
+    )
     assert len(scalars(tmp_path / "runs", "train/loss")) == 2 * (ROWS - 4) // 4
 
 
 def test_no_place_for_the_cache(place, tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    args = arguments(*place[1:], tmp_path / "runs", **PLAIN, data__cache_dir=tmp_path / "file" / "cache")
+    args = arguments(
+        *place[1:], tmp_path / "runs", **PLAIN, data__cache_dir=tmp_path / "file" / "cache"
+    )
     assert "Not a directory" in refused(capsys, "fit", args)
 
 
@@ -373,24 +452,34 @@ def test_no_place_for_the_cache(place, tmp_path, capsys):
 def test_a_read_only_disk(key, place, tmp_path, capsys):
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", disk], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", disk], capture_output=True
+    ).returncode:
         pytest.skip("mounting needs root")
     try:
-        said = refused(capsys, "fit", arguments(*place[1:], tmp_path / "runs", **{**PLAIN, key: disk}))
+        said = refused(
+            capsys, "fit", arguments(*place[1:], tmp_path / "runs", **{**PLAIN, key: disk})
+        )
     finally:
         subprocess.run(["umount", disk], check=True)
     assert "Read-only file system" in said and str(disk) in said
 
 
-@pytest.mark.parametrize(("size", "key"), [(16, "data__cache_dir"), (200, "trainer__default_root_dir")])
+@pytest.mark.parametrize(
+    ("size", "key"), [(16, "data__cache_dir"), (200, "trainer__default_root_dir")]
+)
 def test_a_full_disk(size, key, place, tmp_path, capsys):
     """Of a few KiB, for real."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", disk], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", disk], capture_output=True
+    ).returncode:
         pytest.skip("mounting needs root")
     try:
-        said = refused(capsys, "fit", arguments(*place[1:], tmp_path / "runs", **{**PLAIN, key: disk}))
+        said = refused(
+            capsys, "fit", arguments(*place[1:], tmp_path / "runs", **{**PLAIN, key: disk})
+        )
         assert not list(disk.rglob("step=*.ckpt")) and not list(disk.rglob("meta.json"))
     finally:
         subprocess.run(["umount", disk], check=True)
@@ -401,19 +490,30 @@ def test_a_full_disk(size, key, place, tmp_path, capsys):
     "error",
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has ..."),
-        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 21474836480 bytes."),
+        RuntimeError(
+            "DefaultCPUAllocator: can't allocate memory: you tried to allocate 21474836480 bytes."
+        ),
     ],
 )
 def test_out_of_memory(error, place, tmp_path, capsys, at_step_2):
-    """What was asked for, what `doctor` expects, and the settings that take less, with their values."""
+    """What was asked for, what `doctor` expects, and the settings that take less, with their
+    values.
+    """
 
     def fail(trainer):
         raise error
 
     at_step_2(fail)
-    said = refused(capsys, "fit", arguments(*place[1:], tmp_path / "runs", **PLAIN, data__micro_batch_size=2))
+    said = refused(
+        capsys, "fit", arguments(*place[1:], tmp_path / "runs", **PLAIN, data__micro_batch_size=2)
+    )
     assert "20.00 GiB more" in said and re.search(r"`doctor` expects \d+\.\d\d GiB", said)
-    for knob in ("data.micro_batch_size (2)", "data.max_length (128)", "model.gradient_checkpointing", "model.lora"):
+    for knob in (
+        "data.micro_batch_size (2)",
+        "data.max_length (128)",
+        "model.gradient_checkpointing",
+        "model.lora",
+    ):
         assert knob in said
 
 

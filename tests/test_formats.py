@@ -56,7 +56,9 @@ def test_the_same_conversation(format, row):
 def test_plain_text():
     row = {"text": "once upon a time"}
     assert detect_format([row], None, None)[0] == "text"
-    assert to_conversation(row, format="text", system_prompt="x") == Conversation((), text="once upon a time")
+    assert to_conversation(row, format="text", system_prompt="x") == Conversation(
+        (), text="once upon a time"
+    )
 
 
 @pytest.mark.parametrize(
@@ -90,16 +92,22 @@ def test_tool_calls(calls):
 
 
 def test_a_call_without_arguments_and_no_calls():
-    assert assistant(tool_calls=[{"name": "now"}]).tool_calls[0]["function"] == {"name": "now", "arguments": {}}
+    assert assistant(tool_calls=[{"name": "now"}]).tool_calls[0]["function"] == {
+        "name": "now",
+        "arguments": {},
+    }
     assert assistant(content="x", tool_calls=[]).tool_calls is None
 
 
 @pytest.mark.parametrize(
-    "tools", [[TOOL], json.dumps([TOOL]), [{"type": "function", "function": TOOL}], json.dumps(TOOL)]
+    "tools",
+    [[TOOL], json.dumps([TOOL]), [{"type": "function", "function": TOOL}], json.dumps(TOOL)],
 )
 def test_tools_get_the_envelope(tools):
     row = {"messages": [turn("user", "hi"), turn("assistant", "hello")], "tools": tools}
-    assert to_conversation(row, format="messages").tools == ({"type": "function", "function": TOOL},)
+    assert to_conversation(row, format="messages").tools == (
+        {"type": "function", "function": TOOL},
+    )
 
 
 def test_tool_answers_keep_their_ids():
@@ -111,19 +119,27 @@ def test_tool_answers_keep_their_ids():
             turn("assistant", "2"),
         ]
     }
-    assert to_conversation(row, format="messages").messages[2] == Message("tool", "", name="add", tool_call_id="c1")
+    assert to_conversation(row, format="messages").messages[2] == Message(
+        "tool", "", name="add", tool_call_id="c1"
+    )
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
 def test_reasoning(key):
-    assert assistant(content="2", **{key: "1 and 1"}) == Message("assistant", "2", reasoning_content="1 and 1")
+    assert assistant(content="2", **{key: "1 and 1"}) == Message(
+        "assistant", "2", reasoning_content="1 and 1"
+    )
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
 @pytest.mark.parametrize("blank", ["", " \n", None])
 def test_a_blank_name_of_reasoning_does_not_count(key, blank):
     others = dict.fromkeys({"reasoning_content", "reasoning", "thinking"} - {key}, blank)
-    for keys in ({key: "hm", **others}, {**others, key: "hm"}, {key: "hm", **dict.fromkeys(others, "hm")}):
+    for keys in (
+        {key: "hm", **others},
+        {**others, key: "hm"},
+        {key: "hm", **dict.fromkeys(others, "hm")},
+    ):
         assert assistant(content="2", **keys).reasoning_content == "hm"
     assert assistant(content="2", thinking="").reasoning_content == ""
 
@@ -134,7 +150,13 @@ def test_think_marks_stay_in_the_content():
 
 @pytest.mark.parametrize(
     ("flags", "train"),
-    [({"weight": 0}, False), ({"weight": 1.0}, True), ({"train": False}, False), ({"train": 1}, True), ({}, None)],
+    [
+        ({"weight": 0}, False),
+        ({"weight": 1.0}, True),
+        ({"train": False}, False),
+        ({"train": 1}, True),
+        ({}, None),
+    ],
 )
 def test_flags_of_a_turn(flags, train):
     assert assistant(content="x", **flags).train is train
@@ -183,8 +205,15 @@ def test_alpaca_with_everything():
 
 
 def test_only_the_completion_is_trained():
-    prompt = [turn("user", "a"), turn("assistant", "b"), turn("assistant", "c", weight=1), turn("user", "d")]
-    messages = to_conversation({"prompt": prompt, "completion": "e"}, format="prompt_completion").messages
+    prompt = [
+        turn("user", "a"),
+        turn("assistant", "b"),
+        turn("assistant", "c", weight=1),
+        turn("user", "d"),
+    ]
+    messages = to_conversation(
+        {"prompt": prompt, "completion": "e"}, format="prompt_completion"
+    ).messages
     assert [message.train for message in messages] == [None, False, True, None, None]
 
 
@@ -192,12 +221,19 @@ def test_column_mapping():
     row = {"question": "hi", "answer": "hello", "id": 3}
     mapping = {"question": "prompt", "answer": "completion"}
     assert detect_format([row], mapping, None)[0] == "prompt_completion"
-    assert to_conversation(row, format="prompt_completion", column_mapping=mapping) == Conversation(HI)
+    assert to_conversation(row, format="prompt_completion", column_mapping=mapping) == Conversation(
+        HI
+    )
 
 
 def test_columns_that_are_swapped():
-    row, mapping = {"prompt": "hello", "completion": "hi"}, {"prompt": "completion", "completion": "prompt"}
-    assert to_conversation(row, format="prompt_completion", column_mapping=mapping) == Conversation(HI)
+    row, mapping = (
+        {"prompt": "hello", "completion": "hi"},
+        {"prompt": "completion", "completion": "prompt"},
+    )
+    assert to_conversation(row, format="prompt_completion", column_mapping=mapping) == Conversation(
+        HI
+    )
 
 
 @pytest.mark.parametrize("answer", ["completion", "output", "answer", "response"])
@@ -207,7 +243,10 @@ def test_prompt_template(answer):
     format, reason = detect_format([row], None, template)
     assert "prompt_template" in reason
     conversation = to_conversation(row, format=format, prompt_template=template)
-    assert conversation.messages == (Message("user", "指令：算{}\n输入：3\n回答："), Message("assistant", "三"))
+    assert conversation.messages == (
+        Message("user", "指令：算{}\n输入：3\n回答："),
+        Message("assistant", "三"),
+    )
 
 
 def test_the_template_never_takes_a_question_for_the_answer():
@@ -216,36 +255,76 @@ def test_the_template_never_takes_a_question_for_the_answer():
     assert conversation.messages[1].content == "good"
 
 
-DOLLY = {"instruction": "Who?", "context": "Ann wrote it.", "response": "Ann", "category": "qa", "note": ""}
+DOLLY = {
+    "instruction": "Who?",
+    "context": "Ann wrote it.",
+    "response": "Ann",
+    "category": "qa",
+    "note": "",
+}
 
 
 @pytest.mark.parametrize(
     ("row", "options", "names"),
     [
-        (DOLLY, {"format": "alpaca", "column_mapping": {"response": "output"}}, "context, category"),
+        (
+            DOLLY,
+            {"format": "alpaca", "column_mapping": {"response": "output"}},
+            "context, category",
+        ),
         (DOLLY, {"prompt_template": "{context} {instruction}"}, "category"),
-        (DOLLY | {"output": "x", "system": "y"}, {"prompt_template": "{instruction}"}, "context, response, category"),
+        (
+            DOLLY | {"output": "x", "system": "y"},
+            {"prompt_template": "{instruction}"},
+            "context, response, category",
+        ),
         ({"text": "a", "tools": ["f"]}, {"format": "text"}, "tools"),
-        ({"messages": [], "tools": ["f"], "system": "x", "prompt": "hi"}, {"format": "messages"}, "prompt"),
+        (
+            {"messages": [], "tools": ["f"], "system": "x", "prompt": "hi"},
+            {"format": "messages"},
+            "prompt",
+        ),
         ({"conversations": [], "tools": ["f"], "id": 0}, {"format": "sharegpt"}, "id"),
-        ({"instruction": "a", "input": "b", "output": "c", "history": [1]}, {"format": "alpaca"}, ""),
-        ({"q": "a", "completion": "b", "x": "c"}, {"column_mapping": {"q": "prompt", "x": "y"}}, "x"),
+        (
+            {"instruction": "a", "input": "b", "output": "c", "history": [1]},
+            {"format": "alpaca"},
+            "",
+        ),
+        (
+            {"q": "a", "completion": "b", "x": "c"},
+            {"column_mapping": {"q": "prompt", "x": "y"}},
+            "x",
+        ),
         ({"prompt": "a", "completion": "b", "z": None, "y": [], "w": {}}, {}, ""),
     ],
 )
 def test_columns_that_are_not_read(row, options, names):
-    options = {"format": "prompt_completion", "column_mapping": None, "prompt_template": None, **options}
+    options = {
+        "format": "prompt_completion",
+        "column_mapping": None,
+        "prompt_template": None,
+        **options,
+    }
     lines = report_unread([{"more": None}, row, row], **options)
     assert lines == ([f"columns that are not read: {names}"] if names else [])
 
 
 def test_unread_columns_that_would_change_the_text_are_noted():
     row = {"messages": [turn("user", "hi"), turn("assistant", "hello")]}
-    noted = to_conversation({**row, "chat_template_kwargs": {"thinking": True}, "functions": [TOOL]}, format="messages")
+    noted = to_conversation(
+        {**row, "chat_template_kwargs": {"thinking": True}, "functions": [TOOL]}, format="messages"
+    )
     assert noted == Conversation(HI, notes=("unread:chat_template_kwargs", "unread:functions"))
-    assert to_conversation({**row, "chat_template_kwargs": {}, "functions": []}, format="messages").notes == ()
+    assert (
+        to_conversation(
+            {**row, "chat_template_kwargs": {}, "functions": []}, format="messages"
+        ).notes
+        == ()
+    )
     mapping = {"functions": "tools"}
-    mapped = to_conversation({**row, "functions": [TOOL]}, format="messages", column_mapping=mapping)
+    mapped = to_conversation(
+        {**row, "functions": [TOOL]}, format="messages", column_mapping=mapping
+    )
     assert mapped.notes == () and mapped.tools == ({"type": "function", "function": TOOL},)
 
 
@@ -257,7 +336,10 @@ def test_no_call_in_the_old_form(call):
 
 
 def test_detection_reads_past_empty_columns():
-    rows = [{"messages": None, "prompt": "a", "extra": None}, {"messages": None, "prompt": "b", "extra": "c"}]
+    rows = [
+        {"messages": None, "prompt": "a", "extra": None},
+        {"messages": None, "prompt": "b", "extra": "c"},
+    ]
     assert detect_format(rows, {"extra": "note"}, None)[0] == "prompt_completion"
     assert detect_format(rows[:1], {"extra": "note"}, None)[0] == "prompt_completion"
     assert detect_format([{"prompt": "x", "messages": []}], None, None)[0] == "messages"
@@ -265,9 +347,15 @@ def test_detection_reads_past_empty_columns():
 
 def test_system_prompt_goes_first_where_there_is_none():
     row = {"messages": [turn("user", "hi"), turn("assistant", "hello")]}
-    assert to_conversation(row, format="messages", system_prompt="S").messages == (Message("system", "S"), *HI)
+    assert to_conversation(row, format="messages", system_prompt="S").messages == (
+        Message("system", "S"),
+        *HI,
+    )
     row["messages"].insert(0, turn("developer", "D"))
-    assert to_conversation(row, format="messages", system_prompt="S").messages == (Message("developer", "D"), *HI)
+    assert to_conversation(row, format="messages", system_prompt="S").messages == (
+        Message("developer", "D"),
+        *HI,
+    )
 
 
 def test_placeholders_are_found_and_left():
@@ -280,7 +368,15 @@ def test_placeholders_are_found_and_left():
 
 
 @pytest.mark.parametrize(
-    "text", [r"\frac{num}{den} \begin{enumerate}", "`${temp}`", "f'Error: {mae}'", "{x} {1}", '{"a": 1}', "f{name}"]
+    "text",
+    [
+        r"\frac{num}{den} \begin{enumerate}",
+        "`${temp}`",
+        "f'Error: {mae}'",
+        "{x} {1}",
+        '{"a": 1}',
+        "f{name}",
+    ],
 )
 def test_braces_of_code_and_formulas_are_no_placeholders(text):
     assert find_placeholders(Conversation((), text=text)) == set()
@@ -288,7 +384,9 @@ def test_braces_of_code_and_formulas_are_no_placeholders(text):
 
 def test_empty_fields_of_a_prompt_template_are_noted():
     row = {"instruction": "Add", "input": "", "output": "2"}
-    conversation = to_conversation(row, format="prompt_completion", prompt_template="{instruction}: {input}")
+    conversation = to_conversation(
+        row, format="prompt_completion", prompt_template="{instruction}: {input}"
+    )
     assert conversation.blank == ("input",)
     assert to_conversation(row, format="alpaca").blank == ()
 
@@ -297,10 +395,23 @@ def test_prompts_for_predict():
     asked = Conversation(HI[:1])
     assert conversation_to_prompt(Conversation(HI)) == (asked, "hello")
     assert conversation_to_prompt(asked) == (asked, None)
-    assert conversation_to_prompt(Conversation((*HI[:1], replace(HI[1], train=True)))) == (asked, "hello")
-    assert conversation_to_prompt(Conversation((*HI[:1], replace(HI[1], train=False)))) == (asked, None)
-    for row in ({"prompt": "hi"}, {"prompt": "hi", "completion": ""}, {"prompt": "hi", "completion": None}):
+    assert conversation_to_prompt(Conversation((*HI[:1], replace(HI[1], train=True)))) == (
+        asked,
+        "hello",
+    )
+    assert conversation_to_prompt(Conversation((*HI[:1], replace(HI[1], train=False)))) == (
+        asked,
+        None,
+    )
+    for row in (
+        {"prompt": "hi"},
+        {"prompt": "hi", "completion": ""},
+        {"prompt": "hi", "completion": None},
+    ):
         assert to_conversation(row, format="prompt_completion", need_answer=False) == asked
     row = {"instruction": "hi", "output": ""}
     assert to_conversation(row, format="alpaca", need_answer=False) == asked
-    assert to_conversation({"q": "hi"}, format="alpaca", prompt_template="{q}", need_answer=False) == asked
+    assert (
+        to_conversation({"q": "hi"}, format="alpaca", prompt_template="{q}", need_answer=False)
+        == asked
+    )

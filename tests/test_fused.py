@@ -15,7 +15,11 @@ from lit_sft.model.loss import CausalLMLoss
 def batch(lengths=(5, 21, 3)):
     generator = torch.Generator().manual_seed(0)
     rows = [
-        (torch.randint(0, 320, (n,), generator=generator).int().numpy(), torch.ones(n).byte().numpy(), 0)
+        (
+            torch.randint(0, 320, (n,), generator=generator).int().numpy(),
+            torch.ones(n).byte().numpy(),
+            0,
+        )
         for n in lengths
     ]
     inputs = collate(rows)
@@ -28,7 +32,9 @@ def loss_and_gradients(lm, **autocast):
     with torch.autocast("cpu", torch.bfloat16, **autocast):
         output = model(**batch())
     output.loss_sum.backward()
-    return output.loss_sum.detach(), {name: p.grad for name, p in lm.named_parameters() if p.grad is not None}
+    return output.loss_sum.detach(), {
+        name: p.grad for name, p in lm.named_parameters() if p.grad is not None
+    }
 
 
 def pair(make, adapt=None):
@@ -54,14 +60,18 @@ def pair(make, adapt=None):
 def test_the_same_loss_and_gradients(make, adapt):
     plain, ours, replaced = pair(make, adapt)
     assert len(replaced) >= 2 * 3 + 1  # two norms and an MLP per block, and the last norm
-    (loss, gradients), (our_loss, our_gradients) = (loss_and_gradients(lm, enabled=False) for lm in (plain, ours))
+    (loss, gradients), (our_loss, our_gradients) = (
+        loss_and_gradients(lm, enabled=False) for lm in (plain, ours)
+    )
     torch.testing.assert_close(our_loss, loss, rtol=1e-6, atol=0)
     torch.testing.assert_close(our_gradients, gradients, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("adapt", [None, {}], ids=["full", "lora"])
 def test_the_same_rounding_under_autocast(adapt):
-    """The forward pass rounds where transformers and peft do, or later, so both are as far from fp32."""
+    """The forward pass rounds where transformers and peft do, or later, so both are as far from
+    fp32.
+    """
     plain, ours, _ = pair(tiny_llama, adapt)
     exact_loss, exact = loss_and_gradients(plain, enabled=False)
     plain.zero_grad()
@@ -69,7 +79,9 @@ def test_the_same_rounding_under_autocast(adapt):
     for lm in (plain, ours):
         loss, gradients = loss_and_gradients(lm, enabled=True)
         torch.testing.assert_close(loss, exact_loss, rtol=1e-3, atol=0)
-        errors.append([float((gradients[name] - exact[name]).norm() / exact[name].norm()) for name in exact])
+        errors.append(
+            [float((gradients[name] - exact[name]).norm() / exact[name].norm()) for name in exact]
+        )
     assert max(errors[1]) < 1.5 * max(errors[0])
     assert sum(errors[1]) < 1.1 * sum(errors[0])
 
@@ -116,7 +128,9 @@ def test_adapters_that_are_off_or_merged_stay_off_and_merged():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_adapter_that_computes_something_else_stays(dtype, monkeypatch):
-    """Also over a base in bf16, where fp32 adapters compute as autocast says; what is compared leaves no trace."""
+    """Also over a base in bf16, where fp32 adapters compute as autocast says; what is compared
+    leaves no trace.
+    """
     lm = tiny_llama().to(dtype)
     apply_lora(lm, LoraConfig(r=4, target_modules="all-linear"), seed=0)
     before = {name: parameter.clone() for name, parameter in lm.named_parameters()}
@@ -125,7 +139,11 @@ def test_an_adapter_that_computes_something_else_stays(dtype, monkeypatch):
     assert all(torch.equal(before[name], parameter) for name, parameter in lm.named_parameters())
     fused_layers.unfuse_blocks(lm, right)
     forward = fused_layers._LoraLinear.forward
-    monkeypatch.setattr(fused_layers._LoraLinear, "forward", lambda ctx, *args: forward(ctx, *args[:-1], 2 * args[-1]))
+    monkeypatch.setattr(
+        fused_layers._LoraLinear,
+        "forward",
+        lambda ctx, *args: forward(ctx, *args[:-1], 2 * args[-1]),
+    )
     assert not any(name.endswith("_proj") for name in fused_layers.fuse_blocks(lm))
 
 

@@ -24,7 +24,14 @@ def answers(lm, prompts=PROMPTS, stop_ids=(), pad_id=0, synced=False, entry=None
     options = GenerationOptions(**{"max_new_tokens": 12, **options})
     input_ids, attention_mask = left_pad(prompts, pad_id)
     return generate(
-        lm, input_ids, attention_mask, options=options, stop_ids=stop_ids, pad_id=pad_id, synced=synced, entry=entry
+        lm,
+        input_ids,
+        attention_mask,
+        options=options,
+        stop_ids=stop_ids,
+        pad_id=pad_id,
+        synced=synced,
+        entry=entry,
     )
 
 
@@ -52,7 +59,9 @@ def test_a_batch_equals_its_prompts_one_by_one(build, implementation):
     lm = build(**WILD)
     lm.set_attn_implementation(implementation)
     together = answers(lm)
-    assert len({token for ids in together for token in ids}) > 12, "the answers are too dull to prove anything"
+    assert len({token for ids in together for token in ids}) > 12, (
+        "the answers are too dull to prove anything"
+    )
     assert together == [answers(lm, [prompt])[0] for prompt in PROMPTS]
     assert together == [greedy_by_hand(lm, prompt) for prompt in PROMPTS]
 
@@ -63,7 +72,10 @@ def test_weights_that_are_cast_meanwhile_keep_what_hangs_on_them():
     weights = dict(lm.named_parameters())
 
     def nodes():
-        return {name: weight.expand_as(weight).grad_fn.next_functions[0][0] for name, weight in weights.items()}
+        return {
+            name: weight.expand_as(weight).grad_fn.next_functions[0][0]
+            for name, weight in weights.items()
+        }
 
     seen = []
     lm.model.register_forward_pre_hook(lambda *_: seen.append([p.dtype for p in lm.parameters()]))
@@ -109,8 +121,17 @@ def test_decoding_drops_the_stop_and_special_tokens():
 def test_greedy_takes_nothing_from_the_models_own_generation_config(caplog):
     lm = tiny_llama(**WILD)
     plain = answers(lm)
-    own = dict(do_sample=True, temperature=9.0, top_p=0.5, top_k=3, repetition_penalty=1e9, no_repeat_ngram_size=1)
-    lm.generation_config.update(**own, max_length=5, min_length=30, suppress_tokens=plain[0][:1], num_beams=3)
+    own = dict(
+        do_sample=True,
+        temperature=9.0,
+        top_p=0.5,
+        top_k=3,
+        repetition_penalty=1e9,
+        no_repeat_ngram_size=1,
+    )
+    lm.generation_config.update(
+        **own, max_length=5, min_length=30, suppress_tokens=plain[0][:1], num_beams=3
+    )
     before = lm.generation_config.to_dict()
     with caplog.at_level(logging.WARNING, logger="transformers"):
         logging.getLogger("transformers").addHandler(caplog.handler)
@@ -143,7 +164,9 @@ def test_a_model_in_training_is_put_back_as_it_was(gradient_checkpointing):
     if gradient_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     calls = []
-    lm.model.embed_tokens.register_forward_pre_hook(lambda module, inputs: calls.append(inputs[0].shape[1]))
+    lm.model.embed_tokens.register_forward_pre_hook(
+        lambda module, inputs: calls.append(inputs[0].shape[1])
+    )
     assert answers(lm) == expected
     assert calls == [20, *[1] * 11], "the cache of keys and values was not used"
     assert [name for name, module in lm.named_modules() if not module.training] == ["model.norm"]
@@ -165,9 +188,13 @@ def test_modes_come_back_after_an_error():
 
 
 def test_autocast_to_bf16_casts_the_weights_once():
-    """They are those of a bf16 model while it answers, and afterwards the very same fp32 tensors."""
+    """They are those of a bf16 model while it answers, and afterwards the very same fp32
+    tensors.
+    """
     lm, inside, half = tiny_llama(**WILD), [], tiny_llama(**WILD)
-    for parameter in half.parameters():  # and not the rotary frequencies, which no checkpoint has in bf16
+    for (
+        parameter
+    ) in half.parameters():  # and not the rotary frequencies, which no checkpoint has in bf16
         parameter.data = parameter.data.to(torch.bfloat16)
     expected = answers(half)
     before = {name: (p.data_ptr(), p.detach().clone()) for name, p in lm.named_parameters()}
@@ -181,12 +208,16 @@ def test_autocast_to_bf16_casts_the_weights_once():
         assert torch.is_autocast_enabled("cpu")
     assert inside == [({torch.bfloat16}, False)]
     for name, parameter in lm.named_parameters():
-        assert parameter.data_ptr() == before[name][0] and torch.equal(parameter, before[name][1]), name
+        assert parameter.data_ptr() == before[name][0] and torch.equal(
+            parameter, before[name][1]
+        ), name
 
 
 @pytest.mark.parametrize("synced", [False, True])
 def test_other_weights_stay_as_they_are_stored(synced):
-    """Under autocast to fp16, where they may overflow; and where sharding has its own type for them."""
+    """Under autocast to fp16, where they may overflow; and where sharding has its own type for
+    them.
+    """
     lm, inside = tiny_llama(**WILD), []
 
     def entry(synced_gpus, **arguments):
@@ -230,7 +261,9 @@ def test_the_entry_is_called_in_place_of_generate():
 def test_a_prompt_without_room_is_refused():
     lm = tiny_llama(max_position_embeddings=32)
     assert len(answers(lm, [list(range(5, 25))], max_new_tokens=12)[0]) == 12
-    with pytest.raises(UserError, match="a prompt of 20 tokens and model.generation.max_new_tokens 13 .* 32 tokens"):
+    with pytest.raises(
+        UserError, match="a prompt of 20 tokens and model.generation.max_new_tokens 13 .* 32 tokens"
+    ):
         answers(lm, [list(range(5, 25)), [5]], max_new_tokens=13)
 
 
@@ -242,7 +275,10 @@ def test_a_prompt_without_room_is_refused():
         (dict(do_sample=True, top_p=1.5), "top_p is 1.5"),
         (dict(do_sample=True, top_k=0), "top_k is 0"),
         (dict(do_sample=True, num_return_sequences=0), "num_return_sequences is 0"),
-        (dict(temperature=0.7), "temperature has no effect on greedy answers; set do_sample to true"),
+        (
+            dict(temperature=0.7),
+            "temperature has no effect on greedy answers; set do_sample to true",
+        ),
         (dict(num_return_sequences=2), "num_return_sequences has no effect on greedy answers"),
     ],
 )

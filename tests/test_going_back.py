@@ -1,4 +1,6 @@
-"""A run that goes on from another checkpoint than its newest; and which checkpoint, run and job belong together."""
+"""A run that goes on from another checkpoint than its newest; and which checkpoint, run and job
+belong together.
+"""
 
 import csv
 import multiprocessing
@@ -62,7 +64,9 @@ def root(place, tmp_path):
 
 
 def settings(place, root, **options):
-    return arguments(str(place / "model"), str(place / "train.jsonl"), root, **{**TEN_STEPS, **options})
+    return arguments(
+        str(place / "model"), str(place / "train.jsonl"), root, **{**TEN_STEPS, **options}
+    )
 
 
 def back(root, name):
@@ -72,13 +76,16 @@ def back(root, name):
 def links(root):
     folder = version(root) / "checkpoints"
     return {
-        name: os.readlink(folder / f"{name}.ckpt") for name in ("last", "best") if (folder / f"{name}.ckpt").exists()
+        name: os.readlink(folder / f"{name}.ckpt")
+        for name in ("last", "best")
+        if (folder / f"{name}.ckpt").exists()
     }
 
 
 def steps(root, pattern="step=*.ckpt"):
     return sorted(
-        int(path.name.split(".")[pattern[0] == "."][5:]) for path in version(root).glob(f"checkpoints/{pattern}")
+        int(path.name.split(".")[pattern[0] == "."][5:])
+        for path in version(root).glob(f"checkpoints/{pattern}")
     )
 
 
@@ -113,12 +120,17 @@ def _fit_in_a_job(args, output, variables):
     run("fit", args)
 
 
-# ---------------------------------------------------------------------------------------------------- going back
+# ------------------------------------------------------------------ going back
 
 
 def test_a_run_that_went_back_does_not_jump_to_its_old_end(place, root, tmp_path):
-    """Killed before its first save: a restart by SLURM and `last` go on from where it went back to."""
-    args = [*settings(place, root, **SELDOM, trainer__val_check_interval=None), back(root, "step=000003.ckpt")]
+    """Killed before its first save: a restart by SLURM and `last` go on from where it went back
+    to.
+    """
+    args = [
+        *settings(place, root, **SELDOM, trainer__val_check_interval=None),
+        back(root, "step=000003.ckpt"),
+    ]
     code, said = in_a_job(args, tmp_path / "out", KILL_AT="4")
     assert code == -signal.SIGKILL and "what was saved after step 3 is set aside" in said
     assert links(root) == {"last": "step=000003.ckpt", "best": "step=000002.ckpt"}
@@ -131,10 +143,20 @@ def test_a_run_that_went_back_does_not_jump_to_its_old_end(place, root, tmp_path
 
 
 def test_the_best_checkpoint_is_of_the_same_way(place, root):
-    """`best.ckpt` holds the step and the score that the run remembers, also where all that follows is worse."""
+    """`best.ckpt` holds the step and the score that the run remembers, also where all that follows
+    is worse.
+    """
     assert links(root)["best"] == "step=000010.ckpt" or links(root)["best"] == "step=000009.ckpt"
-    run("fit", [*settings(place, root, **SELDOM, model__optimizer__lr=1e-9), back(root, "step=000003.ckpt")])
-    state = read_checkpoint(version(root) / "checkpoints" / "last.ckpt")["callbacks"]["Checkpointer"]
+    run(
+        "fit",
+        [
+            *settings(place, root, **SELDOM, model__optimizer__lr=1e-9),
+            back(root, "step=000003.ckpt"),
+        ],
+    )
+    state = read_checkpoint(version(root) / "checkpoints" / "last.ckpt")["callbacks"][
+        "Checkpointer"
+    ]
     best = read_checkpoint(version(root) / "checkpoints" / "best.ckpt")
     assert best["global_step"] == state["best_step"]
     assert best["callbacks"]["Checkpointer"]["best_score"] == state["best_score"]
@@ -142,10 +164,14 @@ def test_the_best_checkpoint_is_of_the_same_way(place, root):
 
 def test_a_best_score_whose_checkpoint_is_gone_is_forgotten(place, root):
     (version(root) / "checkpoints" / "step=000002.ckpt").unlink()
-    args = [*settings(place, root, **SELDOM, trainer__max_steps=5, trainer__val_check_interval=None)]
+    args = [
+        *settings(place, root, **SELDOM, trainer__max_steps=5, trainer__val_check_interval=None)
+    ]
     with log_lines() as lines:
         run("fit", [*args, back(root, "step=000003.ckpt")])
-    assert "the best checkpoint so far, of step 2, is gone: the next validation is the best" in lines
+    assert (
+        "the best checkpoint so far, of step 2, is gone: the next validation is the best" in lines
+    )
     assert links(root) == {"last": "step=000005.ckpt", "best": "step=000005.ckpt"}
 
 
@@ -169,7 +195,9 @@ def test_a_link_takes_the_place_of_a_copied_directory(tmp_path):
 
 @pytest.mark.parametrize("name", ["best.ckpt", "renamed.ckpt"])
 def test_by_another_name(name, place, root):
-    """The step is read from the checkpoint: nothing is logged twice, and `last` means that file until the next save."""
+    """The step is read from the checkpoint: nothing is logged twice, and `last` means that file
+    until the next save.
+    """
     folder = version(root) / "checkpoints"
     if name == "best.ckpt":
         (folder / name).unlink()
@@ -186,19 +214,26 @@ def test_by_another_name(name, place, root):
 
 
 def test_another_score_to_choose_by(place, root):
-    more = {"checkpoint__monitor": "val/token_accuracy", "checkpoint__mode": "max", "trainer__max_epochs": 3}
+    more = {
+        "checkpoint__monitor": "val/token_accuracy",
+        "checkpoint__mode": "max",
+        "trainer__max_epochs": 3,
+    }
     with log_lines() as lines:
         run("fit", [*settings(place, root, **SELDOM, **more), "--ckpt_path=last"])
     said = (
-        "checkpoint.monitor was val/loss (min) and is val/token_accuracy (max): the next validation is the best so far"
+        "checkpoint.monitor was val/loss (min) and is val/token_accuracy (max): the next validation"
+        " is the best so far"
     )
     assert lines.count(said) == 1
-    state = read_checkpoint(version(root) / "checkpoints" / "last.ckpt")["callbacks"]["Checkpointer"]
+    state = read_checkpoint(version(root) / "checkpoints" / "last.ckpt")["callbacks"][
+        "Checkpointer"
+    ]
     accuracies = scalars(root, "val/token_accuracy")
     assert state["best_score"] == pytest.approx(max(accuracies[-2:])) and state["best_step"] > 10
 
 
-# ---------------------------------------------------------------------------------------------------- which run
+# ------------------------------------------------------------------ which run
 
 
 def test_a_newer_run_without_a_checkpoint_is_said(place, root):
@@ -210,7 +245,10 @@ def test_a_newer_run_without_a_checkpoint_is_said(place, root):
     with log_lines() as lines:
         run("fit", [*settings(place, root, trainer__gradient_clip_val=0.3), "--ckpt_path=last"])
     assert f"version_1: no checkpoint yet, passed over for the older {version(root)}" in lines
-    assert any(line.startswith("resumed ") and line.endswith(" at step 10; no step is left") for line in lines)
+    assert any(
+        line.startswith("resumed ") and line.endswith(" at step 10; no step is left")
+        for line in lines
+    )
     assert (version(root) / "config.yaml").read_text() == config
 
 
@@ -223,17 +261,23 @@ def test_a_try_leaves_a_finished_run_alone(place, root):
 def test_copied_and_renamed_runs(place, root):
     """A copy beside a run is not the newest; a renamed run goes on where its path is given."""
     logs = version(root).parent
-    shutil.copytree(version(root), logs / "version_0_backup", symlinks=True, copy_function=shutil.copy)
+    shutil.copytree(
+        version(root), logs / "version_0_backup", symlinks=True, copy_function=shutil.copy
+    )
     run("fit", [*settings(place, root, trainer__max_epochs=3), "--ckpt_path=last"])
     assert links(root)["last"] == "step=000015.ckpt" and len(list(logs.iterdir())) == 2
     (logs / "version_0_backup").rename(logs / "arithmetic")
-    run("fit", [*settings(place, root, trainer__max_epochs=3), f"--ckpt_path={logs / 'arithmetic'}"])
+    run(
+        "fit", [*settings(place, root, trainer__max_epochs=3), f"--ckpt_path={logs / 'arithmetic'}"]
+    )
     with (logs / "arithmetic" / "metrics.csv").open() as file:
-        assert [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]] == list(range(15))
+        assert [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]] == list(
+            range(15)
+        )
     assert len(list(logs.iterdir())) == 2
 
 
-# ---------------------------------------------------------------------------------------------------- jobs and ranks
+# ------------------------------------------------------------------ jobs and ranks
 
 
 def test_a_refused_resume_does_not_take_a_waiting_jobs_run(place, root, tmp_path):
@@ -243,14 +287,20 @@ def test_a_refused_resume_does_not_take_a_waiting_jobs_run(place, root, tmp_path
     code, said = in_a_job([*other, "--ckpt_path=last"], tmp_path / "out", SLURM_JOB_ID="88")
     assert code == 1 and "system_prompt" in said and "resumed " not in said
     assert mark.read_text() == "77 0 version_0\n"
-    code, said = in_a_job(settings(place, root, trainer__max_epochs=3), tmp_path / "out", SLURM_RESTART_COUNT="1")
+    code, said = in_a_job(
+        settings(place, root, trainer__max_epochs=3), tmp_path / "out", SLURM_RESTART_COUNT="1"
+    )
     assert code == 0 and " at step 10\n" in said and not version(root, 1).exists()
-    code, said = in_a_job([*settings(place, root), "--ckpt_path=last"], tmp_path / "out", SLURM_JOB_ID="88")
+    code, said = in_a_job(
+        [*settings(place, root), "--ckpt_path=last"], tmp_path / "out", SLURM_JOB_ID="88"
+    )
     assert code == 0 and "no step is left" in said and mark.read_text() == "77 0 version_0\n"
 
 
 def test_the_mark_of_a_job_comes_back_with_the_folder(place, tmp_path):
-    code, said = in_a_job(settings(place, tmp_path / "runs", trainer__callbacks=[REMOVES]), tmp_path / "out")
+    code, said = in_a_job(
+        settings(place, tmp_path / "runs", trainer__callbacks=[REMOVES]), tmp_path / "out"
+    )
     assert code == 0 and "was removed during the run" in said, said
     assert (version(tmp_path / "runs") / "slurm_job").read_text() == "77 0 version_0\n"
 
@@ -269,14 +319,18 @@ REMOVES = {"class_path": "test_going_back.Remove"}
 def test_leftovers_of_lightnings_requeueing_are_left_alone(place, tmp_path):
     root = tmp_path / "runs"
     root.mkdir()
-    shutil.copy(version(place / "runs") / "checkpoints" / "step=000010.ckpt", root / "hpc_ckpt_1.ckpt")
+    shutil.copy(
+        version(place / "runs") / "checkpoints" / "step=000010.ckpt", root / "hpc_ckpt_1.ckpt"
+    )
     code, said = in_a_job(settings(place, root, trainer__max_steps=2), tmp_path / "out")
     assert code == 0 and len(scalars(root, "train/loss")) == 2, said
 
 
 @pytest.mark.parametrize("rank_1_at", ["step 9", "nothing"])
 def test_ranks_that_would_go_on_from_different_checkpoints(rank_1_at, place, root, tmp_path):
-    """Output on disks of the nodes' own, for instance. All end in one line, and nothing is saved."""
+    """Output on disks of the nodes' own, for instance. All end in one line, and nothing is
+    saved.
+    """
     other = tmp_path / "other"
     if rank_1_at == "step 9":
         shutil.copytree(root, other, symlinks=True)
@@ -287,14 +341,20 @@ def test_ranks_that_would_go_on_from_different_checkpoints(rank_1_at, place, roo
         port = free.getsockname()[1]
     processes = []
     for rank, own in enumerate((root, other)):
-        args = [*settings(place, own, trainer__devices=2, trainer__strategy="ddp", trainer__max_epochs=3)]
+        args = [
+            *settings(
+                place, own, trainer__devices=2, trainer__strategy="ddp", trainer__max_epochs=3
+            )
+        ]
         variables = {
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0",
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "x",
             "TORCHELASTIC_USE_AGENT_STORE": "False",
         }  # fmt: skip
         out = tmp_path / f"out{rank}"
-        processes.append(FORK.Process(target=_fit_in_a_job, args=([*args, "--ckpt_path=last"], out, variables)))
+        processes.append(
+            FORK.Process(target=_fit_in_a_job, args=([*args, "--ckpt_path=last"], out, variables))
+        )
         processes[-1].start()
     for process in processes:
         process.join(60)
@@ -304,8 +364,13 @@ def test_ranks_that_would_go_on_from_different_checkpoints(rank_1_at, place, roo
     assert codes == [1, 1]
     said = [line for rank in (0, 1) for line in (tmp_path / f"out{rank}").read_text().splitlines()]
     errors = [line for line in said if line.startswith("error: ")]
-    found = "version_0/checkpoints/step=000009.ckpt (step 9)" if rank_1_at == "step 9" else "no checkpoint"
+    found = (
+        "version_0/checkpoints/step=000009.ckpt (step 9)"
+        if rank_1_at == "step 9"
+        else "no checkpoint"
+    )
     assert len(errors) == 1 and errors[0].startswith(
-        f"error: rank 0 would go on from version_0/checkpoints/step=000010.ckpt (step 10), rank 1 from {found}: let "
+        "error: rank 0 would go on from version_0/checkpoints/step=000010.ckpt (step 10), rank 1"
+        f" from {found}: let "
     )
     assert contents(root) == before

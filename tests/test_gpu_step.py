@@ -1,8 +1,10 @@
-"""A training step as a GPU takes it, run without one: the branches of a GPU, on tensors that have no values.
+"""A training step as a GPU takes it, run without one: the branches of a GPU, on tensors that have
+no values.
 
-A build of torch without CUDA cannot run autograd over fake CUDA tensors, so there are two halves. The forward pass and
-the gradients of the loss run on fake CUDA tensors, which refuse to be mixed with tensors of the CPU. The whole step,
-with the backward pass, runs on the meta device. In both a number that is read from the device is an error.
+A build of torch without CUDA cannot run autograd over fake CUDA tensors, so there are two halves.
+The forward pass and the gradients of the loss run on fake CUDA tensors, which refuse to be mixed
+with tensors of the CPU. The whole step, with the backward pass, runs on the meta device. In both a
+number that is read from the device is an error.
 """
 
 import ctypes
@@ -31,10 +33,14 @@ def seen(monkeypatch):
     taken = []
     for name in ("_varlen", "_per_segment"):
         plain = getattr(packed, name)
-        monkeypatch.setattr(packed, name, lambda *args, name=name, plain=plain: taken.append(name) or plain(*args))
+        monkeypatch.setattr(
+            packed, name, lambda *args, name=name, plain=plain: taken.append(name) or plain(*args)
+        )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     # The one number that transformers reads, see `test_nothing_is_waited_for`.
-    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None)
+    monkeypatch.setattr(
+        "transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None
+    )
     return taken
 
 
@@ -46,18 +52,22 @@ def build(dtype):
     return CausalLMLoss(lm)
 
 
-# ---------------------------------------------------------------------------------------------- fake CUDA tensors
+# ----------------------------------------------------------------------------------------------
+# fake CUDA tensors
 
 
 @pytest.fixture
 def fake_cuda(monkeypatch):
     """A mode in which CUDA tensors can be made.
 
-    Where torch is built with CUDA, the mode itself does what is needed. Other builds know no way to choose a CUDA
-    device around an operation, so the one of the meta device, which does nothing, takes its place.
+    Where torch is built with CUDA, the mode itself does what is needed. Other builds know no way to
+    choose a CUDA device around an operation, so the one of the meta device, which does nothing,
+    takes its place.
     """
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
-    guards = (ctypes.c_void_p * (META + 1)).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
+    guards = (ctypes.c_void_p * (META + 1)).in_dll(
+        library, "_ZN3c104impl26device_guard_impl_registryE"
+    )
     missing = guards[CUDA] is None
     if missing:
         guards[CUDA] = guards[META]
@@ -85,7 +95,10 @@ def move_model(mode, model):
 
 
 def move_batch(mode, inputs):
-    return {key: moved(mode, value) if isinstance(value, torch.Tensor) else value for key, value in inputs.items()}
+    return {
+        key: moved(mode, value) if isinstance(value, torch.Tensor) else value
+        for key, value in inputs.items()
+    }
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=["autocast", "bf16"])
@@ -109,7 +122,8 @@ def test_gradients_of_the_loss_mix_no_devices(fake_cuda, monkeypatch):
     monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 40 * 320)
     monkeypatch.setitem(loss.PIECE_ELEMENTS, "cuda", 16 * 320)
     hidden, weight, targets = (
-        moved(fake_cuda, tensor) for tensor in (torch.zeros(64, 32), torch.zeros(320, 32), torch.zeros(64).long())
+        moved(fake_cuda, tensor)
+        for tensor in (torch.zeros(64, 32), torch.zeros(320, 32), torch.zeros(64).long())
     )
     saved = []
     context = SimpleNamespace(
@@ -118,25 +132,41 @@ def test_gradients_of_the_loss_mix_no_devices(fake_cuda, monkeypatch):
         mark_non_differentiable=lambda tensor: None,
     )
     with fake_cuda:
-        task = loss._Task(loss.Head(weight, None, 1.0, None), LossOptions(), count_correct=True, needs_grad=True)
-        total, _ = loss._ChunkedCrossEntropy.forward(context, hidden.bfloat16(), weight, None, targets, task)
+        task = loss._Task(
+            loss.Head(weight, None, 1.0, None), LossOptions(), count_correct=True, needs_grad=True
+        )
+        total, _ = loss._ChunkedCrossEntropy.forward(
+            context, hidden.bfloat16(), weight, None, targets, task
+        )
     grad_hidden, grad_weight, grad_bias = saved
     assert {t.device for t in (total, grad_hidden, grad_weight)} == {torch.device("cuda:0")}
     assert grad_hidden.shape == (64, 32) and grad_hidden.dtype == torch.bfloat16
-    assert grad_weight.shape == (320, 32) and grad_weight.dtype == torch.float32 and grad_bias is None
+    assert (
+        grad_weight.shape == (320, 32) and grad_weight.dtype == torch.float32 and grad_bias is None
+    )
 
 
-# ------------------------------------------------------------------------------------------------ the whole step
+# ------------------------------------------------------------------------------------------------
+# the whole step
 
 
-@pytest.mark.parametrize(("dtype", "way"), [(torch.bfloat16, "_varlen"), (torch.float32, "_per_segment")], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "way"), [(torch.bfloat16, "_varlen"), (torch.float32, "_per_segment")], ids=str
+)
 def test_a_whole_step_reads_no_numbers(dtype, way, seen, monkeypatch):
-    """On the meta device, which passes for a GPU here; autocast does not know it. All operations have fake kernels."""
+    """On the meta device, which passes for a GPU here; autocast does not know it. All operations
+    have fake kernels.
+    """
     autocast_enabled = torch.is_autocast_enabled
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind != "meta" and autocast_enabled(kind))
+    monkeypatch.setattr(
+        torch, "is_autocast_enabled", lambda kind: kind != "meta" and autocast_enabled(kind)
+    )
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: tensor.is_meta))
     model = build(dtype).to("meta")
-    inputs = {key: value.to("meta") if isinstance(value, torch.Tensor) else value for key, value in batch().items()}
+    inputs = {
+        key: value.to("meta") if isinstance(value, torch.Tensor) else value
+        for key, value in batch().items()
+    }
     output = model(**inputs)
     output.loss_sum.backward()
     optim.scale_gradients(model.parameters(), torch.ones((), device="meta"))

@@ -1,4 +1,6 @@
-"""The structure of the package: import-linter's contracts in pyproject.toml, and private attributes in few files."""
+"""The structure of the package: import-linter's contracts in pyproject.toml, and private attributes
+in few files.
+"""
 
 import ast
 import shutil
@@ -10,11 +12,15 @@ import pytest
 
 REPOSITORY = Path(__file__).parent.parent
 ROOT = REPOSITORY / "lit_sft"
-LINT_IMPORTS = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_logo=True))"
+LINT_IMPORTS = (
+    "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_logo=True))"
+)
 
 
 def lint_imports(root: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", LINT_IMPORTS], cwd=root, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-c", LINT_IMPORTS], cwd=root, capture_output=True, text=True
+    )
 
 
 def test_imports_point_down():
@@ -45,7 +51,9 @@ def test_a_wrong_import_or_a_file_without_a_place_is_found(file, line, tmp_path)
 
 
 def test_packages_have_no_code_of_their_own():
-    """A package's `__init__.py` is its docstring; the top one has the version and the names of the Python API."""
+    """A package's `__init__.py` is its docstring; the top one has the version and the names of the
+    Python API.
+    """
     with_code = []
     for path in ROOT.rglob("*/__init__.py"):
         statements = ast.parse(path.read_text()).body

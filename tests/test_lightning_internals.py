@@ -21,14 +21,23 @@ NOT_PRIVATE = ("_exit", "_replace")
 
 
 def private_touches(path: Path) -> list[str]:
-    """Private attributes of objects other than `self`, and private names that are imported from Lightning."""
+    """Private attributes of objects other than `self`, and private names that are imported from
+    Lightning.
+    """
     found = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lightning"):
             found += [alias.name for alias in node.names if alias.name.startswith("_")]
-        if not isinstance(node, ast.Attribute) or not node.attr.startswith("_") or node.attr.startswith("__"):
+        if (
+            not isinstance(node, ast.Attribute)
+            or not node.attr.startswith("_")
+            or node.attr.startswith("__")
+        ):
             continue
-        if ast.unparse(node.value) not in ("self", "cls", "super()") and node.attr not in NOT_PRIVATE:
+        if (
+            ast.unparse(node.value) not in ("self", "cls", "super()")
+            and node.attr not in NOT_PRIVATE
+        ):
             found.append(ast.unparse(node))
     return found
 
@@ -44,7 +53,9 @@ def test_private_attributes_are_touched_in_one_file():
 @pytest.fixture
 def processes():
     """One that stands for this one, and one that it has launched."""
-    made = [subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) for _ in range(2)]
+    made = [
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) for _ in range(2)
+    ]
     yield made
     for process in made:
         process.kill()
@@ -53,11 +64,15 @@ def processes():
 
 @pytest.mark.parametrize("how", ["ours", "as it would be"])
 def test_launched_ranks_are_killed_alone(how, processes):
-    """Lightning's observer of processes kills the one that launched them, unless their list is empty by then."""
+    """Lightning's observer of processes kills the one that launched them, unless their list is
+    empty by then.
+    """
     main, child = processes
     launcher = _SubprocessScriptLauncher(LightningEnvironment(), num_processes=2, num_nodes=1)
     launcher.procs = [child]
-    observer = _ChildProcessObserver(main_pid=main.pid, child_processes=launcher.procs, sleep_period=1)
+    observer = _ChildProcessObserver(
+        main_pid=main.pid, child_processes=launcher.procs, sleep_period=1
+    )
     if how == "ours":
         kill_launched_ranks(SimpleNamespace(launcher=launcher))
     else:

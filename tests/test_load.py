@@ -24,7 +24,9 @@ from lit_sft.model.load import load_config, load_model, load_tokenizer
 
 
 def load(path, init="pretrained", dtype=torch.float32, attn_implementation="sdpa", seed=0):
-    return load_model(str(path), init=init, dtype=dtype, attn_implementation=attn_implementation, seed=seed)
+    return load_model(
+        str(path), init=init, dtype=dtype, attn_implementation=attn_implementation, seed=seed
+    )
 
 
 def edit_config(path: Path, **changes) -> None:
@@ -53,7 +55,7 @@ def cache_snapshot(cache: Path, repo_id: str, source: str) -> Path:
     return snapshot
 
 
-# ---------------------------------------------------------------------------------------------------------- resolve
+# ------------------------------------------------------------------ resolve
 
 
 def test_an_existing_model_directory_is_returned_as_it_is(tmp_path):
@@ -104,11 +106,12 @@ def test_offline_the_error_is_one_sentence_that_comes_in_seconds(tmp_path):
         seconds = time.monotonic() - start
         message = outcome.stderr.strip().splitlines()[-1]
         assert (
-            "UserError: the.key: someone/some-model is neither a local directory nor complete in the local cache"
-            in message
+            "UserError: the.key: someone/some-model is neither a local directory nor complete in"
+            " the local cache" in message
         )
         assert message.endswith("set the.key to a local model directory")
-        # Importing torch is most of this time on a slow machine; the libraries' own retries would take 46 s.
+        # Importing torch is most of this time on a slow machine; the libraries' own retries would
+        # take 46 s.
         assert seconds < 20
 
 
@@ -116,7 +119,9 @@ def test_a_hub_that_never_answers_costs_three_seconds(hub):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         hub(f"http://127.0.0.1:{silent.getsockname()[1]}")
         start = time.monotonic()
-        with pytest.raises(UserError, match="the hub cannot be reached .*; set model.model_name_or_path to a local"):
+        with pytest.raises(
+            UserError, match="the hub cannot be reached .*; set model.model_name_or_path to a local"
+        ):
             resolve("someone/some-model")
         assert time.monotonic() - start < 6
 
@@ -162,17 +167,22 @@ def test_the_answer_of_the_hub_is_told_apart(hub, status, code, message):
 
 def test_without_a_hub_the_local_cache_serves(hub, tmp_path):
     hub("http://hub.invalid")
-    snapshot = cache_snapshot(tmp_path / "cache", "someone/some-model", save_tiny(tmp_path / "model"))
+    snapshot = cache_snapshot(
+        tmp_path / "cache", "someone/some-model", save_tiny(tmp_path / "model")
+    )
     assert resolve("someone/some-model") == str(snapshot)
 
 
-# ------------------------------------------------------------------------------------------------- config, tokenizer
+# -------------------------------------------------------------------------------------------------
+# config, tokenizer
 
 
 def test_config_and_tokenizer_come_from_the_directory(tmp_path):
     path = save_tiny(tmp_path)
     assert load_config(path).num_hidden_layers == 2
-    assert load_tokenizer(path)("Hello world").input_ids == tiny_tokenizer()("Hello world").input_ids
+    assert (
+        load_tokenizer(path)("Hello world").input_ids == tiny_tokenizer()("Hello world").input_ids
+    )
 
 
 def test_pad_falls_back_to_eos(tmp_path):
@@ -182,7 +192,12 @@ def test_pad_falls_back_to_eos(tmp_path):
 
 
 def test_a_pad_token_of_its_own_is_kept(tmp_path):
-    assert load_tokenizer(save_tiny(tmp_path, tokenizer=tiny_tokenizer(pad_token="<|im_end|>"))).pad_token_id == 2
+    assert (
+        load_tokenizer(
+            save_tiny(tmp_path, tokenizer=tiny_tokenizer(pad_token="<|im_end|>"))
+        ).pad_token_id
+        == 2
+    )
 
 
 def test_a_tokenizer_without_eos_and_pad_is_refused(tmp_path):
@@ -210,14 +225,16 @@ def test_stop_ids_are_the_union_of_all_sources():
     assert stop_token_ids(tokenizer, None) == []
 
 
-# ------------------------------------------------------------------------------------------------------------ model
+# ------------------------------------------------------------------ model
 
 
 def test_pretrained_weights_are_those_of_the_files_in_the_asked_dtype(tmp_path):
     source = tiny_qwen3()
     path = save_tiny(tmp_path, source)
     model = load(path)
-    assert all(torch.equal(value, source.state_dict()[name]) for name, value in model.state_dict().items())
+    assert all(
+        torch.equal(value, source.state_dict()[name]) for name, value in model.state_dict().items()
+    )
     assert model.training
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert {p.dtype for p in load(path, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
@@ -243,10 +260,14 @@ def test_random_weights_depend_on_the_seed_alone(tmp_path):
 def test_pickled_weights_are_refused_with_the_remedy(tmp_path):
     path = save_tiny(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-    with pytest.raises(UserError, match="only pytorch_model.bin, which is not loaded .* provide safetensors"):
+    with pytest.raises(
+        UserError, match="only pytorch_model.bin, which is not loaded .* provide safetensors"
+    ):
         load(path)
     (tmp_path / "pytorch_model.bin").unlink()
-    with pytest.raises(UserError, match="has no weights; provide safetensors, or set model.init to random"):
+    with pytest.raises(
+        UserError, match="has no weights; provide safetensors, or set model.init to random"
+    ):
         load(path)
 
 
@@ -267,16 +288,28 @@ def test_what_is_no_causal_language_model_is_refused(tmp_path, init):
     from transformers import BertConfig, BertForMaskedLM, LlamaForSequenceClassification, T5Config
 
     T5Config().save_pretrained(tmp_path / "t5")
-    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=1, intermediate_size=16, vocab_size=32)
+    sizes = dict(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        intermediate_size=16,
+        vocab_size=32,
+    )
     BertForMaskedLM(BertConfig(**sizes)).save_pretrained(tmp_path / "bert")
     LlamaForSequenceClassification(tiny_llama().config).save_pretrained(tmp_path / "classifier")
-    for name, found in (("t5", "t5 model"), ("bert", "BertForMaskedLM"), ("classifier", "LlamaForSequence")):
+    for name, found in (
+        ("t5", "t5 model"),
+        ("bert", "BertForMaskedLM"),
+        ("classifier", "LlamaForSequence"),
+    ):
         with pytest.raises(UserError, match=f"{found}.*no causal language model"):
             load(tmp_path / name, init=init)
 
 
 def test_weights_without_a_head_are_refused(tmp_path):
-    """A classifier's weights under a causal LM's name: transformers would draw a random head and only warn."""
+    """A classifier's weights under a causal LM's name: transformers would draw a random head and
+    only warn.
+    """
     from transformers import LlamaForSequenceClassification
 
     LlamaForSequenceClassification(tiny_llama().config).save_pretrained(tmp_path)
@@ -290,7 +323,9 @@ def test_unknown_models_and_models_with_code_say_what_to_do(tmp_path):
     edit_config(tmp_path, model_type="unheard_of")
     with pytest.raises(UserError, match="config cannot be read.*unheard_of"):
         load(tmp_path)
-    edit_config(tmp_path, auto_map={"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"})
+    edit_config(
+        tmp_path, auto_map={"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    )
     with pytest.raises(UserError, match="set model.trust_remote_code to true"):
         load(tmp_path)
 
@@ -304,7 +339,7 @@ def test_an_attention_that_is_not_there_names_its_key(tmp_path, name, init):
         load(save_tiny(tmp_path), init=init, attn_implementation=name)
 
 
-# ------------------------------------------------------------------------------------------------------------- GGUF
+# ------------------------------------------------------------------ GGUF
 
 
 def write_gguf(path: Path, model, tokenizer) -> None:
@@ -327,7 +362,9 @@ def write_gguf(path: Path, model, tokenizer) -> None:
     special = set(tokenizer.all_special_tokens)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
-    writer.add_token_types([gguf.TokenType.CONTROL if token in special else gguf.TokenType.NORMAL for token in tokens])
+    writer.add_token_types(
+        [gguf.TokenType.CONTROL if token in special else gguf.TokenType.NORMAL for token in tokens]
+    )
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     writer.add_token_merges([" ".join(merge) for merge in merges])
     writer.add_bos_token_id(1)
@@ -335,9 +372,14 @@ def write_gguf(path: Path, model, tokenizer) -> None:
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, value in model.state_dict().items():
         rows = value
-        for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
+        for part, heads in (
+            ("q_proj", config.num_attention_heads),
+            ("k_proj", config.num_key_value_heads),
+        ):
             if part in name:  # GGUF interleaves the two halves of a rotated head
-                rows = value.reshape(heads, 2, -1, value.shape[1]).transpose(1, 2).reshape(value.shape)
+                rows = (
+                    value.reshape(heads, 2, -1, value.shape[1]).transpose(1, 2).reshape(value.shape)
+                )
         array = rows.contiguous().numpy()
         kind = gguf.GGMLQuantizationType.Q8_0 if array.ndim == 2 else gguf.GGMLQuantizationType.F32
         data = gguf.quants.quantize(array, kind)
@@ -357,7 +399,9 @@ def test_a_gguf_file_becomes_a_plain_model_that_can_be_saved(tmp_path):
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     weight = source.model.layers[1].self_attn.q_proj.weight
     # Q8_0 rounds to 1/127 of the largest of 32 weights.
-    assert (model.model.layers[1].self_attn.q_proj.weight - weight).abs().max() < weight.abs().max() / 127
+    assert (
+        model.model.layers[1].self_attn.q_proj.weight - weight
+    ).abs().max() < weight.abs().max() / 127
     model.save_pretrained(tmp_path / "saved")
     assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())
     assert torch.equal(load(tmp_path / "saved").lm_head.weight, model.lm_head.weight)

@@ -1,5 +1,5 @@
-"""Two jobs that resume in one folder at the same time: the second ends in one line and changes nothing. Jobs are
-processes, which are killed for real.
+"""Two jobs that resume in one folder at the same time: the second ends in one line and changes
+nothing. Jobs are processes, which are killed for real.
 """
 
 import errno
@@ -17,7 +17,16 @@ import time
 
 import pytest
 import torch
-from running import REPOSITORY, arguments, chat_rows, environment, final_weights, run, version, write_rows
+from running import (
+    REPOSITORY,
+    arguments,
+    chat_rows,
+    environment,
+    final_weights,
+    run,
+    version,
+    write_rows,
+)
 from terminal import log_lines, refused
 from tiny import save_tiny
 
@@ -25,7 +34,11 @@ from lit_sft.errors import UserError
 from lit_sft.run import lock as run_lock
 
 FORK = multiprocessing.get_context("fork")
-SETTINGS = {"data__packing": False, "data__global_batch_size": 4, "checkpoint__every_n_train_steps": 1}
+SETTINGS = {
+    "data__packing": False,
+    "data__global_batch_size": 4,
+    "checkpoint__every_n_train_steps": 1,
+}
 
 
 def until(true, seconds=60):
@@ -56,7 +69,7 @@ def kill(process):
     process.join()
 
 
-# ---------------------------------------------------------------------------------------------------- the lock
+# ------------------------------------------------------------------ the lock
 
 
 def hold(folder, job, ready):
@@ -81,7 +94,10 @@ def test_the_holder_is_named_and_its_lock_ends_with_it(held, job):
     with pytest.raises(UserError) as refusal:
         run_lock.hold(folder, job)
     said = str(refusal.value)
-    assert f"(process {process.pid} on {socket.gethostname()}, SLURM job 7, since 2" in said and str(folder) in said
+    assert (
+        f"(process {process.pid} on {socket.gethostname()}, SLURM job 7, since 2" in said
+        and str(folder) in said
+    )
     kill(process)
     run_lock.hold(folder, job)
     run_lock.hold(folder, job)  # it is ours
@@ -144,10 +160,12 @@ def test_a_file_system_without_locks_is_warned_of(number, tmp_path, monkeypatch)
     monkeypatch.setattr(fcntl, "flock", flock)
     with log_lines() as lines:
         run_lock.hold(tmp_path)
-    assert lines == [f"{tmp_path} cannot be locked ({os.strerror(number)}): do not resume it twice at a time"]
+    assert lines == [
+        f"{tmp_path} cannot be locked ({os.strerror(number)}): do not resume it twice at a time"
+    ]
 
 
-# ---------------------------------------------------------------------------------------------------- runs
+# ------------------------------------------------------------------ runs
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +205,9 @@ def running(place, tmp_path, children):
 def files(root):
     """All below it, with what would tell a change."""
     found = {path: path.lstat() for path in root.rglob("*")}
-    return {path: (status.st_mtime_ns, status.st_size, status.st_ino) for path, status in found.items()}
+    return {
+        path: (status.st_mtime_ns, status.st_size, status.st_ino) for path, status in found.items()
+    }
 
 
 def test_the_second_of_two_runs_ends_and_changes_nothing(place, running, tmp_path, capsys):
@@ -197,7 +217,8 @@ def test_the_second_of_two_runs_ends_and_changes_nothing(place, running, tmp_pat
     for _ in range(2):
         line = refused(capsys, "fit", last)
         assert line.startswith(
-            f"another run trains in {version(root)} (process {process.pid} on {socket.gethostname()}"
+            f"another run trains in {version(root)} (process {process.pid} on"
+            f" {socket.gethostname()}"
         )
     assert files(root) == before
     kill(process)
@@ -223,9 +244,13 @@ def test_all_ranks_end(launcher, strategy, place, running):
     before = files(root)
     settings = args(place, root, trainer__devices=2, trainer__strategy=strategy)
     command = [sys.executable, *launcher, "-m", "lit_sft", "fit", *settings, "--ckpt_path=last"]
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=120
+    )
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode != 0 and len(errors) == 1, done.stderr[-3000:]
-    assert errors[0].startswith(f"error: another run trains in {version(root)} (process {process.pid} on ")
+    assert errors[0].startswith(
+        f"error: another run trains in {version(root)} (process {process.pid} on "
+    )
     assert "resumed " not in done.stderr
     assert files(root) == before

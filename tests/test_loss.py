@@ -18,7 +18,10 @@ from lit_sft.types import IGNORE_INDEX
 
 def batch(lengths=(5, 9, 3), vocab=320, seed=0, share=0.5):
     rng = np.random.default_rng(seed)
-    rows = [(rng.integers(0, vocab, n).astype(np.int32), (rng.random(n) < share).astype(np.uint8), 0) for n in lengths]
+    rows = [
+        (rng.integers(0, vocab, n).astype(np.int32), (rng.random(n) < share).astype(np.uint8), 0)
+        for n in lengths
+    ]
     inputs = collate(rows)
     inputs.pop("rows")
     return inputs
@@ -38,12 +41,18 @@ def packed(lm):
 
 @pytest.fixture(params=["llama", "qwen3_tied", "gpt2"])
 def lm(request):
-    return packed({"llama": tiny_llama, "qwen3_tied": tiny_qwen3, "gpt2": tiny_gpt2}[request.param]())
+    return packed(
+        {"llama": tiny_llama, "qwen3_tied": tiny_qwen3, "gpt2": tiny_gpt2}[request.param]()
+    )
 
 
-@pytest.mark.parametrize("options", [LossOptions(), LossOptions(label_smoothing=0.1), LossOptions(type="dft")], ids=str)
+@pytest.mark.parametrize(
+    "options", [LossOptions(), LossOptions(label_smoothing=0.1), LossOptions(type="dft")], ids=str
+)
 def test_chunked_equals_the_models_own_logits(lm, options, monkeypatch):
-    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 3 * 320)  # three targets per chunk, so that there are several
+    monkeypatch.setattr(
+        loss, "CHUNK_ELEMENTS", 3 * 320
+    )  # three targets per chunk, so that there are several
     model, inputs = CausalLMLoss(lm, options), batch()
     ours = model(**inputs, count_correct=True)
     ours.loss_sum.backward()
@@ -58,9 +67,13 @@ def test_chunked_equals_the_models_own_logits(lm, options, monkeypatch):
 
 
 @pytest.mark.parametrize("own_logits", [False, True])
-@pytest.mark.parametrize("options", [LossOptions(label_smoothing=0.1), LossOptions(type="dft")], ids=str)
+@pytest.mark.parametrize(
+    "options", [LossOptions(label_smoothing=0.1), LossOptions(type="dft")], ids=str
+)
 def test_models_are_compared_by_the_plain_loss(options, own_logits):
-    """Without gradients, as in validation: dft's loss rises while a model gets better, and would choose the worst."""
+    """Without gradients, as in validation: dft's loss rises while a model gets better, and would
+    choose the worst.
+    """
     lm, inputs = packed(tiny_llama()), batch()
     model, plain = CausalLMLoss(lm, options), CausalLMLoss(lm)
     model.own_logits = plain.own_logits = own_logits
@@ -72,7 +85,9 @@ def test_models_are_compared_by_the_plain_loss(options, own_logits):
 def test_the_loss_is_that_of_plain_cross_entropy():
     lm, inputs = packed(tiny_llama()), batch(lengths=(12,))
     logits = lm(input_ids=inputs["input_ids"]).logits
-    expected = F.cross_entropy(logits[0], inputs["labels"][0], reduction="sum", ignore_index=IGNORE_INDEX)
+    expected = F.cross_entropy(
+        logits[0], inputs["labels"][0], reduction="sum", ignore_index=IGNORE_INDEX
+    )
     torch.testing.assert_close(CausalLMLoss(lm)(**inputs).loss_sum, expected)
 
 
@@ -92,7 +107,9 @@ def test_gradient_is_as_exact_as_the_plain_path():
         return model.lm.lm_head.weight.grad.double()
 
     exact = head_grad(torch.float64, own_logits=True)
-    ours, plain = ((head_grad(torch.float32, own) - exact).norm() / exact.norm() for own in (False, True))
+    ours, plain = (
+        (head_grad(torch.float32, own) - exact).norm() / exact.norm() for own in (False, True)
+    )
     assert ours < 2 * plain + 1e-7, (ours, plain)
     assert ours < 1e-5
 
@@ -109,13 +126,19 @@ def test_head_honours_what_the_config_says(config):
         setattr(lm.config, key, value)
     model, inputs = CausalLMLoss(lm), batch()
     examples = pack_kwargs(inputs["lengths"], torch.device("cpu"))
-    hidden = lm.model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], **examples)
+    hidden = lm.model(
+        input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], **examples
+    )
     logits = (
-        lm.lm_head(hidden.last_hidden_state)[0] * config.get("logit_scale", 1.0) / config.get("logits_scaling", 1.0)
+        lm.lm_head(hidden.last_hidden_state)[0]
+        * config.get("logit_scale", 1.0)
+        / config.get("logits_scaling", 1.0)
     )
     if cap := config.get("final_logit_softcapping"):
         logits = cap * torch.tanh(logits / cap)
-    expected = F.cross_entropy(logits, inputs["labels"][0], reduction="sum", ignore_index=IGNORE_INDEX)
+    expected = F.cross_entropy(
+        logits, inputs["labels"][0], reduction="sum", ignore_index=IGNORE_INDEX
+    )
     expected.backward()
     grads = gradients(model)
     output = model(**inputs)
@@ -184,7 +207,9 @@ def test_rows_of_one_give_the_same_loss():
     assert output.num_targets == expected.num_targets
 
 
-@pytest.mark.parametrize("options", [{"label_smoothing": 1.0}, {"type": "dft", "label_smoothing": 0.1}])
+@pytest.mark.parametrize(
+    "options", [{"label_smoothing": 1.0}, {"type": "dft", "label_smoothing": 0.1}]
+)
 def test_bad_options(options):
     with pytest.raises(UserError, match="model.loss.label_smoothing"):
         LossOptions(**options)

@@ -1,4 +1,6 @@
-"""What `doctor` expects of memory, beside what the process then took: real sizes, in a process of its own each."""
+"""What `doctor` expects of memory, beside what the process then took: real sizes, in a process of
+its own each.
+"""
 
 import json
 import re
@@ -23,7 +25,10 @@ MIDDLE = {**SMOLLM2, "vocab_size": 8192, "hidden_size": 512, "num_attention_head
 BF16 = {"trainer__precision": "bf16-mixed"}
 CASES = {
     "SmolLM2": (SMOLLM2, BF16),
-    "SmolLM2, LoRA": (SMOLLM2, {**BF16, "model__lora__r": 16, "model__lora__target_modules": "all-linear"}),
+    "SmolLM2, LoRA": (
+        SMOLLM2,
+        {**BF16, "model__lora__r": 16, "model__lora__target_modules": "all-linear"},
+    ),
     "52 M parameters in fp32": (MIDDLE, {"trainer__precision": "32-true"}),
 }
 
@@ -37,33 +42,58 @@ def expected(of=None, **changes):
         num_parameters=1000, num_trained=1000, tokens=10, stored_bytes=4, compute_bytes=2, optimizer_bytes=8,
         gradient_checkpointing=False,
     )  # fmt: skip
-    return memory_estimate.estimate(of or config(), memory_estimate.StepShape(**{**settings, **changes}))
+    return memory_estimate.estimate(
+        of or config(), memory_estimate.StepShape(**{**settings, **changes})
+    )
 
 
 def test_parts():
     full = expected()
     assert full.weights == 6000 and full.gradients == 4000 and full.optimizer == 8000
-    assert full.total == sum((full.weights, full.gradients, full.optimizer, full.activations, full.logits))
+    assert full.total == sum(
+        (full.weights, full.gradients, full.optimizer, full.activations, full.logits)
+    )
     assert expected(tokens=20).activations == 2 * full.activations
     assert expected(gradient_checkpointing=True).activations < full.activations
     deep = config(num_hidden_layers=8)
-    kept = [expected(deep, gradient_checkpointing=how).activations for how in ("full", "selective", False)]
-    assert kept == sorted(set(kept)) and kept[0] == expected(deep, gradient_checkpointing=True).activations
+    kept = [
+        expected(deep, gradient_checkpointing=how).activations
+        for how in ("full", "selective", False)
+    ]
+    assert (
+        kept == sorted(set(kept))
+        and kept[0] == expected(deep, gradient_checkpointing=True).activations
+    )
     assert full.checkpoint == 12_000
     once = expected(accumulates=False)  # these few gradients find room where activations were
-    assert once.gradients == 0 and once.total == full.total - 4000 and once.checkpoint == full.checkpoint
+    assert (
+        once.gradients == 0
+        and once.total == full.total - 4000
+        and once.checkpoint == full.checkpoint
+    )
     large = expected(accumulates=False, num_trained=10**9)
     assert large.gradients == 4 * 10**9 - large.activations - large.logits
     frozen = expected(num_trained=0, adapted=True, stored_bytes=2)
     assert frozen.activations < expected(adapted=True, input_copies=True).activations
-    assert frozen.gradients == frozen.optimizer == 0 and frozen.weights == 2000 and frozen.logits < full.logits
+    assert (
+        frozen.gradients == frozen.optimizer == 0
+        and frozen.weights == 2000
+        and frozen.logits < full.logits
+    )
 
 
 def test_a_4_bit_base(tmp_path, capsys):
-    """Half a byte and the scales for each weight of a linear layer: as much as bitsandbytes really takes."""
+    """Half a byte and the scales for each weight of a linear layer: as much as bitsandbytes really
+    takes.
+    """
     sizes = {**MIDDLE, "num_hidden_layers": 2}
     path = save_tiny(tmp_path / "model", tiny_llama(**sizes), tiny_tokenizer())
-    options = {"init": "pretrained", "dtype": torch.bfloat16, "attn_implementation": "sdpa", "seed": 0}
+    options = {
+        "init": "pretrained",
+        "dtype": torch.bfloat16,
+        "attn_implementation": "sdpa",
+        "seed": 0,
+    }
     lm = load_model(path, **options, quantization_config=quantization.nf4(torch.bfloat16))
     in_4_bits = [p for p in lm.parameters() if p.dtype == torch.uint8]
     assert len(in_4_bits) == 2 * 7
@@ -72,7 +102,12 @@ def test_a_4_bit_base(tmp_path, capsys):
     taken = num_bytes(in_4_bits) + num_bytes(scales)
     ends = num_bytes([lm.get_input_embeddings().weight])  # tied
     train = write_rows(tmp_path / "train.jsonl", chat_rows(4))
-    settings = {**BF16, "model__quantization": "nf4", "model__lora__r": 4, "data__global_batch_size": 2}
+    settings = {
+        **BF16,
+        "model__quantization": "nf4",
+        "model__lora__r": 4,
+        "data__global_batch_size": 2,
+    }
     with pytest.raises(SystemExit) as end:
         run("doctor", [*arguments(path, train, tmp_path / "run", **settings), "--output", "json"])
     assert end.value.code == 0

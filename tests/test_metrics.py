@@ -50,21 +50,38 @@ def test_exact_match():
     assert not exact_match("14", "4", LAST_INTEGER)
 
 
-@pytest.mark.parametrize("text", ["<think>a</think> b", "<think>\na\n</think>\n\nb", "a</think>b", "b<think>cut off"])
+@pytest.mark.parametrize(
+    "text", ["<think>a</think> b", "<think>\na\n</think>\n\nb", "a</think>b", "b<think>cut off"]
+)
 @pytest.mark.parametrize("marks", [("<think>", "</think>"), ("[THINK]", "[/THINK]")])
 def test_thoughts_are_removed(text, marks):
     assert without_thinking(text.replace("<think>", marks[0]).replace("</think>", marks[1])) == "b"
 
 
 def test_words():
-    assert words("The cat's  mat, 3.5 snake_case") == ["the", "cat", "s", "mat", "3", "5", "snake", "case"]
+    assert words("The cat's  mat, 3.5 snake_case") == [
+        "the",
+        "cat",
+        "s",
+        "mat",
+        "3",
+        "5",
+        "snake",
+        "case",
+    ]
     assert words("GPT你好,世界") == ["gpt", "你", "好", "世", "界"]
     assert words("हिन्दी का की தமிழ் สวัสดี") == ["हिन्दी", "का", "की", "தமிழ்", "สวัสดี"]
-    assert words("Cafe\u0301 a\u0332 \u2764\ufe0f 1") == ["caf\u00e9", "a\u0332", "1"]  # no word of a mark alone
+    assert words("Cafe\u0301 a\u0332 \u2764\ufe0f 1") == [
+        "caf\u00e9",
+        "a\u0332",
+        "1",
+    ]  # no word of a mark alone
 
 
 def test_scores_are_those_of_the_field():
-    """rouge as it is by default, BLEU of the corpus, F1 of SQuAD; worked out by hand where short."""
+    """rouge as it is by default, BLEU of the corpus, F1 of SQuAD; worked out by hand where
+    short.
+    """
     ours = ["The cat sat on the mat today.", "hello there, general"]
     theirs = ["The cat sat on the mat!", "hello there"]
     scores = text_scores(METRICS, ours, theirs, None)
@@ -84,7 +101,9 @@ def test_token_f1_is_that_of_squad():
         for theirs in filter(None, texts):
             answers = [{"answers": {"answer_start": [0], "text": [theirs]}, "id": "1"}]
             f1 = squad([{"prediction_text": ours, "id": "1"}], answers)["f1"] / 100
-            assert text_scores(["token_f1"], [ours], [theirs], None)["token_f1"] == pytest.approx(float(f1))
+            assert text_scores(["token_f1"], [ours], [theirs], None)["token_f1"] == pytest.approx(
+                float(f1)
+            )
 
 
 @pytest.mark.parametrize(
@@ -105,17 +124,21 @@ def test_token_f1_of_texts_without_words(ours, theirs, score):
 
 def test_equal_texts_score_one_and_empty_ones_nothing():
     texts = ["one two three four five", "你好世界,今天好"]
-    assert text_scores(METRICS, texts, [f"<think>x</think>{text}" for text in texts], None) == pytest.approx(
-        dict.fromkeys(score_names(METRICS), 1.0)
-    )
+    assert text_scores(
+        METRICS, texts, [f"<think>x</think>{text}" for text in texts], None
+    ) == pytest.approx(dict.fromkeys(score_names(METRICS), 1.0))
     assert set(text_scores(METRICS, ["", ""], texts, None).values()) == {0.0}
 
 
 def test_token_metrics_weigh_every_target():
     metric = TokenMetrics()
     for losses, correct in (([1.0], 1), ([2.0, 3.0, 4.0], 0), ([], 0)):
-        metric.update(LossOutput(torch.tensor(sum(losses)), torch.tensor(len(losses)), torch.tensor(correct)))
+        metric.update(
+            LossOutput(torch.tensor(sum(losses)), torch.tensor(len(losses)), torch.tensor(correct))
+        )
     values = {name: float(value) for name, value in metric.compute().items()}
-    assert values == pytest.approx({"loss": 2.5, "perplexity": math.exp(2.5), "token_accuracy": 0.25})
+    assert values == pytest.approx(
+        {"loss": 2.5, "perplexity": math.exp(2.5), "token_accuracy": 0.25}
+    )
     metric.reset()
     assert float(metric.compute()["loss"]) == 0

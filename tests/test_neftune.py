@@ -20,7 +20,9 @@ def noisy():
     model = CausalLMLoss(tiny_qwen3())
     apply_neftune(model, model.lm.get_input_embeddings(), ALPHA)
     seen = []
-    model.lm.get_input_embeddings().register_forward_hook(lambda module, args, output: seen.append(output.detach()))
+    model.lm.get_input_embeddings().register_forward_hook(
+        lambda module, args, output: seen.append(output.detach())
+    )
     return model, seen
 
 
@@ -52,7 +54,9 @@ def test_padded_rows_of_one_example_each_have_the_same_sizes(noisy):
     torch.manual_seed(0)
     model.train()(**batch())
     assert seen[-1].shape == (3, 30, HIDDEN)
-    padded = torch.nn.utils.rnn.pad_sequence(list(batch()["input_ids"][0].split(LENGTHS)), batch_first=True)
+    padded = torch.nn.utils.rnn.pad_sequence(
+        list(batch()["input_ids"][0].split(LENGTHS)), batch_first=True
+    )
     found = seen[-1] - model.lm.get_input_embeddings().weight.detach()[padded]
     for row, length in zip(found, LENGTHS, strict=True):
         limit = ALPHA / (length * HIDDEN) ** 0.5
@@ -64,7 +68,9 @@ def test_the_noise_follows_the_seed_and_ends_with_training(noisy):
     first, again, other = (noise(model, seen, batch(), seed)[0] for seed in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
     model.eval()(**batch())
-    assert torch.equal(seen[-1], model.lm.get_input_embeddings().weight.detach()[batch()["input_ids"]])
+    assert torch.equal(
+        seen[-1], model.lm.get_input_embeddings().weight.detach()[batch()["input_ids"]]
+    )
 
 
 def test_over_a_wrapped_bf16_embedding():

@@ -10,7 +10,13 @@ from torch.optim import AdamW
 
 from lit_sft.errors import UserError
 from lit_sft.training import optim
-from lit_sft.training.optim import ScheduleOptions, bytes_per_parameter, lr_factor, parameter_groups, prefer_fused
+from lit_sft.training.optim import (
+    ScheduleOptions,
+    bytes_per_parameter,
+    lr_factor,
+    parameter_groups,
+    prefer_fused,
+)
 
 
 def factors(total=10, **options):
@@ -19,7 +25,14 @@ def factors(total=10, **options):
 
 
 def test_linear_with_warmup_and_floor():
-    assert factors(total=6, type="linear", warmup_steps=2, min_lr_ratio=0.2) == [0.5, 1.0, 1.0, 0.8, 0.6, 0.4]
+    assert factors(total=6, type="linear", warmup_steps=2, min_lr_ratio=0.2) == [
+        0.5,
+        1.0,
+        1.0,
+        0.8,
+        0.6,
+        0.4,
+    ]
 
 
 def test_cosine_is_half_way_in_the_middle():
@@ -32,7 +45,9 @@ def test_warmup_steps_win_over_ratio():
     assert factors(type="constant", warmup_ratio=0.5, warmup_steps=1) == [1.0] * 10
 
 
-@pytest.mark.parametrize("options", [{"warmup_ratio": 1.0}, {"warmup_steps": -1}, {"min_lr_ratio": 2.0}])
+@pytest.mark.parametrize(
+    "options", [{"warmup_ratio": 1.0}, {"warmup_steps": -1}, {"min_lr_ratio": 2.0}]
+)
 def test_bad_values_name_their_key(options):
     with pytest.raises(UserError, match=f"model.lr_schedule.{next(iter(options))}"):
         ScheduleOptions(**options)
@@ -82,14 +97,18 @@ def test_bytes_per_parameter(optimizer, dtype, expected):
 
 
 def check_gradients_of_ddp():
-    """They stay where they are reduced, also over micro-batches that are not; what is not used has none."""
+    """They stay where they are reduced, also over micro-batches that are not; what is not used has
+    none.
+    """
     for unused in (False, True):
         torch.manual_seed(0)
         layers = nn.ModuleDict({"used": nn.Linear(3, 3, bias=False)})
         if unused:
             layers["unused"] = nn.Linear(3, 3, bias=False)
         layers.forward = layers["used"].forward
-        ddp = DistributedDataParallel(layers, gradient_as_bucket_view=True, find_unused_parameters=unused)
+        ddp = DistributedDataParallel(
+            layers, gradient_as_bucket_view=True, find_unused_parameters=unused
+        )
         optimizer = AdamW(ddp.parameters(), lr=0.1)
         weight, places, gradients = layers["used"].weight, [], []
         for _ in range(4):
@@ -106,7 +125,9 @@ def check_gradients_of_ddp():
             assert layers["unused"].weight not in optimizer.state
         else:
             assert torch.count_nonzero(weight.grad) == 0
-            assert len(set(places[1:])) == 1  # DDP orders its buffers anew when the second step begins
+            assert (
+                len(set(places[1:])) == 1
+            )  # DDP orders its buffers anew when the second step begins
 
 
 def test_gradients_stay_in_the_buffers_of_ddp():

@@ -41,7 +41,9 @@ def test_empty_and_single():
 
 
 def test_a_million_lengths_in_ten_seconds():
-    lengths = np.minimum(2048, np.random.default_rng(0).lognormal(5.5, 0.8, 1_000_000).astype(np.int64) + 1)
+    lengths = np.minimum(
+        2048, np.random.default_rng(0).lognormal(5.5, 0.8, 1_000_000).astype(np.int64) + 1
+    )
     started = time.monotonic()
     packs = best_fit_decreasing(lengths, 2048)
     assert time.monotonic() - started < 10

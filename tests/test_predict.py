@@ -1,4 +1,6 @@
-"""`predict`: every prompt answered once, in input order, on any number of ranks; an answer ends where a turn does."""
+"""`predict`: every prompt answered once, in input order, on any number of ranks; an answer ends
+where a turn does.
+"""
 
 import json
 
@@ -20,7 +22,10 @@ ANSWERS = {  # of different lengths, so that batches are padded and answers end 
     "你好": "你好",
     "Calculate 1+1-1": "1+1=2, 2-1=1",
 }
-ROWS = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in ANSWERS.items()]
+ROWS = [
+    {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
+    for q, a in ANSWERS.items()
+]
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +34,29 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("predict")
     model, rows = save_tiny(folder / "model"), write_rows(folder / "rows.jsonl", ROWS)
     learn = {"model__optimizer__lr": 0.01, "trainer__max_epochs": 60, "data__packing": False}
-    run("fit", arguments(model, rows, folder / "runs", data__global_batch_size=7, data__micro_batch_size=7, **learn))
+    run(
+        "fit",
+        arguments(
+            model,
+            rows,
+            folder / "runs",
+            data__global_batch_size=7,
+            data__micro_batch_size=7,
+            **learn,
+        ),
+    )
     return folder
 
 
 def predict(place, output, *args, subprocesses=False):
     """The records that a prediction with the learned model writes."""
     ckpt = version(place / "runs") / "checkpoints" / "last.ckpt"
-    more = [f"--ckpt_path={ckpt}", f"--predict_output={output}", "--model.generation.max_new_tokens=40", *args]
+    more = [
+        f"--ckpt_path={ckpt}",
+        f"--predict_output={output}",
+        "--model.generation.max_new_tokens=40",
+        *args,
+    ]
     run("predict", more, subprocesses=subprocesses)
     return read(output)
 
@@ -46,13 +66,19 @@ def read(path):
 
 
 def test_every_row_once_in_order_with_its_reference(place, tmp_path):
-    """Answers equal what was learned, so they also end where a turn ends, and not at the base's eos."""
-    records = predict(place, tmp_path / "new" / "out.jsonl", f"--data.predict={place / 'rows.jsonl'}")
+    """Answers equal what was learned, so they also end where a turn ends, and not at the base's
+    eos.
+    """
+    records = predict(
+        place, tmp_path / "new" / "out.jsonl", f"--data.predict={place / 'rows.jsonl'}"
+    )
     assert records == [
         {"index": index, "prompt": prompt, "prediction": answer, "reference": answer}
         for index, (prompt, answer) in enumerate(ANSWERS.items())
     ]
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["out.jsonl"]  # no parts are left
+    assert [path.name for path in (tmp_path / "new").iterdir()] == [
+        "out.jsonl"
+    ]  # no parts are left
 
 
 def test_two_ranks_write_the_same_file(place, tmp_path):
@@ -70,7 +96,12 @@ def test_batched_text_equals_text_one_by_one(tmp_path, monkeypatch):
     """Left padding changes nothing; a random model shows it better than a trained one."""
     model, rows = save_tiny(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl", chat_rows(37))
     args = arguments(
-        model, rows, tmp_path / "runs", data__predict=rows, model__generation__max_new_tokens=12, data__max_length=512
+        model,
+        rows,
+        tmp_path / "runs",
+        data__predict=rows,
+        model__generation__max_new_tokens=12,
+        data__max_length=512,
     )
     run("predict", [*args, f"--predict_output={tmp_path / 'batched.jsonl'}"])
     monkeypatch.setattr(prompts, "PROMPTS_PER_BATCH", 1)
@@ -97,29 +128,47 @@ def test_the_questions_where_nothing_else_is_asked(place, tmp_path):
 @pytest.mark.parametrize("key", ["questions", "predict"])
 def test_a_question_is_asked_as_rows_are_trained(key, place, tmp_path):
     """In the template, if it has one field; else it is said, once."""
-    rows = write_rows(tmp_path / "rows.jsonl", [{"question": "a {x}", "context": "b", "answer": "c"}])
-    settings = {"model_name_or_path": str(place / "model"), "cache_dir": str(tmp_path), "chat_template": "raw"}
+    rows = write_rows(
+        tmp_path / "rows.jsonl", [{"question": "a {x}", "context": "b", "answer": "c"}]
+    )
+    settings = {
+        "model_name_or_path": str(place / "model"),
+        "cache_dir": str(tmp_path),
+        "chat_template": "raw",
+    }
 
     def ask(template):
-        data = SFTDataModule(train=rows, prompt_template=template, **settings, **{key: ["a {x}"]}).data
+        data = SFTDataModule(
+            train=rows, prompt_template=template, **settings, **{key: ["a {x}"]}
+        ).data
         data.prepare("fit")
         with log_lines() as lines:
-            asked, again = [data.asked_by_predict() if key == "predict" else data.questions() for _ in range(2)]
+            asked, again = [
+                data.asked_by_predict() if key == "predict" else data.questions() for _ in range(2)
+            ]
         ids = data.caches["train"][0][0].tolist()
         assert asked == again
-        return [ids[: len(prompt.ids)] == prompt.ids for prompt in asked], [prompt.text for prompt in asked], lines
+        return (
+            [ids[: len(prompt.ids)] == prompt.ids for prompt in asked],
+            [prompt.text for prompt in asked],
+            lines,
+        )
 
     assert ask("Question: {question}\nAnswer: ") == ([True], ["Question: a {x}\nAnswer: "], [])
     _, texts, lines = ask("{context} {question}")
     assert texts == ["a {x}"]
-    assert lines == [f"data.{key}: not asked as rows are trained: data.prompt_template has more fields than one"]
+    assert lines == [
+        f"data.{key}: not asked as rows are trained: data.prompt_template has more fields than one"
+    ]
 
 
 def test_rows_without_answer_and_rows_of_several_turns(place, tmp_path):
     """The last user turn is asked; what stood before it is read."""
     user = [{"role": "user", "content": "x"}]
     rows = [{"messages": user}, {"messages": [*ROWS[0]["messages"], *ROWS[1]["messages"]]}]
-    records = predict(place, tmp_path / "out.jsonl", f"--data.predict={write_rows(tmp_path / 'rows.jsonl', rows)}")
+    records = predict(
+        place, tmp_path / "out.jsonl", f"--data.predict={write_rows(tmp_path / 'rows.jsonl', rows)}"
+    )
     assert records[0] == {"index": 0, "prompt": "x", "prediction": ANSWERS["x"]}
     assert records[1]["prompt"] == "count" and records[1]["reference"] == ANSWERS["count"]
 
@@ -129,7 +178,10 @@ def test_max_samples(place, tmp_path):
     with log_lines() as lines:
         asked = f"--data.predict={place / 'rows.jsonl'}"
         records = predict(place, tmp_path / "out.jsonl", asked, "--data.max_samples=2")
-    assert sum(line.endswith("rows.jsonl: the first 2 of 7 rows (data.max_samples)") for line in lines) == 1
+    assert (
+        sum(line.endswith("rows.jsonl: the first 2 of 7 rows (data.max_samples)") for line in lines)
+        == 1
+    )
     assert [record["index"] for record in records] == [0, 1]
 
 
@@ -138,14 +190,26 @@ def test_the_file_lies_in_the_folder_of_the_run(place):
     folder = version(place / "runs")
     metrics, config = (folder / "metrics.csv").read_bytes(), (folder / "config.yaml").read_bytes()
     for question in ("x", "count"):
-        run("predict", [f"--ckpt_path={folder / 'checkpoints' / 'last.ckpt'}", f'--data.predict=["{question}"]'])
+        run(
+            "predict",
+            [
+                f"--ckpt_path={folder / 'checkpoints' / 'last.ckpt'}",
+                f'--data.predict=["{question}"]',
+            ],
+        )
         assert [record["prompt"] for record in read(folder / "predictions.jsonl")] == [question]
-    assert ((folder / "metrics.csv").read_bytes(), (folder / "config.yaml").read_bytes()) == (metrics, config)
+    assert ((folder / "metrics.csv").read_bytes(), (folder / "config.yaml").read_bytes()) == (
+        metrics,
+        config,
+    )
     assert not version(place / "runs", 1).exists()
 
 
 def test_without_a_checkpoint_the_base_answers(place, tmp_path):
-    run("predict", arguments(str(place / "model"), "none.jsonl", tmp_path / "runs", data__predict=["x"]))
+    run(
+        "predict",
+        arguments(str(place / "model"), "none.jsonl", tmp_path / "runs", data__predict=["x"]),
+    )
     records = read(version(tmp_path / "runs") / "predictions.jsonl")
     assert len(records) == 1 and records[0]["prediction"] != ANSWERS["x"]
 
@@ -161,12 +225,19 @@ def test_plain_transformers_stops_at_the_same_place(place):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = version(place / "runs") / "hf"
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder).eval(),
+        AutoTokenizer.from_pretrained(folder),
+    )
     base_eos = tokenizer.convert_tokens_to_ids("<|endoftext|>")
     for question, answer in ANSWERS.items():
         chat = [{"role": "user", "content": question}]
-        inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        inputs = tokenizer.apply_chat_template(
+            chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
         with torch.no_grad():
-            output = model.generate(**inputs, max_new_tokens=40, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+            output = model.generate(**inputs, max_new_tokens=40, do_sample=False)[
+                0, inputs["input_ids"].shape[1] :
+            ]
         assert tokenizer.decode(output, skip_special_tokens=True) == answer
         assert output[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>") != base_eos

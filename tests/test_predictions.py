@@ -32,14 +32,22 @@ def place(tmp_path_factory):
 def command(place, output, *args):
     rows = str(place / "rows.jsonl")
     base = arguments(
-        str(place / "model"), rows, place / "runs", data__predict=rows, model__generation__max_new_tokens=40
+        str(place / "model"),
+        rows,
+        place / "runs",
+        data__predict=rows,
+        model__generation__max_new_tokens=40,
     )
     return [*base, f"--predict_output={output}", *args]
 
 
 def predict(place, output, *args):
     with log_lines() as lines:
-        run("predict", command(place, output, *args), subprocesses=any("devices=2" in arg for arg in args))
+        run(
+            "predict",
+            command(place, output, *args),
+            subprocesses=any("devices=2" in arg for arg in args),
+        )
     return lines
 
 
@@ -97,7 +105,9 @@ def leave_parts(place, output, indices):
     marked = [{**kept[index], "prediction": f"kept {index}"} for index in indices]
     half = len(marked) // 2
     for rank, rows in enumerate((marked[:half], marked[half:])):
-        (folder / f".{output.name}.part{rank}").write_text(head + "".join(json.dumps(row) + "\n" for row in rows))
+        (folder / f".{output.name}.part{rank}").write_text(
+            head + "".join(json.dumps(row) + "\n" for row in rows)
+        )
 
 
 def heads(place, output, *args):
@@ -118,7 +128,9 @@ def heads(place, output, *args):
 
 
 def test_rows_that_are_there_are_not_answered_again(place, tmp_path):
-    """They keep their text; whole batches are left out, and all is merged where nothing is left to do."""
+    """They keep their text; whole batches are left out, and all is merged where nothing is left to
+    do.
+    """
     output = tmp_path / "new" / "out.jsonl"
     leave_parts(place, output, range(0, ROWS, 2))
     predict(place, output)
@@ -133,7 +145,8 @@ def test_rows_that_are_there_are_not_answered_again(place, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "other", ["--model.generation.max_new_tokens=5", "--data.max_samples=399", "--seed_everything=3"]
+    "other",
+    ["--model.generation.max_new_tokens=5", "--data.max_samples=399", "--seed_everything=3"],
 )
 def test_parts_of_other_settings_are_not_used(place, tmp_path, other):
     output = tmp_path / "new" / "out.jsonl"
@@ -145,12 +158,16 @@ def test_parts_of_other_settings_are_not_used(place, tmp_path, other):
 
 def test_parts_of_another_checkpoint_are_not_used(place, tmp_path):
     """Of the same run and settings, for the same prompts and file."""
-    args = arguments(str(place / "model"), str(place / "rows.jsonl"), tmp_path / "runs", trainer__max_steps=2)
+    args = arguments(
+        str(place / "model"), str(place / "rows.jsonl"), tmp_path / "runs", trainer__max_steps=2
+    )
     run("fit", [*args, "--checkpoint.every_n_train_steps=1", "--data.max_samples=40"])
     saved = sorted((version(tmp_path / "runs") / "checkpoints").glob("step=*.ckpt"))
     assert len(saved) == 2
     output, (first, second) = tmp_path / "out", (f"--ckpt_path={path}" for path in saved)
-    assert heads(place, output, first) == heads(place, output, first) != heads(place, output, second)
+    assert (
+        heads(place, output, first) == heads(place, output, first) != heads(place, output, second)
+    )
 
 
 def test_a_file_whose_name_is_a_pattern(place, tmp_path):
@@ -160,13 +177,19 @@ def test_a_file_whose_name_is_a_pattern(place, tmp_path):
 
 def test_several_answers(place, tmp_path):
     """One line per row; drawn anew they are the same."""
-    more = ("--data.max_samples=9", "--model.generation.do_sample=true", "--model.generation.num_return_sequences=3")
+    more = (
+        "--data.max_samples=9",
+        "--model.generation.do_sample=true",
+        "--model.generation.num_return_sequences=3",
+    )
     for name in ("one.jsonl", "two.jsonl"):
         predict(place, tmp_path / name, *more)
     assert (tmp_path / "one.jsonl").read_bytes() == (tmp_path / "two.jsonl").read_bytes()
     records = [json.loads(line) for line in (tmp_path / "one.jsonl").read_text().splitlines()]
     assert [record["index"] for record in records] == list(range(9))
-    assert all(len(r["predictions"]) == 3 and r["predictions"][0] == r["prediction"] for r in records)
+    assert all(
+        len(r["predictions"]) == 3 and r["predictions"][0] == r["prediction"] for r in records
+    )
     assert any(len(set(r["predictions"])) == 3 for r in records)
 
 
@@ -181,13 +204,29 @@ def test_a_prompt_longer_than_the_context(place, tmp_path, capsys):
 
 
 def test_an_adapter_directory_answers_as_its_run(place, tmp_path):
-    """By the name of its directory; its base is found through it, and the tokenizer may be the base's."""
+    """By the name of its directory; its base is found through it, and the tokenizer may be the
+    base's.
+    """
     questions = ["abc", "what is it"]
-    lora = {"model__lora": {"r": 4}, "model__optimizer__lr": 0.05, "trainer__max_epochs": 3, "data__max_samples": 40}
-    run("fit", arguments(str(place / "model"), str(place / "rows.jsonl"), tmp_path / "runs", **lora))
+    lora = {
+        "model__lora": {"r": 4},
+        "model__optimizer__lr": 0.05,
+        "trainer__max_epochs": 3,
+        "data__max_samples": 40,
+    }
+    run(
+        "fit", arguments(str(place / "model"), str(place / "rows.jsonl"), tmp_path / "runs", **lora)
+    )
     folder = version(tmp_path / "runs")
     asked = f"--data.predict={json.dumps(questions)}"
-    run("predict", [f"--ckpt_path={folder / 'checkpoints' / 'last.ckpt'}", asked, f"--predict_output={tmp_path / 'a'}"])
+    run(
+        "predict",
+        [
+            f"--ckpt_path={folder / 'checkpoints' / 'last.ckpt'}",
+            asked,
+            f"--predict_output={tmp_path / 'a'}",
+        ],
+    )
     (folder / "hf" / "tokenizer.json").unlink(), (folder / "hf" / "tokenizer_config.json").unlink()
     for name, model in (("b", folder / "hf"), ("c", place / "model")):
         args = arguments(str(model), "none", tmp_path / "other", data__predict=questions)
@@ -209,21 +248,27 @@ def test_other_weights_of_an_adapters_base_are_other_answers(place, tmp_path):
 
 def test_an_adapter_whose_base_is_gone(place, tmp_path, capsys):
     (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "./gone"}')
+    (tmp_path / "adapter" / "adapter_config.json").write_text(
+        '{"base_model_name_or_path": "./gone"}'
+    )
     args = arguments(str(tmp_path / "adapter"), "none", tmp_path / "runs", data__predict=["x"])
     message = refused(capsys, "predict", args)
     assert "adapter: base_model_name_or_path: there is no directory ./gone" in message
 
 
 def test_batches_are_full_and_spread_evenly(monkeypatch):
-    """By tokens and by number; every prompt once, as many batches on each rank, the same whatever is done already."""
+    """By tokens and by number; every prompt once, as many batches on each rank, the same whatever
+    is done already.
+    """
     from lit_sft.model.generate import GenerationOptions
 
     monkeypatch.setattr(prompts, "TOKENS_PER_BATCH", 300)
     asked = [prompts.Prompt([7] * (n % 13 + 1), str(n), None, "") for n in range(101)]
     options = GenerationOptions(max_new_tokens=7)
     for world_size in (1, 2, 3):
-        of_ranks = [prompts.make_batches(asked, options, 0, rank, world_size) for rank in range(world_size)]
+        of_ranks = [
+            prompts.make_batches(asked, options, 0, rank, world_size) for rank in range(world_size)
+        ]
         assert len({len(batches) for batches in of_ranks}) == 1
         batches = [batch for rank in of_ranks for batch in rank]
         assert sorted(i for batch in batches for i in batch["index"] if i >= 0) == list(range(101))
@@ -232,7 +277,11 @@ def test_batches_are_full_and_spread_evenly(monkeypatch):
         again = []
         for rank in range(world_size):
             again += prompts.make_batches(asked, options, 0, rank, world_size, done={5, 50})
-        assert sorted(i for batch in again for i in batch["index"] if i >= 0) == sorted(set(range(101)) - {5, 50})
-    spread = prompts.make_batches(asked[:4], options, 0, 0, 2)  # a small set is spread over the ranks
+        assert sorted(i for batch in again for i in batch["index"] if i >= 0) == sorted(
+            set(range(101)) - {5, 50}
+        )
+    spread = prompts.make_batches(
+        asked[:4], options, 0, 0, 2
+    )  # a small set is spread over the ranks
     assert len(spread[0]["texts"]) == 2
     assert prompts.make_batches([], options, 0) == []

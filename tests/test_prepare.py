@@ -1,4 +1,6 @@
-"""Rows to examples on disk: everything is counted, nothing is made twice, one rank works and the others wait."""
+"""Rows to examples on disk: everything is counted, nothing is made twice, one rank works and the
+others wait.
+"""
 
 import json
 import logging
@@ -45,7 +47,12 @@ def open_data(model, tmp_path):
 
     def get(rows, **options):
         train = write_rows(tmp_path / "train.jsonl", rows) if isinstance(rows, list) else rows
-        settings = {"model_name_or_path": model, "cache_dir": str(tmp_path / "cache"), "max_length": 64, **options}
+        settings = {
+            "model_name_or_path": model,
+            "cache_dir": str(tmp_path / "cache"),
+            "max_length": 64,
+            **options,
+        }
         return SFTDataModule(train=str(train), **settings).data
 
     return get
@@ -62,19 +69,27 @@ def prepared(open_data):
 
 
 def chat(question, answer, **flags):
-    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer, **flags}]}
+    return {
+        "messages": [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer, **flags},
+        ]
+    }
 
 
 def examples(data, name="train"):
     cache = data.caches[name]
-    return [(ids.tolist(), mask.tolist(), row) for ids, mask, row in (cache[i] for i in range(len(cache)))]
+    return [
+        (ids.tolist(), mask.tolist(), row)
+        for ids, mask, row in (cache[i] for i in range(len(cache)))
+    ]
 
 
 def counts(data):
     return Counts(**data.caches["train"].meta)
 
 
-# ---------------------------------------------------------------------------------------------------- counts
+# ------------------------------------------------------------------ counts
 
 LONG = "What is it? " * 30
 MIXED = [
@@ -104,8 +119,10 @@ def test_every_row_is_counted(prepared):
     assert told.lost_trained_tokens == answer
     assert told.longest > answer
     assert told.lines("train") == [
-        f"train: 2 of 6 rows kept as 2 examples, {told.tokens} tokens, {told.trained_tokens / told.tokens:.0%} of them "
-        f"trained, the longest {told.longest}",
+        (
+            f"train: 2 of 6 rows kept as 2 examples, {told.tokens} tokens,"
+            f" {told.trained_tokens / told.tokens:.0%} of them trained, the longest {told.longest}"
+        ),
         "train: 2 rows dropped: bad row (data.on_bad_row: skip)",
         "train: 1 rows dropped: longer than data.max_length 64",
         "train: 1 rows dropped: no token of it is trained",
@@ -114,9 +131,9 @@ def test_every_row_is_counted(prepared):
 
 
 REWRITING = (
-    "{% for message in messages %}{% set is_old = message.role == 'assistant' and not loop.last %}"
-    "{{ '<|im_start|>' + message.role + '\\n' + ('-' if is_old else message.content) + '<|im_end|>' }}{% endfor %}"
-    "{{ '<|im_start|>assistant\\n' if add_generation_prompt }}"
+    "{% for message in messages %}{% set is_old = message.role == 'assistant' and not loop.last"
+    " %}{{ '<|im_start|>' + message.role + '\\n' + ('-' if is_old else message.content) +"
+    " '<|im_end|>' }}{% endfor %}{{ '<|im_start|>assistant\\n' if add_generation_prompt }}"
 )
 """Shows an earlier answer as a dash, so that every answer becomes an example of its own."""
 
@@ -133,9 +150,14 @@ def test_what_was_done_is_told():
     notes = {"switch:enable_thinking=false": 3, "per_turn": 1200, "something_new": 2}
     lines = Counts(notes=notes, placeholders={"{{name}}": 91}).lines("train")[1:]
     assert lines == [
-        "train: 3 rows: rendered with the template's switch {enable_thinking: false}; serve the model with it "
-        "(data.chat_template_kwargs)",
-        "train: 1,200 rows: one example per assistant turn, because the template rewrites earlier turns",
+        (
+            "train: 3 rows: rendered with the template's switch {enable_thinking: false}; serve the"
+            " model with it (data.chat_template_kwargs)"
+        ),
+        (
+            "train: 1,200 rows: one example per assistant turn, because the template rewrites"
+            " earlier turns"
+        ),
         "train: 2 rows: something_new",
         "train: 91 rows with {{name}} as it stands: nothing fills it",
     ]
@@ -149,18 +171,31 @@ USER_AND_ASSISTANT = USER_AND_ASSISTANT.replace("{% endfor %}", "{% endif %}{% e
 
 
 def test_turns_that_the_template_does_not_write_are_counted_by_row(prepared):
-    rows = [{"messages": [{"role": role, "content": "Be brief."}, *A["messages"]]} for role in ("system", "developer")]
+    rows = [
+        {"messages": [{"role": role, "content": "Be brief."}, *A["messages"]]}
+        for role in ("system", "developer")
+    ]
     with log_lines() as lines:
         told = counts(prepared([*rows, rows[0], A], chat_template=USER_AND_ASSISTANT))
-    assert told.rows_kept == 4 and told.notes == {"left_out:system_turn": 2, "left_out:developer_turn": 1}
+    assert told.rows_kept == 4 and told.notes == {
+        "left_out:system_turn": 2,
+        "left_out:developer_turn": 1,
+    }
     rest = "turn that the template does not write, so the model does not see it"
     assert {f"train: 2 rows: a system {rest}", f"train: 1 rows: a developer {rest}"} <= set(lines)
 
 
 @pytest.mark.parametrize("on_bad_row", ["error", "skip"])
 def test_a_system_prompt_that_the_template_does_not_write_is_refused(on_bad_row, open_data):
-    options = {"chat_template": USER_AND_ASSISTANT, "system_prompt": "Be brief.", "on_bad_row": on_bad_row}
-    said = "^data.system_prompt is set, but the chat template does not write it.*data.chat_template.* to null$"
+    options = {
+        "chat_template": USER_AND_ASSISTANT,
+        "system_prompt": "Be brief.",
+        "on_bad_row": on_bad_row,
+    }
+    said = (
+        "^data.system_prompt is set, but the chat template does not write it.*data.chat_template.*"
+        " to null$"
+    )
     with pytest.raises(UserError, match=said):
         open_data([A], **options).prepare("fit")
     with pytest.raises(UserError, match=said):
@@ -172,7 +207,9 @@ def test_a_system_prompt_that_the_template_does_not_write_is_refused(on_bad_row,
 
 def test_placeholders_are_counted_by_row_and_stay(prepared):
     with log_lines() as lines:
-        data = prepared([chat("I am {{name}}, {{ name }}", "Hello {{author}}"), chat("Hi", "I am {{name}}")])
+        data = prepared(
+            [chat("I am {{name}}, {{ name }}", "Hello {{author}}"), chat("Hi", "I am {{name}}")]
+        )
     assert counts(data).placeholders == {"{{name}}": 2, "{{author}}": 1}
     assert "train: 2 rows with {{name}} as it stands: nothing fills it" in lines
     assert "I am {{name}}" in data.tokenizer.decode(examples(data)[1][0])
@@ -188,7 +225,10 @@ def test_empty_fields_of_a_template_are_counted(prepared):
 
 @pytest.mark.parametrize("format", ["auto", "alpaca"])
 def test_columns_that_are_not_read_are_told_once(format, prepared, tmp_path):
-    rows = [{"instruction": f"Who {n}?", "context": "Ann.", "response": "Ann", "category": "qa"} for n in range(9)]
+    rows = [
+        {"instruction": f"Who {n}?", "context": "Ann.", "response": "Ann", "category": "qa"}
+        for n in range(9)
+    ]
     with log_lines() as lines:
         prepared(rows, column_mapping={"response": "output"}, format=format, val_size=2)
     line = f"{tmp_path / 'train.jsonl'}: columns that are not read: context, category"
@@ -199,18 +239,33 @@ def test_columns_that_are_not_read_are_told_once(format, prepared, tmp_path):
 
 
 def test_unread_columns_that_would_change_the_text_are_counted(prepared):
-    rows = [{**A, "chat_template_kwargs": {"enable_thinking": False}}, {**B, "functions": [{"name": "f"}]}, B]
+    rows = [
+        {**A, "chat_template_kwargs": {"enable_thinking": False}},
+        {**B, "functions": [{"name": "f"}]},
+        B,
+    ]
     with log_lines() as lines:
         data = prepared([*rows, rows[0]])
     assert counts(data).notes == {"unread:chat_template_kwargs": 2, "unread:functions": 1}
-    assert any(line.startswith("train: 2 rows: chat_template_kwargs of the row are not read") for line in lines)
+    assert any(
+        line.startswith("train: 2 rows: chat_template_kwargs of the row are not read")
+        for line in lines
+    )
     assert any(line.startswith("train: 1 rows: functions are not read;") for line in lines)
 
 
 def test_members_of_a_mixture_have_formats_of_their_own(model, tmp_path):
-    """Each is detected; a column mapping is for the member that has its columns; rows of each are counted."""
-    alpaca, pair = {"instruction": "Hello", "output": "world"}, {"question": "Hello", "answer": "fine"}
-    spec = [write_rows(tmp_path / f"{n}.jsonl", rows) for n, rows in enumerate(([A, B], [alpaca], [pair]))]
+    """Each is detected; a column mapping is for the member that has its columns; rows of each are
+    counted.
+    """
+    alpaca, pair = (
+        {"instruction": "Hello", "output": "world"},
+        {"question": "Hello", "answer": "fine"},
+    )
+    spec = [
+        write_rows(tmp_path / f"{n}.jsonl", rows)
+        for n, rows in enumerate(([A, B], [alpaca], [pair]))
+    ]
     mapping = {"question": "prompt", "answer": "completion"}
     options = {"model_name_or_path": model, "cache_dir": str(tmp_path), "column_mapping": mapping}
     with log_lines() as lines:
@@ -220,11 +275,13 @@ def test_members_of_a_mixture_have_formats_of_their_own(model, tmp_path):
     readings = data.preparation(data.rows["train"]).readings
     assert [readings[n].format for n in range(3)] == ["messages", "alpaca", "prompt_completion"]
     assert f"train: 2 rows of {spec[0]}, 1 rows of {spec[1]}, 1 rows of {spec[2]}" in lines
-    with pytest.raises(UserError, match="`data.column_mapping` names question, answer, which no source"):
+    with pytest.raises(
+        UserError, match="`data.column_mapping` names question, answer, which no source"
+    ):
         SFTDataModule(train=spec[:2], **options).data.prepare("fit")
 
 
-# ---------------------------------------------------------------------------------------------------- length
+# ------------------------------------------------------------------ length
 
 
 def test_truncation_cuts_and_adds_nothing(prepared):
@@ -239,9 +296,17 @@ def test_truncation_cuts_and_adds_nothing(prepared):
     assert cut[0][0][-1] not in stops and cut[0][1][-1] == 1
     assert all(sum(mask[1:]) for _, mask, _ in cut)
     told = counts(data)
-    assert (told.truncated, told.lost_trained_tokens) == (1, sum(whole[0][1][40:]) + sum(whole[2][1]))
-    assert told.dropped == {"longer than data.max_length 40 even after truncation, no target is left": 1}
-    assert any("target tokens lost to data.max_length; 1 examples truncated" in line for line in told.lines("x"))
+    assert (told.truncated, told.lost_trained_tokens) == (
+        1,
+        sum(whole[0][1][40:]) + sum(whole[2][1]),
+    )
+    assert told.dropped == {
+        "longer than data.max_length 40 even after truncation, no target is left": 1
+    }
+    assert any(
+        "target tokens lost to data.max_length; 1 examples truncated" in line
+        for line in told.lines("x")
+    )
 
 
 def test_a_stop_token_that_was_cut_off_is_not_trained(prepared):
@@ -253,16 +318,20 @@ def test_a_stop_token_that_was_cut_off_is_not_trained(prepared):
 
 
 def test_overlong_error_names_row_and_remedy(open_data):
-    with pytest.raises(UserError, match=r"train.jsonl line 2: \d+ tokens are more than data.max_length 64; raise"):
+    with pytest.raises(
+        UserError, match=r"train.jsonl line 2: \d+ tokens are more than data.max_length 64; raise"
+    ):
         open_data([chat("Hello", "world"), chat("Hello", LONG)], overlong="error").prepare("fit")
 
 
 def test_no_row_left_is_an_error(open_data):
-    with pytest.raises(UserError, match="data.train .*no row is left to train on: 2 rows no token of it is trained"):
+    with pytest.raises(
+        UserError, match="data.train .*no row is left to train on: 2 rows no token of it is trained"
+    ):
         open_data([chat("Hello", "world", train=0)] * 2).prepare("fit")
 
 
-# ---------------------------------------------------------------------------------------------------- bad rows
+# ------------------------------------------------------------------ bad rows
 
 
 def test_a_bad_row_stops_with_its_place(open_data):
@@ -279,7 +348,7 @@ def test_many_skipped_rows_do_not_fill_the_screen(prepared):
     assert counts(data).dropped == {"bad row (data.on_bad_row: skip)": 40}
 
 
-# ---------------------------------------------------------------------------------------------------- copies
+# ------------------------------------------------------------------ copies
 
 A, B, C = chat("Hello", "world"), chat("How are you?", "fine"), chat("Is it?", "1")
 
@@ -301,13 +370,19 @@ def test_rows_that_a_mixture_repeats_are_no_copies(model, tmp_path):
 
 
 def test_a_row_of_several_examples_is_one_copy(prepared, tmp_path):
-    """Templates that rewrite history make an example of each turn; half a row in common is no copy."""
+    """Templates that rewrite history make an example of each turn; half a row in common is no
+    copy.
+    """
     turns = [*A["messages"], *B["messages"]]
     long, other = {"messages": turns}, {"messages": [*A["messages"], *C["messages"]]}
     template = CHATML.replace(
-        "message['content']", "('' if message.role == 'assistant' and not loop.last else message.content)"
+        "message['content']",
+        "('' if message.role == 'assistant' and not loop.last else message.content)",
     )
-    options = {"chat_template": template, "validation": write_rows(tmp_path / "validation.jsonl", [long, other, C])}
+    options = {
+        "chat_template": template,
+        "validation": write_rows(tmp_path / "validation.jsonl", [long, other, C]),
+    }
     data = prepared([long, A, long, C, long], **options)
     assert (len(data.caches["train"]), counts(data).notes["per_turn"]) == (8, 3)
     assert counts(data).duplicates == 2
@@ -321,7 +396,7 @@ def test_overlap_with_validation_is_counted(prepared, tmp_path):
     assert "validation: 1 rows are in the training set too" in lines
 
 
-# ---------------------------------------------------------------------------------------------------- the cache
+# ------------------------------------------------------------------ the cache
 
 
 @pytest.fixture
@@ -345,7 +420,13 @@ def test_a_second_start_tokenizes_nothing(prepared, no_rendering):
     assert len(told) == 5 and second[-len(told) :] == told  # counts and all
 
 
-SAME = {"packing": False, "micro_batch_size": 2, "global_batch_size": 4, "num_workers": 0, "questions": []}
+SAME = {
+    "packing": False,
+    "micro_batch_size": 2,
+    "global_batch_size": 4,
+    "num_workers": 0,
+    "questions": [],
+}
 OTHER = {
     "chat_template": CHATML.replace("im_end|>'", "im_end|>' + ' '"),
     "chat_template_kwargs": {"enable_thinking": False},
@@ -402,14 +483,19 @@ class InNextYear(datetime):
 
 
 def test_a_template_that_writes_the_date_gets_the_same_on_every_day(prepared, monkeypatch):
-    """In the rows and in what is asked; where the date is lost, a resume is refused and names it."""
+    """In the rows and in what is asked; where the date is lost, a resume is refused and names
+    it.
+    """
     data = prepared([A, B], chat_template=DATED)
     packs, path = one_per_pack(2), Path(data.options.cache_dir) / "chat_template_date"
     saved, first = data.fingerprint(packs), path.read_text().strip()
     monkeypatch.setattr(chat_template, "date", NextYear)
     monkeypatch.setattr(chat_template_utils, "datetime", InNextYear)
     later = prepared([A, B], chat_template=DATED)
-    assert later.fingerprint(packs) == saved and later.caches["train"].path == data.caches["train"].path
+    assert (
+        later.fingerprint(packs) == saved
+        and later.caches["train"].path == data.caches["train"].path
+    )
     [prompt] = encode([Asked(later.question("Hello"), "")], later.renderer)
     assert examples(data)[0][0][: len(prompt.ids)] == prompt.ids
     path.unlink()
@@ -418,10 +504,13 @@ def test_a_template_that_writes_the_date_gets_the_same_on_every_day(prepared, mo
     second = path.read_text().strip()
     assert second == str(NextYear.today()) != first
     assert any(
-        f"the date of the day: where it writes it, that is {second} " in line and str(path) in line for line in lines
+        f"the date of the day: where it writes it, that is {second} " in line and str(path) in line
+        for line in lines
     )
     assert anew.caches["train"].path != data.caches["train"].path
-    said = f'order: chat_template_date in data.cache_dir \\("{first}", now "{second}"\\): restore that'
+    said = (
+        f'order: chat_template_date in data.cache_dir \\("{first}", now "{second}"\\): restore that'
+    )
     with pytest.raises(UserError, match=said):
         anew.check_same(saved, packs)
     assert anew.chat_template == DATED  # as it is exported
@@ -433,7 +522,9 @@ def test_what_a_checkpoint_remembers_is_of_the_rows_that_were_read(prepared, mon
     before = data.fingerprint(packs)
     with open(data.options.train, "a") as file:
         file.write(json.dumps(C) + "\n")
-    monkeypatch.setattr(Renderer, "fingerprint", lambda *_: pytest.fail("the tokenizer is written out again"))
+    monkeypatch.setattr(
+        Renderer, "fingerprint", lambda *_: pytest.fail("the tokenizer is written out again")
+    )
     assert data.fingerprint(packs) == before
 
 
@@ -449,13 +540,15 @@ def test_a_damaged_cache_is_set_aside_and_made_anew(name, prepared):
     assert len(list(path.parent.glob(f"{path.name}.damaged.*"))) == 1
 
 
-# ---------------------------------------------------------------------------------------------------- ranks
+# ------------------------------------------------------------------ ranks
 
 FORK = multiprocessing.get_context("fork")
 
 
 def start_rank(rank, data, results, **variables):
-    """Prepares in a process of its own, as a launcher would start it; puts (rank, what came of it) into the queue."""
+    """Prepares in a process of its own, as a launcher would start it; puts (rank, what came of it)
+    into the queue.
+    """
 
     def work():
         os.environ.update(variables, RANK=str(rank))
@@ -554,7 +647,7 @@ def test_a_damaged_cache_is_waited_for(prepared, open_data):
     assert got[0] == got[1] and len(got[0]) == 3
 
 
-# ---------------------------------------------------------------------------------------------------- workers
+# ------------------------------------------------------------------ workers
 
 
 @pytest.fixture
@@ -583,7 +676,9 @@ def test_workers_report_the_first_bad_row(open_data, small_chunks):
 
 
 def test_few_rows_need_no_processes(prepared, monkeypatch):
-    monkeypatch.setattr("lit_sft.data.workers.ProcessPoolExecutor", lambda *_: pytest.fail("a process"))
+    monkeypatch.setattr(
+        "lit_sft.data.workers.ProcessPoolExecutor", lambda *_: pytest.fail("a process")
+    )
     prepared(chat_rows(50), num_workers=4)
 
 
@@ -595,7 +690,9 @@ def die(item):
 
 def test_a_worker_that_dies_is_an_error_and_no_hang():
     before = dict(os.environ)
-    with pytest.raises(UserError, match="a process that tokenizes rows was killed.*data.num_workers"):
+    with pytest.raises(
+        UserError, match="a process that tokenizes rows was killed.*data.num_workers"
+    ):
         list(map_in_order(die, range(100), 2))
     assert dict(os.environ) == before
     assert not multiprocessing.active_children()
@@ -625,7 +722,7 @@ def test_giving_up_in_between_leaves_no_process():
     assert not multiprocessing.active_children()
 
 
-# ---------------------------------------------------------------------------------------------------- memory
+# ------------------------------------------------------------------ memory
 
 
 def test_memory_does_not_grow_with_rows(tmp_path):
@@ -655,7 +752,9 @@ def test_a_chunk_of_rows_is_read_at_a_time(open_data, small_chunks, monkeypatch)
     rows = data.open("train")
     preparation = data.preparation(rows)
     read = []
-    monkeypatch.setattr(type(rows), "__getitem__", lambda self, i: read.append(i) or self.parts[0].rows[i])
+    monkeypatch.setattr(
+        type(rows), "__getitem__", lambda self, i: read.append(i) or self.parts[0].rows[i]
+    )
     seen = []
 
     def watch(path, blocks, meta):

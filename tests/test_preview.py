@@ -1,4 +1,6 @@
-"""`preview`: rows as people wrote them and as the model will see them, before a run; no weights needed."""
+"""`preview`: rows as people wrote them and as the model will see them, before a run; no weights
+needed.
+"""
 
 import json
 from pathlib import Path
@@ -9,7 +11,12 @@ from terminal import log_lines, refused
 from tiny import save_tiny, tiny_tokenizer
 
 ROWS = [
-    {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Hello world"}]},
+    {
+        "messages": [
+            {"role": "user", "content": "hi"},
+            {"role": "assistant", "content": "Hello world"},
+        ]
+    },
     {
         "messages": [
             {"role": "system", "content": "Be brief."},
@@ -19,7 +26,12 @@ ROWS = [
             {"role": "assistant", "content": "四"},
         ]
     },
-    {"messages": [{"role": "user", "content": "unseen"}, {"role": "assistant", "content": "never"}]},
+    {
+        "messages": [
+            {"role": "user", "content": "unseen"},
+            {"role": "assistant", "content": "never"},
+        ]
+    },
 ]
 
 
@@ -48,7 +60,9 @@ def test_json_is_one_object_per_example(args, capsys):
     assert [(r["row"], r["part"]) for r in (first, second, third)] == [(0, 0), (1, 0), (2, 0)]
     for record in (first, second, third):
         assert list(record) == ["row", "part", "text", "input_ids", "loss_mask"]
-        assert len(record["input_ids"]) == len(record["loss_mask"]) and set(record["loss_mask"]) == {0, 1}
+        assert len(record["input_ids"]) == len(record["loss_mask"]) and set(
+            record["loss_mask"]
+        ) == {0, 1}
         assert tokenizer.decode(record["input_ids"]) == record["text"]
     chat = tokenizer.apply_chat_template(ROWS[1]["messages"], tokenize=False)
     assert second["text"] == chat.removesuffix("\n") or second["text"] == chat
@@ -92,13 +106,20 @@ def test_it_leaves_no_run_behind(args, tmp_path, capsys):
 def test_the_template_and_the_system_prompt_of_the_settings(args, capsys):
     record = records(capsys, args, "--data.system_prompt=Say it.", "--num_rows=1")[0]
     assert record["text"].startswith("<|im_start|>system\nSay it.<|im_end|>")
-    raw = records(capsys, args, "--data.chat_template={% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}")
+    raw = records(
+        capsys,
+        args,
+        "--data.chat_template={% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}",
+    )
     assert raw[0]["text"] == "hi<|im_end|>Hello world<|im_end|>"
 
 
 @pytest.mark.parametrize(
     ("typed", "words"),
-    [("--num_rows=0", ["--num_rows is 0"]), ("--data.train=gone.jsonl", ["gone.jsonl", "data.train"])],
+    [
+        ("--num_rows=0", ["--num_rows is 0"]),
+        ("--data.train=gone.jsonl", ["gone.jsonl", "data.train"]),
+    ],
 )
 def test_bad_input(typed, words, args, capsys):
     line = refused(capsys, "preview", [*args, typed])
@@ -122,5 +143,7 @@ def test_stdout_of_a_real_process(args):
     import sys
 
     command = [sys.executable, "-m", "lit_sft", "preview", *args, "--output=json"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120, check=True)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment(), timeout=120, check=True
+    )
     assert [json.loads(line)["row"] for line in done.stdout.splitlines()] == [0, 1, 2]

@@ -48,7 +48,9 @@ ANSWERS = {
     "later": (assistant("Yes."), user("Where?"), assistant(" Paris is it.\n")),
     "call": (assistant("", tool_calls=call("get_weather", city="Paris")),),
     "call and text": (assistant("Let me look.", tool_calls=call("get_weather", city="Paris")),),
-    "call and reasoning": (assistant("", tool_calls=call("get_weather", city="Paris"), reasoning_content="hm hm"),),
+    "call and reasoning": (
+        assistant("", tool_calls=call("get_weather", city="Paris"), reasoning_content="hm hm"),
+    ),
 }
 UNTRAINED = {"deepseek-r1", "glm-4"}
 WITHOUT_CALLS = UNTRAINED | set(FAMILIES) - {
@@ -65,7 +67,9 @@ REFUSED = {
 
 
 def learned(tokenizer, renderer, messages):
-    """What a model that has learned a row by heart answers, and the reference that this is compared with."""
+    """What a model that has learned a row by heart answers, and the reference that this is compared
+    with.
+    """
     conversation = Conversation(messages)
     example = render_one(renderer, *messages)[-1]
     begin, end = runs(example)[-1]
@@ -73,7 +77,10 @@ def learned(tokenizer, renderer, messages):
     ids = example.input_ids[begin:end]
     stop_at = next(i for i, token in enumerate(ids) if token in stops)
     [prompt] = encode([Asked(conversation, "row 1")], renderer)
-    assert prompt.ids == example.input_ids[:begin] and prompt.num_reference_tokens == stop_at == len(ids) - 1
+    assert (
+        prompt.ids == example.input_ids[:begin]
+        and prompt.num_reference_tokens == stop_at == len(ids) - 1
+    )
     return decode_completion(tokenizer, ids[: stop_at + 1], stops), prompt.reference
 
 
@@ -89,7 +96,9 @@ def test_what_was_learned_by_heart_matches(name, kind):
     answer, reference = learned(tokenizer, renderer, messages)
     assert answer == reference and exact_match(answer, reference)
     shown = extract_answer(reference, None)
-    assert "hm hm" not in shown and ("get_weather" in shown and "Paris" in shown if "call" in kind else True)
+    assert "hm hm" not in shown and (
+        "get_weather" in shown and "Paris" in shown if "call" in kind else True
+    )
     if "call" not in kind:
         assert shown == "Paris is it."
     marks = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
@@ -106,7 +115,10 @@ def test_rows_that_cannot_be_trained_are_compared_with_their_text(name):
 
 def test_the_reference_of_a_lenient_row_begins_where_it_is_trained():
     tokenizer = tokenizer_of("qwen3-thinking")
-    renderer, messages = renderer_of(tokenizer, unproved="lenient"), (user("Hi"), assistant("Paris is it."))
+    renderer, messages = (
+        renderer_of(tokenizer, unproved="lenient"),
+        (user("Hi"), assistant("Paris is it.")),
+    )
     [prompt] = encode([Asked(Conversation(messages), "row 1")], renderer)
     assert extract_answer(prompt.reference, None) == "Paris is it."
 
@@ -121,7 +133,12 @@ def test_raw_rows_that_bring_their_own_end():
 def test_references_do_not_depend_on_what_is_trained_besides(train_on):
     renderer = renderer_of(tokenizer_of("qwen3"), train_on=train_on)
     rows = [
-        (user("Hi"), assistant("Yes.", train=True), user("Where?"), assistant("Paris is it.", **flag))
+        (
+            user("Hi"),
+            assistant("Yes.", train=True),
+            user("Where?"),
+            assistant("Paris is it.", **flag),
+        )
         for flag in ({}, {"train": True}, {"train": False})
     ]
     prompts = encode([Asked(Conversation(messages), "row") for messages in rows], renderer)
@@ -150,7 +167,10 @@ def test_new_tokens_are_text_unless_the_template_writes_them():
         ),
         ("<|channel|>analysis<|message|>hm", "<think>hm</think>"),
         ("<|channel|>commentary<|message|>I look.<|end|>", "I look."),
-        (" to=functions.f<|channel|>commentary json<|message|>{}", " to=functions.fcommentary json{}"),
+        (
+            " to=functions.f<|channel|>commentary json<|message|>{}",
+            " to=functions.fcommentary json{}",
+        ),
         ("Yes.<|end|><|start|>user", "Yes.user"),
     ],
 )

@@ -59,7 +59,9 @@ def test_layers_are_in_four_bits_and_embedding_and_head_are_not(source):
 
 
 def test_evaluation_leaves_the_weights_as_they_are(source):
-    """bitsandbytes would repack them on CPUs with bf16 instructions (on others this cannot fail)."""
+    """bitsandbytes would repack them on CPUs with bf16 instructions (on others this cannot
+    fail).
+    """
     model = load(source)
     weight = model.model.layers[0].mlp.up_proj.weight
     before = weight.data.clone()
@@ -69,8 +71,12 @@ def test_evaluation_leaves_the_weights_as_they_are(source):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("config", [dict(), dict(use_dora=True), dict(modules_to_save=["lm_head"])], ids=str)
-def test_the_chunked_loss_equals_the_models_own_and_reaches_every_adapter(source, checkpointing, config):
+@pytest.mark.parametrize(
+    "config", [dict(), dict(use_dora=True), dict(modules_to_save=["lm_head"])], ids=str
+)
+def test_the_chunked_loss_equals_the_models_own_and_reaches_every_adapter(
+    source, checkpointing, config
+):
     lm = apply_lora(load(source), LoraConfig(r=4, **config)).get_base_model()
     model = CausalLMLoss(lm)
     model.check_head()
@@ -80,20 +86,26 @@ def test_the_chunked_loss_equals_the_models_own_and_reaches_every_adapter(source
     labels = torch.roll(IDS, -1, dims=1)
     positions = torch.arange(32)[None]
     output = model.train()(input_ids=IDS, labels=labels, position_ids=positions)
-    expected = torch.nn.functional.cross_entropy(lm(IDS).logits[0].float(), labels[0], reduction="sum")
+    expected = torch.nn.functional.cross_entropy(
+        lm(IDS).logits[0].float(), labels[0], reduction="sum"
+    )
     torch.testing.assert_close(output.loss_sum, expected, rtol=2e-3, atol=0)
     output.loss_sum.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if "lora_B" in name}
     assert len(gradients) == 14 and all(gradient.any() for gradient in gradients.values())
 
 
-@pytest.mark.parametrize("config", [dict(), dict(use_dora=True), dict(modules_to_save=["lm_head"])], ids=str)
+@pytest.mark.parametrize(
+    "config", [dict(), dict(use_dora=True), dict(modules_to_save=["lm_head"])], ids=str
+)
 def test_the_adapters_over_dequantized_weights_are_the_same_model(source, config):
     model = adapted(source, **config)
     before = logits(model)
     again = dequantized(model)
     assert {p.dtype for p in again.parameters() if not p.requires_grad} == {torch.bfloat16}
-    assert {b.dtype for b in again.buffers()} == {torch.float32}  # rotary frequencies in bf16 would be others
+    assert {b.dtype for b in again.buffers()} == {
+        torch.float32
+    }  # rotary frequencies in bf16 would be others
     assert merge_error(before, logits(again)) < 0.02
     merged = merge(again, probe_ids=IDS)
     assert "quantization_config" not in merged.config.to_dict()
@@ -104,20 +116,37 @@ def test_the_adapters_over_dequantized_weights_are_the_same_model(source, config
 
 def test_a_missing_library_is_one_line(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="model.quantization nf4 needs bitsandbytes: `pip install bitsandbytes`"):
+    with pytest.raises(
+        UserError, match="model.quantization nf4 needs bitsandbytes: `pip install bitsandbytes`"
+    ):
         quantization.nf4(torch.bfloat16)
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (dict(quantization="nf4"), "freezes the weights, so nothing would be trained: set model.lora"),
-        (dict(quantization="nf4", lora=LoraConfig(), init="random"), "set model.init to pretrained"),
-        (dict(quantization="nf4", lora=LoraConfig(init_lora_weights="pissa")), "has rounded to 4 bits"),
-        (dict(lora=LoraConfig(), trainable=["norm"]), "model.lora and model.trainable exclude each other"),
+        (
+            dict(quantization="nf4"),
+            "freezes the weights, so nothing would be trained: set model.lora",
+        ),
+        (
+            dict(quantization="nf4", lora=LoraConfig(), init="random"),
+            "set model.init to pretrained",
+        ),
+        (
+            dict(quantization="nf4", lora=LoraConfig(init_lora_weights="pissa")),
+            "has rounded to 4 bits",
+        ),
+        (
+            dict(lora=LoraConfig(), trainable=["norm"]),
+            "model.lora and model.trainable exclude each other",
+        ),
         (
             dict(lora=LoraConfig(), adapter_name_or_path="there"),
-            "model.lora and model.adapter_name_or_path exclude each other: .* brings its own settings",
+            (
+                "model.lora and model.adapter_name_or_path exclude each other: .* brings its own"
+                " settings"
+            ),
         ),
         (
             dict(adapter_name_or_path="there", add_tokens=["<new>"]),

@@ -1,8 +1,10 @@
-"""README and docs are executed: commands, Python blocks, rows of data, settings; links and the file tree are compared.
+"""README and docs are executed: commands, Python blocks, rows of data, settings; links and the file
+tree are compared.
 
-Commands run in a directory of their own, where the files they name exist, tiny. Of a command only this is changed:
-what it would take from the hub is replaced by these files, runs are cut to a few steps, and 8 devices are 2 CPU ranks.
-Several ranks, the demo, and what runs beside TRL are marked slow. `scripts/setup.sh test` is not run: it runs this.
+Commands run in a directory of their own, where the files they name exist, tiny. Of a command only
+this is changed: what it would take from the hub is replaced by these files, runs are cut to a few
+steps, and 8 devices are 2 CPU ranks. Several ranks, the demo, and what runs beside TRL are marked
+slow. `scripts/setup.sh test` is not run: it runs this.
 """
 
 import json
@@ -48,12 +50,18 @@ class Step(NamedTuple):
 
     @property
     def is_slow(self) -> bool:
-        return self.text == DEMO or "--trainer.devices" in self.text or bool(FETCHING.search(self.text))
+        return (
+            self.text == DEMO
+            or "--trainer.devices" in self.text
+            or bool(FETCHING.search(self.text))
+        )
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:
     """(language, text) of all fenced blocks."""
-    return re.findall(r"^```(\w+)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return re.findall(
+        r"^```(\w+)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
 
 
 def steps() -> list[Step]:
@@ -63,7 +71,11 @@ def steps() -> list[Step]:
             if language == "python":
                 found.append(Step(page, language, text))
             elif language == "bash":
-                found += [Step(page, language, line) for line in text.replace("\\\n", " ").splitlines() if line]
+                found += [
+                    Step(page, language, line)
+                    for line in text.replace("\\\n", " ").splitlines()
+                    if line
+                ]
     return [step for step in found if step.text != TESTS]
 
 
@@ -85,7 +97,10 @@ def place_of(tmp_path_factory):
                 save_tiny(folder / "models" / name)
             for name in ("train.jsonl", "test.jsonl"):
                 write_rows(folder / name, chat_rows(40))
-            alpaca = [{"instruction": "abc " * n, "input": "", "output": "def " * n} for n in range(1, 101)]
+            alpaca = [
+                {"instruction": "abc " * n, "input": "", "output": "def " * n}
+                for n in range(1, 101)
+            ]
             (folder / "alpaca_en_demo.json").write_text(json.dumps(alpaca))
             validated = "--data.validation test.jsonl --trainer.val_check_interval 8"
             with pytest.MonkeyPatch.context() as patch:
@@ -102,7 +117,11 @@ def arguments(command: str) -> list[str]:
     args = shlex.split(command, comments=True)
     settings = {**CUT_SHORT}
     if "--config" in args and "--ckpt_path" not in args or args[0] in ("fit", "preview", "doctor"):
-        recipe = yaml.safe_load(Path(args[args.index("--config") + 1]).read_text()) if "--config" in args else {}
+        recipe = (
+            yaml.safe_load(Path(args[args.index("--config") + 1]).read_text())
+            if "--config" in args
+            else {}
+        )
         names = {"model.model_name_or_path": "models/Qwen3-0.6B-Base", "data.train": "train.jsonl"}
         for key, tiny in names.items():
             group, name = key.split(".")
@@ -129,7 +148,11 @@ def lit_sft(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def ranks(command: str, folder: Path) -> None:
     """A command with 2 ranks in place of 8."""
     launcher, _, rest = command.replace(" 8", " 2").partition(" -m lit_sft ")
-    program = [sys.executable] if launcher == "python" else [sys.executable, "-m", "torch.distributed.run"]
+    program = (
+        [sys.executable]
+        if launcher == "python"
+        else [sys.executable, "-m", "torch.distributed.run"]
+    )
     options = shlex.split(launcher)[1:]
     done = subprocess.run(
         [*program, *options, "-m", "lit_sft", *arguments(rest)],
@@ -144,7 +167,9 @@ def ranks(command: str, folder: Path) -> None:
 def run_demo() -> None:
     """The first of the two commands, in the environment of the tests."""
     env = {**os.environ, "VENV": sys.prefix}
-    done = subprocess.run([REPOSITORY / DEMO.split()[0], "demo"], env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [REPOSITORY / DEMO.split()[0], "demo"], env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     answers = [json.loads(line) for line in done.stdout.splitlines()[-3:]]
     assert answers[1]["prompt"] == "Calculate 1+1-1"
@@ -152,7 +177,9 @@ def run_demo() -> None:
 
 
 STEPS = [
-    pytest.param(step, id=f"{step.page.stem}-{number}", marks=[pytest.mark.slow] if step.is_slow else [])
+    pytest.param(
+        step, id=f"{step.page.stem}-{number}", marks=[pytest.mark.slow] if step.is_slow else []
+    )
     for number, step in enumerate(steps())
 ]
 
@@ -172,7 +199,9 @@ def test_step_runs(step, place_of, monkeypatch):
         lit_sft(step.text.partition(" -m lit_sft ")[2], monkeypatch)
     else:
         assert program == "python" and rest[0].startswith("scripts/"), f"no rule for {step.text}"
-        subprocess.run([sys.executable, *rest, *SHORTER.get(rest[0], [])], check=True, env=environment())
+        subprocess.run(
+            [sys.executable, *rest, *SHORTER.get(rest[0], [])], check=True, env=environment()
+        )
 
 
 def test_the_two_commands_come_first():
@@ -184,9 +213,13 @@ def test_a_run_writes_what_is_said(place_of):
     folder, *entries = text.splitlines()
     names = [entry.split()[0] for entry in entries]
     found = {path.name for path in (place_of(DOCUMENTS[0]) / folder).iterdir()}
-    missing = [name for name in names if not any(other.startswith(name.rstrip("/")) for other in found)]
+    missing = [
+        name for name in names if not any(other.startswith(name.rstrip("/")) for other in found)
+    ]
     assert missing == []
-    checkpoints = {path.name for path in (place_of(DOCUMENTS[0]) / folder / "checkpoints").iterdir()}
+    checkpoints = {
+        path.name for path in (place_of(DOCUMENTS[0]) / folder / "checkpoints").iterdir()
+    }
     assert {"last.ckpt", "best.ckpt"} < checkpoints
 
 
@@ -197,19 +230,28 @@ def test_every_file_is_in_the_tree():
     for line in text.splitlines():
         depth, name = (len(line) - len(line.lstrip())) // 2, line.split()[0]
         path = parents.get(depth - 1, "") + name
-        assert (REPOSITORY / path).exists(), f"{path} is in the tree of docs/architecture.md, but not there"
+        assert (REPOSITORY / path).exists(), (
+            f"{path} is in the tree of docs/architecture.md, but not there"
+        )
         parents[depth] = path
         if not name.endswith("/"):
             listed.add(path)
-    files = [*(REPOSITORY / "lit_sft").rglob("*.py"), *filter(Path.is_file, (REPOSITORY / "scripts").rglob("*"))]
+    files = [
+        *(REPOSITORY / "lit_sft").rglob("*.py"),
+        *filter(Path.is_file, (REPOSITORY / "scripts").rglob("*")),
+    ]
     files = [path for path in files if "__pycache__" not in path.parts]
-    assert listed == {str(path.relative_to(REPOSITORY)) for path in files if path.name != "__init__.py"}
+    assert listed == {
+        str(path.relative_to(REPOSITORY)) for path in files if path.name != "__init__.py"
+    }
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_relative_links_exist(page):
     targets = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8"))
-    assert [target for target in targets if "://" not in target and not (page.parent / target).exists()] == []
+    assert [
+        target for target in targets if "://" not in target and not (page.parent / target).exists()
+    ] == []
 
 
 @pytest.mark.parametrize("row", [row for text in blocks_in("json") for row in text.splitlines()])

@@ -1,8 +1,10 @@
-"""Twenty optimizer steps in twelve ways equal what the first release computed: losses, gradient norms and weights.
+"""Twenty optimizer steps in twelve ways equal what the first release computed: losses, gradient
+norms and weights.
 
-The record in `records/training.json` was made before the package was reorganized. On the machine and with the library
-versions of the record, everything must be equal bit for bit. Other processors and versions round otherwise, so there
-the bounds of `scripts/verify_equivalence.py` apply. A change that is meant to change the numbers writes a new record:
+The record in `records/training.json` was made before the package was reorganized. On the machine
+and with the library versions of the record, everything must be equal bit for bit. Other processors
+and versions round otherwise, so there the bounds of `scripts/verify_equivalence.py` apply. A change
+that is meant to change the numbers writes a new record:
 
     python tests/test_record.py
 """
@@ -26,20 +28,31 @@ from verify_equivalence import BF16_LIMIT, LIMIT, base, fit, read, write_rows  #
 
 RECORD = Path(__file__).parent / "records" / "training.json"
 STEPS = 20
-PRECISIONS = {"fp32": {"trainer.precision": "32-true"}, "bf16-mixed": {"trainer.precision": "bf16-mixed"}}
-TRAINED: dict[str, dict[str, Any]] = {"full": {}, "lora": {"model.lora.r": 4, "model.lora.lora_alpha": 16}}
+PRECISIONS = {
+    "fp32": {"trainer.precision": "32-true"},
+    "bf16-mixed": {"trainer.precision": "bf16-mixed"},
+}
+TRAINED: dict[str, dict[str, Any]] = {
+    "full": {},
+    "lora": {"model.lora.r": 4, "model.lora.lora_alpha": 16},
+}
 RANKS: dict[str, dict[str, Any]] = {
     "one process": {"trainer.devices": 1, "data.micro_batch_size": 2},
     "ddp": {"trainer.devices": 2, "trainer.strategy": "ddp"},
     "fsdp2": {"trainer.devices": 2, "trainer.strategy": "fsdp2"},
 }
 WAYS = {
-    f"{precision}, {trained}, {ranks}": {**PRECISIONS[precision], **TRAINED[trained], **RANKS[ranks]}
+    f"{precision}, {trained}, {ranks}": {
+        **PRECISIONS[precision],
+        **TRAINED[trained],
+        **RANKS[ranks],
+    }
     for precision in PRECISIONS
     for trained in TRAINED
     for ranks in RANKS
 }
-# Packs, accumulation over a partial last window, validation, and answers in between (weights are cast for them).
+# Packs, accumulation over a partial last window, validation, and answers in between (weights are
+# cast for them).
 COMMON = {
     "trainer.max_epochs": -1,
     "trainer.max_steps": STEPS,
@@ -62,12 +75,16 @@ def machine() -> dict[str, str]:
     """What decides how a processor rounds."""
     cpu = Path("/proc/cpuinfo")
     lines = cpu.read_text().splitlines() if cpu.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "flags"))]
+    names = [
+        line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "flags"))
+    ]
     processor = hashlib.sha256(" ".join(names[:2]).encode()).hexdigest()[:16]
     packages = {name: version(name) for name in ("torch", "transformers", "peft", "lightning")}
-    return {"processor": processor, "capability": torch.backends.cpu.get_cpu_capability(), **packages} | {
-        "python": platform.python_version()
-    }
+    return {
+        "processor": processor,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        **packages,
+    } | {"python": platform.python_version()}
 
 
 def run(way: str, folder: Path) -> dict[str, Any]:
@@ -81,7 +98,9 @@ def run(way: str, folder: Path) -> dict[str, Any]:
     finally:
         torch.set_num_threads(threads)
     result = read(root)
-    weights = {name: weight.detach().cpu().contiguous() for name, weight in sorted(result.weights.items())}
+    weights = {
+        name: weight.detach().cpu().contiguous() for name, weight in sorted(result.weights.items())
+    }
     digest = hashlib.sha256()
     for name, weight in weights.items():
         digest.update(name.encode())

@@ -1,4 +1,6 @@
-"""A resume that is refused was not there: settings, logs and checkpoints of the run are what they were before it."""
+"""A resume that is refused was not there: settings, logs and checkpoints of the run are what they
+were before it.
+"""
 
 import csv
 import shutil
@@ -45,31 +47,50 @@ def root(place, tmp_path):
 
 def settings(place, root, step, model="model", **options):
     checkpoint = f"--ckpt_path={version(root) / 'checkpoints' / f'step={step:06d}.ckpt'}"
-    return [*arguments(str(place / model), str(place / "train.jsonl"), root, **{**SIX_STEPS, **options}), checkpoint]
+    return [
+        *arguments(
+            str(place / model), str(place / "train.jsonl"), root, **{**SIX_STEPS, **options}
+        ),
+        checkpoint,
+    ]
 
 
 def contents(root):
-    """What a file holds, but the lock; an events file that only says that it is one counts for nothing."""
+    """What a file holds, but the lock; an events file that only says that it is one counts for
+    nothing.
+    """
     files = [path for path in version(root).rglob("*") if path.is_file() and path.name != ".lock"]
-    return {path: path.read_bytes() for path in files if "tfevents" not in path.name or path.stat().st_size > 100}
+    return {
+        path: path.read_bytes()
+        for path in files
+        if "tfevents" not in path.name or path.stat().st_size > 100
+    }
 
 
 def curves(root):
     events = EventAccumulator(str(version(root)), size_guidance={"scalars": 0}).Reload()
-    return {name: [(e.step, e.value) for e in events.Scalars(name)] for name in events.Tags()["scalars"]}
+    return {
+        name: [(e.step, e.value) for e in events.Scalars(name)] for name in events.Tags()["scalars"]
+    }
 
 
 REFUSED = {
     "data": (6, {"data__system_prompt": "Be brief."}, 'system_prompt (null, now "Be brief.")'),
     "model": (6, {"model": "wide"}, "the checkpoint does not fit the model"),
-    "an older checkpoint": (2, {"data__system_prompt": "Be brief."}, 'system_prompt (null, now "Be brief.")'),
+    "an older checkpoint": (
+        2,
+        {"data__system_prompt": "Be brief."},
+        'system_prompt (null, now "Be brief.")',
+    ),
 }
 
 
 @pytest.mark.parametrize(("step", "options", "said"), REFUSED.values(), ids=REFUSED)
 def test_nothing_is_changed(step, options, said, place, root, capsys):
     before, drawn = contents(root), curves(root)
-    assert said in refused(capsys, "fit", settings(place, root, step, **{"trainer__max_epochs": 3, **options}))
+    assert said in refused(
+        capsys, "fit", settings(place, root, step, **{"trainer__max_epochs": 3, **options})
+    )
     assert contents(root) == before and curves(root) == drawn
     assert len(drawn["train/loss"]) == 6 and not version(root, 1).exists()
 
@@ -87,7 +108,9 @@ def test_what_fails_before_the_first_batch_changes_nothing(place, root, capsys, 
 
 
 def test_then_it_goes_on(place, root, capsys):
-    """From the older checkpoint: what it does again is dropped, and its settings are those of the folder."""
+    """From the older checkpoint: what it does again is dropped, and its settings are those of the
+    folder.
+    """
     refused(capsys, "fit", settings(place, root, 2, data__system_prompt="Be brief."))
     run("fit", settings(place, root, 2, trainer__max_steps=5))
     assert_five_steps(root)
@@ -96,12 +119,16 @@ def test_then_it_goes_on(place, root, capsys):
 def assert_five_steps(root, max_steps=5):
     assert f"max_steps: {max_steps}" in (version(root) / "config.yaml").read_text()
     drawn = curves(root)
-    assert [step for step, _ in drawn["train/loss"]] == list(range(5)) and len(scalars(root, "train/loss")) == 5
+    assert [step for step, _ in drawn["train/loss"]] == list(range(5)) and len(
+        scalars(root, "train/loss")
+    ) == 5
     assert [value for _, value in drawn["val/loss"]] == pytest.approx(scalars(root, "val/loss"))
 
 
 def test_where_no_step_is_left(place, root):
-    """Lightning calls no hook of training then; the settings stay those that the steps were made with."""
+    """Lightning calls no hook of training then; the settings stay those that the steps were made
+    with.
+    """
     run("fit", settings(place, root, 5, trainer__max_steps=5))
     assert_five_steps(root, max_steps=-1)
 
@@ -111,7 +138,9 @@ def test_on_two_ranks(place, root):
     before, drawn = contents(root), curves(root)
     args = [*settings(place, root, 2, data__system_prompt="Be brief."), *DDP]
     command = [sys.executable, "-m", "lit_sft", "fit", *args]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240, env=environment())
+    done = subprocess.run(
+        command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240, env=environment()
+    )
     assert done.returncode == 1 and "system_prompt" in done.stderr, done.stderr
     assert contents(root) == before and curves(root) == drawn
     run("fit", [*settings(place, root, 2, trainer__max_steps=5), *DDP], subprocesses=True)
@@ -120,17 +149,31 @@ def test_on_two_ranks(place, root):
 
 
 def pack(place, root, *more, **options):
-    packed = {"data__packing": True, "data__global_batch_size": 2, "trainer__max_steps": 4, **options}
+    packed = {
+        "data__packing": True,
+        "data__global_batch_size": 2,
+        "trainer__max_steps": 4,
+        **options,
+    }
     rows = str(place / "train.jsonl")
-    return [*arguments(str(place / "model"), rows, root, **{**SIX_STEPS, "data__val_size": None, **packed}), *more]
+    return [
+        *arguments(
+            str(place / "model"), rows, root, **{**SIX_STEPS, "data__val_size": None, **packed}
+        ),
+        *more,
+    ]
 
 
 def test_another_length_of_packs(place, tmp_path, capsys):
-    """No example changes, but which of them share a row: some would be trained twice and others never."""
+    """No example changes, but which of them share a row: some would be trained twice and others
+    never.
+    """
     root, steps = tmp_path / "runs", {"trainer__max_steps": 6}
     run("fit", pack(place, root))
     before = contents(root)
-    line = refused(capsys, "fit", pack(place, root, "--ckpt_path=last", data__max_length=200, **steps))
+    line = refused(
+        capsys, "fit", pack(place, root, "--ckpt_path=last", data__max_length=200, **steps)
+    )
     assert "max_length (128, now 200): restore that" in line
     assert contents(root) == before
     run("fit", pack(place, root, "--ckpt_path=last", data__micro_batch_size=2, **steps))
@@ -141,7 +184,11 @@ def test_another_length_that_packs_alike(place, tmp_path):
     """And a checkpoint from before packs were remembered."""
     saved = {}
     for length, rows in ((400, 2), (500, 2), (500, 16)):
-        settings = {"model_name_or_path": str(place / "model"), "cache_dir": str(tmp_path), "max_samples": rows}
+        settings = {
+            "model_name_or_path": str(place / "model"),
+            "cache_dir": str(tmp_path),
+            "max_samples": rows,
+        }
         module = SFTDataModule(train=str(place / "train.jsonl"), max_length=length, **settings)
         module.prepare("fit")
         saved[length, rows] = module.data.fingerprint(module.pack("train"))
@@ -156,14 +203,20 @@ def test_another_length_that_packs_alike(place, tmp_path):
 def test_other_validation_rows_are_told(place, tmp_path):
     """They are no reason to refuse, but losses of different rows are compared."""
     root, other = tmp_path / "runs", write_rows(tmp_path / "other.jsonl", chat_rows(4, seed=1))
-    mine = {"data__val_size": None, "data__validation": str(place / "train.jsonl"), "trainer__max_steps": 4}
+    mine = {
+        "data__val_size": None,
+        "data__validation": str(place / "train.jsonl"),
+        "trainer__max_steps": 4,
+    }
     said = "validation: other examples than before the checkpoint"
     for more, count in (
         ({}, 0),
         ({"trainer__max_steps": 5}, 0),
         ({"trainer__max_steps": 6, "data__validation": other}, 1),
     ):
-        args = arguments(str(place / "model"), str(place / "train.jsonl"), root, **{**SIX_STEPS, **mine, **more})
+        args = arguments(
+            str(place / "model"), str(place / "train.jsonl"), root, **{**SIX_STEPS, **mine, **more}
+        )
         with log_lines() as lines:
             run("fit", [*args, "--ckpt_path=last"])
         assert sum(line.startswith(said) for line in lines) == count
@@ -175,7 +228,12 @@ def test_validation_rows_split_off_other_rows_are_refused(place, root, tmp_path,
     run("validate", [last])
     before = contents(root)
     longer = write_rows(tmp_path / "longer.jsonl", chat_rows(17))
-    others = ("--data.max_samples=12", "--data.val_size=5", "--seed_everything=2", f"--data.train={longer}")
+    others = (
+        "--data.max_samples=12",
+        "--data.val_size=5",
+        "--seed_everything=2",
+        f"--data.train={longer}",
+    )
     for other in others:
         line = refused(capsys, "validate", [last, other])
         assert line.startswith("data.val_size splits off other rows") and "data.validation" in line
@@ -192,4 +250,8 @@ def test_half_a_row_is_left_alone_until_there_is_another(tmp_path):
     file.log_metrics({"a": 4.0}, step=2)
     file.save()
     with path.open() as lines:
-        assert [(row["a"], row["step"]) for row in csv.DictReader(lines)] == [("1.0", "0"), ("2.0", "1"), ("4.0", "2")]
+        assert [(row["a"], row["step"]) for row in csv.DictReader(lines)] == [
+            ("1.0", "0"),
+            ("2.0", "1"),
+            ("4.0", "2"),
+        ]

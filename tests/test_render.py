@@ -1,4 +1,6 @@
-"""Conversations to token ids and loss masks: tokenizers of all kinds, `train_on`, flags, raw text, batches, prompts."""
+"""Conversations to token ids and loss masks: tokenizers of all kinds, `train_on`, flags, raw text,
+batches, prompts.
+"""
 
 from __future__ import annotations
 
@@ -52,18 +54,28 @@ def with_trimmed_offsets(tokenizer):
 @pytest.mark.parametrize("kind", TOKENIZERS)
 @pytest.mark.parametrize("template", [CHATML, LLAMA2, None], ids=["chatml", "llama-2", "plain"])
 def test_tokenizers_of_all_kinds(kind, template):
-    tokenizer = TOKENIZERS[kind](replace(NO_TEMPLATE if template != CHATML else CHATML_FAMILY, template=template))
+    tokenizer = TOKENIZERS[kind](
+        replace(NO_TEMPLATE if template != CHATML else CHATML_FAMILY, template=template)
+    )
     renderer = renderer_of(tokenizer)
-    messages = (user("What is 1+1? 你好"), assistant("It is 2, 世界"), user(" x "), assistant("Yes. "))
+    messages = (
+        user("What is 1+1? 你好"),
+        assistant("It is 2, 世界"),
+        user(" x "),
+        assistant("Yes. "),
+    )
     [example] = render_one(renderer, *messages)
     stop = "<|im_end|>" if template == CHATML else "</s>"
     expected = (
-        [f" It is 2, 世界 {stop}", f" Yes. {stop}"] if template == LLAMA2 else [f"It is 2, 世界{stop}", f"Yes. {stop}"]
+        [f" It is 2, 世界 {stop}", f" Yes. {stop}"]
+        if template == LLAMA2
+        else [f"It is 2, 世界{stop}", f"Yes. {stop}"]
     )
     if kind.startswith("metaspace"):  # its decoder strips the space that a text begins with
         expected = [text.lstrip() for text in expected]
     assert [
-        text.lstrip() if kind.startswith("metaspace") else text for text in trained_texts(tokenizer, example)
+        text.lstrip() if kind.startswith("metaspace") else text
+        for text in trained_texts(tokenizer, example)
     ] == expected
     for i, (begin, end) in zip((1, 3), runs(example), strict=True):
         served = tokenizer.apply_chat_template(
@@ -73,12 +85,18 @@ def test_tokenizers_of_all_kinds(kind, template):
             return_dict=False,
         )
         assert example.input_ids[:begin] == served
-        assert example.input_ids[end - 1] == tokenizer.convert_tokens_to_ids(stop) == example.stop_ids[0]
+        assert (
+            example.input_ids[end - 1]
+            == tokenizer.convert_tokens_to_ids(stop)
+            == example.stop_ids[0]
+        )
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_prompt_and_answer_that_would_share_a_token_are_tokenized_apart(kind):
-    """`Answer: ` + `Hello`: a server feeds the space, though a tokenizer would merge it with the word."""
+    """`Answer: ` + `Hello`: a server feeds the space, though a tokenizer would merge it with the
+    word.
+    """
     tokenizer = TOKENIZERS[kind](replace(NO_TEMPLATE, bos=None))
     question, answer = user("Question: Hi\nAnswer: "), assistant("Hello there")
     renderer = renderer_of(tokenizer, "raw")
@@ -95,17 +113,31 @@ def test_prompt_and_answer_that_would_share_a_token_are_tokenized_apart(kind):
 
 
 def test_an_answer_that_merges_with_the_header_is_tokenized_apart():
-    """The newlines of header and answer are one token in the text, but a server feeds the first alone."""
+    """The newlines of header and answer are one token in the text, but a server feeds the first
+    alone.
+    """
     tokenizer = tokenizer_of("chatml")
     header = tokenizer.convert_tokens_to_ids(["<|im_start|>", "assistant", "Ċ"])
     examples = render_one(renderer_of(tokenizer), user("Hi"), assistant("\n Hello"), *ONE)
-    assert [trained_texts(tokenizer, example) for example in examples] == [["\n Hello<|im_end|>"], ["Hello<|im_end|>"]]
-    assert [example.notes for example in examples] == [("per_turn", "split_boundary"), ("per_turn",)]
-    assert all(example.input_ids[begin - 3 : begin] == header for example in examples for begin, _ in runs(example))
+    assert [trained_texts(tokenizer, example) for example in examples] == [
+        ["\n Hello<|im_end|>"],
+        ["Hello<|im_end|>"],
+    ]
+    assert [example.notes for example in examples] == [
+        ("per_turn", "split_boundary"),
+        ("per_turn",),
+    ]
+    assert all(
+        example.input_ids[begin - 3 : begin] == header
+        for example in examples
+        for begin, _ in runs(example)
+    )
 
 
 def test_a_boundary_that_cannot_be_kept_is_refused_or_lenient():
-    """A tokenizer that rewrites a word by what stands before it: tokenized apart, the text would be another."""
+    """A tokenizer that rewrites a word by what stands before it: tokenized apart, the text would be
+    another.
+    """
     from tokenizers import normalizers
 
     tokenizer = byte_tokenizer(replace(NO_TEMPLATE, bos=None))
@@ -113,7 +145,9 @@ def test_a_boundary_that_cannot_be_kept_is_refused_or_lenient():
         [normalizers.Replace(" Hello", " Hi"), normalizers.Replace("Hello", "Yes")]
     )
     messages = (user("Answer: "), assistant("Hello"))
-    with pytest.raises(UserError, match=r"turn 2 .*does not keep the prompt's end 'Answer: ' and the answer 'Hello"):
+    with pytest.raises(
+        UserError, match=r"turn 2 .*does not keep the prompt's end 'Answer: ' and the answer 'Hello"
+    ):
         render_one(renderer_of(tokenizer, "raw"), *messages)
     [example] = render_one(renderer_of(tokenizer, "raw", unproved="lenient"), *messages)
     assert trained_texts(tokenizer, example) == [" Hi</s>"]
@@ -124,7 +158,11 @@ def test_stop_token_is_trained_where_pad_is_eos():
     tokenizer = tokenizer_of("mistral")
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     [example] = render_one(renderer_of(tokenizer), *TWO)
-    assert [example.loss_mask[i] for i, token in enumerate(example.input_ids) if token == tokenizer.eos_token_id] == [
+    assert [
+        example.loss_mask[i]
+        for i, token in enumerate(example.input_ids)
+        if token == tokenizer.eos_token_id
+    ] == [
         1,
         1,
     ]
@@ -140,7 +178,8 @@ def test_bos_comes_once_though_the_tokenizer_adds_one_too(family):
     assert renderer.prompt(Conversation(ONE[:1])).count(tokenizer.bos_token_id) == 1
 
 
-# ---- what is trained -------------------------------------------------------------------------------------
+# ---- what is trained
+# -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -158,7 +197,12 @@ def test_bos_comes_once_though_the_tokenizer_adds_one_too(family):
 def test_train_on_and_flags(train_on, flags, expected):
     tokenizer = tokenizer_of("chatml")
     first, second = flags
-    messages = (user("Hi"), assistant("Hello", train=first), user("x"), assistant("Yes.", train=second))
+    messages = (
+        user("Hi"),
+        assistant("Hello", train=first),
+        user("x"),
+        assistant("Yes.", train=second),
+    )
     [example] = render_one(renderer_of(tokenizer, train_on=train_on), *messages)
     assert trained_texts(tokenizer, example) == expected
     assert len(example.stop_ids) == bool(expected)
@@ -185,7 +229,9 @@ def test_train_on_all_needs_a_stop_token_but_no_prompt_that_fits():
     with pytest.raises(UserError, match="open"):
         render_one(renderer_of(tokenizer_of("glm-4"), train_on="all"), *ONE)
     # what is not trained must be found in the text as it is
-    with pytest.raises(UserError, match=r"turn 2 is not trained, but the template rewrites it; set data\.train_on"):
+    with pytest.raises(
+        UserError, match=r"turn 2 is not trained, but the template rewrites it; set data\.train_on"
+    ):
         first = assistant("Hello", reasoning_content="hm", train=False)
         render_one(renderer_of(tokenizer_of("qwen3"), train_on="all"), user("Hi"), first, *TWO[2:])
 
@@ -193,12 +239,16 @@ def test_train_on_all_needs_a_stop_token_but_no_prompt_that_fits():
 def test_history_that_is_not_trained_need_not_fit():
     tokenizer = tokenizer_of("qwen3")
     first = assistant("Hello", reasoning_content="hm")
-    [example] = render_one(renderer_of(tokenizer, train_on="last_completion"), user("Hi"), first, *TWO[2:])
+    [example] = render_one(
+        renderer_of(tokenizer, train_on="last_completion"), user("Hi"), first, *TWO[2:]
+    )
     assert example.notes == ()
     assert trained_texts(tokenizer, example) == ["<think>\n\n</think>\n\nYes.<|im_end|>"]
     # only the first turn is trained, and what follows rewrites it: the example ends with it
     trained = replace(first, train=True)
-    [example] = render_one(renderer_of(tokenizer), user("Hi"), trained, user("x"), assistant("Yes.", train=False))
+    [example] = render_one(
+        renderer_of(tokenizer), user("Hi"), trained, user("x"), assistant("Yes.", train=False)
+    )
     assert tokenizer.decode(example.input_ids).endswith("<think>\nhm\n</think>\n\nHello<|im_end|>")
 
 
@@ -210,7 +260,8 @@ def test_a_conversation_may_end_with_a_question():
     assert example.loss_mask == [0] * len(example.input_ids)
 
 
-# ---- without a template ----------------------------------------------------------------------------------
+# ---- without a template
+# ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("adds_bos", [False, True])
@@ -244,16 +295,22 @@ def test_raw_trains_the_last_answer_only():
 
 def test_raw_does_not_double_an_eos_and_trains_all_when_told():
     tokenizer = byte_tokenizer(NO_TEMPLATE, adds_bos=True)
-    [example] = render_one(renderer_of(tokenizer, "raw", train_on="all"), user("Hi"), assistant(" Hello</s>"))
+    [example] = render_one(
+        renderer_of(tokenizer, "raw", train_on="all"), user("Hi"), assistant(" Hello</s>")
+    )
     assert tokenizer.decode(example.input_ids) == "<s>Hi Hello</s>"
     assert example.loss_mask == [1] * len(example.input_ids)
     assert example.stop_ids == (tokenizer.eos_token_id,)
 
 
 def test_raw_does_not_lose_a_tool_call():
-    with pytest.raises(UserError, match="calls 'get_weather', which the chat template does not write"):
+    with pytest.raises(
+        UserError, match="calls 'get_weather', which the chat template does not write"
+    ):
         render_one(
-            renderer_of(byte_tokenizer(NO_TEMPLATE), "raw"), user("Hi"), assistant("", tool_calls=call("get_weather"))
+            renderer_of(byte_tokenizer(NO_TEMPLATE), "raw"),
+            user("Hi"),
+            assistant("", tool_calls=call("get_weather")),
         )
 
 
@@ -271,7 +328,14 @@ def test_an_eos_that_the_tokenizer_appends_is_not_doubled():
 
 
 @pytest.mark.parametrize(
-    "text", ["Hello there", "Hello there</s>", "Hello there</s>\n", "<s>Hello there", "<s>Hello there</s> \n"]
+    "text",
+    [
+        "Hello there",
+        "Hello there</s>",
+        "Hello there</s>\n",
+        "<s>Hello there",
+        "<s>Hello there</s> \n",
+    ],
 )
 def test_plain_text_is_trained_whole_between_one_bos_and_one_eos(text):
     tokenizer = byte_tokenizer(NO_TEMPLATE, adds_bos=True)
@@ -297,11 +361,14 @@ def test_plain_text_needs_an_eos():
     assert isinstance(error, UserError) and "no eos token" in str(error)
 
 
-# ---- batches, prompts, fingerprint -----------------------------------------------------------------------
+# ---- batches, prompts, fingerprint
+# -----------------------------------------------------------------------
 
 
 def test_results_belong_to_their_conversations():
-    """A batch gives what each conversation gives alone, whatever is refused or takes several parts beside it."""
+    """A batch gives what each conversation gives alone, whatever is refused or takes several parts
+    beside it.
+    """
     renderer = renderer_of(tokenizer_of("qwen3"))
     conversations = [
         Conversation(TWO),
@@ -313,7 +380,10 @@ def test_results_belong_to_their_conversations():
     ]
     rows = [10, 11, 12, 13, 14, 15]
     together = renderer.render(conversations, rows)
-    alone = [renderer.render([conversation], [row])[0] for conversation, row in zip(conversations, rows, strict=True)]
+    alone = [
+        renderer.render([conversation], [row])[0]
+        for conversation, row in zip(conversations, rows, strict=True)
+    ]
     assert isinstance(together[1], UserError) and str(together[1]) == str(alone[1])
     assert [r for r in together if isinstance(r, list)] == [r for r in alone if isinstance(r, list)]
     assert [[(e.row, e.part) for e in r] for r in together if isinstance(r, list)] == [
@@ -327,7 +397,9 @@ def test_texts_are_tokenized_in_one_call(monkeypatch):
     calls = []
     encode = type(tokenizer).__call__
     monkeypatch.setattr(
-        type(tokenizer), "__call__", lambda self, texts, **kw: calls.append(len(texts)) or encode(self, texts, **kw)
+        type(tokenizer),
+        "__call__",
+        lambda self, texts, **kw: calls.append(len(texts)) or encode(self, texts, **kw),
     )
     renderer_of(tokenizer).render([Conversation(TWO), Conversation(ONE)] * 50, range(100))
     assert calls == [3]  # two texts and one header, each of them once
@@ -350,11 +422,15 @@ def test_one_turn_is_rendered_twice(monkeypatch):
 def test_prompt():
     tokenizer = tokenizer_of("chatml")
     renderer = renderer_of(tokenizer)
-    served = tokenizer.apply_chat_template([ONE[0].to_dict()], add_generation_prompt=True, return_dict=False)
+    served = tokenizer.apply_chat_template(
+        [ONE[0].to_dict()], add_generation_prompt=True, return_dict=False
+    )
     assert renderer.prompt(Conversation(ONE[:1])) == renderer.prompt(Conversation(ONE)) == served
     # an answer that could not be trained does not keep the question from being asked
     tokenizer = tokenizer_of("deepseek-r1")
-    assert tokenizer.decode(renderer_of(tokenizer).prompt(Conversation(ONE))).endswith("<｜Assistant｜><think>\n")
+    assert tokenizer.decode(renderer_of(tokenizer).prompt(Conversation(ONE))).endswith(
+        "<｜Assistant｜><think>\n"
+    )
     with pytest.raises(UserError, match="System role"):
         renderer_of(tokenizer_of("gemma")).prompt(Conversation((system("S"), user("Hi"))))
 
@@ -362,7 +438,9 @@ def test_prompt():
 def test_chat_template_kwargs_reach_the_template():
     tokenizer = tokenizer_of("chatml")
     renderer = renderer_of(tokenizer, "{{ head }}" + CHATML, chat_template_kwargs={"head": "Yes."})
-    assert tokenizer.decode(render_one(renderer, *ONE)[0].input_ids).startswith("Yes.<|im_start|>user")
+    assert tokenizer.decode(render_one(renderer, *ONE)[0].input_ids).startswith(
+        "Yes.<|im_start|>user"
+    )
 
 
 @pytest.mark.parametrize("kind", ["bytes", "characters"])
@@ -374,7 +452,9 @@ def test_fingerprint_changes_with_what_decides_the_ids(kind):
     assert json.loads(json.dumps(base)) == base
     tokenizer = make(CHATML_FAMILY)
     renderer = renderer_of(tokenizer)
-    tokenizer(["a", "b c"], padding=kind == "bytes", truncation=True, max_length=4)  # settings of a call are no change
+    tokenizer(
+        ["a", "b c"], padding=kind == "bytes", truncation=True, max_length=4
+    )  # settings of a call are no change
     assert renderer.fingerprint() == base
     others = [
         renderer_of(make(replace(CHATML_FAMILY, special=("<|im_start|>", "<|im_end|>", "<|x|>")))),

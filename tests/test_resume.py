@@ -1,4 +1,5 @@
-"""A run that is killed goes on as if nothing had happened: the same losses and weights to the last bit, one folder.
+"""A run that is killed goes on as if nothing had happened: the same losses and weights to the last
+bit, one folder.
 
 Runs are killed for real (SIGKILL, in a child process), at a named place of the training loop.
 """
@@ -17,7 +18,16 @@ import pytest
 import torch
 from crash_test import CLOCK
 from lightning.pytorch.callbacks import Callback
-from running import REPOSITORY, arguments, chat_rows, final_weights, run, scalars, version, write_rows
+from running import (
+    REPOSITORY,
+    arguments,
+    chat_rows,
+    final_weights,
+    run,
+    scalars,
+    version,
+    write_rows,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from terminal import log_lines, refused
 from tiny import save_tiny, tiny_gpt2, tiny_llama
@@ -26,7 +36,9 @@ from lit_sft.checkpoint import files
 from lit_sft.checkpoint import io as checkpoint_io
 from lit_sft.run import folder as run_folder
 
-START = "forkserver" if torch.cuda.is_available() else "fork"  # autograd's threads on a GPU do not survive a fork
+START = (
+    "forkserver" if torch.cuda.is_available() else "fork"
+)  # autograd's threads on a GPU do not survive a fork
 TWO_EPOCHS = {
     "data__packing": False,
     "data__global_batch_size": 8,  # 33 rows: 4 full steps and one of a single row, twice
@@ -75,13 +87,17 @@ def resume(place, root, **overrides):
 
 
 def kill(place, root, hook, step, nth=1, **overrides):
-    """Starts a run that is killed when it is about to call the callbacks' `hook` for the nth time at a step."""
+    """Starts a run that is killed when it is about to call the callbacks' `hook` for the nth time
+    at a step.
+    """
     process = multiprocessing.get_context(START).Process(
         target=_run_until, args=(place, root, hook, step, nth, overrides)
     )
     process.start()
     process.join(120)
-    assert process.exitcode == -signal.SIGKILL, f"it ended with {process.exitcode} before {hook} at step {step}"
+    assert process.exitcode == -signal.SIGKILL, (
+        f"it ended with {process.exitcode} before {hook} at step {step}"
+    )
 
 
 def _run_until(place, root, hook, step, nth, overrides):
@@ -103,7 +119,10 @@ def _run_until(place, root, hook, step, nth, overrides):
 def rows(root):
     """The lines of metrics.csv, without what depends on the clock."""
     with (version(root) / "metrics.csv").open() as file:
-        return [{k: float(v) for k, v in row.items() if v and k not in CLOCK} for row in csv.DictReader(file)]
+        return [
+            {k: float(v) for k, v in row.items() if v and k not in CLOCK}
+            for row in csv.DictReader(file)
+        ]
 
 
 def saved(root):
@@ -117,7 +136,7 @@ def assert_same_run(root, expected):
     assert all(torch.equal(weights[name], others[name]) for name in others)
 
 
-# ---------------------------------------------------------------------------------------------------- bit for bit
+# ------------------------------------------------------------------ bit for bit
 
 PLACES = {
     "in the first window after a checkpoint": ("on_train_batch_start", 3, 1, 3),
@@ -153,13 +172,19 @@ EMA = {"trainer__callbacks": [{"class_path": "lightning.pytorch.callbacks.EMAWei
 
 @pytest.mark.parametrize("options", [{}, EMA], ids=["plain", "averaged"])
 def test_killed_in_the_final_export(options, place, uninterrupted, tmp_path):
-    """There is no step left; `hf/` is written all the same, and what the export left half-way is gone."""
+    """There is no step left; `hf/` is written all the same, and what the export left half-way is
+    gone.
+    """
     root = tmp_path / "runs"
-    process = multiprocessing.get_context(START).Process(target=_run_until_exported, args=(place, root, options))
+    process = multiprocessing.get_context(START).Process(
+        target=_run_until_exported, args=(place, root, options)
+    )
     process.start()
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
-    assert not (version(root) / "hf").exists() and list(version(root).glob(".hf.*/new/model.safetensors"))
+    assert not (version(root) / "hf").exists() and list(
+        version(root).glob(".hf.*/new/model.safetensors")
+    )
     assert resume(place, root, **options) == 10
     assert_same_run(root, uninterrupted(**options))
     assert_same_export(root, uninterrupted(**options))
@@ -178,7 +203,9 @@ def _run_until_exported(place, root, options):
 
 
 def assert_same_export(root, expected):
-    found, whole = ({p.name: p.read_bytes() for p in (version(r) / "hf").iterdir()} for r in (root, expected))
+    found, whole = (
+        {p.name: p.read_bytes() for p in (version(r) / "hf").iterdir()} for r in (root, expected)
+    )
     assert found == whole
     assert not list(version(root).glob(".hf.*"))
 
@@ -189,43 +216,64 @@ def test_shards_are_exported_where_no_step_is_left(place, left_alone, tmp_path):
     left_alone(root, **FSDP2)
     shutil.copytree(root, tmp_path / "whole", symlinks=True)
     shutil.rmtree(version(root) / "hf")
-    run("fit", [*arguments(*place[1:], root, **{**TWO_EPOCHS, **FSDP2}), "--ckpt_path=last"], subprocesses=True)
+    run(
+        "fit",
+        [*arguments(*place[1:], root, **{**TWO_EPOCHS, **FSDP2}), "--ckpt_path=last"],
+        subprocesses=True,
+    )
     assert_same_export(root, tmp_path / "whole")
 
 
 WITHIN = {"trainer__val_check_interval": 16}  # after steps 2 and 4 of each epoch
 
 
-@pytest.mark.parametrize("hook", ["on_validation_start", "on_validation_end", "on_train_batch_start"])
+@pytest.mark.parametrize(
+    "hook", ["on_validation_start", "on_validation_end", "on_train_batch_start"]
+)
 def test_killed_around_a_validation_within_the_epoch(hook, place, uninterrupted, tmp_path):
-    """The validation is neither left out nor done twice, and the best score so far is remembered."""
+    """The validation is neither left out nor done twice, and the best score so far is
+    remembered.
+    """
     root = tmp_path / "runs"
     kill(place, root, hook, 2, **WITHIN)
     resume(place, root, **WITHIN)
     assert_same_run(root, uninterrupted(**WITHIN))
-    assert os.readlink(saved(root)["best.ckpt"]) == os.readlink(saved(uninterrupted(**WITHIN))["best.ckpt"])
+    assert os.readlink(saved(root)["best.ckpt"]) == os.readlink(
+        saved(uninterrupted(**WITHIN))["best.ckpt"]
+    )
 
 
 def test_validation_comes_between_two_steps(place, uninterrupted, tmp_path, capsys):
-    """Lightning counts forward passes: a share of the epoch is rounded, a wrong number is refused."""
+    """Lightning counts forward passes: a share of the epoch is rounded, a wrong number is
+    refused.
+    """
     assert rows(uninterrupted(trainer__val_check_interval=0.4)) == rows(uninterrupted(**WITHIN))
     args = arguments(*place[1:], tmp_path / "runs", **TWO_EPOCHS, trainer__val_check_interval=12)
     assert "trainer.val_check_interval 12" in refused(capsys, "fit", args)
     args = arguments(*place[1:], tmp_path / "runs", **TWO_EPOCHS, trainer__val_check_interval=80)
-    assert "trainer.val_check_interval 80 counts forward passes, but an epoch has 33" in refused(capsys, "fit", args)
+    assert "trainer.val_check_interval 80 counts forward passes, but an epoch has 33" in refused(
+        capsys, "fit", args
+    )
 
 
 def test_validation_by_the_clock(place, tmp_path):
     """It may come within an optimizer step; what is due is saved after the step."""
     root = tmp_path / "runs"
-    fit(place, root, trainer__val_check_interval="00:00:00:00", trainer__check_val_every_n_epoch=None)
+    fit(
+        place,
+        root,
+        trainer__val_check_interval="00:00:00:00",
+        trainer__check_val_every_n_epoch=None,
+    )
     assert len(scalars(root, "val/loss")) > 2 and len(scalars(root, "train/loss")) == 10
     assert os.readlink(saved(root)["last.ckpt"]) == "step=000010.ckpt"
 
 
 @pytest.mark.parametrize(("step", "limit"), [(2, 16), (2, 12), (3, 12)])
 def test_limited_batches(step, limit, place, uninterrupted, tmp_path):
-    """An epoch that `limit_train_batches` ends early, also within a window, is followed by the next one."""
+    """An epoch that `limit_train_batches` ends early, also within a window, is followed by the next
+    one.
+    """
     root, options = tmp_path / "runs", {"trainer__limit_train_batches": limit}
     kill(place, root, "on_train_batch_start", step, **options)
     assert resume(place, root, **options) == step
@@ -245,7 +293,10 @@ def test_max_steps(step, place, uninterrupted, tmp_path):
 @pytest.mark.parametrize("steps", [3, 7])
 def test_more_steps(steps, place, uninterrupted, tmp_path):
     """A run that `max_steps` ended within an epoch goes on with it."""
-    root, constant = tmp_path / "runs", {"model__lr_schedule__type": "constant", "model__lr_schedule__warmup_steps": 0}
+    root, constant = (
+        tmp_path / "runs",
+        {"model__lr_schedule__type": "constant", "model__lr_schedule__warmup_steps": 0},
+    )
     fit(place, root, trainer__max_steps=steps, **constant)
     assert resume(place, root, trainer__max_steps=10, **constant) == steps
     assert scalars(root, "train/loss") == scalars(uninterrupted(**constant), "train/loss")
@@ -260,7 +311,9 @@ def test_one_more_epoch(place, uninterrupted, tmp_path):
 
 
 def test_the_schedule_of_more_epochs(place, uninterrupted, tmp_path):
-    """From the first step on, which had the rate 0 at which the shorter schedule ended; it is said."""
+    """From the first step on, which had the rate 0 at which the shorter schedule ended; it is
+    said.
+    """
     root = tmp_path / "runs"
     fit(place, root, trainer__max_epochs=1)
     with log_lines() as lines:
@@ -299,10 +352,20 @@ def test_shorter_epochs_after_a_resume(step, options, steps, place, tmp_path):
 
 @pytest.mark.parametrize("why", ["early stopping", "a callback"])
 def test_logged_steps_after_a_stop_within_the_epoch(why, place, uninterrupted, tmp_path):
-    root, options = tmp_path / "runs", {"model__lr_schedule__type": "constant", **WITHIN, "model__optimizer__lr": 0.3}
+    root, options = (
+        tmp_path / "runs",
+        {"model__lr_schedule__type": "constant", **WITHIN, "model__optimizer__lr": 0.3},
+    )
     early, on = {"early_stopping": {"patience": 1}}, {"early_stopping": {"patience": 9}}
     if why == "a callback":
-        early, on = {"trainer__callbacks": [{"class_path": "test_resume.StopAtStep", "init_args": {"step": 3}}]}, {}
+        early, on = (
+            {
+                "trainer__callbacks": [
+                    {"class_path": "test_resume.StopAtStep", "init_args": {"step": 3}}
+                ]
+            },
+            {},
+        )
     fit(place, root, **options, **early)
     assert 2 < len(scalars(root, "train/loss")) < 5
     resume(place, root, **options, **on)
@@ -312,13 +375,18 @@ def test_logged_steps_after_a_stop_within_the_epoch(why, place, uninterrupted, t
 
 @pytest.mark.parametrize("patience", [0, 1])
 def test_early_stopping_is_not_forgotten(patience, place, tmp_path):
-    """A run that it ended, killed in its final export, has no step left; with more patience it has."""
+    """A run that it ended, killed in its final export, has no step left; with more patience it
+    has.
+    """
     root, options = tmp_path / "runs", {"model__optimizer__lr": 0.3, **WITHIN}
     kill(place, root, "on_train_end", 4, **options, early_stopping={"patience": patience})
     with log_lines() as lines:
         fit(place, root, "--ckpt_path=last", **options, early_stopping={"patience": patience})
     assert "stopped at step 4 of 10: val/loss did not improve for 1 validation" in lines
-    assert len(scalars(root, "train/loss")) == 4 and (version(root) / "hf" / "model.safetensors").is_file()
+    assert (
+        len(scalars(root, "train/loss")) == 4
+        and (version(root) / "hf" / "model.safetensors").is_file()
+    )
     assert resume(place, root, **options, early_stopping={"patience": 9}) == 4
     assert len(scalars(root, "train/loss")) == 10
 
@@ -333,15 +401,23 @@ class StopAtStep(Callback):
 
 @pytest.mark.parametrize("step", [3, 6])
 def test_validations_over_epochs_after_another_accumulation(step, place, tmp_path):
-    """Lightning counts the forward passes of all epochs: those of earlier ones, too, are taken as they would be now."""
-    every = {"trainer__check_val_every_n_epoch": None, "data__max_samples": 38, "trainer__max_epochs": 3}
+    """Lightning counts the forward passes of all epochs: those of earlier ones, too, are taken as
+    they would be now.
+    """
+    every = {
+        "trainer__check_val_every_n_epoch": None,
+        "data__max_samples": 38,
+        "trainer__max_epochs": 3,
+    }
     root = tmp_path / "runs"
     kill(place, root, "on_train_batch_start", step, nth=2, **every, trainer__val_check_interval=24)
     resume(place, root, **every, trainer__val_check_interval=12, data__micro_batch_size=2)
     assert [row["step"] for row in rows(root) if "val/loss" in row] == [2, 5, 8, 11]
 
 
-SLOW = [pytest.param(what, marks=pytest.mark.slow) for what in ("lora dropout", "packing", "workers")]
+SLOW = [
+    pytest.param(what, marks=pytest.mark.slow) for what in ("lora dropout", "packing", "workers")
+]
 
 
 @pytest.mark.parametrize("what", ["dropout", "in the background", "8-bit optimizer", *SLOW])
@@ -365,12 +441,16 @@ def test_kinds_of_runs(what, place, uninterrupted, tmp_path):
 
 
 def test_moments_of_eight_bits(place, uninterrupted):
-    """Those of matrices, that is; the decay is that of the parameter group, and `config.yaml` can be read again."""
+    """Those of matrices, that is; the decay is that of the parameter group, and `config.yaml` can
+    be read again.
+    """
     root = uninterrupted(**EIGHT_BITS, model__optimizer__weight_decay=0.1)
     checkpoint = checkpoint_io.read_checkpoint(version(root) / "checkpoints" / "last.ckpt")
     (optimizer,) = checkpoint["optimizer_states"]
     assert [group["weight_decay"] for group in optimizer["param_groups"]] == [0.1, 0.0]
-    (moments,) = {tuple(state) for state in optimizer["state"].values()}  # bitsandbytes wraps them, for FSDP
+    (moments,) = {
+        tuple(state) for state in optimizer["state"].values()
+    }  # bitsandbytes wraps them, for FSDP
     kinds = {
         (state[moments[1]]["state1"].numel() >= 4096, state[moments[1]]["state1"].dtype)
         for state in optimizer["state"].values()
@@ -398,7 +478,9 @@ def test_another_split_of_the_work(step, before, after, place, uninterrupted, tm
     assert [row.keys() for row in ours] == [row.keys() for row in theirs]
     for row, other in zip(ours, theirs, strict=True):
         assert row == pytest.approx(other, rel=1e-5)
-        assert row.get("train/num_tokens") == other.get("train/num_tokens")  # the same examples in every step
+        assert row.get("train/num_tokens") == other.get(
+            "train/num_tokens"
+        )  # the same examples in every step
 
 
 DDP = {"trainer__devices": 2, "trainer__strategy": "ddp"}
@@ -410,7 +492,11 @@ ONE_FILE = {
 RANKS = {
     "1 to 2": ({}, DDP, 3),
     "2 to 1, at the end of an epoch": (DDP, {}, 5),
-    "2 to 4, another micro-batch": ({**DDP, "data__micro_batch_size": 4}, {**DDP, "trainer__devices": 4}, 3),
+    "2 to 4, another micro-batch": (
+        {**DDP, "data__micro_batch_size": 4},
+        {**DDP, "trainer__devices": 4},
+        3,
+    ),
     "2 shards to 1": (FSDP2, {}, 3),
     "2 shards to 4": (FSDP2, {**FSDP2, "trainer__devices": 4}, 5),
     "one file to 2 shards": (DDP, FSDP2, 3),
@@ -420,7 +506,9 @@ RANKS = {
 
 @pytest.fixture(scope="module")
 def left_alone(place):
-    """A copy of the folder of a run on several ranks that kept all its checkpoints; one run for each set of options."""
+    """A copy of the folder of a run on several ranks that kept all its checkpoints; one run for
+    each set of options.
+    """
     done = {}
 
     def get(root, **overrides):
@@ -466,8 +554,14 @@ def test_killed_at_random_moments(async_save, place, tmp_path, monkeypatch):
     from crash_test import Run, differences
 
     def process(run):
-        record = [{"class_path": "crash_test.RecordRows", "init_args": {"folder": str(run.root / "rows")}}]
-        options = {"data__global_batch_size": 2, "checkpoint__async_save": async_save, "trainer__callbacks": record}
+        record = [
+            {"class_path": "crash_test.RecordRows", "init_args": {"folder": str(run.root / "rows")}}
+        ]
+        options = {
+            "data__global_batch_size": 2,
+            "checkpoint__async_save": async_save,
+            "trainer__callbacks": record,
+        }
         target = multiprocessing.get_context(START).Process(
             target=fit, args=(place, run.root, "--ckpt_path=last"), kwargs=options
         )
@@ -492,7 +586,7 @@ def test_killed_at_random_moments(async_save, place, tmp_path, monkeypatch):
     assert list(differences(killed, reference)) == []
 
 
-# ---------------------------------------------------------------------------------------------------- one folder
+# ------------------------------------------------------------------ one folder
 
 
 def test_one_folder_and_tensorboard_goes_on(place, tmp_path):
@@ -500,19 +594,28 @@ def test_one_folder_and_tensorboard_goes_on(place, tmp_path):
     root = tmp_path / "runs"
     fit(place, root, checkpoint__keep_last=9, data__questions=["hi"])
     forget_after(root, 3)
-    changed = {"data__questions": ["hi"], "trainer__enable_progress_bar": False, "checkpoint__keep_last": 1}
+    changed = {
+        "data__questions": ["hi"],
+        "trainer__enable_progress_bar": False,
+        "checkpoint__keep_last": 1,
+    }
     assert resume(place, root, **changed) == 3
     events = EventAccumulator(str(version(root)))
     events.Reload()
     assert [event.step for event in events.Scalars("train/loss")] == list(range(10))
-    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(scalars(root, "train/loss"))
+    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(
+        scalars(root, "train/loss")
+    )
     assert [event.step for event in events.Scalars("val/loss")] == [4, 9]
     assert "keep_last: 1" in (version(root) / "config.yaml").read_text()
     assert (version(root) / "hf" / "model.safetensors").is_file()
 
 
 def test_the_first_answers_are_remembered(place, tmp_path, capsys):
-    root, options = tmp_path / "runs", {"data__questions": ["hi"], "model__lr_schedule__type": "constant"}
+    root, options = (
+        tmp_path / "runs",
+        {"data__questions": ["hi"], "model__lr_schedule__type": "constant"},
+    )
     fit(place, root, **options, trainer__max_epochs=1)
     first = saved_answers(root)
     capsys.readouterr()
@@ -542,7 +645,7 @@ def test_last_without_a_run_starts_one(place, tmp_path):
     assert len(scalars(tmp_path / "runs", "train/loss")) == 1
 
 
-# ---------------------------------------------------------------------------------------------------- the files
+# ------------------------------------------------------------------ the files
 
 
 def test_a_torn_checkpoint_is_passed_over(place, uninterrupted, tmp_path, capsys):
@@ -551,7 +654,9 @@ def test_a_torn_checkpoint_is_passed_over(place, uninterrupted, tmp_path, capsys
     newest = saved(root)["step=000004.ckpt"]
     newest.write_bytes(newest.read_bytes()[:-100])
     (newest.parent / ".step=000005.ckpt.1.tmp").write_bytes(b"what a killed save leaves behind")
-    assert "is damaged" in refused(capsys, "fit", [*arguments(*place[1:], root, **TWO_EPOCHS), f"--ckpt_path={newest}"])
+    assert "is damaged" in refused(
+        capsys, "fit", [*arguments(*place[1:], root, **TWO_EPOCHS), f"--ckpt_path={newest}"]
+    )
     with log_lines() as lines:
         fit(place, root, "--ckpt_path=last")
     assert any(str(newest) in line and "passed over" in line for line in lines)
@@ -564,7 +669,9 @@ def test_a_full_disk(place, tmp_path, capfd):
     root = tmp_path / "runs"
     kill(place, root, "on_train_batch_start", 3, checkpoint__keep_last=9)
     before = saved(root).keys()
-    process = multiprocessing.get_context(START).Process(target=_run_with_small_files, args=(place, root))
+    process = multiprocessing.get_context(START).Process(
+        target=_run_with_small_files, args=(place, root)
+    )
     process.start()
     process.join(120)
     assert process.exitcode == 1
@@ -596,7 +703,10 @@ OTHER = {
 def test_other_data_is_refused(other, said, place, uninterrupted, tmp_path, capsys):
     root = tmp_path / "runs"
     shutil.copytree(uninterrupted(), root, symlinks=True)
-    args = [*arguments(*place[1:], root, **{**TWO_EPOCHS, "trainer__max_epochs": 3, **other}), "--ckpt_path=last"]
+    args = [
+        *arguments(*place[1:], root, **{**TWO_EPOCHS, "trainer__max_epochs": 3, **other}),
+        "--ckpt_path=last",
+    ]
     line = refused(capsys, "fit", args)
     assert "resume.allow_other_data" in line and said in line
     run("fit", [*args, "--resume.allow_other_data=true"])
@@ -635,9 +745,14 @@ def test_what_is_frozen_comes_from_its_base(kind, place, uninterrupted, tmp_path
 def test_another_model_is_refused_in_one_line(place, uninterrupted, tmp_path, capsys):
     root = tmp_path / "runs"
     shutil.copytree(uninterrupted(), root, symlinks=True)
-    for name, model in (("wide", tiny_llama(intermediate_size=96)), ("deep", tiny_llama(num_hidden_layers=3))):
+    for name, model in (
+        ("wide", tiny_llama(intermediate_size=96)),
+        ("deep", tiny_llama(num_hidden_layers=3)),
+    ):
         args = arguments(save_tiny(tmp_path / name, model), place[2], root, **TWO_EPOCHS)
-        assert "the checkpoint does not fit the model" in refused(capsys, "fit", [*args, "--ckpt_path=last"])
+        assert "the checkpoint does not fit the model" in refused(
+            capsys, "fit", [*args, "--ckpt_path=last"]
+        )
 
 
 @pytest.mark.parametrize("loss", ["row", "half a row"])
@@ -672,7 +787,9 @@ def assert_plain(value):
         for item in value:
             assert_plain(item)
     else:
-        assert value is None or isinstance(value, (torch.Tensor, bool, int, float, str)), type(value)
+        assert value is None or isinstance(value, (torch.Tensor, bool, int, float, str)), type(
+            value
+        )
 
 
 def test_a_file_that_runs_code_is_refused(place, tmp_path, capsys):
@@ -683,14 +800,24 @@ def test_a_file_that_runs_code_is_refused(place, tmp_path, capsys):
     )
 
 
-@pytest.mark.parametrize(("mode", "kept"), [("min", "step=000010.ckpt"), ("max", "step=000005.ckpt")])
+@pytest.mark.parametrize(
+    ("mode", "kept"), [("min", "step=000010.ckpt"), ("max", "step=000005.ckpt")]
+)
 def test_the_last_few_and_the_best_are_kept(mode, kept, place, tmp_path, monkeypatch):
-    monkeypatch.setattr(run_folder, "check_monitor", lambda *_: None)  # it refuses a loss that should grow
+    monkeypatch.setattr(
+        run_folder, "check_monitor", lambda *_: None
+    )  # it refuses a loss that should grow
     root = tmp_path / "runs"
     fit(place, root, checkpoint__keep_last=2, checkpoint__mode=mode)
     losses = scalars(root, "val/loss")
     assert losses[1] < losses[0]
-    assert saved(root).keys() == {"last.ckpt", "best.ckpt", "step=000009.ckpt", "step=000010.ckpt", kept}
+    assert saved(root).keys() == {
+        "last.ckpt",
+        "best.ckpt",
+        "step=000009.ckpt",
+        "step=000010.ckpt",
+        kept,
+    }
     assert os.readlink(saved(root)["last.ckpt"]) == "step=000010.ckpt"
     assert os.readlink(saved(root)["best.ckpt"]) == kept
 
@@ -699,7 +826,13 @@ def test_the_last_few_and_the_best_are_kept(mode, kept, place, tmp_path, monkeyp
 def test_when_checkpoints_are_saved(every, place, tmp_path):
     """The end of an epoch is always saved."""
     root = tmp_path / "runs"
-    fit(place, root, checkpoint__keep_last=9, checkpoint__every_n_train_steps=every, data__val_size=None)
+    fit(
+        place,
+        root,
+        checkpoint__keep_last=9,
+        checkpoint__every_n_train_steps=every,
+        data__val_size=None,
+    )
     steps = [2, 4, 5, 6, 8, 10] if every else [5, 10]
     assert sorted(map(files.step_of, set(saved(root).values()) - links(root))) == steps
 

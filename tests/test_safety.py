@@ -19,7 +19,11 @@ from lit_sft import errors
 
 TOKEN = "hf_" + "aBcDeFgH" * 4
 PASSWORD = "correct-horse"
-IN_ENVIRONMENT = {"HF_TOKEN": TOKEN, "WANDB_API_KEY": "0123456789abcdef" * 2, "DB_PASSWORD": PASSWORD}
+IN_ENVIRONMENT = {
+    "HF_TOKEN": TOKEN,
+    "WANDB_API_KEY": "0123456789abcdef" * 2,
+    "DB_PASSWORD": PASSWORD,
+}
 ADDRESS = f"https://me:{PASSWORD}@example.com/x"
 
 
@@ -30,10 +34,12 @@ def place(tmp_path_factory):
 
 
 def args(place, root, **overrides):
-    return arguments(*place[1:], root, **{"trainer__max_steps": 1, "data__packing": False, **overrides})
+    return arguments(
+        *place[1:], root, **{"trainer__max_steps": 1, "data__packing": False, **overrides}
+    )
 
 
-# ---------------------------------------------------------------------------------------------------- secrets
+# ------------------------------------------------------------------ secrets
 
 
 @pytest.mark.parametrize(
@@ -54,10 +60,17 @@ def test_redact(text, hidden, monkeypatch):
 
 
 def test_redact_by_name(monkeypatch):
-    assert errors.redact(os.environ.get("PWD", "/some/where")) == os.environ.get("PWD", "/some/where")
+    assert errors.redact(os.environ.get("PWD", "/some/where")) == os.environ.get(
+        "PWD", "/some/where"
+    )
     monkeypatch.setenv("SOME_API_KEY", "visible-otherwise")
     assert errors.redact("it is visible-otherwise") == "it is <hidden>"
-    settings = {"api_key": "x", "pad_token": "<pad>", "max_new_tokens": 3, "a": [{"password": "y", "b": True}]}
+    settings = {
+        "api_key": "x",
+        "pad_token": "<pad>",
+        "max_new_tokens": 3,
+        "a": [{"password": "y", "b": True}],
+    }
     kept = {
         "api_key": "<hidden>",
         "pad_token": "<pad>",
@@ -68,19 +81,29 @@ def test_redact_by_name(monkeypatch):
 
 
 def test_secrets_reach_no_file_and_no_line(place, tmp_path):
-    """A run with secrets in its environment and its settings; all it wrote and said is searched for them."""
+    """A run with secrets in its environment and its settings; all it wrote and said is searched for
+    them.
+    """
     root = tmp_path / "runs"
     logger = {
         "class_path": "lightning.pytorch.loggers.CSVLogger",
         "init_args": {"save_dir": str(root), "prefix": TOKEN},
     }
     settings = {
-        "data__chat_template_kwargs": {"api_key": "not-in-the-environment", "address": ADDRESS, "more": [TOKEN]},
+        "data__chat_template_kwargs": {
+            "api_key": "not-in-the-environment",
+            "address": ADDRESS,
+            "more": [TOKEN],
+        },
     }
     env = environment(**IN_ENVIRONMENT)
     command = [sys.executable, "-m", "lit_sft"]
     done = subprocess.run(
-        [*command, "fit", *args(place, root, **settings)], cwd=REPOSITORY, env=env, capture_output=True, text=True
+        [*command, "fit", *args(place, root, **settings)],
+        cwd=REPOSITORY,
+        env=env,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     failed = subprocess.run(
@@ -91,8 +114,12 @@ def test_secrets_reach_no_file_and_no_line(place, tmp_path):
     secrets = [*IN_ENVIRONMENT.values(), "not-in-the-environment"]
     texts = {"said": (done.stdout + done.stderr + failed.stdout + failed.stderr).encode()}
     texts |= {str(path): path.read_bytes() for path in root.rglob("*") if path.is_file()}
-    assert any("events.out" in name for name in texts) and any("config.yaml" in name for name in texts)
-    assert [name for name, text in texts.items() if any(secret.encode() in text for secret in secrets)] == []
+    assert any("events.out" in name for name in texts) and any(
+        "config.yaml" in name for name in texts
+    )
+    assert [
+        name for name, text in texts.items() if any(secret.encode() in text for secret in secrets)
+    ] == []
     config = yaml.safe_load((version(root) / "config.yaml").read_text())
     assert config["data"]["chat_template_kwargs"]["address"] == "https://<hidden>@example.com/x"
 
@@ -100,7 +127,11 @@ def test_secrets_reach_no_file_and_no_line(place, tmp_path):
 def test_a_hidden_setting_is_not_taken_for_the_secret(place, tmp_path, capsys):
     root = tmp_path / "runs"
     run("fit", args(place, root, data__system_prompt=f"use {TOKEN}"))
-    predict = ["--ckpt_path", str(version(root) / "checkpoints" / "last.ckpt"), '--data.predict=["a"]']
+    predict = [
+        "--ckpt_path",
+        str(version(root) / "checkpoints" / "last.ckpt"),
+        '--data.predict=["a"]',
+    ]
     assert "data.system_prompt held a secret" in refused(capsys, "predict", predict)
     run("predict", [*predict, "--data.system_prompt=use another"])
 
@@ -112,7 +143,9 @@ def test_tracebacks_are_redacted(capsys):
         errors.report_error(error)
     err = capsys.readouterr().err
     assert (
-        "Traceback" in err and TOKEN not in err and err.splitlines()[-1].startswith("error: ZeroDivisionError: at <hid")
+        "Traceback" in err
+        and TOKEN not in err
+        and err.splitlines()[-1].startswith("error: ZeroDivisionError: at <hid")
     )
 
 
@@ -121,7 +154,7 @@ def test_log_lines_are_redacted():
     assert errors.RedactingFormatter("%(message)s").format(record) == "token <hidden>"
 
 
-# ---------------------------------------------------------------------------------------------------- code
+# ------------------------------------------------------------------ code
 
 LOADS = re.compile(
     r"torch\.load\(.*|pickle\.\w+|np\.load\(.*|\bdill\b|joblib|yaml\.(?:load|unsafe_load)\(|\beval\(|\bexec\("
@@ -140,7 +173,9 @@ def test_nothing_is_unpickled_or_evaluated():
     assert LOADS.search("x = torch.load(path)")
 
 
-@pytest.mark.parametrize("where", ["state_dict", "optimizer_states", "callbacks", "loops", "SFTDataModule"])
+@pytest.mark.parametrize(
+    "where", ["state_dict", "optimizer_states", "callbacks", "loops", "SFTDataModule"]
+)
 def test_a_pickle_that_runs_code_is_refused(where, place, tmp_path, capsys):
     """Wherever it hides in a checkpoint that is otherwise right."""
     root, trace = tmp_path / "runs", tmp_path / "it_ran"
@@ -171,8 +206,12 @@ TEMPLATES = {
 
 @pytest.mark.parametrize("attack", TEMPLATES.values(), ids=TEMPLATES)
 def test_templates_run_in_a_sandbox(attack, place, tmp_path, capsys):
-    chatml = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    said = refused(capsys, "fit", args(place, tmp_path / "runs", data__chat_template=attack + chatml))
+    chatml = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    )
+    said = refused(
+        capsys, "fit", args(place, tmp_path / "runs", data__chat_template=attack + chatml)
+    )
     assert "template" in said, said
 
 

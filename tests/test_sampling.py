@@ -17,7 +17,9 @@ def steps(o, epoch=0):
         step = batch // o.accumulation
         if step == len(result):
             result.append([])
-        result[step] += [pack for rank in range(o.world_size) for pack in o.packs(epoch, batch, rank)]
+        result[step] += [
+            pack for rank in range(o.world_size) for pack in o.packs(epoch, batch, rank)
+        ]
     return [sorted(step) for step in result]
 
 
@@ -30,7 +32,10 @@ def test_the_same_steps_for_any_split(micro, world, epoch, costs):
 
 def test_cost_of_a_pack_is_linear_in_tokens_and_in_squares_of_examples():
     packs = Packs(np.array([2, 0, 1]), np.array([0, 1, 3]))
-    assert list(packs.costs(np.array([3, 4, 10]))) == [50 + 10 * TOKEN_COST, 4.5 + 8 + 7 * TOKEN_COST]
+    assert list(packs.costs(np.array([3, 4, 10]))) == [
+        50 + 10 * TOKEN_COST,
+        4.5 + 8 + 7 * TOKEN_COST,
+    ]
     assert len(one_per_pack(0).costs(np.array([], dtype=np.int64))) == 0
 
 
@@ -41,10 +46,17 @@ def test_what_runs_at_the_same_time_costs_about_the_same():
     def waited(packs, micro, costs):
         o = order(len(packs), 64, micro, 4, costs=costs)
         work = packs.costs(lengths)
-        passes = [[work[o.packs(0, batch, rank)].sum() for rank in range(4)] for batch in range(o.batches_per_epoch)]
+        passes = [
+            [work[o.packs(0, batch, rank)].sum() for rank in range(4)]
+            for batch in range(o.batches_per_epoch)
+        ]
         return 4 * sum(max(one) for one in passes) / work.sum() - 1
 
-    for packs, micro in ((pack_examples(lengths, 2048), 1), (one_per_pack(len(lengths)), 1), (one_per_pack(4000), 4)):
+    for packs, micro in (
+        (pack_examples(lengths, 2048), 1),
+        (one_per_pack(len(lengths)), 1),
+        (one_per_pack(4000), 4),
+    ):
         before, after = waited(packs, micro, None), waited(packs, micro, packs.costs(lengths))
         assert after < 0.25 * before, (before, after)
 
@@ -64,7 +76,10 @@ def test_every_rank_makes_the_same_number_of_passes():
 
 def test_not_divisible_says_what_to_change():
     with pytest.raises(
-        UserError, match="data.global_batch_size 8 is not divisible by data.micro_batch_size 3 x 1 devices = 3"
+        UserError,
+        match=(
+            "data.global_batch_size 8 is not divisible by data.micro_batch_size 3 x 1 devices = 3"
+        ),
     ):
         order(micro=3)
 

@@ -1,4 +1,6 @@
-"""The records of the settings: the same names as the constructors, and the same fingerprints in every release."""
+"""The records of the settings: the same names as the constructors, and the same fingerprints in
+every release.
+"""
 
 import inspect
 import pickle
@@ -37,7 +39,9 @@ def test_a_record_has_the_arguments_of_its_constructor(module, record):
 
 @pytest.mark.parametrize(("module", "record"), PAIRS)
 def test_every_argument_reaches_its_field(module, record):
-    values = {name: object() for name in inspect.signature(module.__init__).parameters if name != "self"}
+    values = {
+        name: object() for name in inspect.signature(module.__init__).parameters if name != "self"
+    }
     allowed = {"lora": None, "trainable": None, "adapter_name_or_path": None, "quantization": None}
     allowed |= {"validation": None, "max_length": 7, "add_tokens": ["<a>"]}
     values |= {name: value for name, value in allowed.items() if name in values}
@@ -60,13 +64,18 @@ def test_the_refusals_of_the_data_settings():
         SFTDataModule(max_length=1)
 
 
-# ---------------------------------------------------------------------- a release continues what an older one began
+# ---------------------------------------------------------------------- a release continues what an
+# older one began
 
 
 def test_a_half_written_predict_is_continued(tmp_path):
     model = save_tiny(tmp_path / "model")
     module = SFTModule(
-        model, lora=LoraConfig(r=4), add_tokens=["<a>"], seed=7, generation=GenerationOptions(max_new_tokens=5)
+        model,
+        lora=LoraConfig(r=4),
+        add_tokens=["<a>"],
+        seed=7,
+        generation=GenerationOptions(max_new_tokens=5),
     )
     found = fingerprint(module.options, "32-true", None)
     assert found.pop("model") == model
@@ -75,14 +84,19 @@ def test_a_half_written_predict_is_continued(tmp_path):
         "init": "'pretrained'",
         "dtype": "'auto'",
         "attn_implementation": "'auto'",
-        "lora": "LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules='all-linear', exclude_modules=None, "
-        "modules_to_save=None, layers_to_transform=None, rank_pattern={}, alpha_pattern={}, "
-        "trainable_token_indices=None, use_rslora=False, use_dora=False, init_lora_weights=True)",
+        "lora": (
+            "LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules='all-linear',"
+            " exclude_modules=None, modules_to_save=None, layers_to_transform=None,"
+            " rank_pattern={}, alpha_pattern={}, trainable_token_indices=None, use_rslora=False,"
+            " use_dora=False, init_lora_weights=True)"
+        ),
         "adapter_name_or_path": "None",
         "quantization": "None",
         "add_tokens": "['<a>']",
-        "generation": "GenerationOptions(max_new_tokens=5, do_sample=False, temperature=1.0, top_p=1.0, top_k=None, "
-        "num_return_sequences=1)",
+        "generation": (
+            "GenerationOptions(max_new_tokens=5, do_sample=False, temperature=1.0, top_p=1.0,"
+            " top_k=None, num_return_sequences=1)"
+        ),
         "seed": "7",
         "precision": "32-true",
     }
@@ -106,7 +120,9 @@ def test_a_cache_and_a_position_are_found_again(tmp_path):
     assert preparation.readings == {0: Reading("messages", None)}
     renderer = SimpleNamespace(fingerprint=lambda: {"tokenizer": "t", "train_on": "completions"})
     preparation = Preparation(**{**vars(preparation), "renderer": renderer})
-    identity = preparation.identity(SimpleNamespace(fingerprint="rows-1")) | {"libraries": ["a", "b"]}
+    identity = preparation.identity(SimpleNamespace(fingerprint="rows-1")) | {
+        "libraries": ["a", "b"]
+    }
     assert cache_key(identity) == "40785d63caf4aa2d592d062c"
     caches = {"train": SimpleNamespace(fingerprint="e")}
     assert remember(identity, module.options, caches, SimpleNamespace(fingerprint="p")) == {

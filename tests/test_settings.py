@@ -1,4 +1,6 @@
-"""Settings of Lightning's that users bring along: each does what it says, or is refused in one line."""
+"""Settings of Lightning's that users bring along: each does what it says, or is refused in one
+line.
+"""
 
 import fcntl
 import itertools
@@ -42,12 +44,20 @@ def place(tmp_path_factory):
 
 
 def settings(place, root, **options):
-    return arguments(*place, root, **{"data__packing": False, "data__global_batch_size": 8, **options})
+    return arguments(
+        *place, root, **{"data__packing": False, "data__global_batch_size": 8, **options}
+    )
 
 
 @pytest.mark.parametrize(
     "logger",
-    [False, {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "elsewhere"}}],
+    [
+        False,
+        {
+            "class_path": "lightning.pytorch.loggers.CSVLogger",
+            "init_args": {"save_dir": "elsewhere"},
+        },
+    ],
     ids=str,
 )
 def test_loggers_do_not_move_the_run(place, tmp_path, monkeypatch, logger):
@@ -62,7 +72,10 @@ def test_loggers_do_not_move_the_run(place, tmp_path, monkeypatch, logger):
     with log_lines() as lines:
         run("fit", [*args, "--trainer.max_steps=4", "--ckpt_path=last"])
     assert any(line.startswith("resumed") and line.endswith("at step 2") for line in lines)
-    assert find_last(folder.parent).name == "step=000004.ckpt" and not (tmp_path / "runs" / "checkpoints").exists()
+    assert (
+        find_last(folder.parent).name == "step=000004.ckpt"
+        and not (tmp_path / "runs" / "checkpoints").exists()
+    )
 
 
 def test_a_clipping_value_of_0_is_none(place, tmp_path):
@@ -101,19 +114,36 @@ def test_max_time_ends_a_run_in_order(place, tmp_path, monkeypatch):
     args = settings(place, tmp_path / "runs", trainer__max_time="00:00:00:01")
     with monkeypatch.context() as patch:
         looks = itertools.count()  # it is over after a few, within the first step
-        patch.setattr(Timer, "time_elapsed", lambda self, stage="train": 0.0 if next(looks) < 6 else 1e9)
-        assert stops(args) == ["stopped at step 1 of 4: trainer.max_time is over (it counts earlier starts, too)"]
+        patch.setattr(
+            Timer, "time_elapsed", lambda self, stage="train": 0.0 if next(looks) < 6 else 1e9
+        )
+        assert stops(args) == [
+            "stopped at step 1 of 4: trainer.max_time is over (it counts earlier starts, too)"
+        ]
     assert find_last(version(tmp_path / "runs").parent).name == "step=000001.ckpt"
     args.append("--ckpt_path=last")
-    assert stops(args) == ["stopped at step 1 of 4: trainer.max_time is over (it counts earlier starts, too)"]
-    assert stops([*args, "--trainer.max_time=00:00:00:01", "--trainer.max_steps=1"]) == []  # it is done
+    assert stops(args) == [
+        "stopped at step 1 of 4: trainer.max_time is over (it counts earlier starts, too)"
+    ]
+    assert (
+        stops([*args, "--trainer.max_time=00:00:00:01", "--trainer.max_steps=1"]) == []
+    )  # it is done
     assert stops([*args, "--trainer.max_time=99999:00:00:00"]) == []  # more than the seconds above
 
 
 def test_early_stopping_says_so(place, tmp_path, monkeypatch):
-    """A resumed run ends for the same reason, until there is more patience, and then for reasons of its own."""
-    options = {"data__val_size": 4, "trainer__max_epochs": 5, "model__optimizer": "torch.optim.AdamW"}
-    options |= {"model__optimizer__lr": 0.0, "early_stopping": {"monitor": "val/loss", "patience": 2}}
+    """A resumed run ends for the same reason, until there is more patience, and then for reasons of
+    its own.
+    """
+    options = {
+        "data__val_size": 4,
+        "trainer__max_epochs": 5,
+        "model__optimizer": "torch.optim.AdamW",
+    }
+    options |= {
+        "model__optimizer__lr": 0.0,
+        "early_stopping": {"monitor": "val/loss", "patience": 2},
+    }
     args = settings(place, tmp_path / "runs", **options)
     assert stops(args) == ["stopped at step 12 of 20: val/loss did not improve for 2 validations"]
     args.append("--ckpt_path=last")
@@ -135,7 +165,9 @@ def test_early_stopping_says_so(place, tmp_path, monkeypatch):
     ids=str,
 )
 def test_what_cannot_be(place, tmp_path, capsys, options, words):
-    assert words in refused(capsys, "fit", settings(place, tmp_path / "runs", data__val_size=4, **options))
+    assert words in refused(
+        capsys, "fit", settings(place, tmp_path / "runs", data__val_size=4, **options)
+    )
 
 
 def test_validations_over_epochs_come_between_steps():
@@ -167,7 +199,12 @@ cli.main(sys.argv[1:])
 def test_a_signal_in_a_validation_within_a_step(place, tmp_path):
     """The step ends, is saved, and the run leaves."""
     args = ["fit", *settings(place, tmp_path / "runs", data__val_size=4, **BY_CLOCK)]
-    done = subprocess.run([sys.executable, "-c", INTERRUPTED, *args], capture_output=True, text=True, env=environment())
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, *args],
+        capture_output=True,
+        text=True,
+        env=environment(),
+    )
     assert done.returncode == 128 + signal.SIGTERM, done.stderr[-2000:]
     assert "stopped by SIGTERM after step 1, which is saved" in done.stderr
     assert find_last(version(tmp_path / "runs").parent).name == "step=000001.ckpt"
@@ -188,24 +225,34 @@ def test_an_evaluation_beside_a_training_writes_elsewhere(place, tmp_path):
 
 
 @pytest.mark.parametrize("command", ["validate", "test", "predict"])
-def test_an_evaluation_of_a_run_that_cannot_be_written_writes_elsewhere(command, place, tmp_path, monkeypatch):
+def test_an_evaluation_of_a_run_that_cannot_be_written_writes_elsewhere(
+    command, place, tmp_path, monkeypatch
+):
     """Another user's, say."""
     rows = {"data__validation": place[1], "data__test": place[1], "data__predict": ["x"]}
     run("fit", settings(place, tmp_path / "theirs", trainer__max_steps=1, **rows))
     folder, access = version(tmp_path / "theirs"), os.access
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != folder and access(path, mode))
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: Path(path) != folder and access(path, mode)
+    )
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     with log_lines() as lines:
         run(command, [f"--ckpt_path={folder}", f"--trainer.default_root_dir={tmp_path / 'ours'}"])
     assert f"{folder}: it cannot be written, what this one writes goes elsewhere" in lines
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
     written = "predictions.jsonl" if command == "predict" else "metrics.csv"
-    assert (version(tmp_path / "ours") / written).is_file() and not version(tmp_path / "theirs", 1).exists()
+    assert (version(tmp_path / "ours") / written).is_file() and not version(
+        tmp_path / "theirs", 1
+    ).exists()
 
 
 def test_the_logs_of_a_run_that_was_moved_lie_with_it(place, tmp_path):
-    """`trainer.default_root_dir` in its settings is that of before, where another run may have its number now."""
-    run("fit", settings(place, tmp_path / "before", trainer__max_steps=1, data__validation=place[1]))
+    """`trainer.default_root_dir` in its settings is that of before, where another run may have its
+    number now.
+    """
+    run(
+        "fit", settings(place, tmp_path / "before", trainer__max_steps=1, data__validation=place[1])
+    )
     shutil.copytree(tmp_path / "before", tmp_path / "now", symlinks=True)
     others = (version(tmp_path / "before") / "metrics.csv").read_bytes()
     run("validate", [f"--ckpt_path={version(tmp_path / 'now')}"])
@@ -219,7 +266,11 @@ def test_the_logs_of_a_run_that_was_moved_lie_with_it(place, tmp_path):
 def test_bad_rows_are_skipped_in_what_is_answered_too(place, tmp_path):
     bad = {"messages": [{"role": "nobody", "content": "x"}]}
     rows = write_rows(tmp_path / "rows.jsonl", [*chat_rows(3), bad, *chat_rows(3, seed=1)])
-    more = {"data__validation": rows, "data__on_bad_row": "skip", "model__evaluation": {"metrics": ["token_f1"]}}
+    more = {
+        "data__validation": rows,
+        "data__on_bad_row": "skip",
+        "model__evaluation": {"metrics": ["token_f1"]},
+    }
     run("fit", settings(place, tmp_path / "runs", **more))
     lines = (version(tmp_path / "runs") / "evaluation.jsonl").read_text().splitlines()
     assert sum(json.loads(line)["step"] == 0 for line in lines) == 6
@@ -245,7 +296,11 @@ def test_files_of_the_users_own_callbacks_are_kept(tmp_path):
     for name in ("step=3.ckpt", "step=000001.ckpt", "step=000002.ckpt"):
         torch.save({}, folder / name)
     keep(folder / "step=000002.ckpt", KeepPolicy(False, keep_last=1))
-    assert {path.name for path in folder.iterdir()} == {"step=3.ckpt", "step=000002.ckpt", "last.ckpt"}
+    assert {path.name for path in folder.iterdir()} == {
+        "step=3.ckpt",
+        "step=000002.ckpt",
+        "last.ckpt",
+    }
 
 
 @pytest.fixture
@@ -284,7 +339,10 @@ def test_other_tokens_by_no_setting_are_refused(place, tmp_path):
     from lit_sft.datamodule import SFTDataModule
 
     module = SFTDataModule(
-        model_name_or_path=place[0], train=place[1], max_length=128, cache_dir=str(tmp_path / "cache")
+        model_name_or_path=place[0],
+        train=place[1],
+        max_length=128,
+        cache_dir=str(tmp_path / "cache"),
     )
     module.prepare("fit")
     packs = module.pack("train")
@@ -296,7 +354,11 @@ def test_other_tokens_by_no_setting_are_refused(place, tmp_path):
 
 def test_a_rate_that_the_checkpoint_overrides_is_said(place, tmp_path):
     run("fit", settings(place, tmp_path / "runs", trainer__max_steps=1))
-    more = {"trainer__max_steps": 2, "model__optimizer__lr": 0.5, "model__lr_schedule__type": "constant"}
+    more = {
+        "trainer__max_steps": 2,
+        "model__optimizer__lr": 0.5,
+        "model__lr_schedule__type": "constant",
+    }
     with log_lines() as lines:
         run("fit", [*settings(place, tmp_path / "runs", **more), "--ckpt_path=last"])
     assert sum("goes on as in the checkpoint: lr 8e-05, not 0.5" in line for line in lines) == 1
@@ -309,8 +371,13 @@ def test_another_optimizer_does_not_go_on(place, tmp_path, capsys):
     run("fit", settings(place, root, trainer__max_steps=1))
     args = [*settings(place, root, trainer__max_steps=2), "--ckpt_path=last"]
     line = refused(capsys, "fit", [*args, "--model.optimizer=torch.optim.SGD"])
-    assert line.startswith("model.optimizer is SGD of torch, and the checkpoint holds the state of AdamW of torch: set")
-    run("validate", ["--ckpt_path=last", f"--data.validation={place[1]}", f"--trainer.default_root_dir={root}"])
+    assert line.startswith(
+        "model.optimizer is SGD of torch, and the checkpoint holds the state of AdamW of torch: set"
+    )
+    run(
+        "validate",
+        ["--ckpt_path=last", f"--data.validation={place[1]}", f"--trainer.default_root_dir={root}"],
+    )
     path = find_last(version(root).parent)
     old = {key: value for key, value in read_checkpoint(path).items() if key != "optimizer"}
     torch.save(old, path.with_suffix(".tmp"))  # not over it: its tensors are read from there
@@ -321,13 +388,20 @@ def test_another_optimizer_does_not_go_on(place, tmp_path, capsys):
 
 def test_a_list_of_files(place, tmp_path):
     other = write_rows(tmp_path / "other.jsonl", chat_rows(8, seed=3))
-    run("fit", settings((place[0], None), tmp_path / "runs", data__train=[place[1], other], trainer__max_steps=5))
+    run(
+        "fit",
+        settings(
+            (place[0], None), tmp_path / "runs", data__train=[place[1], other], trainer__max_steps=5
+        ),
+    )
     assert len(scalars(tmp_path / "runs", "train/loss")) == 5  # 40 rows
 
 
 def test_a_home_directory_for_the_runs(place, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    args = settings(place, Path("~/runs"), trainer__max_steps=1, data__cache_dir=str(tmp_path / "cache"))
+    args = settings(
+        place, Path("~/runs"), trainer__max_steps=1, data__cache_dir=str(tmp_path / "cache")
+    )
     run("fit", args)
     with log_lines() as lines:
         run("fit", [*args, "--trainer.max_steps=2", "--ckpt_path=last"])
@@ -342,13 +416,23 @@ def test_a_run_stands_for_its_newest_checkpoint(place, tmp_path, capsys):
     assert (tmp_path / "out" / "model.safetensors").is_file()
     shutil.rmtree(folder / "checkpoints")
     (folder / "checkpoints").mkdir()
-    assert "there is no such checkpoint" in refused(capsys, "export", [f"--ckpt_path={folder}", "--output_dir=x"])
+    assert "there is no such checkpoint" in refused(
+        capsys, "export", [f"--ckpt_path={folder}", "--output_dir=x"]
+    )
 
 
 def test_others_may_read_a_shared_cache(place, tmp_path):
     before = os.umask(0o022)
     try:
-        run("fit", settings(place, tmp_path / "runs", trainer__max_steps=1, data__cache_dir=str(tmp_path / "shared")))
+        run(
+            "fit",
+            settings(
+                place,
+                tmp_path / "runs",
+                trainer__max_steps=1,
+                data__cache_dir=str(tmp_path / "shared"),
+            ),
+        )
     finally:
         os.umask(before)
     folders = [path for path in (tmp_path / "shared").rglob("*") if path.is_dir()]
@@ -370,23 +454,33 @@ def test_a_dry_run_lies_where_others_do(place, tmp_path):
 
 def own_checkpoints(folder, **options):
     return [
-        {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"dirpath": str(folder), **options}}
+        {
+            "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+            "init_args": {"dirpath": str(folder), **options},
+        }
     ]
 
 
 def test_checkpoints_of_the_users_own_callback_come_between_steps(place, tmp_path):
-    """Resumed at step 4, a multiple of 2, it would save once more after the first micro-batch of step 5."""
+    """Resumed at step 4, a multiple of 2, it would save once more after the first micro-batch of
+    step 5.
+    """
     own = own_checkpoints(tmp_path / "own", every_n_train_steps=2, save_top_k=-1, filename="{step}")
     args = settings(place, tmp_path / "runs", trainer__callbacks=own)
     run("fit", args)
     run("fit", [*args, "--trainer.max_epochs=2", "--ckpt_path=last"])
-    assert {path.name for path in (tmp_path / "own").iterdir()} == {f"step={n}.ckpt" for n in (2, 4, 6, 8)}
+    assert {path.name for path in (tmp_path / "own").iterdir()} == {
+        f"step={n}.ckpt" for n in (2, 4, 6, 8)
+    }
 
 
 def test_fp16_weights_are_not_trained_by_an_eps_of_0(place, tmp_path, capsys):
     args = settings(place, tmp_path / "runs", trainer__precision="16-true", trainer__max_steps=2)
     line = refused(capsys, "fit", args)
-    assert line.startswith("model.optimizer's eps 1e-08 is 0") and "set trainer.precision to 16-mixed" in line
+    assert (
+        line.startswith("model.optimizer's eps 1e-08 is 0")
+        and "set trainer.precision to 16-mixed" in line
+    )
     larger = ["--model.optimizer=torch.optim.AdamW", "--model.optimizer.eps=1e-4"]
     for name, more in {"lora": ["--model.lora.r=2"], "eps": larger}.items():
         run("fit", [*args, f"--trainer.default_root_dir={tmp_path / name}", *more])
@@ -399,24 +493,37 @@ def test_averages_of_weights(place, tmp_path, capsys):
     own = [{"class_path": kind, "init_args": {"swa_lrs": 0.01}}]
     for command in ("fit", "doctor"):
         line = refused(capsys, command, settings(place, tmp_path / "runs", trainer__callbacks=own))
-        assert line.startswith("trainer.callbacks: StochasticWeightAveraging ") and "EMAWeightAveraging" in line
+        assert (
+            line.startswith("trainer.callbacks: StochasticWeightAveraging ")
+            and "EMAWeightAveraging" in line
+        )
     own[0] = {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging"}
-    args = settings(place, tmp_path / "runs", trainer__callbacks=own, trainer__precision="bf16-true")
+    args = settings(
+        place, tmp_path / "runs", trainer__callbacks=own, trainer__precision="bf16-true"
+    )
     assert "set that to bf16-mixed" in refused(capsys, "fit", args)
     args = settings(place, tmp_path / "runs", trainer__callbacks=own, model__dtype="bfloat16")
     assert "model.dtype bfloat16, which are too few for it" in refused(capsys, "fit", args)
     args = settings(place, tmp_path / "runs", trainer__callbacks=own, model__trainable=["layers"])
     assert "leave out what is frozen" in refused(capsys, "fit", args)
     for name in ("none", "ema"):
-        run("fit", settings(place, tmp_path / name, trainer__callbacks=own if name == "ema" else None))
+        run(
+            "fit",
+            settings(place, tmp_path / name, trainer__callbacks=own if name == "ema" else None),
+        )
     folders = [Path(place[0]), *(version(tmp_path / name) / "hf" for name in ("none", "ema"))]
     start, plain, averaged = (load_file(folder / "model.safetensors") for folder in folders)
-    moved = [sum(float((end[name] - start[name]).abs().sum()) for name in start) for end in (plain, averaged)]
+    moved = [
+        sum(float((end[name] - start[name]).abs().sum()) for name in start)
+        for end in (plain, averaged)
+    ]
     assert 0 < moved[1] < moved[0] / 2
 
 
 def test_an_average_is_validated_and_stays(place, tmp_path, capsys, monkeypatch):
-    """The loss and the answers of a validation are of the same weights; a resume without the average is refused."""
+    """The loss and the answers of a validation are of the same weights; a resume without the
+    average is refused.
+    """
     asked = defaultdict(set)
 
     def spied(name):
@@ -431,15 +538,31 @@ def test_an_average_is_validated_and_stays(place, tmp_path, capsys, monkeypatch)
 
     for name in ("training_step", "validation_step", "answer"):
         monkeypatch.setattr(SFTModule, name, spied(name))
-    own = [{"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging", "init_args": {"decay": 0.5}}]
-    more = {"data__val_size": 4, "data__questions": ["hi"], "model__evaluation": {"metrics": ["exact_match"]}}
+    own = [
+        {
+            "class_path": "lightning.pytorch.callbacks.EMAWeightAveraging",
+            "init_args": {"decay": 0.5},
+        }
+    ]
+    more = {
+        "data__val_size": 4,
+        "data__questions": ["hi"],
+        "model__evaluation": {"metrics": ["exact_match"]},
+    }
     args = settings(place, tmp_path / "runs", trainer__max_epochs=2, **more)
     run("fit", [*args, f"--trainer.callbacks={json.dumps(own)}"])
     for step in (4, 8):
-        assert asked["validation_step", step] == asked["answer", step] and len(asked["answer", step]) == 1
+        assert (
+            asked["validation_step", step] == asked["answer", step]
+            and len(asked["answer", step]) == 1
+        )
     assert asked["validation_step", 4].isdisjoint(asked["training_step", 4])
-    assert "holds averaged weights" in refused(capsys, "fit", [*args, "--trainer.max_epochs=3", "--ckpt_path=last"])
-    line = refused(capsys, "fit", [*args, "--trainer.strategy=fsdp2", f"--trainer.callbacks={json.dumps(own)}"])
+    assert "holds averaged weights" in refused(
+        capsys, "fit", [*args, "--trainer.max_epochs=3", "--ckpt_path=last"]
+    )
+    line = refused(
+        capsys, "fit", [*args, "--trainer.strategy=fsdp2", f"--trainer.callbacks={json.dumps(own)}"]
+    )
     assert line.startswith("trainer.callbacks: WeightAveraging does not take sharded weights")
 
 
@@ -450,7 +573,11 @@ def test_doctor_leaves_out_callbacks_that_save(place, tmp_path, capsys):
     own += [{"class_path": f"lightning.pytorch.callbacks.{name}"} for name in monitors]
     with pytest.raises(SystemExit) as caught:
         run("doctor", settings(place, tmp_path / "runs", trainer__callbacks=own))
-    assert caught.value.code == 0 and not (tmp_path / "own").exists() and not (tmp_path / "runs").exists()
+    assert (
+        caught.value.code == 0
+        and not (tmp_path / "own").exists()
+        and not (tmp_path / "runs").exists()
+    )
 
 
 def test_apples_gpu(place, tmp_path, capsys, monkeypatch):
@@ -460,7 +587,10 @@ def test_apples_gpu(place, tmp_path, capsys, monkeypatch):
         args = settings(place, tmp_path / "runs", trainer__accelerator=chosen)
         assert f"trainer.accelerator {chosen}: Apple's GPU" in refused(capsys, "fit", args)
     with log_lines() as lines:
-        run("fit", settings(place, tmp_path / "runs", trainer__accelerator="auto", trainer__max_steps=1))
+        run(
+            "fit",
+            settings(place, tmp_path / "runs", trainer__accelerator="auto", trainer__max_steps=1),
+        )
     assert sum("the CPU is taken" in line for line in lines) == 1
 
 
@@ -477,7 +607,12 @@ def test_apples_gpu(place, tmp_path, capsys, monkeypatch):
     ids=["time", "validation"],
 )
 def test_checkpoints_within_a_step_are_refused(place, tmp_path, capsys, own, options, words):
-    args = settings(place, tmp_path / "runs", trainer__callbacks=own_checkpoints(tmp_path / "own", **own), **options)
+    args = settings(
+        place,
+        tmp_path / "runs",
+        trainer__callbacks=own_checkpoints(tmp_path / "own", **own),
+        **options,
+    )
     assert words in refused(capsys, "fit", args)
 
 
@@ -490,19 +625,27 @@ def test_the_best_checkpoint_by_name(place, tmp_path, capsys, monkeypatch):
     best.symlink_to("step=000004.ckpt")  # the last is 8
     here = f"--trainer.default_root_dir={root}"
     run("export", ["--ckpt_path=best", here, f"--output_dir={tmp_path / 'out'}"])
-    saved, exported = read_checkpoint(best)["state_dict"], load_file(tmp_path / "out" / "model.safetensors")
+    saved, exported = (
+        read_checkpoint(best)["state_dict"],
+        load_file(tmp_path / "out" / "model.safetensors"),
+    )
     assert all(torch.equal(saved[f"model.lm.{name}"], tensor) for name, tensor in exported.items())
     assert "there is no such checkpoint" in refused(capsys, "fit", [*args, "--ckpt_path=best"])
     best.unlink()
     assert "holds no intact best.ckpt" in refused(capsys, "validate", ["--ckpt_path=best", here])
     monkeypatch.chdir(tmp_path)  # where no run lies
-    assert "--ckpt_path best: there is no intact checkpoint" in refused(capsys, "validate", ["--ckpt_path=best"])
+    assert "--ckpt_path best: there is no intact checkpoint" in refused(
+        capsys, "validate", ["--ckpt_path=best"]
+    )
 
 
 @pytest.mark.skipif(find_spec("wandb") is not None, reason="is installed")
 def test_a_logger_whose_package_is_not_there(place, tmp_path, capsys):
     args = settings(place, tmp_path / "runs", trainer__logger="WandbLogger")
-    words = "trainer.logger (command line): WandbLogger needs wandb: `pip install wandb`, or choose another class"
+    words = (
+        "trainer.logger (command line): WandbLogger needs wandb: `pip install wandb`, or choose"
+        " another class"
+    )
     assert refused(capsys, "fit", args) == words
 
 
@@ -513,6 +656,8 @@ def test_advice_on_ranks_is_not_shown(monkeypatch):
     with warnings.catch_warnings(record=True) as caught:
         terminal_log.set_up()
         logged = result._ResultCollection(training=False)
-        logged.log("on_validation_epoch_end", "val/loss", torch.tensor(1.0), on_step=False, on_epoch=True)
+        logged.log(
+            "on_validation_epoch_end", "val/loss", torch.tensor(1.0), on_step=False, on_epoch=True
+        )
         logged.metrics(on_step=False)
         assert "val/loss" in logged.metrics(on_step=False)["callback"] and not caught

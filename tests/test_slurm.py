@@ -9,7 +9,16 @@ import pytest
 import torch
 import yaml
 from cluster import cluster, why_not
-from running import REPOSITORY, arguments, chat_rows, final_weights, run, scalars, version, write_rows
+from running import (
+    REPOSITORY,
+    arguments,
+    chat_rows,
+    final_weights,
+    run,
+    scalars,
+    version,
+    write_rows,
+)
 from terminal import refused
 from tiny import save_tiny
 
@@ -26,7 +35,10 @@ SETTINGS = {
 }
 STEPS = 8
 WHY_NOT = why_not()
-on_a_cluster = [pytest.mark.slow, pytest.mark.skipif(WHY_NOT is not None, reason=f"no cluster: {WHY_NOT}")]
+on_a_cluster = [
+    pytest.mark.slow,
+    pytest.mark.skipif(WHY_NOT is not None, reason=f"no cluster: {WHY_NOT}"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +63,16 @@ class Job:
     def __init__(self, cluster, place, name, script, *options, held_at=None, **overrides):
         self.cluster, self.root = cluster, place[0] / name
         self.log, self.says = place[0] / f"{name}.log", place[0] / f"{name}.held"
-        args = [arg for arg in arguments(*place[1:], self.root, **{**SETTINGS, **overrides}) if "devices" not in arg]
+        args = [
+            arg
+            for arg in arguments(*place[1:], self.root, **{**SETTINGS, **overrides})
+            if "devices" not in arg
+        ]
         if held_at is not None:
-            hold = {"class_path": "cluster.Hold", "init_args": {"step": held_at, "says": str(self.says)}}
+            hold = {
+                "class_path": "cluster.Hold",
+                "init_args": {"step": held_at, "says": str(self.says)},
+            }
             args.append(f"--trainer.callbacks={[hold]}")
         config = place[0] / "empty.yaml"
         config.write_text(yaml.safe_dump({"seed_everything": 1}))
@@ -95,9 +114,15 @@ def assert_equal(weights, others):
     assert all(torch.equal(weights[name], others[name]) for name in others)
 
 
-# ---------------------------------------------------------------------------------------------------- decisions
+# ------------------------------------------------------------------ decisions
 
-RUNNING = {"JobState": "RUNNING", "Reason": "None", "PreemptTime": "None", "Requeue": "1", "BatchFlag": "1"}
+RUNNING = {
+    "JobState": "RUNNING",
+    "Reason": "None",
+    "PreemptTime": "None",
+    "Requeue": "1",
+    "BatchFlag": "1",
+}
 USR1, TERM = signal.SIGUSR1, signal.SIGTERM
 DECISIONS = {
     "its time is nearly up": (USR1, {}, True),
@@ -122,10 +147,14 @@ def test_when_a_job_is_requeued(number, job, requeued, monkeypatch):
 
 
 def test_a_job_whose_time_is_too_short_is_not_requeued_forever(monkeypatch):
-    assert slurm.reason_to_leave(RUNNING, USR1, 3, has_stepped=False) is None  # its data is prepared by now
+    assert (
+        slurm.reason_to_leave(RUNNING, USR1, 3, has_stepped=False) is None
+    )  # its data is prepared by now
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert "--time" in slurm.reason_to_leave(RUNNING, USR1, 3, has_stepped=False)
-    assert slurm.reason_to_leave({**RUNNING, "PreemptTime": "now"}, TERM, 3, has_stepped=False) is None
+    assert (
+        slurm.reason_to_leave({**RUNNING, "PreemptTime": "now"}, TERM, 3, has_stepped=False) is None
+    )
 
 
 def test_a_job_of_an_array_has_two_ids(monkeypatch):
@@ -153,7 +182,12 @@ LAUNCHES = {
     "without srun": ({"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}, "not started by srun"),
     "--ntasks alone": ({"SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"}, "--ntasks-per-node"),
     "devices": (
-        {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_STEP_ID": "0", "SLURM_NNODES": "1"},
+        {
+            "SLURM_NTASKS": "2",
+            "SLURM_NTASKS_PER_NODE": "2",
+            "SLURM_STEP_ID": "0",
+            "SLURM_NNODES": "1",
+        },
         "1 nodes with 2 tasks each, but trainer.num_nodes is 1 and trainer.devices makes 1",
     ),
 }
@@ -169,7 +203,7 @@ def test_a_wrong_launch_is_one_line(env, message, place, tmp_path, monkeypatch, 
     assert message in refused(capsys, "fit", arguments(*place[1:], tmp_path / "runs", **SETTINGS))
 
 
-# ---------------------------------------------------------------------------------------------------- jobs
+# ------------------------------------------------------------------ jobs
 
 
 class TestJobs:
@@ -183,21 +217,33 @@ class TestJobs:
         assert "tasks" not in whole[strategy].log.read_text()
         losses = torch.tensor(scalars(whole[strategy].root, "train/loss"))
         assert len(losses) == STEPS
-        torch.testing.assert_close(losses, torch.tensor(scalars(alone, "train/loss")), rtol=1e-5, atol=0)
+        torch.testing.assert_close(
+            losses, torch.tensor(scalars(alone, "train/loss")), rtol=1e-5, atol=0
+        )
 
     def test_preempted(self, slurm_cluster, whole, place):
         job = Job(slurm_cluster, place, "preempted", "several_nodes.sh", held_at=3)
         job.held(1)
-        slurm_cluster.submit("/dev/null", "-p", "urgent", "-N", "1", "-w", "node2", "-n", "4", "--wrap", "sleep 1")
+        slurm_cluster.submit(
+            "/dev/null", "-p", "urgent", "-N", "1", "-w", "node2", "-n", "4", "--wrap", "sleep 1"
+        )
         assert job.wait() == "COMPLETED"
         log = job.log.read_text()
-        assert "stopped by SIGTERM after step 4, which is saved" in log and f"job {job.id} is requeued" in log
-        assert f"SLURM started job {job.id} again, for time 1" in log and "step=000004.ckpt at step 4" in log
+        assert (
+            "stopped by SIGTERM after step 4, which is saved" in log
+            and f"job {job.id} is requeued" in log
+        )
+        assert (
+            f"SLURM started job {job.id} again, for time 1" in log
+            and "step=000004.ckpt at step 4" in log
+        )
         assert not version(job.root, 1).exists()
         assert_equal(job.weights, whole["fsdp2"].weights)
 
     def test_time_limit(self, slurm_cluster, whole, place):
-        """Its time is cut as soon as it has come to the step, and given back when it is requeued."""
+        """Its time is cut as soon as it has come to the step, and given back when it is
+        requeued.
+        """
         options = ("--ntasks-per-node=2", "--signal=USR1@60")
         job = Job(slurm_cluster, place, "limited", "one_node.sh", *options, held_at=3)
         job.held(1)
@@ -205,7 +251,9 @@ class TestJobs:
         job.says_in_log(f"job {job.id} is requeued")
         slurm_cluster.call("scontrol", "update", f"jobid={job.id}", "TimeLimit=30")
         assert job.wait() == "COMPLETED"
-        assert "stopped by SIGUSR1 after step 4, which is saved" in job.says_in_log("step=000004.ckpt at step 4")
+        assert "stopped by SIGUSR1 after step 4, which is saved" in job.says_in_log(
+            "step=000004.ckpt at step 4"
+        )
         assert_equal(job.weights, whole["ddp"].weights)
 
     def test_cancelled(self, slurm_cluster, place):

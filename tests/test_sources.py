@@ -55,12 +55,16 @@ def write_as(path, suffix):
 def compress(path, ending):
     raw = path.read_bytes()
     packed = path.with_name(path.name + ending)
-    packed.write_bytes(gzip.compress(raw) if ending == ".gz" else pa.compress(raw, "zstd", asbytes=True))
+    packed.write_bytes(
+        gzip.compress(raw) if ending == ".gz" else pa.compress(raw, "zstd", asbytes=True)
+    )
     return packed
 
 
 @pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
-@pytest.mark.parametrize("suffix", [".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow"])
+@pytest.mark.parametrize(
+    "suffix", [".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow"]
+)
 def test_every_kind_of_file(suffix, ending, tmp_path):
     path = tmp_path / f"a{suffix}"
     write_as(path, suffix)
@@ -109,7 +113,9 @@ def test_a_copy_has_its_name_only_when_it_is_on_disk(tmp_path, monkeypatch):
     steps = []
     for name in ("fsync", "replace"):
         step = getattr(os, name)
-        monkeypatch.setattr(os, name, lambda *args, name=name, step=step: steps.append(name) or step(*args))
+        monkeypatch.setattr(
+            os, name, lambda *args, name=name, step=step: steps.append(name) or step(*args)
+        )
     open_rows(str(tmp_path / "a.csv"), cache_dir=tmp_path / "cache")
     assert steps == ["fsync", "replace"]
 
@@ -130,7 +136,9 @@ def test_arrow_files_that_are_no_streams(tmp_path):
 
 
 @pytest.mark.parametrize("block", [1, 7, 64, 1 << 20])
-@pytest.mark.parametrize("text", [LINES, LINES.rstrip(), "\ufeff" + LINES, LINES.replace("\n", "\r\n"), " " + LINES])
+@pytest.mark.parametrize(
+    "text", [LINES, LINES.rstrip(), "\ufeff" + LINES, LINES.replace("\n", "\r\n"), " " + LINES]
+)
 def test_lines_wherever_blocks_end(block, text, tmp_path, monkeypatch):
     monkeypatch.setattr(blocks, "BLOCK_SIZE", block)
     rows = open_rows(write(tmp_path / "a.jsonl", text))
@@ -152,7 +160,10 @@ def test_lines_are_not_held(tmp_path):
 
 def test_a_row_of_ten_megabytes(tmp_path):
     row = {"text": "x" * 10_000_000}
-    for path in (write(tmp_path / "a.jsonl", json.dumps(row)), write(tmp_path / "a.csv", f"text\n{row['text']}\n")):
+    for path in (
+        write(tmp_path / "a.jsonl", json.dumps(row)),
+        write(tmp_path / "a.csv", f"text\n{row['text']}\n"),
+    ):
         assert open_rows(path, cache_dir=tmp_path)[0] == row
 
 
@@ -186,7 +197,11 @@ def test_csv_fields_are_text(tmp_path):
 
 
 def test_structs_lose_the_nulls_of_other_rows(tmp_path):
-    rows = [{"m": [{"role": "a", "arguments": {"x": 1}}]}, {"m": [{"role": "b", "name": "n"}]}, {"m": None}]
+    rows = [
+        {"m": [{"role": "a", "arguments": {"x": 1}}]},
+        {"m": [{"role": "b", "name": "n"}]},
+        {"m": None},
+    ]
     pyarrow.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     assert read(open_rows(str(tmp_path / "a.parquet"), cache_dir=tmp_path)) == rows
 
@@ -195,7 +210,16 @@ def test_the_fingerprint_is_the_content(tmp_path):
     one, two = write(tmp_path / "a.jsonl"), write(tmp_path / "b.jsonl")
     rows = open_rows(one)
     assert rows.fingerprint == open_rows(two).fingerprint == open_rows(one).fingerprint
-    assert len({rows.fingerprint, limit(rows, 4).fingerprint, subset(rows, [1, 0, 2, 3, 4]).fingerprint}) == 3
+    assert (
+        len(
+            {
+                rows.fingerprint,
+                limit(rows, 4).fingerprint,
+                subset(rows, [1, 0, 2, 3, 4]).fingerprint,
+            }
+        )
+        == 3
+    )
     date = os.stat(one)
     write(tmp_path / "a.jsonl", LINES.replace("é 3", "è 3"))
     os.utime(one, ns=(date.st_atime_ns, date.st_mtime_ns))
@@ -229,7 +253,9 @@ def test_forked_workers_share_the_open_file(tmp_path):
     rows = open_rows(write(tmp_path / "a.jsonl", "".join(f'{{"a": {i}}}\n' for i in range(1000))))
     assert rows[0] == {"a": 0}  # the file is open before the fork
     with multiprocessing.get_context("fork").Pool(2) as pool:
-        assert pool.map(read_ten_times, [rows, rows]) == [[[{"a": i} for i in range(1000)]] * 10] * 2
+        assert (
+            pool.map(read_ten_times, [rows, rows]) == [[[{"a": i} for i in range(1000)]] * 10] * 2
+        )
 
 
 def test_globs_and_directories(tmp_path):
@@ -263,13 +289,21 @@ def test_links_to_directories_are_followed_once(tmp_path):
     for name in ("in/b", "in/sub/c", "out/a", "out/deep/d", "beside"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         write(tmp_path / f"{name}.jsonl", json.dumps({"a": name}))
-    links = {"in/again": "sub", "in/circle": ".", "in/sub/up": "../..", "in/z": "../out", "out/back": "../in"}
+    links = {
+        "in/again": "sub",
+        "in/circle": ".",
+        "in/sub/up": "../..",
+        "in/z": "../out",
+        "out/back": "../in",
+    }
     for link, target in (links | {"out/deep/own": ".", "in/file.jsonl": "../beside.jsonl"}).items():
         (tmp_path / link).symlink_to(target)
     assert names_read(tmp_path / "in") == ["in/b", "beside", "in/sub/c", "out/a", "out/deep/d"]
     (tmp_path / "link").symlink_to("in")
     assert names_read(tmp_path / "link") == names_read(tmp_path / "in")
-    assert sorted(names_read(tmp_path / "in" / "**" / "*.jsonl")) == sorted(names_read(tmp_path / "in"))
+    assert sorted(names_read(tmp_path / "in" / "**" / "*.jsonl")) == sorted(
+        names_read(tmp_path / "in")
+    )
     assert names_read(tmp_path / "in" / "*" / "c.jsonl") == ["in/sub/c"]
 
 
@@ -278,7 +312,9 @@ def test_a_link_that_leads_nowhere_is_refused(spec, tmp_path):
     """What git-annex and DVC leave where the content was not fetched."""
     write(tmp_path / "rows" / "a.jsonl", json.dumps({"a": 1}))
     (tmp_path / "rows" / "c.jsonl").symlink_to("../annex/c")
-    with pytest.raises(UserError, match=r"rows/c.jsonl` \(`data.train`\) is a link to `../annex/c`, which is not"):
+    with pytest.raises(
+        UserError, match=r"rows/c.jsonl` \(`data.train`\) is a link to `../annex/c`, which is not"
+    ):
         open_rows(str(tmp_path / spec))
 
 
@@ -292,7 +328,16 @@ def test_a_link_of_another_split_may_lead_nowhere(tmp_path):
 
 def test_files_that_are_not_read_are_told(tmp_path):
     write(tmp_path / "rows" / "a.jsonl", json.dumps({"a": 1}))
-    for name in ("README.md", "LICENSE", "license.txt", "load.py", "config.yaml", "dataset_info.json", ".git", "a.png"):
+    for name in (
+        "README.md",
+        "LICENSE",
+        "license.txt",
+        "load.py",
+        "config.yaml",
+        "dataset_info.json",
+        ".git",
+        "a.png",
+    ):
         write(tmp_path / "rows" / name, "{}")
     with log_lines() as lines:
         assert names_read(tmp_path / "rows") == [1]
@@ -308,7 +353,9 @@ def test_files_that_are_not_read_are_told(tmp_path):
         write(tmp_path / "rows" / f"{i:04}.bin")
     with log_lines() as lines:
         names_read(tmp_path / "rows")
-    assert lines[0].endswith("not read: 0000.bin, 0001.bin, 0002.bin, 0003.bin, 0004.bin and 2,999 more")
+    assert lines[0].endswith(
+        "not read: 0000.bin, 0001.bin, 0002.bin, 0003.bin, 0004.bin and 2,999 more"
+    )
 
 
 def test_directories_that_a_glob_does_not_read_are_told(tmp_path):
@@ -321,7 +368,9 @@ def test_directories_that_a_glob_does_not_read_are_told(tmp_path):
 
 
 def test_a_directory_that_cannot_be_read(tmp_path, monkeypatch):
-    """Refused where it is the one that was named; below it (`lost+found` of a disk, say) it is told."""
+    """Refused where it is the one that was named; below it (`lost+found` of a disk, say) it is
+    told.
+    """
     write(tmp_path / "rows" / "a.jsonl", json.dumps({"a": 1}))
     (tmp_path / "rows" / "sub").mkdir()
     scan = os.scandir
@@ -334,7 +383,9 @@ def test_a_directory_that_cannot_be_read(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", refuse_sub)
     with log_lines() as lines:
         assert names_read(tmp_path / "rows") == [1]
-    refusal = f"cannot read `{tmp_path}/rows/sub` (`data.train`): Permission denied; see the permissions"
+    refusal = (
+        f"cannot read `{tmp_path}/rows/sub` (`data.train`): Permission denied; see the permissions"
+    )
     assert lines == [refusal]
     with pytest.raises(UserError, match=re.escape(refusal)):
         open_rows(str(tmp_path / "rows" / "sub"))
@@ -343,7 +394,9 @@ def test_a_directory_that_cannot_be_read(tmp_path, monkeypatch):
 def test_directories_with_splits(tmp_path):
     for name in ("data/train-00000-of-00001", "data/test-00000-of-00001", "dev/x", "gsm8k_train"):
         write(tmp_path / f"{name}.jsonl", json.dumps({"a": name}))
-    train, validation = (read(open_rows(str(tmp_path), split=split)) for split in ("train", "validation"))
+    train, validation = (
+        read(open_rows(str(tmp_path), split=split)) for split in ("train", "validation")
+    )
     assert train == [{"a": "data/train-00000-of-00001"}, {"a": "gsm8k_train"}]
     assert validation == [{"a": "dev/x"}]
 
@@ -351,31 +404,48 @@ def test_directories_with_splits(tmp_path):
 def test_saved_data_sets(tmp_path):
     saved = datasets.Dataset.from_list(ROWS)
     saved.save_to_disk(tmp_path / "one")
-    datasets.DatasetDict({"train": saved, "test": saved.select([3, 1])}).save_to_disk(tmp_path / "two")
+    datasets.DatasetDict({"train": saved, "test": saved.select([3, 1])}).save_to_disk(
+        tmp_path / "two"
+    )
     assert read(open_rows(str(tmp_path / "one"))) == ROWS
     train, test = (open_rows(str(tmp_path / "two"), split=split) for split in ("train", "test"))
     assert (read(train), read(test)) == (ROWS, [ROWS[3], ROWS[1]])
     assert train.fingerprint != test.fingerprint
-    with pytest.raises(UserError, match="no split validation but train, test; set `data.validation`"):
+    with pytest.raises(
+        UserError, match="no split validation but train, test; set `data.validation`"
+    ):
         open_rows(str(tmp_path / "two"), split="validation", key="data.validation")
     assert read(open_rows([{"path": str(tmp_path / "two"), "split": "test"}])) == [ROWS[3], ROWS[1]]
 
 
 def test_builtin_tasks():
-    rows = open_rows("builtin:sums", split="test", builtin=lambda name, split: [{"name": name, "split": split}])
+    rows = open_rows(
+        "builtin:sums", split="test", builtin=lambda name, split: [{"name": name, "split": split}]
+    )
     assert read(rows) == [{"name": "sums", "split": "test"}]
     assert rows.where(0) == "builtin:sums row 0"
 
 
 def mixture(tmp_path, seed=0, weights=(2.5, 0.4, 1)):
-    paths = [write(tmp_path / f"{name}.jsonl", "".join(f'{{"{name}": {i}}}\n' for i in range(10))) for name in "abc"]
-    spec = [{"path": paths[0], "weight": weights[0]}, {"path": paths[1], "weight": weights[1], "split": None}, paths[2]]
+    paths = [
+        write(tmp_path / f"{name}.jsonl", "".join(f'{{"{name}": {i}}}\n' for i in range(10)))
+        for name in "abc"
+    ]
+    spec = [
+        {"path": paths[0], "weight": weights[0]},
+        {"path": paths[1], "weight": weights[1], "split": None},
+        paths[2],
+    ]
     return open_rows(spec, seed=seed)
 
 
 def test_weights_multiply_rows(tmp_path):
     rows = mixture(tmp_path)
-    assert [(name[-7:], count) for name, count in rows.counts()] == [("a.jsonl", 25), ("b.jsonl", 4), ("c.jsonl", 10)]
+    assert [(name[-7:], count) for name, count in rows.counts()] == [
+        ("a.jsonl", 25),
+        ("b.jsonl", 4),
+        ("c.jsonl", 10),
+    ]
     first = [row["a"] for row in read(rows)[:25]]
     assert first[:20] == [*range(10), *range(10)]
     assert len(set(first[20:])) == 5
@@ -403,7 +473,9 @@ def test_split(size, count):
 
 def test_copies_of_a_row_stay_on_one_side(tmp_path):
     rows = mixture(tmp_path)
-    train, validation = (subset(rows, chosen) for chosen in split_rows(len(rows), 0.5, 0, rows.origins))
+    train, validation = (
+        subset(rows, chosen) for chosen in split_rows(len(rows), 0.5, 0, rows.origins)
+    )
     assert not {str(row) for row in read(train)} & {str(row) for row in read(validation)}
     assert len({str(row) for row in read(validation)}) == len(validation) == 12
     assert len({str(row) for row in read(train)}) == 12 < len(train)
@@ -423,21 +495,35 @@ def test_limit_takes_of_each_member_in_proportion(tmp_path):
         assert [n for _, n in few.counts()] == expected and len(few) == count
         assert read(few) == read(limit(mixture(tmp_path), count))
     assert read(limit(rows, 8))[:5] == read(rows)[:5]
-    assert read(first_rows(rows, 8)) == read(limit(rows, 8)) and read(first_rows(rows, None)) == read(rows)
+    assert read(first_rows(rows, 8)) == read(limit(rows, 8)) and read(
+        first_rows(rows, None)
+    ) == read(rows)
 
 
 def test_a_mixture_of_every_kind(tmp_path, monkeypatch):
-    """File, glob, directory, saved data set and hub id, split by seed: every row of each once, and where it stands."""
+    """File, glob, directory, saved data set and hub id, split by seed: every row of each once, and
+    where it stands.
+    """
     cache_hub_data(tmp_path / "hub", monkeypatch)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    for name in ("file.jsonl", "glob/1.jsonl", "glob/2.jsonl", "folder/train.jsonl", "folder/test.jsonl"):
+    for name in (
+        "file.jsonl",
+        "glob/1.jsonl",
+        "glob/2.jsonl",
+        "folder/train.jsonl",
+        "folder/test.jsonl",
+    ):
         write(tmp_path / name)
     datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
     places = ["file.jsonl", "glob/*.jsonl", "folder", "saved"]
-    rows = open_rows([{"path": str(tmp_path / name), "weight": 2.0} for name in places] + ["me/tiny"])
+    rows = open_rows(
+        [{"path": str(tmp_path / name), "weight": 2.0} for name in places] + ["me/tiny"]
+    )
     n = len(ROWS)
     assert [count for _, count in rows.counts()] == [2 * n, 4 * n, 2 * n, 2 * n, n]
-    train, validation = (subset(rows, chosen) for chosen in split_rows(len(rows), 0.2, 1, rows.origins))
+    train, validation = (
+        subset(rows, chosen) for chosen in split_rows(len(rows), 0.2, 1, rows.origins)
+    )
     assert not set(train.origins) & set(validation.origins)
     assert sorted({*train.origins, *validation.origins}) == list(range(6 * n))
     members = by_source(rows)
@@ -452,7 +538,12 @@ def cache_hub_data(root, monkeypatch):
     folder.mkdir(parents=True)
     write_as(folder / "tiny-train.arrow", ".arrow")
     split = {"name": "train", "num_examples": len(ROWS), "dataset_name": "tiny"}
-    info = {"config_name": "default", "dataset_name": "tiny", "version": "0.0.0", "splits": {"train": split}}
+    info = {
+        "config_name": "default",
+        "dataset_name": "tiny",
+        "version": "0.0.0",
+        "splits": {"train": split},
+    }
     (folder / "dataset_info.json").write_text(json.dumps(info))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", root)
 
@@ -479,14 +570,21 @@ def test_hub_ids_fail_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub, "TIMEOUT_SECONDS", 0.1)
-    for answer, words in ((refuse, "Name or service not known"), (lambda *_, **__: time.sleep(5), "no answer within")):
+    for answer, words in (
+        (refuse, "Name or service not known"),
+        (lambda *_, **__: time.sleep(5), "no answer within"),
+    ):
         monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", answer)
         start = time.monotonic()
         with pytest.raises(UserError) as caught:
             open_rows("no-such/data-set", key="data.train")
         assert time.monotonic() - start < 2
         assert "\n" not in str(caught.value)
-        for word in ("cannot get data set 'no-such/data-set'", words, "give a local file or directory in `data.train`"):
+        for word in (
+            "cannot get data set 'no-such/data-set'",
+            words,
+            "give a local file or directory in `data.train`",
+        ):
             assert word in str(caught.value)
 
 

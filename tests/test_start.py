@@ -18,11 +18,17 @@ print("imported", *sorted({heavy!r} & set(sys.modules)), file=sys.stderr)
 """
 
 
-@pytest.mark.parametrize("args", [["fit", "--help"], ["fit", "--config", "demo", "--print_config"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "args", [["fit", "--help"], ["fit", "--config", "demo", "--print_config"]], ids=" ".join
+)
 def test_heavy_libraries_stay_out(args):
     program = PROGRAM.format(heavy=HEAVY)
     done = subprocess.run(
-        [sys.executable, "-c", program, *args], cwd=REPOSITORY, capture_output=True, text=True, env=environment()
+        [sys.executable, "-c", program, *args],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        env=environment(),
     )
     assert done.returncode == 0 and "global_batch_size" in done.stdout, done.stderr
     assert done.stderr.splitlines()[-1].strip() == "imported", done.stderr.splitlines()[-1]
@@ -41,7 +47,11 @@ print("imported", *sorted({heavy!r} & set(sys.modules)), file=sys.stderr)
 
 def python(program, *args):
     done = subprocess.run(
-        [sys.executable, "-c", program, *args], cwd=REPOSITORY, capture_output=True, text=True, env=environment()
+        [sys.executable, "-c", program, *args],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        env=environment(),
     )
     assert done.returncode == 0, done.stderr
     return done.stderr.splitlines()[-1].strip()
@@ -49,7 +59,9 @@ def python(program, *args):
 
 @pytest.mark.parametrize("args", [[], ["--help"], ["--version"], ["pedict"]], ids=str)
 def test_the_front_door_is_light(args):
-    program = LIGHT.format(heavy={"torch", "lightning", "transformers", "numpy", "yaml", "jsonargparse"})
+    program = LIGHT.format(
+        heavy={"torch", "lightning", "transformers", "numpy", "yaml", "jsonargparse"}
+    )
     assert python(program, *args) == "imported"
 
 

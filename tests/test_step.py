@@ -23,7 +23,10 @@ import numpy as np  # isort: skip
 
 def batch(lengths=(40, 70, 9), share=0.5):
     rng = np.random.default_rng(0)
-    made = [(rng.integers(0, 320, n).astype(np.int32), (rng.random(n) < share).astype(np.uint8), 0) for n in lengths]
+    made = [
+        (rng.integers(0, 320, n).astype(np.int32), (rng.random(n) < share).astype(np.uint8), 0)
+        for n in lengths
+    ]
     return {key: value for key, value in collate(made).items() if key != "rows"}
 
 
@@ -45,14 +48,17 @@ class Watch(TorchDispatchMode):
         name = str(operation)
         indices = args[1] if "index.Tensor" in name or "index_put" in name else ()
         by_mask = any(index is not None and index.dtype == torch.bool for index in indices)
-        if by_mask or any(word in name for word in ("_local_scalar_dense", "nonzero", "masked_select")):
+        if by_mask or any(
+            word in name for word in ("_local_scalar_dense", "nonzero", "masked_select")
+        ):
             self.waits.append(name)
         return operation(*args, **(kwargs or {}))
 
 
 def test_nothing_is_waited_for():
-    """On a GPU the host would stand still in each of these. But for one: transformers looks whether rows are packed
-    (`find_packed_sequence_indices`), which our attention knows already. The attention of a CPU is one operation here.
+    """On a GPU the host would stand still in each of these. But for one: transformers looks whether
+    rows are packed (`find_packed_sequence_indices`), which our attention knows already. The
+    attention of a CPU is one operation here.
     """
     model, inputs = CausalLMLoss(packed()), batch()
     with Watch() as seen:
@@ -66,13 +72,17 @@ def test_nothing_is_waited_for():
 def test_positions_of_targets_are_those_of_the_labels():
     model, inputs = CausalLMLoss(packed()), batch()
     given, found = model(**inputs), model(**{**inputs, "target_positions": None})
-    assert torch.equal(given.loss_sum, found.loss_sum) and given.num_targets == found.num_targets > 0
+    assert (
+        torch.equal(given.loss_sum, found.loss_sum) and given.num_targets == found.num_targets > 0
+    )
 
 
 def test_the_head_runs_on_targets_only_and_in_chunks(monkeypatch):
     monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 10 * 320)
     seen, project = [], loss.Head.project
-    monkeypatch.setattr(loss.Head, "project", lambda self, h, w: seen.append(len(h)) or project(self, h, w))
+    monkeypatch.setattr(
+        loss.Head, "project", lambda self, h, w: seen.append(len(h)) or project(self, h, w)
+    )
     inputs = batch()
     CausalLMLoss(packed())(**inputs)
     assert max(seen) <= 10 and sum(seen) == (inputs["labels"] >= 0).sum() < inputs["labels"].numel()
@@ -93,7 +103,9 @@ def test_attention_costs_the_sum_of_squares(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gradients_of_several_chunks_against_fp64(dtype, monkeypatch, record_property):
-    """Ours and torch's own, as far from fp64 as each is; the figures go into the report (`--junit-xml`)."""
+    """Ours and torch's own, as far from fp64 as each is; the figures go into the report
+    (`--junit-xml`).
+    """
     monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 40 * 320)
     reference, inputs = packed(), batch(lengths=(200,), share=1.0)
 
@@ -107,10 +119,15 @@ def test_gradients_of_several_chunks_against_fp64(dtype, monkeypatch, record_pro
     errors = []
     for own_logits in (False, True):
         found = gradient(own_logits, dtype)
-        errors.append({name: float((found[name] - exact[name]).norm() / exact[name].norm()) for name in exact})
+        errors.append(
+            {name: float((found[name] - exact[name]).norm() / exact[name].norm()) for name in exact}
+        )
     ours, plain = errors
     record_property("relative error, ours and plain", (max(ours.values()), max(plain.values())))
-    print(f"largest relative error in {dtype}: ours {max(ours.values()):.2g}, plain {max(plain.values()):.2g}")
+    print(
+        f"largest relative error in {dtype}: ours {max(ours.values()):.2g}, plain"
+        f" {max(plain.values()):.2g}"
+    )
     assert all(ours[name] < 1.5 * plain[name] + 1e-7 for name in ours), errors
     assert max(ours.values()) < (1e-5 if dtype == torch.float32 else 0.1)
 
@@ -156,7 +173,10 @@ def test_selective_checkpointing_recomputes_every_second_product(lora):
         with Products() as seen:
             output.loss_sum.backward()
         products[how] = seen
-    assert products["full"].attention == lm.config.num_hidden_layers and products["selective"].attention == 0
+    assert (
+        products["full"].attention == lm.config.num_hidden_layers
+        and products["selective"].attention == 0
+    )
     # q, k, v, o, gate, up, down: four of seven are kept
     saved = products["full"].of_base - products["selective"].of_base
     assert saved == 4 * lm.config.num_hidden_layers
@@ -183,7 +203,9 @@ class After(Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         left = sum(p.grad is not None for p in pl_module.parameters())
         self.gradients.append((trainer.fit_loop._should_accumulate(), left))
-        self.compiled = sum(module._compiled_call_impl is not None for module in pl_module.modules())
+        self.compiled = sum(
+            module._compiled_call_impl is not None for module in pl_module.modules()
+        )
 
 
 @pytest.fixture
@@ -198,7 +220,10 @@ def after(monkeypatch):
 
 
 def small_run(tmp_path, rows=16, **options):
-    model, train = save_tiny(tmp_path / "model"), write_rows(tmp_path / "train.jsonl", chat_rows(rows))
+    model, train = (
+        save_tiny(tmp_path / "model"),
+        write_rows(tmp_path / "train.jsonl", chat_rows(rows)),
+    )
     settings = {"data__packing": False, "data__global_batch_size": 4, **options}
     run("fit", arguments(model, train, tmp_path / "run", **settings))
     return tmp_path / "run"
@@ -206,13 +231,18 @@ def small_run(tmp_path, rows=16, **options):
 
 def test_gradients_are_freed_after_the_step(tmp_path, after):
     small_run(tmp_path, data__micro_batch_size=2)
-    within, ended = ([left for accumulates, left in after.gradients if accumulates == which] for which in (True, False))
+    within, ended = (
+        [left for accumulates, left in after.gradients if accumulates == which]
+        for which in (True, False)
+    )
     assert len(within) == len(ended) == 4 and min(within) > 0 and max(ended) == 0
 
 
 def test_compile_reaches_every_block(tmp_path, after, monkeypatch):
     monkeypatch.setattr(
-        torch.nn.Module, "compile", lambda self, **how: setattr(self, "_compiled_call_impl", self._call_impl)
+        torch.nn.Module,
+        "compile",
+        lambda self, **how: setattr(self, "_compiled_call_impl", self._call_impl),
     )
     small_run(tmp_path, rows=4, model__compile=True)
     assert after.compiled == 2

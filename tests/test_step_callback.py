@@ -28,13 +28,19 @@ class Recording(StepCallback):
         self.lightnings.append(not trainer.fit_loop._should_accumulate())
 
 
-@pytest.mark.parametrize("data", [RandomDataset(32, 8), RandomIterableDataset(32, 8)], ids=["sized", "endless"])
+@pytest.mark.parametrize(
+    "data", [RandomDataset(32, 8), RandomIterableDataset(32, 8)], ids=["sized", "endless"]
+)
 @pytest.mark.parametrize("accumulation", [1, 3, 20])
 @pytest.mark.parametrize("limits", [{}, {"limit_train_batches": 7}, {"max_steps": 4}], ids=str)
 def test_steps(data, accumulation, limits, tmp_path):
     record = Recording()
     torch.manual_seed(0)
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    quiet = {
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
     trainer = L.Trainer(
         accelerator="cpu",
         devices=1,

@@ -1,6 +1,8 @@
-"""A signal ends a run between two steps, whenever it comes; the next run ends with the same numbers and weights.
+"""A signal ends a run between two steps, whenever it comes; the next run ends with the same numbers
+and weights.
 
-Most runs are children of this process, forked after the imports, which take longer than the run; the signals are real.
+Most runs are children of this process, forked after the imports, which take longer than the run;
+the signals are real.
 """
 
 import csv
@@ -18,7 +20,16 @@ import pytest
 import torch
 from cluster import free_ports
 from crash_test import CLOCK
-from running import REPOSITORY, arguments, chat_rows, environment, final_weights, run, version, write_rows
+from running import (
+    REPOSITORY,
+    arguments,
+    chat_rows,
+    environment,
+    final_weights,
+    run,
+    version,
+    write_rows,
+)
 from tiny import save_tiny, tiny_llama, tiny_tokenizer
 
 from lit_sft import ranks as ranks_module
@@ -26,7 +37,9 @@ from lit_sft import signals as run_signals
 
 SETTINGS = {
     "data__packing": False,
-    "data__global_batch_size": 8,  # accumulation 8; 33 rows: 4 full steps and one of a single row, twice
+    "data__global_batch_size": (
+        8
+    ),  # accumulation 8; 33 rows: 4 full steps and one of a single row, twice
     "data__val_size": 6,
     "data__num_workers": 1,
     "checkpoint__every_n_minutes": None,
@@ -68,8 +81,8 @@ def start(place, root, *more, hook=None, step=None, nth=1, then=None, env=(), **
         place: Model and rows.
         root: Folder of the run.
         more: Arguments.
-        hook: When callbacks get it for the nth time at a step (None: any), `then` is called; by default the run sends
-            itself SIGTERM.
+        hook: When callbacks get it for the nth time at a step (None: any), `then` is called; by
+            default the run sends itself SIGTERM.
         env: Added to the environment.
     """
 
@@ -109,7 +122,10 @@ def code(process, timeout=300):
 def rows(root):
     """The lines of metrics.csv, without what depends on the clock."""
     with (version(root) / "metrics.csv").open() as file:
-        return [{k: float(v) for k, v in row.items() if v and k not in CLOCK} for row in csv.DictReader(file)]
+        return [
+            {k: float(v) for k, v in row.items() if v and k not in CLOCK}
+            for row in csv.DictReader(file)
+        ]
 
 
 def assert_same_run(root, expected):
@@ -121,7 +137,7 @@ def assert_same_run(root, expected):
     assert (version(root) / "hf" / "model.safetensors").is_file()
 
 
-# ---------------------------------------------------------------------------------------------------- bit for bit
+# ------------------------------------------------------------------ bit for bit
 
 EMA = {"trainer__callbacks": [{"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging"}]}
 PLACES = {
@@ -134,7 +150,12 @@ PLACES = {
     "before a validation within the epoch": ("on_train_batch_end", 2, 1, WITHIN),
     "in a validation within the epoch": ("on_validation_batch_end", 2, 2, WITHIN),
     "after a validation within the epoch": ("on_validation_end", 2, 1, WITHIN),
-    "in an epoch that ends within a window": ("on_validation_batch_end", 2, 2, {"trainer__limit_train_batches": 12}),
+    "in an epoch that ends within a window": (
+        "on_validation_batch_end",
+        2,
+        2,
+        {"trainer__limit_train_batches": 12},
+    ),
     "in the validation of an average": ("on_validation_batch_end", 5, 3, EMA),
     "within the epoch, with an average": ("on_train_batch_start", 3, 1, EMA),
     "without a validation": ("on_train_batch_start", 4, 1, {"data__val_size": None}),
@@ -144,17 +165,27 @@ PLACES = {
 @pytest.mark.parametrize(("hook", "step", "nth", "options"), PLACES.values(), ids=PLACES)
 def test_stopped(hook, step, nth, options, place, uninterrupted, tmp_path):
     root = tmp_path / "runs"
-    assert code(start(place, root, hook=hook, step=step, nth=nth, **options)) == 128 + signal.SIGTERM
+    assert (
+        code(start(place, root, hook=hook, step=step, nth=nth, **options)) == 128 + signal.SIGTERM
+    )
     assert code(start(place, root, "--ckpt_path=last", **options)) == 0
     assert_same_run(root, uninterrupted(**options))
 
 
 def test_stopped_in_the_last_of_epochs_that_got_shorter(place, tmp_path):
-    """What is left is counted from the position: steps that are still to come are not taken for an end."""
+    """What is left is counted from the position: steps that are still to come are not taken for an
+    end.
+    """
     root, options = tmp_path / "runs", {"trainer__max_epochs": 4}
-    assert code(start(place, root, hook="on_train_epoch_start", step=5, **options)) == 128 + signal.SIGTERM
+    assert (
+        code(start(place, root, hook="on_train_epoch_start", step=5, **options))
+        == 128 + signal.SIGTERM
+    )
     options |= {"trainer__limit_train_batches": 16}
-    assert code(start(place, root, "--ckpt_path=last", hook="on_train_batch_start", step=9, **options)) == 143
+    assert (
+        code(start(place, root, "--ckpt_path=last", hook="on_train_batch_start", step=9, **options))
+        == 143
+    )
     assert os.readlink(version(root) / "checkpoints" / "last.ckpt") == "step=000010.ckpt"
 
 
@@ -171,7 +202,7 @@ def test_the_test_can_fail(place, uninterrupted, tmp_path, monkeypatch):
         assert_same_run(root, uninterrupted())
 
 
-# ---------------------------------------------------------------------------------------------------- any moment
+# ------------------------------------------------------------------ any moment
 
 SCONTROL = """#!/bin/sh
 [ "$1" = requeue ] && echo "$2" >> "$0.requeued"
@@ -189,10 +220,13 @@ INTERRUPTIONS = 6
 
 @pytest.mark.slow
 def test_two_ranks_under_fire(tmp_path):
-    """Two ranks whose steps are all computation, with accumulation, workers and validations, get signals at random
-    times, two of them close together and never at the same moment on both; requeued each time, and started again.
+    """Two ranks whose steps are all computation, with accumulation, workers and validations, get
+    signals at random times, two of them close together and never at the same moment on both;
+    requeued each time, and started again.
     """
-    model = save_tiny(tmp_path / "model", tiny_llama(len(tiny_tokenizer()), hidden_size=128, num_hidden_layers=2))
+    model = save_tiny(
+        tmp_path / "model", tiny_llama(len(tiny_tokenizer()), hidden_size=128, num_hidden_layers=2)
+    )
     place = tmp_path, model, write_rows(tmp_path / "train.jsonl", chat_rows(39))
     (tmp_path / "scontrol").write_text(SCONTROL)
     (tmp_path / "scontrol").chmod(0o755)
@@ -204,7 +238,9 @@ def test_two_ranks_under_fire(tmp_path):
         lives += 1
         assert lives <= INTERRUPTIONS + 1
     requeued = (tmp_path / "scontrol.requeued").read_text().split()
-    assert len(requeued) >= 2 and set(requeued) == {"4242"}  # a fast machine may finish before the last signal
+    assert len(requeued) >= 2 and set(requeued) == {
+        "4242"
+    }  # a fast machine may finish before the last signal
     assert_same_run(root, tmp_path / "whole")
 
 
@@ -231,7 +267,9 @@ def _life(place, root, restarts, signals):
         for rank in range(2)
     ]  # fmt: skip
     if signals:
-        while not all(event.is_set() for event in ready) and all(rank.exitcode is None for rank in ranks):
+        while not all(event.is_set() for event in ready) and all(
+            rank.exitcode is None for rank in ranks
+        ):
             time.sleep(0.01)
         time.sleep(random.uniform(0, 0.3))
         for _ in range(2):
@@ -242,13 +280,17 @@ def _life(place, root, restarts, signals):
     return [code(rank) for rank in ranks]
 
 
-# ---------------------------------------------------------------------------------------------------- what it says
+# ------------------------------------------------------------------ what it says
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
 def test_exit_code_and_advice(number, place, tmp_path, capfd):
     process = start(
-        place, tmp_path / "runs", hook="on_train_batch_start", step=3, then=lambda: os.kill(os.getpid(), number)
+        place,
+        tmp_path / "runs",
+        hook="on_train_batch_start",
+        step=3,
+        then=lambda: os.kill(os.getpid(), number),
     )
     assert code(process) == 128 + number
     err = capfd.readouterr().err
@@ -258,8 +300,8 @@ def test_exit_code_and_advice(number, place, tmp_path, capfd):
 
 
 def test_the_second_ctrl_c_ends_it_at_once(place, tmp_path, capfd):
-    """Also where the program waits in a library forever, and Python calls no handler. A Ctrl-C that a program in
-    between passes on once more is not a second one.
+    """Also where the program waits in a library forever, and Python calls no handler. A Ctrl-C that
+    a program in between passes on once more is not a second one.
     """
 
     def hang():
@@ -283,22 +325,35 @@ def test_the_second_ctrl_c_ends_it_at_once(place, tmp_path, capfd):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_before_training_there_is_nothing_to_save(number, place, tmp_path, capfd):
-    process = start(place, tmp_path / "runs", hook="setup", then=lambda: os.kill(os.getpid(), number))
+    process = start(
+        place, tmp_path / "runs", hook="setup", then=lambda: os.kill(os.getpid(), number)
+    )
     assert code(process) == 128 + number
     err = capfd.readouterr().err
-    assert f"stopped by {number.name}" in err and "nothing to save" in err and "Traceback" not in err
+    assert (
+        f"stopped by {number.name}" in err and "nothing to save" in err and "Traceback" not in err
+    )
 
 
-# ---------------------------------------------------------------------------------------------------- a rank is gone
+# ------------------------------------------------------------------ a rank is gone
 
 LAUNCHERS = {
     "lightning": [sys.executable, "-m"],
-    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port={port}", "-m"],
+    "torchrun": [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--master_port={port}",
+        "-m",
+    ],
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("launcher", "rank"), [("lightning", 0), ("lightning", 1), ("torchrun", 1)])
+@pytest.mark.parametrize(
+    ("launcher", "rank"), [("lightning", 0), ("lightning", 1), ("torchrun", 1)]
+)
 def test_a_killed_rank_ends_the_run(launcher, rank, place, tmp_path):
     """The others are not waiting in a collective, which would fail, but computing."""
     says = tmp_path / "held"
@@ -307,7 +362,13 @@ def test_a_killed_rank_ends_the_run(launcher, rank, place, tmp_path):
     options = {"trainer__devices": 2, "trainer__strategy": "ddp"}
     log = (tmp_path / "log").open("wb")
     process = subprocess.Popen(
-        [*command, "lit_sft", "fit", *args(place, tmp_path / "runs", **options), f"--trainer.callbacks={[hold]}"],
+        [
+            *command,
+            "lit_sft",
+            "fit",
+            *args(place, tmp_path / "runs", **options),
+            f"--trainer.callbacks={[hold]}",
+        ],
         cwd=REPOSITORY,
         env=environment(PYTHONPATH=f"{REPOSITORY}:{REPOSITORY / 'tests'}"),
         stdout=log,
@@ -321,7 +382,10 @@ def test_a_killed_rank_ends_the_run(launcher, rank, place, tmp_path):
     os.kill(pids[rank], signal.SIGKILL)
     assert process.wait(55) != 0
     killed = time.monotonic()
-    while Path(f"/proc/{pids[1 - rank]}/cmdline").exists() and Path(f"/proc/{pids[1 - rank]}/cmdline").read_bytes():
+    while (
+        Path(f"/proc/{pids[1 - rank]}/cmdline").exists()
+        and Path(f"/proc/{pids[1 - rank]}/cmdline").read_bytes()
+    ):
         assert time.monotonic() - killed < 10
         time.sleep(0.05)
 
@@ -332,7 +396,10 @@ def test_a_killed_rank_ends_the_run(launcher, rank, place, tmp_path):
         ({}, 0),
         ({"RANK": "3", "LOCAL_RANK": "1"}, 3),
         ({"SLURM_PROCID": "5", "LOCAL_RANK": "1"}, 5),
-        ({"SLURM_JOB_NAME": "bash", "SLURM_PROCID": "0", "LOCAL_RANK": "1"}, 1),  # Lightning's second rank, in a shell
+        (
+            {"SLURM_JOB_NAME": "bash", "SLURM_PROCID": "0", "LOCAL_RANK": "1"},
+            1,
+        ),  # Lightning's second rank, in a shell
         ({"SLURM_JOB_NAME": "interactive", "SLURM_PROCID": "0"}, 0),
         ({"NODE_RANK": "1"}, 1),
     ],

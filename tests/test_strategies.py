@@ -1,4 +1,6 @@
-"""Strategies: what `auto` is, what is refused, where weights are while they are loaded, when gradients are reduced."""
+"""Strategies: what `auto` is, what is refused, where weights are while they are loaded, when
+gradients are reduced.
+"""
 
 import contextlib
 import re
@@ -13,7 +15,17 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy
 from ranks import run_ranks
-from running import REPOSITORY, arguments, chat_rows, environment, final_weights, run, scalars, version, write_rows
+from running import (
+    REPOSITORY,
+    arguments,
+    chat_rows,
+    environment,
+    final_weights,
+    run,
+    scalars,
+    version,
+    write_rows,
+)
 from terminal import log_lines
 from tiny import save_tiny, tiny_gpt2, tiny_llama, tiny_qwen3
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
@@ -47,8 +59,12 @@ def place(tmp_path_factory):
 
 
 def save_adapter(base, folder):
-    """An adapter of the base that is not what a new one begins with; magnitudes and a module trained whole as well."""
-    lm = load_model(str(base), init="pretrained", dtype=torch.float32, attn_implementation="sdpa", seed=0)
+    """An adapter of the base that is not what a new one begins with; magnitudes and a module
+    trained whole as well.
+    """
+    lm = load_model(
+        str(base), init="pretrained", dtype=torch.float32, attn_implementation="sdpa", seed=0
+    )
     model = apply_lora(lm, LoraConfig(r=2, use_dora=True, modules_to_save=["model.norm"]))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -62,7 +78,13 @@ def save_adapter(base, folder):
 
 @pytest.mark.parametrize(("devices", "kind"), [(1, SingleDeviceStrategy), (2, DDPStrategy)])
 def test_auto_is_one_device_or_ddp(devices, kind):
-    trainer = L.Trainer(accelerator="cpu", devices=devices, strategy="auto", logger=False, enable_checkpointing=False)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=devices,
+        strategy="auto",
+        logger=False,
+        enable_checkpointing=False,
+    )
     assert type(trainer.strategy) is kind
 
 
@@ -77,7 +99,10 @@ def test_ddp_keeps_gradients_once():
     ("settings", "message"),
     [
         (
-            ['--trainer.strategy={"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"}'],
+            [
+                '--trainer.strategy={"class_path":'
+                ' "lightning.pytorch.strategies.ModelParallelStrategy"}'
+            ],
             "exact loss average",
         ),
         (
@@ -105,7 +130,8 @@ def test_fsdp1_is_refused():
         check(FSDPStrategy())
 
 
-# ---------------------------------------------------------------------- loading without the whole model on every rank
+# ---------------------------------------------------------------------- loading without the whole
+# model on every rank
 
 CASES = {
     "untied": ("llama", {}),
@@ -116,7 +142,10 @@ CASES = {
     "adapters": ("qwen3", {"dtype": "bfloat16", "lora": LoraConfig(r=2)}),
     "adapters by SVD": ("llama", {"lora": LoraConfig(r=2, init_lora_weights="pissa")}),
     "adapters with magnitudes": ("llama", {"lora": LoraConfig(r=2, use_dora=True)}),
-    "a head of its own": ("qwen3", {"lora": LoraConfig(r=2, modules_to_save=["embed_tokens", "lm_head"])}),
+    "a head of its own": (
+        "qwen3",
+        {"lora": LoraConfig(r=2, modules_to_save=["embed_tokens", "lm_head"])},
+    ),
     "a part": ("llama", {"trainable": ["lm_head"]}),
     "new tokens": ("qwen3", {"add_tokens": ["<|tool|>"]}),
     "new tokens and adapters": ("qwen3", {"add_tokens": ["<|tool|>"], "lora": LoraConfig(r=2)}),
@@ -129,12 +158,19 @@ def check_loading(folder):
     mesh = torch.distributed.init_device_mesh("cpu", (2,))
     for case, (name, changes) in CASES.items():
         if "adapter_name_or_path" in changes:
-            changes = {**changes, "adapter_name_or_path": str(folder / changes["adapter_name_or_path"])}
+            changes = {
+                **changes,
+                "adapter_name_or_path": str(folder / changes["adapter_name_or_path"]),
+            }
         settings = options(folder / name, **changes)
         alone, _ = build_model(settings, "32-true")
-        expected = {key: tensor.detach().clone() for key, tensor in parallel._tensors(alone).items()}
+        expected = {
+            key: tensor.detach().clone() for key, tensor in parallel._tensors(alone).items()
+        }
         model, _ = build_model(settings, "32-true", sharded=True)
-        assert all(tensor.is_meta == (dist.get_rank() > 0) for tensor in parallel._tensors(model).values()), case
+        assert all(
+            tensor.is_meta == (dist.get_rank() > 0) for tensor in parallel._tensors(model).values()
+        ), case
         parallel.apply_fsdp2(model, model.lm, mesh, torch.float32)
         found = parallel._tensors(model)
         assert list(found) == list(expected), case
@@ -142,11 +178,19 @@ def check_loading(folder):
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             assert whole.dtype == expected[key].dtype, (case, key)
             assert torch.equal(whole, expected[key]), (case, key)
-            assert tensor.requires_grad == dict(parallel._tensors(alone))[key].requires_grad, (case, key)
-        tied = [lm.get_output_embeddings().weight is lm.get_input_embeddings().weight for lm in (model.lm, alone.lm)]
+            assert tensor.requires_grad == dict(parallel._tensors(alone))[key].requires_grad, (
+                case,
+                key,
+            )
+        tied = [
+            lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
+            for lm in (model.lm, alone.lm)
+        ]
         assert tied[0] == tied[1], case
         inputs = {"input_ids": torch.arange(12)[None], "labels": torch.arange(1, 13)[None]}
-        losses = [m(**inputs, position_ids=torch.arange(12)[None]).loss_sum.item() for m in (model, alone)]
+        losses = [
+            m(**inputs, position_ids=torch.arange(12)[None]).loss_sum.item() for m in (model, alone)
+        ]
         if settings.dtype == "float32":  # else sharding computes in fp32 what alone is bf16
             assert losses[0] == pytest.approx(losses[1], rel=1e-6), case
         assert model.lm.generation_config.to_dict() == alone.lm.generation_config.to_dict(), case
@@ -165,17 +209,28 @@ def check_failure(folder):
 @pytest.mark.parametrize("strategy", ["auto", "ddp", "fsdp2"])
 def test_fp32_adapters_over_a_bf16_base(place, tmp_path, strategy):
     ranks = {} if strategy == "auto" else {"trainer__devices": 2, "trainer__strategy": strategy}
-    settings = {"model__lora__r": 2, "model__optimizer": "torch.optim.SGD", "model__optimizer__lr": 0.1}
+    settings = {
+        "model__lora__r": 2,
+        "model__optimizer": "torch.optim.SGD",
+        "model__optimizer__lr": 0.1,
+    }
     root = tmp_path / strategy
     args = arguments(
-        str(place / "qwen3"), str(place / "train.jsonl"), root, trainer__precision="bf16-mixed", **settings, **ranks
+        str(place / "qwen3"),
+        str(place / "train.jsonl"),
+        root,
+        trainer__precision="bf16-mixed",
+        **settings,
+        **ranks,
     )
     output = run("fit", args, subprocesses=True)
     assert "in bfloat16" in output
     state = read_checkpoint(version(root) / "checkpoints" / "last.ckpt")["state_dict"]
     lora_b = [name for name in state if "lora_B" in name]
     assert len(lora_b) == 2 * 7  # layers, linear modules in each
-    assert all(state[name].dtype == torch.float32 and state[name].abs().max() > 0 for name in lora_b)
+    assert all(
+        state[name].dtype == torch.float32 and state[name].abs().max() > 0 for name in lora_b
+    )
 
 
 # ---------------------------------------------------------------------- when gradients are reduced
@@ -198,7 +253,9 @@ def check_reductions(folder):
     for every, expected in ((True, 4), (False, 1)):
         strategy = FSDP2Strategy(sync_every_micro_batch=every)
         strategy._lightning_module = SimpleNamespace(model=model)
-        with mock.patch.object(_fsdp_param_group, "foreach_reduce", wraps=_fsdp_param_group.foreach_reduce) as reduce:
+        with mock.patch.object(
+            _fsdp_param_group, "foreach_reduce", wraps=_fsdp_param_group.foreach_reduce
+        ) as reduce:
             for last in (False, False, False, True):
                 with contextlib.nullcontext() if last else strategy.block_backward_sync():
                     model(**inputs, position_ids=torch.arange(12)[None]).loss_sum.backward()
@@ -232,7 +289,9 @@ def check_ddp(folder):
     settings = {"data__packing": False, "data__global_batch_size": 16, "data__micro_batch_size": 4}
     args = arguments(str(folder / "llama"), str(folder / "train.jsonl"), folder / "ddp", **settings)
     run("fit", [*args, "--trainer.strategy=ddp"])
-    assert len(entered) == (4 - 1) + (4 - 1) + (2 - 1)  # all micro-batches but the last of each step
+    assert len(entered) == (4 - 1) + (4 - 1) + (
+        2 - 1
+    )  # all micro-batches but the last of each step
 
 
 def test_ddp_reduces_once_per_step(place):
@@ -241,17 +300,39 @@ def test_ddp_reduces_once_per_step(place):
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_answers_between_steps_change_no_step(strategy, tmp_path):
-    """Under bf16-mixed, whose weights are cast for them: DDP once lost the hooks that reduce its gradients to that."""
+    """Under bf16-mixed, whose weights are cast for them: DDP once lost the hooks that reduce its
+    gradients to that.
+    """
     model, rows = save_tiny(tmp_path / "model"), write_rows(tmp_path / "train.jsonl", chat_rows(24))
-    spread = {"trainer__devices": 2, "trainer__strategy": strategy, "trainer__precision": "bf16-mixed"}
-    plain_sgd = {"model__optimizer": "torch.optim.SGD", "model__optimizer__lr": 0.1, "trainer__gradient_clip_val": None}
-    asking = {"data__questions": ["abc"], "model__evaluation": {"num_samples": 2}, "trainer__val_check_interval": 0.5}
+    spread = {
+        "trainer__devices": 2,
+        "trainer__strategy": strategy,
+        "trainer__precision": "bf16-mixed",
+    }
+    plain_sgd = {
+        "model__optimizer": "torch.optim.SGD",
+        "model__optimizer__lr": 0.1,
+        "trainer__gradient_clip_val": None,
+    }
+    asking = {
+        "data__questions": ["abc"],
+        "model__evaluation": {"num_samples": 2},
+        "trainer__val_check_interval": 0.5,
+    }
     runs = []
     for name, more in (("silent", {"model__evaluation": None}), ("asking", asking)):
         root = tmp_path / name
-        options = {"data__val_size": 4, "data__packing": False, "data__global_batch_size": 4, **spread, **plain_sgd}
+        options = {
+            "data__val_size": 4,
+            "data__packing": False,
+            "data__global_batch_size": 4,
+            **spread,
+            **plain_sgd,
+        }
         run("fit", arguments(model, rows, root, **{**options, **more}), subprocesses=True)
-        runs.append((scalars(root, "train/loss"), scalars(root, "train/grad_norm"), final_weights(root)))
+        runs.append(
+            (scalars(root, "train/loss"), scalars(root, "train/grad_norm"), final_weights(root))
+        )
     silent, asked = runs
     assert len(asked[0]) == 5 and asked[:2] == silent[:2]
     assert all(torch.equal(silent[2][name], weight) for name, weight in asked[2].items())
@@ -262,7 +343,12 @@ def test_ranks_that_train_alone_are_found(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(ALONE)
     model, rows = save_tiny(tmp_path / "model"), write_rows(tmp_path / "train.jsonl", chat_rows(24))
-    spread = {"trainer__devices": 2, "trainer__strategy": "ddp", "data__packing": False, "data__global_batch_size": 4}
+    spread = {
+        "trainer__devices": 2,
+        "trainer__strategy": "ddp",
+        "data__packing": False,
+        "data__global_batch_size": 4,
+    }
     args = arguments(model, rows, tmp_path / "run", **spread)
     env = environment(PYTHONPATH=str(REPOSITORY))
     command = [sys.executable, program, "fit", *args]
@@ -293,10 +379,14 @@ cli.main()
 
 
 def test_fsdp_is_fsdp2(tmp_path):
-    """Also where Lightning would run its loops in inference mode, in which FSDP2 cannot gather: under NCCL."""
+    """Also where Lightning would run its loops in inference mode, in which FSDP2 cannot gather:
+    under NCCL.
+    """
     model, rows = save_tiny(tmp_path / "model"), write_rows(tmp_path / "train.jsonl", chat_rows(8))
     args = arguments(model, rows, tmp_path / "run", trainer__strategy="fsdp", data__test=rows)
-    nccl = SimpleNamespace(is_available=lambda: True, is_initialized=lambda: True, get_backend=lambda: "nccl")
+    nccl = SimpleNamespace(
+        is_available=lambda: True, is_initialized=lambda: True, get_backend=lambda: "nccl"
+    )
     with log_lines() as lines, mock.patch("lightning.pytorch.loops.utilities.dist", nccl):
         run("fit", args)
         ckpt = f"--ckpt_path={version(tmp_path / 'run') / 'checkpoints' / 'last.ckpt'}"

@@ -15,7 +15,9 @@ TOOLS = {
 
 
 def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", *command], cwd=REPOSITORY, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-m", *command], cwd=REPOSITORY, capture_output=True, text=True
+    )
 
 
 @pytest.mark.parametrize("tool", TOOLS)

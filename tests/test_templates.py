@@ -35,7 +35,9 @@ def test_a_tokenizer_with_named_templates_gives_its_default():
     tokenizer.chat_template = {"default": CHATML, "tool_use": "{{ 1 }}"}
     assert resolve_chat_template(tokenizer, None) == CHATML
     tokenizer.chat_template = {"tool_use": "{{ 1 }}", "rag": "{{ 2 }}"}
-    with pytest.raises(UserError, match=r"named default, only tool_use, rag; set data\.chat_template"):
+    with pytest.raises(
+        UserError, match=r"named default, only tool_use, rag; set data\.chat_template"
+    ):
         resolve_chat_template(tokenizer, None)
 
 
@@ -54,8 +56,13 @@ def test_inline_text_and_file(tmp_path):
 @pytest.mark.parametrize("adds_bos", [False, True])
 def test_plain_fallback_writes_bos_only_where_the_tokenizer_would(adds_bos):
     tokenizer = byte_tokenizer(NO_TEMPLATE, adds_bos=adds_bos)
-    assert resolve_chat_template(tokenizer, None) == ("{{ bos_token }}" if adds_bos else "") + PLAIN_TEMPLATE
-    [example] = render_one(renderer_of(tokenizer), user("Hi"), assistant("Hello"), user("x"), assistant("Yes."))
+    assert (
+        resolve_chat_template(tokenizer, None)
+        == ("{{ bos_token }}" if adds_bos else "") + PLAIN_TEMPLATE
+    )
+    [example] = render_one(
+        renderer_of(tokenizer), user("Hi"), assistant("Hello"), user("x"), assistant("Yes.")
+    )
     text = "User:\nHi\n\nAssistant:\nHello</s>\n\nUser:\nx\n\nAssistant:\nYes.</s>\n\n"
     assert tokenizer.decode(example.input_ids) == ("<s>" if adds_bos else "") + text
     assert trained_texts(tokenizer, example) == ["Hello</s>", "Yes.</s>"]
@@ -64,12 +71,18 @@ def test_plain_fallback_writes_bos_only_where_the_tokenizer_would(adds_bos):
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
-        ("missing.jinja", r"data\.chat_template 'missing\.jinja' cannot be read as a file .*No such file"),
+        (
+            "missing.jinja",
+            r"data\.chat_template 'missing\.jinja' cannot be read as a file .*No such file",
+        ),
         (".", r"data\.chat_template '\.' cannot be read as a file .*directory"),
         ("chatml", r"data\.chat_template 'chatml' cannot be read as a file"),
         ("latin.jinja", r"'latin\.jinja' cannot be read as a file .*utf-8"),
         ("broken.jinja", r"broken\.jinja has a syntax error in line 3: .*endfor"),
-        ("{% for message in messages %}", r"the inline data\.chat_template has a syntax error in line 1"),
+        (
+            "{% for message in messages %}",
+            r"the inline data\.chat_template has a syntax error in line 1",
+        ),
         ("{{ messages | nofilter }}", r"syntax error in line 1: No filter named 'nofilter'"),
         ("{% generation %}", r"syntax error in line 1"),
     ],
@@ -83,7 +96,9 @@ def test_what_is_no_template(setting, said, tmp_path, monkeypatch):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("setting", "said"), [(None, "neither a chat template nor an eos"), ("raw", "no eos token")])
+@pytest.mark.parametrize(
+    ("setting", "said"), [(None, "neither a chat template nor an eos"), ("raw", "no eos token")]
+)
 def test_nothing_would_end_an_answer(setting, said):
     tokenizer = byte_tokenizer(NO_TEMPLATE)
     tokenizer.eos_token = None
@@ -96,23 +111,31 @@ def test_every_family_compiles(family):
     assert resolve_chat_template(tokenizer_of(family), None)
 
 
-# ---- the date --------------------------------------------------------------------------------------------
+# ---- the date
+# --------------------------------------------------------------------------------------------
 
 DATED = {
-    "llama-3.2": """{%- if not date_string is defined %}
+    "llama-3.2": (
+        """{%- if not date_string is defined %}
     {%- if strftime_now is defined %}
         {%- set date_string = strftime_now("%d %b %Y") %}
     {%- else %}
         {%- set date_string = "26 Jul 2024" %}
     {%- endif %}
 {%- endif %}
-{{- "Today Date: " + date_string + "\\n\\n" }}""",
+{{- "Today Date: " + date_string + "\\n\\n" }}"""
+    ),
     "smollm3": "{%- set today = strftime_now('%d %B %Y') -%}\n{{ 'Today Date: ' ~ today ~ '\\n' }}",
-    "gpt-oss": """{%- macro build_system_message() -%}
+    "gpt-oss": (
+        """{%- macro build_system_message() -%}
     {{- "Current date: " + strftime_now("%Y-%m-%d") + "\\n\\n" }}
 {%- endmacro -%}
-{{- build_system_message() }}""",
-    "of its own": "\n  {% if true %}\n {{ 1 }}% {{ strftime_now('%A %-d.%-m.%y \"%j\"')|upper }}\n  {% endif %}\n\n",
+{{- build_system_message() }}"""
+    ),
+    "of its own": (
+        "\n  {% if true %}\n {{ 1 }}% {{ strftime_now('%A %-d.%-m.%y \"%j\"')|upper }}\n  {% endif"
+        " %}\n\n"
+    ),
 }
 
 
@@ -126,18 +149,26 @@ def test_a_date_is_written_as_it_would_be_on_that_day(name, monkeypatch):
             return datetime(2025, 3, 4, 15, 16)
 
     template = DATED[name] + CHATML
-    written, _ = renderer_of(tokenizer_of("chatml"), with_date(template, "2025-03-04")).template.write(ONE)
+    written, _ = renderer_of(
+        tokenizer_of("chatml"), with_date(template, "2025-03-04")
+    ).template.write(ONE)
     monkeypatch.setattr(chat_template_utils, "datetime", ThatDay)
     expected, _ = renderer_of(tokenizer_of("chatml"), template).template.write(ONE)
-    assert written == expected and expected.startswith(("\n", "Today Date: 04 Mar", "Current date: 2025-03-04"))
+    assert written == expected and expected.startswith(
+        ("\n", "Today Date: 04 Mar", "Current date: 2025-03-04")
+    )
     kwargs = {"date_string": "then"}
-    given = renderer_of(tokenizer_of("chatml"), with_date(template, "2025-03-04"), chat_template_kwargs=kwargs).template
+    given = renderer_of(
+        tokenizer_of("chatml"), with_date(template, "2025-03-04"), chat_template_kwargs=kwargs
+    ).template
     assert ("then" in given.write(ONE)[0]) == (name == "llama-3.2")
 
 
 def test_the_date_of_a_file_is_todays_where_there_is_none(tmp_path):
     path = tmp_path / "cache" / "date"
-    assert kept_date(path) == str(date.today()) and [file.name for file in path.parent.iterdir()] == ["date"]
+    assert kept_date(path) == str(date.today()) and [
+        file.name for file in path.parent.iterdir()
+    ] == ["date"]
     path.write_text("2025-03-04")
     assert kept_date(path) == "2025-03-04" == path.read_text()
     path.write_text("4.3.2025")

@@ -19,7 +19,13 @@ def test_a_run_logs_speed_and_cost(tmp_path):
     run("fit", arguments(model, rows, root, data__packing=False, data__global_batch_size=8))
     speed = {
         name: scalars(root, f"train/{name}")
-        for name in ("tokens_per_second", "trained_tokens_per_second", "mfu", "data_wait", "peak_memory_gb")
+        for name in (
+            "tokens_per_second",
+            "trained_tokens_per_second",
+            "mfu",
+            "data_wait",
+            "peak_memory_gb",
+        )
     }
     assert all(len(values) == 3 for values in speed.values()), speed
     assert all(0 < part < whole for part, whole in zip(*list(speed.values())[1::-1], strict=True))
@@ -47,10 +53,19 @@ def test_what_is_no_training_does_not_count(tmp_path, monkeypatch):
     add = trainer.run_callbacks
     monkeypatch.setattr(main_module, "run_callbacks", lambda *args: [*add(*args), Slow()])
     model, rows = save_tiny(tmp_path / "model"), write_rows(tmp_path / "train.jsonl", chat_rows(24))
-    settings = {"data__val_size": 4, "trainer__val_check_interval": 0.5, "checkpoint__every_n_train_steps": 1}
+    settings = {
+        "data__val_size": 4,
+        "trainer__val_check_interval": 0.5,
+        "checkpoint__every_n_train_steps": 1,
+    }
     root = tmp_path / "run"
-    run("fit", arguments(model, rows, root, data__packing=False, data__global_batch_size=5, **settings))
-    num_tokens, speeds = (scalars(root, f"train/{name}") for name in ("num_tokens", "tokens_per_second"))
+    run(
+        "fit",
+        arguments(model, rows, root, data__packing=False, data__global_batch_size=5, **settings),
+    )
+    num_tokens, speeds = (
+        scalars(root, f"train/{name}") for name in ("num_tokens", "tokens_per_second")
+    )
     tokens = [now - before for now, before in zip(num_tokens, [0, *num_tokens], strict=False)]
     seconds = [count / speed for count, speed in zip(tokens, speeds, strict=True)]
     assert len(seconds) == 4 and max(seconds) < 0.9, seconds
@@ -60,18 +75,27 @@ def test_what_is_no_training_does_not_count(tmp_path, monkeypatch):
 def test_ranks_log_their_spread(tmp_path):
     model, rows = save_tiny(tmp_path / "model"), write_rows(tmp_path / "train.jsonl", chat_rows(24))
     root = tmp_path / "run"
-    settings = {"data__packing": False, "data__global_batch_size": 8, "trainer__devices": 2, "trainer__strategy": "ddp"}
+    settings = {
+        "data__packing": False,
+        "data__global_batch_size": 8,
+        "trainer__devices": 2,
+        "trainer__strategy": "ddp",
+    }
     run("fit", arguments(model, rows, root, **settings), subprocesses=True)
     least, most, wait = (
-        scalars(root, f"train/{name}") for name in ("tokens_per_second_min", "tokens_per_second_max", "data_wait_max")
+        scalars(root, f"train/{name}")
+        for name in ("tokens_per_second_min", "tokens_per_second_max", "data_wait_max")
     )
     assert len(least) == len(most) == len(wait) == 3
-    assert all(0 < a <= b for a, b in zip(least, most, strict=True)) and all(0 < share < 1 for share in wait)
+    assert all(0 < a <= b for a, b in zip(least, most, strict=True)) and all(
+        0 < share < 1 for share in wait
+    )
     assert max(b / a for a, b in zip(least, most, strict=True)) > 1.001  # rows of other lengths
 
 
 @pytest.mark.parametrize(
-    ("name", "peak"), [("NVIDIA L4", 121e12), ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H200 NVL", 835e12)]
+    ("name", "peak"),
+    [("NVIDIA L4", 121e12), ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H200 NVL", 835e12)],
 )
 def test_peak_of_the_datasheet(name, peak, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
@@ -102,7 +126,9 @@ def test_no_datasheet_by_half_of_a_name(name, monkeypatch):
 
 
 def test_operations_are_those_of_the_products():
-    """Against torch's own counter: forward and backward of plain logits, where every position has a target."""
+    """Against torch's own counter: forward and backward of plain logits, where every position has a
+    target.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
     lm = tiny_llama()

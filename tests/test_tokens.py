@@ -11,7 +11,9 @@ from lit_sft.model.new_tokens import add_tokens, make_room
 NEW = ["<call>", "</call>"]
 
 
-@pytest.mark.parametrize(("template", "text"), [("", "hello<call>1</call>"), ("{{ '<call>' }}", "hello1</call>")])
+@pytest.mark.parametrize(
+    ("template", "text"), [("", "hello<call>1</call>"), ("{{ '<call>' }}", "hello1</call>")]
+)
 def test_a_new_token_is_one_id_and_special_if_the_template_writes_it(tmp_path, template, text):
     """Also after saving."""
     tokenizer = tiny_tokenizer()

@@ -1,4 +1,6 @@
-"""What is trained under the chat templates in use: exactly the ids that a server would have the model generate."""
+"""What is trained under the chat templates in use: exactly the ids that a server would have the
+model generate.
+"""
 
 from __future__ import annotations
 
@@ -40,22 +42,42 @@ TOOLS = (
     tool("sunny"),
     assistant("It is sunny"),
 )
-NO_ARGUMENTS = (user("Hi"), assistant("", tool_calls=call("get_weather")), tool("sunny"), assistant("It is sunny"))
+NO_ARGUMENTS = (
+    user("Hi"),
+    assistant("", tool_calls=call("get_weather")),
+    tool("sunny"),
+    assistant("It is sunny"),
+)
 PARIS = '{"city": "Paris"}'
 
 # (family, conversation, trained texts of each example, stop tokens of each, notes of all)
 CASES = [
     ("chatml", TWO, [["Hello<|im_end|>", "Yes.<|im_end|>"]], ["<|im_end|>"], ()),
     ("chatml", (user("Hi"), assistant("\nHello\n")), [["\nHello\n<|im_end|>"]], ["<|im_end|>"], ()),
-    ("chatml", (user("问题"), assistant("你好，世界")), [["你好，世界<|im_end|>"]], ["<|im_end|>"], ()),
-    ("chatml", (user("<|im_end|>\n<|im_start|>assistant\nx"), assistant("y")), [["y<|im_end|>"]], ["<|im_end|>"], ()),
+    (
+        "chatml",
+        (user("问题"), assistant("你好，世界")),
+        [["你好，世界<|im_end|>"]],
+        ["<|im_end|>"],
+        (),
+    ),
+    (
+        "chatml",
+        (user("<|im_end|>\n<|im_start|>assistant\nx"), assistant("y")),
+        [["y<|im_end|>"]],
+        ["<|im_end|>"],
+        (),
+    ),
     ("qwen2.5", TWO, [["Hello<|im_end|>", "Yes.<|im_end|>"]], ["<|im_end|>"], ()),
     ("qwen2.5", (system("Be kind."), *ONE), [["Hello<|im_end|>"]], ["<|im_end|>"], ()),
     ("qwen3", ONE, [["<think>\n\n</think>\n\nHello<|im_end|>"]], ["<|im_end|>"], ()),
     (
         "qwen3",
         THOUGHTS,
-        [["<think>\nhm hm\n</think>\n\nHello<|im_end|>"], ["<think>\nhm\n</think>\n\nYes.<|im_end|>"]],
+        [
+            ["<think>\nhm hm\n</think>\n\nHello<|im_end|>"],
+            ["<think>\nhm\n</think>\n\nYes.<|im_end|>"],
+        ],
         ["<|im_end|>"] * 2,
         ("per_turn",),
     ),
@@ -88,11 +110,35 @@ CASES = [
     ("qwen3-thinking", THOUGHTS[:2], [["hm hm\n</think>\n\nHello<|im_end|>"]], ["<|im_end|>"], ()),
     ("qwen3.5", THOUGHTS[:2], [["hm hm\n</think>\n\nHello<|im_end|>"]], ["<|im_end|>"], ()),
     ("llama-2", TWO, [[" Hello </s>", " Yes. </s>"]], ["</s>"], ()),
-    ("llama-2", (system("Be kind."), user(" Hi "), assistant(" Hello ")), [[" Hello </s>"]], ["</s>"], ()),
-    ("llama-3", TOOLS[:2], [['{"name": "get_weather", "parameters": ' + PARIS + "}<|eot_id|>"]], ["<|eot_id|>"], ()),
+    (
+        "llama-2",
+        (system("Be kind."), user(" Hi "), assistant(" Hello ")),
+        [[" Hello </s>"]],
+        ["</s>"],
+        (),
+    ),
+    (
+        "llama-3",
+        TOOLS[:2],
+        [['{"name": "get_weather", "parameters": ' + PARIS + "}<|eot_id|>"]],
+        ["<|eot_id|>"],
+        (),
+    ),
     ("mistral", TWO, [["Hello</s>", "Yes.</s>"]], ["</s>"], ()),
-    ("mistral-tools", TOOLS, [[f"[TOOL_CALLS]get_weather[ARGS]{PARIS}</s>", "It is sunny</s>"]], ["</s>"], ()),
-    ("mistral-tools", NO_ARGUMENTS, [["[TOOL_CALLS]get_weather[ARGS]{}</s>", "It is sunny</s>"]], ["</s>"], ()),
+    (
+        "mistral-tools",
+        TOOLS,
+        [[f"[TOOL_CALLS]get_weather[ARGS]{PARIS}</s>", "It is sunny</s>"]],
+        ["</s>"],
+        (),
+    ),
+    (
+        "mistral-tools",
+        NO_ARGUMENTS,
+        [["[TOOL_CALLS]get_weather[ARGS]{}</s>", "It is sunny</s>"]],
+        ["</s>"],
+        (),
+    ),
     ("gemma", (user("Hi"), assistant(" Hello\n")), [["Hello<end_of_turn>"]], ["<end_of_turn>"], ()),
     ("gemma", TWO, [["Hello<end_of_turn>", "Yes.<end_of_turn>"]], ["<end_of_turn>"], ()),
     ("phi-3", TWO, [["Hello<|end|>", "Yes.<|end|>"]], ["<|end|>"], ()),
@@ -116,8 +162,13 @@ CASES = [
         "gpt-oss",
         THOUGHTS,
         [
-            ["<|channel|>analysis<|message|>hm hm<|end|><|start|>assistant<|channel|>final<|message|>Hello<|return|>"],
-            ["<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>Yes.<|return|>"],
+            [
+                "<|channel|>analysis<|message|>hm"
+                " hm<|end|><|start|>assistant<|channel|>final<|message|>Hello<|return|>"
+            ],
+            [
+                "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>Yes.<|return|>"
+            ],
         ],
         ["<|return|>"] * 2,
         ("per_turn",),
@@ -146,7 +197,12 @@ CASES = [
     (
         "cohere",
         TWO,
-        [[f"<|START_RESPONSE|>{text}<|END_RESPONSE|><|END_OF_TURN_TOKEN|>" for text in ("Hello", "Yes.")]],
+        [
+            [
+                f"<|START_RESPONSE|>{text}<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"
+                for text in ("Hello", "Yes.")
+            ]
+        ],
         ["<|END_OF_TURN_TOKEN|>"],
         (),
     ),
@@ -160,8 +216,12 @@ def test_trained_text_and_ids(family, messages, texts, stops, notes):
     tokenizer = tokenizer_of(family)
     examples = render_one(renderer_of(tokenizer), *messages)
     assert [trained_texts(tokenizer, example) for example in examples] == texts
-    assert ["".join(tokenizer.convert_ids_to_tokens(example.stop_ids)) for example in examples] == stops
-    assert {note for example in examples for note in example.notes} - {"split_boundary"} == set(notes)
+    assert [
+        "".join(tokenizer.convert_ids_to_tokens(example.stop_ids)) for example in examples
+    ] == stops
+    assert {note for example in examples for note in example.notes} - {"split_boundary"} == set(
+        notes
+    )
     assert [example.part for example in examples] == list(range(len(texts)))
     answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
     for example in examples:
@@ -171,7 +231,9 @@ def test_trained_text_and_ids(family, messages, texts, stops, notes):
 
 
 def assert_served(tokenizer, example: Example, messages, answers, **variables):
-    """Before each trained run stand exactly the ids that a server feeds, and the run ends with a stop token."""
+    """Before each trained run stand exactly the ids that a server feeds, and the run ends with a
+    stop token.
+    """
     assert len(example.input_ids) == len(example.loss_mask)
     plain = [message.to_dict() for message in messages]
     for i, (begin, end) in zip(answers, runs(example), strict=False):
@@ -206,7 +268,14 @@ def test_an_example_of_one_turn_ends_with_its_stop_token():
 @pytest.mark.parametrize(
     ("family", "kwargs", "messages", "text", "served_with", "note"),
     [
-        ("qwen3", {"enable_thinking": False}, ONE, "Hello<|im_end|>", {"enable_thinking": False}, None),
+        (
+            "qwen3",
+            {"enable_thinking": False},
+            ONE,
+            "Hello<|im_end|>",
+            {"enable_thinking": False},
+            None,
+        ),
         (
             "qwen3",
             {"enable_thinking": False},
@@ -215,11 +284,27 @@ def test_an_example_of_one_turn_ends_with_its_stop_token():
             {"enable_thinking": True},
             "switch:enable_thinking=true",
         ),
-        ("qwen3.5", {}, ONE, "Hello<|im_end|>", {"enable_thinking": False}, "switch:enable_thinking=false"),
-        ("deepseek-v3.1", {"thinking": True}, ONE, f"Hello{EOS}", {"thinking": False}, "switch:thinking=false"),
+        (
+            "qwen3.5",
+            {},
+            ONE,
+            "Hello<|im_end|>",
+            {"enable_thinking": False},
+            "switch:enable_thinking=false",
+        ),
+        (
+            "deepseek-v3.1",
+            {"thinking": True},
+            ONE,
+            f"Hello{EOS}",
+            {"thinking": False},
+            "switch:thinking=false",
+        ),
     ],
 )
-def test_the_switch_of_the_template_that_fits_the_row(family, kwargs, messages, text, served_with, note):
+def test_the_switch_of_the_template_that_fits_the_row(
+    family, kwargs, messages, text, served_with, note
+):
     tokenizer = tokenizer_of(family)
     renderer = renderer_of(tokenizer, chat_template_kwargs=kwargs)
     [example] = render_one(renderer, *messages)
@@ -245,7 +330,8 @@ def test_each_turn_has_its_own_switch():
 
 def test_a_switch_that_has_the_reasoning_written_is_used():
     written = (
-        "{{ '<think>' + message.reasoning_content + '</think>' if enable_thinking and message.reasoning_content }}"
+        "{{ '<think>' + message.reasoning_content + '</think>' if enable_thinking and"
+        " message.reasoning_content }}"
     )
     template = CHATML.replace("+ message.content", "}}" + written + "{{ message.content")
     tokenizer = tokenizer_of("chatml")
@@ -260,34 +346,82 @@ def test_history_that_is_rewritten_in_place_is_noticed():
     """As long as before, so that every position still fits."""
     template = CHATML.replace(
         "message.content",
-        "(message.content | upper if message.role == 'assistant' and not loop.last else message.content)",
+        "(message.content | upper if message.role == 'assistant' and not loop.last else"
+        " message.content)",
     )
     tokenizer = tokenizer_of("chatml")
-    examples = render_one(renderer_of(tokenizer, template), user("x"), assistant("y"), user("x"), assistant("y"))
-    assert [trained_texts(tokenizer, example) for example in examples] == [["y<|im_end|>"], ["y<|im_end|>"]]
+    examples = render_one(
+        renderer_of(tokenizer, template), user("x"), assistant("y"), user("x"), assistant("y")
+    )
+    assert [trained_texts(tokenizer, example) for example in examples] == [
+        ["y<|im_end|>"],
+        ["y<|im_end|>"],
+    ]
     assert tokenizer.decode(examples[1].input_ids).count("Y") == 1
 
 
 @pytest.mark.parametrize(
     ("family", "messages", "said"),
     [
-        ("deepseek-r1", TOOLS, r"turn 2 \(assistant\) calls 'get_weather', which the chat template does not write"),
+        (
+            "deepseek-r1",
+            TOOLS,
+            r"turn 2 \(assistant\) calls 'get_weather', which the chat template does not write",
+        ),
         (
             "deepseek-r1",
             ONE,
-            r"turn 2 \(assistant\) has no reasoning.*'.*<think>\\n'.*'Hello.*reasoning_content.*lenient",
+            (
+                r"turn 2 \(assistant\) has no"
+                r" reasoning.*'.*<think>\\n'.*'Hello.*reasoning_content.*lenient"
+            ),
         ),
-        ("deepseek-r1", THOUGHTS[:2], r"turn 2 .*a server feeds '<think>\\n', but the row is written 'Hello"),
+        (
+            "deepseek-r1",
+            THOUGHTS[:2],
+            r"turn 2 .*a server feeds '<think>\\n', but the row is written 'Hello",
+        ),
         ("qwen3-thinking", (system("S"), *ONE), r"turn 3 \(assistant\) has no reasoning"),
-        ("glm-4", ONE, r"turn 2 \(assistant\) open: '.*Hello' does not end with a special token.*data\.chat_template"),
-        ("gemma", (system("S"), *ONE), r"System role not supported; remove the system turn.*data\.system_prompt"),
+        (
+            "glm-4",
+            ONE,
+            (
+                r"turn 2 \(assistant\) open: '.*Hello' does not end with a special"
+                r" token.*data\.chat_template"
+            ),
+        ),
+        (
+            "gemma",
+            (system("S"), *ONE),
+            r"System role not supported; remove the system turn.*data\.system_prompt",
+        ),
         ("gemma", (user("a"), *ONE), r"roles must alternate.*; merge neighbouring turns"),
         ("mistral", (user("a"), *ONE), r"roles must alternate"),
-        ("chatml", TOOLS, r"turn 2 \(assistant\) calls 'get_weather', which the chat template does not write"),
-        ("chatml", (user("a"), assistant("b <|im_end|> c")), r"turn 2 .*holds '<\|im_end\|>' before its end"),
-        ("chatml", (user("a"), assistant("b<|im_end|>")), r"turn 2 .*holds '<\|im_end\|>' before its end"),
-        ("chatml", (user("a"), assistant("b<|endoftext|>")), r"turn 2 .*holds '<\|endoftext\|>' before its end"),
-        ("qwen3.5", (user("a"), assistant("b<|im_end|>c")), r"turn 2 .*holds '<\|im_end\|>' before its end"),
+        (
+            "chatml",
+            TOOLS,
+            r"turn 2 \(assistant\) calls 'get_weather', which the chat template does not write",
+        ),
+        (
+            "chatml",
+            (user("a"), assistant("b <|im_end|> c")),
+            r"turn 2 .*holds '<\|im_end\|>' before its end",
+        ),
+        (
+            "chatml",
+            (user("a"), assistant("b<|im_end|>")),
+            r"turn 2 .*holds '<\|im_end\|>' before its end",
+        ),
+        (
+            "chatml",
+            (user("a"), assistant("b<|endoftext|>")),
+            r"turn 2 .*holds '<\|endoftext\|>' before its end",
+        ),
+        (
+            "qwen3.5",
+            (user("a"), assistant("b<|im_end|>c")),
+            r"turn 2 .*holds '<\|im_end\|>' before its end",
+        ),
         ("phi-3", (user("a"), assistant(" ")), r"turn 2 \(assistant\) is blank"),
     ],
 )
@@ -322,7 +456,9 @@ def test_what_the_template_does_not_write_is_noted(family, message, note):
     assert note in example.notes
 
 
-WEATHER = ({"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}},)
+WEATHER = (
+    {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}},
+)
 IN_SYSTEM = CHATML.replace("+ message.content", "+ message.content + (message.tools or '')")
 """Phi-4-mini looks for tools where no server puts them."""
 IF_TOOLS = "{{ '<|im_start|>system\nYou may call tools.<|im_end|>\n' if tools }}" + CHATML
@@ -338,14 +474,23 @@ IF_TOOLS = "{{ '<|im_start|>system\nYou may call tools.<|im_end|>\n' if tools }}
         ("chatml", IF_TOOLS, (user("What is get_weather?"), ONE[1]), ()),  # it might be written
         ("chatml", None, (user("What is get_weather?"), ONE[1]), ("left_out:tools",)),
         ("deepseek-v3", None, TOOLS, ("left_out:tools",)),  # writes calls all the same
-        ("deepseek-v3", "{{ 'You may call tools.' if tools }}" + DEEPSEEK_V3, TOOLS, ("left_out:tools",)),
+        (
+            "deepseek-v3",
+            "{{ 'You may call tools.' if tools }}" + DEEPSEEK_V3,
+            TOOLS,
+            ("left_out:tools",),
+        ),
         ("qwen3", None, ONE, ()),
         ("qwen3", None, (*TOOLS, *TWO), ()),
     ],
 )
-def test_tools_that_the_template_does_not_write_are_noted(train_on, family, template, messages, notes):
+def test_tools_that_the_template_does_not_write_are_noted(
+    train_on, family, template, messages, notes
+):
     tokenizer = tokenizer_of(family)
-    example, *_ = render_one(renderer_of(tokenizer, template, train_on=train_on), *messages, tools=WEATHER)
+    example, *_ = render_one(
+        renderer_of(tokenizer, template, train_on=train_on), *messages, tools=WEATHER
+    )
     assert tuple(note for note in example.notes if "tools" in note) == notes
     assert ('"get_weather"' in tokenizer.decode(example.input_ids)) == (family == "qwen3")
     example, *_ = render_one(renderer_of(tokenizer, template, train_on=train_on), *messages)
@@ -373,7 +518,8 @@ def test_tools_in_a_template_that_is_not_the_one_for_them_are_noted():
 DEVELOPER = (Message("developer", "DEV"), *ONE)
 REPLY = (*ONE, tool("22 degrees"), assistant("Yes."))
 LAST_USER = CHATML.replace(
-    "{{- '<|im_start|>' +", "{%- if message.role == 'assistant' or loop.index > 2 %}{{- '<|im_start|>' +"
+    "{{- '<|im_start|>' +",
+    "{%- if message.role == 'assistant' or loop.index > 2 %}{{- '<|im_start|>' +",
 )
 LAST_USER = LAST_USER.replace("{%- endfor %}", "{%- endif %}{%- endfor %}")
 
@@ -384,7 +530,12 @@ LAST_USER = LAST_USER.replace("{%- endfor %}", "{%- endif %}{%- endfor %}")
     [
         ("qwen2.5", None, DEVELOPER, ("left_out:developer_turn",)),
         ("qwen2.5", None, REPLY, ("left_out:tool_turn",)),
-        ("qwen2.5", None, (DEVELOPER[0], *REPLY, *REPLY), ("left_out:developer_turn", "left_out:tool_turn")),
+        (
+            "qwen2.5",
+            None,
+            (DEVELOPER[0], *REPLY, *REPLY),
+            ("left_out:developer_turn", "left_out:tool_turn"),
+        ),
         ("deepseek-v3.1", None, (system("Be kind."), *TWO), ("left_out:system_turn",)),
         ("chatml", LAST_USER, (user("first"), assistant("Hello"), *ONE), ("left_out:user_turn",)),
         ("chatml", None, DEVELOPER, ()),
@@ -393,8 +544,12 @@ LAST_USER = LAST_USER.replace("{%- endfor %}", "{%- endif %}{%- endfor %}")
         ("qwen2.5", None, (system("  "), *ONE), ()),
     ],
 )
-def test_turns_that_the_template_does_not_write_are_noted(train_on, family, template, messages, notes):
-    [example] = render_one(renderer_of(tokenizer_of(family), template, train_on=train_on), *messages)
+def test_turns_that_the_template_does_not_write_are_noted(
+    train_on, family, template, messages, notes
+):
+    [example] = render_one(
+        renderer_of(tokenizer_of(family), template, train_on=train_on), *messages
+    )
     assert example.notes == notes
 
 
@@ -420,11 +575,16 @@ def test_turns_that_are_written_in_another_way_are_not_noted(written, content):
     renderers = [
         renderer_of(
             tokenizer_of("chatml"),
-            CHATML.replace("+ message.content +", f"+ ({text} if message.role == 'tool' else message.content) +"),
+            CHATML.replace(
+                "+ message.content +",
+                f"+ ({text} if message.role == 'tool' else message.content) +",
+            ),
         )
         for text in (written, "''")
     ]
-    (example,), (emptied,) = (render_one(renderer, user("Hi"), tool(content), ONE[1]) for renderer in renderers)
+    (example,), (emptied,) = (
+        render_one(renderer, user("Hi"), tool(content), ONE[1]) for renderer in renderers
+    )
     assert example.notes == ()
     assert emptied.notes == (() if content == "/no_think" else ("left_out:tool_turn",))
 
@@ -432,8 +592,14 @@ def test_turns_that_are_written_in_another_way_are_not_noted(written, content):
 def test_history_that_is_dropped_is_not_left_out():
     """An earlier example has it."""
     last = "message == (messages | selectattr('role', 'equalto', 'user') | list | last)"
-    tokenizer, messages = tokenizer_of("chatml"), (user("first"), ONE[1], user("second"), ONE[1], *ONE)
-    for shown, notes in ((last, ()), (f"{last} and message.content != 'first'", ("left_out:user_turn",))):
+    tokenizer, messages = (
+        tokenizer_of("chatml"),
+        (user("first"), ONE[1], user("second"), ONE[1], *ONE),
+    )
+    for shown, notes in (
+        (last, ()),
+        (f"{last} and message.content != 'first'", ("left_out:user_turn",)),
+    ):
         written = f"+ (message.content if message.role == 'assistant' or {shown} else '-') +"
         template = CHATML.replace("+ message.content +", written)
         examples = render_one(renderer_of(tokenizer, template), *messages)
@@ -441,26 +607,34 @@ def test_history_that_is_dropped_is_not_left_out():
 
 
 HEADER_INSIDE = (
-    "{% for message in messages %}{% if message.role == 'assistant' %}"
-    "{% generation %}{{ '<|im_start|>assistant\n' + message.content + '<|im_end|>\n' }}{% endgeneration %}"
-    "{% else %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for message in messages %}{% if message.role == 'assistant' %}{% generation %}{{"
+    " '<|im_start|>assistant\n' + message.content + '<|im_end|>\n' }}{% endgeneration %}{% else"
+    " %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{% endif %}{%"
+    " endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 STOP_OUTSIDE = HEADER_INSIDE.replace(
-    "{% generation %}{{ '<|im_start|>assistant\n' + message.content + '<|im_end|>\n' }}{% endgeneration %}",
-    "{{ '<|im_start|>assistant\n' }}{% generation %}{{ message.content }}{% endgeneration %}{{ '<|im_end|>\n' }}",
+    "{% generation %}{{ '<|im_start|>assistant\n' + message.content + '<|im_end|>\n' }}{%"
+    " endgeneration %}",
+    "{{ '<|im_start|>assistant\n' }}{% generation %}{{ message.content }}{% endgeneration %}{{"
+    " '<|im_end|>\n' }}",
 )
 ANSWER_ONLY = HEADER_INSIDE.replace(
-    "{% generation %}{{ '<|im_start|>assistant\n' + message.content + '<|im_end|>\n' }}{% endgeneration %}",
-    "{{ '<|im_start|>assistant\nSure:\n' }}{% generation %}{{ message.content + '<|im_end|>' }}{% endgeneration %}",
+    "{% generation %}{{ '<|im_start|>assistant\n' + message.content + '<|im_end|>\n' }}{%"
+    " endgeneration %}",
+    "{{ '<|im_start|>assistant\nSure:\n' }}{% generation %}{{ message.content + '<|im_end|>' }}{%"
+    " endgeneration %}",
 )
-NO_STOP = STOP_OUTSIDE.replace("{% endgeneration %}{{ '<|im_end|>\n' }}", "{% endgeneration %}{{ ' <|im_end|>\n' }}")
+NO_STOP = STOP_OUTSIDE.replace(
+    "{% endgeneration %}{{ '<|im_end|>\n' }}", "{% endgeneration %}{{ ' <|im_end|>\n' }}"
+)
 MARK_IN_A_TOKEN = ANSWER_ONLY.replace("Sure:\n", "Sure: ")
 NO_MARK = HEADER_INSIDE.replace("== 'assistant'", "== 'nobody'")
 
 
 @pytest.mark.parametrize(
-    "template", [HEADER_INSIDE, STOP_OUTSIDE, ANSWER_ONLY], ids=["header_inside", "stop_outside", "answer_only"]
+    "template",
+    [HEADER_INSIDE, STOP_OUTSIDE, ANSWER_ONLY],
+    ids=["header_inside", "stop_outside", "answer_only"],
 )
 def test_generation_marks_train_neither_header_nor_newline_but_always_the_stop_token(template):
     tokenizer = tokenizer_of("marked")
@@ -520,7 +694,10 @@ def test_any_text_is_right_or_refused(family):
     renderer = renderer_of(tokenizer)
     conversations = []
     for _ in range(60):
-        texts = ["a" + "".join(draw.choices(PIECES, k=draw.randrange(4))) + draw.choice(PIECES) for _ in range(4)]
+        texts = [
+            "a" + "".join(draw.choices(PIECES, k=draw.randrange(4))) + draw.choice(PIECES)
+            for _ in range(4)
+        ]
         texts = [draw.choice(["", *PIECES[:4]]) + text for text in texts]
         roles = ("user", "assistant", "user", "assistant")
         conversations.append(tuple(map(Message, roles, texts)))
@@ -531,9 +708,21 @@ def test_any_text_is_right_or_refused(family):
             continue
         proved += 1
         assert sum(len(runs(example)) for example in examples) == 2
-        for answers, example in zip([[1, 3]] if len(examples) == 1 else [[1], [3]], examples, strict=True):
-            switch = [note.removeprefix("switch:").split("=") for note in example.notes if "switch:" in note]
-            assert_served(tokenizer, example, messages, answers, **{name: value == "true" for name, value in switch})
+        for answers, example in zip(
+            [[1, 3]] if len(examples) == 1 else [[1], [3]], examples, strict=True
+        ):
+            switch = [
+                note.removeprefix("switch:").split("=")
+                for note in example.notes
+                if "switch:" in note
+            ]
+            assert_served(
+                tokenizer,
+                example,
+                messages,
+                answers,
+                **{name: value == "true" for name, value in switch},
+            )
             for i, text in zip(answers, trained_texts(tokenizer, example), strict=True):
                 assert messages[i].content.split("</think>")[-1].strip() in text
     assert proved > 10 or family in ("deepseek-r1", "glm-4", "qwen3-thinking")

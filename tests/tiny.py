@@ -1,4 +1,6 @@
-"""A tokenizer and models small enough to be built in every test: import them with `from tiny import ...`."""
+"""A tokenizer and models small enough to be built in every test: import them with `from tiny import
+...`.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-# Threads only wait for each other over matrices of this size, for 20 times as long as the work takes on a busy machine.
+# Threads only wait for each other over matrices of this size, for 20 times as long as the work
+# takes on a busy machine.
 torch.set_num_threads(1)
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -31,9 +34,13 @@ _CORPUS = (
 
 
 def tiny_tokenizer(
-    *, chat_template: str | None = CHATML, pad_token: str | None = "<|endoftext|>", bos_token: str | None = None
+    *,
+    chat_template: str | None = CHATML,
+    pad_token: str | None = "<|endoftext|>",
+    bos_token: str | None = None,
 ) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with a few merges: any text in, the same text out. As in Qwen3-Base, eos is not the end of a turn.
+    """Byte-level BPE with a few merges: any text in, the same text out. As in Qwen3-Base, eos is
+    not the end of a turn.
 
     Args:
         chat_template: None for a tokenizer that has none.
@@ -56,7 +63,9 @@ def tiny_tokenizer(
     backend.train_from_iterator(_CORPUS, trainer)
     if bos_token is not None:
         bos = (bos_token, backend.token_to_id(bos_token))
-        backend.post_processor = processors.TemplateProcessing(single=f"{bos_token} $A", special_tokens=[bos])
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos_token} $A", special_tokens=[bos]
+        )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         eos_token="<|endoftext|>",
@@ -73,11 +82,18 @@ def tiny_llama(vocab_size: int = 320, seed: int = 0, **overrides: Any) -> PreTra
     """A 2-layer Llama with untied embeddings and an eos of 0; overrides go to its config."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return _build(LlamaForCausalLM, LlamaConfig, seed, _sizes(vocab_size, tie_word_embeddings=False) | overrides)
+    return _build(
+        LlamaForCausalLM,
+        LlamaConfig,
+        seed,
+        _sizes(vocab_size, tie_word_embeddings=False) | overrides,
+    )
 
 
 def tiny_qwen3(vocab_size: int = 320, seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    """A 2-layer Qwen3 with tied embeddings, as the small Qwen3 models have; overrides go to its config."""
+    """A 2-layer Qwen3 with tied embeddings, as the small Qwen3 models have; overrides go to its
+    config.
+    """
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     sizes = _sizes(vocab_size, tie_word_embeddings=True, head_dim=16)
@@ -85,7 +101,9 @@ def tiny_qwen3(vocab_size: int = 320, seed: int = 0, **overrides: Any) -> PreTra
 
 
 def tiny_gpt2(vocab_size: int = 320, seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    """A 2-layer GPT-2: learned absolute positions, Conv1D layers, tied embeddings; overrides go to its config."""
+    """A 2-layer GPT-2: learned absolute positions, Conv1D layers, tied embeddings; overrides go to
+    its config.
+    """
     from transformers import GPT2Config, GPT2LMHeadModel
 
     sizes = dict(
@@ -96,9 +114,13 @@ def tiny_gpt2(vocab_size: int = 320, seed: int = 0, **overrides: Any) -> PreTrai
 
 
 def save_tiny(
-    directory: Path | str, model: PreTrainedModel | None = None, tokenizer: PreTrainedTokenizerFast | None = None
+    directory: Path | str,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerFast | None = None,
 ) -> str:
-    """Writes a Hugging Face directory (by default a tiny Llama and the tiny tokenizer) and returns its path."""
+    """Writes a Hugging Face directory (by default a tiny Llama and the tiny tokenizer) and returns
+    its path.
+    """
     tokenizer = tiny_tokenizer() if tokenizer is None else tokenizer
     model = tiny_llama(len(tokenizer)) if model is None else model
     model.save_pretrained(directory)
@@ -107,7 +129,8 @@ def save_tiny(
 
 
 def _sizes(vocab_size: int, **more: Any) -> dict[str, Any]:
-    # A wider initialization than 0.02: the logits are far apart, so that greedy answers are varied and not near-ties.
+    # A wider initialization than 0.02: the logits are far apart, so that greedy answers are varied
+    # and not near-ties.
     return dict(
         vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.1,
@@ -115,7 +138,9 @@ def _sizes(vocab_size: int, **more: Any) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def _build(model_class: Any, config_class: Any, seed: int, sizes: dict[str, Any]) -> PreTrainedModel:
+def _build(
+    model_class: Any, config_class: Any, seed: int, sizes: dict[str, Any]
+) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model: PreTrainedModel = model_class(config_class(**sizes))

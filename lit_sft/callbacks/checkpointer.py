@@ -31,7 +31,9 @@ LOOK, LOOK_SECONDS = 1 / 50, 10.0
 
 @dataclass
 class CheckpointOptions:
-    """When checkpoints are saved and how many are kept. One is always saved at the end of an epoch and of the run."""
+    """When checkpoints are saved and how many are kept. One is always saved at the end of an epoch
+    and of the run.
+    """
 
     every_n_train_steps: int | None = None
     """Also after every n optimizer steps."""
@@ -44,18 +46,22 @@ class CheckpointOptions:
     mode: Literal["min", "max"] = "min"
     """Whether smaller or larger is better."""
     async_save: bool = False
-    """Write in the background, from a copy in host memory (as large as the checkpoint), while training goes on."""
+    """Write in the background, from a copy in host memory (as large as the checkpoint), while
+    training goes on.
+    """
 
     def __post_init__(self) -> None:
         for name in ("every_n_train_steps", "every_n_minutes", "keep_last"):
             value = getattr(self, name)
             if value is not None and value <= 0:
-                raise UserError(f"checkpoint.{name} is {value}, it must be positive (null turns a schedule off)")
+                raise UserError(
+                    f"checkpoint.{name} is {value}, it must be positive (null turns a schedule off)"
+                )
 
 
 class Checkpointer(StepCallback, Checkpoint):
-    """Saves between optimizer steps; keeps the newest few and the best, with `last.ckpt` and `best.ckpt` as links to
-    them.
+    """Saves between optimizer steps; keeps the newest few and the best, with `last.ckpt` and
+    `best.ckpt` as links to them.
 
     Args:
         options: When and how many.
@@ -91,12 +97,14 @@ class Checkpointer(StepCallback, Checkpoint):
             self.best_step = state_dict["best_step"]
         elif state_dict["best_score"] is not None:
             log.warning(
-                "checkpoint.monitor was %s (%s) and is %s (%s): the next validation is the best so far",
+                "checkpoint.monitor was %s (%s) and is %s (%s): the next validation is the best"
+                " so far",
                 *(*before, monitor, mode),
             )
 
     def resume_from(self, trainer: L.Trainer, path: Path, step: int, run_folder: Path) -> None:
-        """Points last.ckpt at the checkpoint that a run resumes from, and forgets a best score without a checkpoint.
+        """Points last.ckpt at the checkpoint that a run resumes from, and forgets a best score
+        without a checkpoint.
 
         All ranks call it, when everything is restored.
 
@@ -120,7 +128,10 @@ class Checkpointer(StepCallback, Checkpoint):
         if error is not None:
             raise error
         if self.best_step is not None and not has_best:
-            log.info("the best checkpoint so far, of step %s, is gone: the next validation is the best", self.best_step)
+            log.info(
+                "the best checkpoint so far, of step %s, is gone: the next validation is the best",
+                self.best_step,
+            )
             self.best_score = self.best_step = None
 
     @override
@@ -138,7 +149,9 @@ class Checkpointer(StepCallback, Checkpoint):
             self._report_optimizer(trainer)
 
     def _report_optimizer(self, trainer: L.Trainer) -> None:
-        """Says which settings of the optimizer are the checkpoint's, and that the schedule is the config's."""
+        """Says which settings of the optimizer are the checkpoint's, and that the schedule is the
+        config's.
+        """
         others = optim.restored(trainer.optimizers[0])
         if others:
             log.warning("model.optimizer goes on as in the checkpoint: %s", "; ".join(others))
@@ -149,7 +162,8 @@ class Checkpointer(StepCallback, Checkpoint):
         if before != now or is_other_plan:
             was = f" ({self.planned:,} in the checkpoint)" if is_other_plan else ""
             log.info(
-                "model.lr_schedule is computed anew, over %s steps in all%s: the next rate is %.4g, not %.4g",
+                "model.lr_schedule is computed anew, over %s steps in all%s: the next rate is %.4g,"
+                " not %.4g",
                 *(f"{steps:,}", was, now, before),
             )
 
@@ -160,7 +174,9 @@ class Checkpointer(StepCallback, Checkpoint):
         lightning_internals.set_logged_step(trainer, trainer.global_step)
 
     @override
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         self.files.check()
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
@@ -185,8 +201,8 @@ class Checkpointer(StepCallback, Checkpoint):
     def _is_late(self, trainer: L.Trainer, seconds: float) -> bool:
         """Whether the last save is that long ago, the same on all ranks.
 
-        Ranks that ask each other stop a GPU. So they look at the clock seldom (`LOOK`), at steps that follow from the
-        slowest rank.
+        Ranks that ask each other stop a GPU. So they look at the clock seldom (`LOOK`), at steps
+        that follow from the slowest rank.
         """
         step = trainer.global_step
         if step < self.next_look:
@@ -236,16 +252,22 @@ class Checkpointer(StepCallback, Checkpoint):
         self.files.wait()
 
     @override
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
         self.files.teardown()
 
     @override
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         checkpoint["optimizer"] = optim.name_of(trainer.optimizers[0])
         checkpoint["total_steps"] = data_of(trainer).total_steps
 
     @override
-    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         if trainer.state.fn != "fit" or not checkpoint.get(data_position.DATA_MODULE):
             return
         self.planned = checkpoint.get("total_steps")
@@ -256,7 +278,8 @@ class Checkpointer(StepCallback, Checkpoint):
         data_position.restore(checkpoint, trainer)
 
     def save(self, trainer: L.Trainer) -> None:
-        """Saves the state of this step, then drops what is no longer kept. All ranks call it, between two steps.
+        """Saves the state of this step, then drops what is no longer kept. All ranks call it,
+        between two steps.
 
         Raises:
             UserError: It could not be written; on all ranks.
@@ -272,7 +295,9 @@ class Checkpointer(StepCallback, Checkpoint):
         self.improved = self.owed = False
 
     def _write(self, trainer: L.Trainer, path: Path) -> None:
-        policy = checkpoint_files.KeepPolicy(is_best=self.improved, keep_last=self.options.keep_last)
+        policy = checkpoint_files.KeepPolicy(
+            is_best=self.improved, keep_last=self.options.keep_last
+        )
         checkpoint = lightning_internals.dump_checkpoint(trainer)
         error: UserError | None = None
         try:
@@ -284,26 +309,30 @@ class Checkpointer(StepCallback, Checkpoint):
             raise error
 
     def save_and_wait(self, trainer: L.Trainer) -> None:
-        """Saves, for a run that is about to leave: the checkpoint is on disk when this returns. All ranks call it."""
+        """Saves, for a run that is about to leave: the checkpoint is on disk when this returns. All
+        ranks call it.
+        """
         self.save(trainer)
         self.files.wait()
 
 
 def _refuse_saves_within_a_step(trainer: L.Trainer) -> None:
-    """Refuses callbacks of the user's that would save between the micro-batches of an optimizer step, where no
-    position and no gradients are kept.
+    """Refuses callbacks of the user's that would save between the micro-batches of an optimizer
+    step, where no position and no gradients are kept.
     """
     for callback in trainer.checkpoint_callbacks:
         if not isinstance(callback, ModelCheckpoint):
             continue
         if lightning_internals.saves_by_clock(callback):
             raise UserError(
-                "trainer.callbacks: ModelCheckpoint with train_time_interval saves within an optimizer step: set "
-                "checkpoint.every_n_minutes in its place, which waits for the end of the step"
+                "trainer.callbacks: ModelCheckpoint with train_time_interval saves within an"
+                " optimizer step: set checkpoint.every_n_minutes in its place, which waits for the"
+                " end of the step"
             )
         by_clock = lightning_internals.validates_by_clock(trainer)
         if by_clock and not lightning_internals.saves_at_epoch_end_only(callback):
             raise UserError(
-                "trainer.val_check_interval by the clock lets ModelCheckpoint (trainer.callbacks) save within an "
-                "optimizer step: set its save_on_train_epoch_end to true, or the interval to a number of forward passes"
+                "trainer.val_check_interval by the clock lets ModelCheckpoint (trainer.callbacks)"
+                " save within an optimizer step: set its save_on_train_epoch_end to true, or the"
+                " interval to a number of forward passes"
             )

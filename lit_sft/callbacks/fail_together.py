@@ -23,16 +23,20 @@ KEY = "lit_sft/failures"
 """Counts, in the store that all ranks met at, those that have failed."""
 POLL_SECONDS = 2.0
 GRACE_SECONDS = 10.0
-"""In which a rank may notice by itself that another has failed; gloo does, NCCL waits for its time-out."""
+"""In which a rank may notice by itself that another has failed; gloo does, NCCL waits for its
+time-out.
+"""
 TEARDOWN_SECONDS = 45
 """In which a rank that failed may clean up."""
 
 
 class FailTogether(Callback):
-    """Tells why a run fails, on the rank that failed first, and ends the ranks that would wait for it.
+    """Tells why a run fails, on the rank that failed first, and ends the ranks that would wait for
+    it.
 
-    The collective time-out (Lightning's 30 minutes) is left as it is: a rank may have to wait for another that writes a
-    large model. Instead a thread of each rank looks every two seconds whether one has failed.
+    The collective time-out (Lightning's 30 minutes) is left as it is: a rank may have to wait for
+    another that writes a large model. Instead a thread of each rank looks every two seconds whether
+    one has failed.
 
     Args:
         needed_memory: (trainer, module, datamodule) -> the estimate of `doctor`.
@@ -54,7 +58,8 @@ class FailTogether(Callback):
         self.ended.set()
 
     def _watch(self, shared: Any) -> None:
-        store = shared.clone()  # a connection of its own: one that waits would block this thread, too
+        # A connection of its own: one that waits would block this thread, too.
+        store = shared.clone()
         while not self.ended.wait(POLL_SECONDS):
             if _num_failed(store):
                 break
@@ -62,13 +67,21 @@ class FailTogether(Callback):
             os._exit(1)
 
     @override
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
         if not isinstance(exception, Exception):
-            self.ended.set()  # a signal: all ranks get it, or are told
+            # A signal: all ranks get it, or are told.
+            self.ended.set()
             return
-        if trainer.world_size > 1:  # a clean-up that waits for the others ends, too
-            faulthandler.dump_traceback_later(TEARDOWN_SECONDS, exit=True, file=open(os.devnull, "w"))
-        advice = self._memory_advice(trainer, pl_module) if errors.is_out_of_memory(exception) else ""
+        if trainer.world_size > 1:
+            # A clean-up that waits for the others ends, too.
+            faulthandler.dump_traceback_later(
+                TEARDOWN_SECONDS, exit=True, file=open(os.devnull, "w")
+            )
+        advice = (
+            self._memory_advice(trainer, pl_module) if errors.is_out_of_memory(exception) else ""
+        )
         if trainer.world_size == 1 or _is_first(exception, trainer.global_rank):
             errors.report_error(exception, trainer.global_rank, advice)
         else:
@@ -79,19 +92,34 @@ class FailTogether(Callback):
     def _memory_advice(self, trainer: L.Trainer, pl_module: L.LightningModule) -> str:
         """Which settings take less memory, of those that are not at their least."""
         datamodule = data_of(trainer)
-        if "train" not in datamodule.data.caches:  # no training step: answers or a validation
-            return "lower data.micro_batch_size or model.generation.max_new_tokens, or shorten the prompts"
+        if "train" not in datamodule.data.caches:
+            # No training step: answers or a validation.
+            return (
+                "lower data.micro_batch_size or model.generation.max_new_tokens, or shorten the"
+                " prompts"
+            )
         data: Any = datamodule.options
         model: Any = pl_module.options
         knobs = [
-            f"lower data.micro_batch_size ({data.micro_batch_size})" if data.micro_batch_size > 1 else "",
+            (
+                f"lower data.micro_batch_size ({data.micro_batch_size})"
+                if data.micro_batch_size > 1
+                else ""
+            ),
             f"lower data.max_length ({data.max_length})",
-            "" if model.gradient_checkpointing in (True, "full") else "set model.gradient_checkpointing to true",
+            (
+                ""
+                if model.gradient_checkpointing in (True, "full")
+                else "set model.gradient_checkpointing to true"
+            ),
             "set model.lora" if model.lora is None else "",
             "set trainer.strategy to fsdp2 on more devices" if trainer.world_size == 1 else "",
         ]
         expected = self.needed_memory(trainer, pl_module, datamodule).total / 2**30
-        return f"`doctor` expects {expected:.2f} GiB for a step; to need less, {', '.join(filter(None, knobs))}"
+        return (
+            f"`doctor` expects {expected:.2f} GiB for a step; to need less,"
+            f" {', '.join(filter(None, knobs))}"
+        )
 
 
 def _num_failed(store: Any) -> int:
@@ -103,12 +131,16 @@ def _num_failed(store: Any) -> int:
 
 
 def _is_first(error: Exception, rank: int) -> bool:
-    """Whether no other rank has told of a failure. One that only lost another waits for what that has to say."""
-    if not dist.is_initialized():  # it failed before the ranks met: nobody can be asked
+    """Whether no other rank has told of a failure. One that only lost another waits for what that
+    has to say.
+    """
+    if not dist.is_initialized():
+        # It failed before the ranks met: nobody can be asked.
         return True
     store = _get_default_store()
     lost = errors.is_lost_rank(error)
-    wait = time.monotonic() + (5 if lost else 1 if rank else 0)  # what all ranks find is told by rank 0
+    # What all ranks find is told by rank 0.
+    wait = time.monotonic() + (5 if lost else 1 if rank else 0)
     try:
         while time.monotonic() < wait:
             if store.add(KEY, 0):
@@ -116,4 +148,5 @@ def _is_first(error: Exception, rank: int) -> bool:
             time.sleep(0.1)
         return bool(store.add(KEY, 1) == 1)
     except RuntimeError:
-        return lost and dist.get_node_local_rank(fallback_rank=0) in (0, 1)  # rank 0 keeps the store: it was killed
+        # Rank 0 keeps the store: it was killed.
+        return lost and dist.get_node_local_rank(fallback_rank=0) in (0, 1)

@@ -32,7 +32,9 @@ SHOWN_ROWS, SHOWN_CHARACTERS = 16, 500
 
 
 class Evaluation(Callback):
-    """Answers some rows of the validation (test) set greedily and logs `val/<score>`; before training, too."""
+    """Answers some rows of the validation (test) set greedily and logs `val/<score>`; before
+    training, too.
+    """
 
     def __init__(self) -> None:
         self.before: dict[str, float] = {}
@@ -55,9 +57,12 @@ class Evaluation(Callback):
         self.before, self.num_validations = state_dict["before"], state_dict["num_validations"]
 
     @override
-    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         self.step = checkpoint["global_step"]
-        if trainer.state.fn != "fit":  # where Lightning logs: beside what the run found for this checkpoint, not at 0
+        if trainer.state.fn != "fit":
+            # Where Lightning logs: beside what the run found for this checkpoint, not at 0.
             lightning_internals.set_logged_step(trainer, max(0, self.step - 1))
             trainer.fit_loop.epoch_progress.current.completed = checkpoint["epoch"]
 
@@ -65,7 +70,11 @@ class Evaluation(Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         message = self._choose(trainer, pl_module, "val")
         options = pl_module.evaluation
-        scores = {f"val/{name}" for name in options.scores} if options and not self.prompts["val"] else set()  # type: ignore[union-attr]
+        scores = (
+            {f"val/{name}" for name in options.scores}
+            if options and not self.prompts["val"]
+            else set()
+        )  # type: ignore[union-attr]
         if lost := scores & {_monitored(callback) for callback in trainer.callbacks}:  # type: ignore[attr-defined]
             raise UserError(f"{lost.pop()} is monitored, but {message}: monitor val/loss")
 
@@ -92,13 +101,15 @@ class Evaluation(Callback):
         if fitting:
             if self.num_validations % pl_module.evaluation.every_n_validations:  # type: ignore[union-attr, operator]
                 self.num_validations += 1
-                for name in self.before:  # else early stopping takes an old score for one that did not improve
+                for name in self.before:
+                    # Else early stopping takes an old score for one that did not improve.
                     trainer.callback_metrics.pop(name, None)
                 return
         step = trainer.global_step if fitting else self.step
         scores = self._evaluate(trainer, pl_module, "val", step)
         self.last = (step, scores)
-        self.num_validations += fitting  # not sooner: a signal may end the run in it, which then repeats it
+        # Not sooner: a signal may end the run in it, which then repeats it.
+        self.num_validations += fitting
         pl_module.log_dict(scores, prog_bar=True)
 
     @override
@@ -112,10 +123,13 @@ class Evaluation(Callback):
         when = "after" if step == steps else f"at step {step:,} of {steps:,}"
         for name, before in self.before.items():
             if name in scores:
-                log.info("%s: %.1f %% before, %.1f %% %s", name, 100 * before, 100 * scores[name], when)
+                log.info(
+                    "%s: %.1f %% before, %.1f %% %s", name, 100 * before, 100 * scores[name], when
+                )
 
     def _choose(self, trainer: Any, module: Any, stage: str) -> str:
-        """Chooses the prompts of a stage once, before the first step or batch, and returns what was told about them.
+        """Chooses the prompts of a stage once, before the first step or batch, and returns what was
+        told about them.
 
         A prompt or a metric that cannot be used is known at once.
         """
@@ -128,7 +142,9 @@ class Evaluation(Callback):
         if options is not None and SETS[stage] in data.rows:
             asked = data.asked(data.rows[SETS[stage]], options.num_samples, skip=True)
             key, most = f"data.{SETS[stage]}", module.generation.max_new_tokens
-            kept, message = choose_prompts(asked, options, key, most, context_length(module.model.lm.config))
+            kept, message = choose_prompts(
+                asked, options, key, most, context_length(module.model.lm.config)
+            )
             self.prompts[stage] = kept
             for line in filter(None, (message, too_long_to_match(kept, key, most))):
                 log.warning(line)
@@ -145,7 +161,8 @@ class Evaluation(Callback):
             return answers
 
         scores, table = evaluate(batches, answer, module.evaluation)
-        folder = trainer.log_dir  # a collective call
+        # A collective call.
+        folder = trainer.log_dir
         if trainer.is_global_zero and folder is not None:
             rows = [{"step": step, "stage": stage, **row} for row in table]
             again = (step, math.inf if trainer.state.fn == "fit" else step)
@@ -159,22 +176,28 @@ class Evaluation(Callback):
 
 def _monitored(callback: Callback) -> str | None:
     """The scalar that a callback follows: early stopping, and what keeps the best checkpoint."""
-    return getattr(callback, "monitor", None) or getattr(getattr(callback, "options", None), "monitor", None)
+    return getattr(callback, "monitor", None) or getattr(
+        getattr(callback, "options", None), "monitor", None
+    )
 
 
-def append(path: Path, rows: list[dict[str, Any]], replaced: tuple[str, tuple[int, float]] | None) -> None:
+def append(
+    path: Path, rows: list[dict[str, Any]], replaced: tuple[str, tuple[int, float]] | None
+) -> None:
     """Adds lines to the table.
 
     Args:
         path: JSON lines.
         rows: What is added.
-        replaced: (stage, (first, last step)): lines of these are made again, and dropped; so is a last line that is
-            torn.
+        replaced: (stage, (first, last step)): lines of these are made again, and dropped; so is a
+            last line that is torn.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if replaced is not None and path.is_file():
-        text = path.read_text(encoding="utf-8", errors="replace")  # a torn line may end within a character
-        whole = text.split("\n")[:-1]  # `splitlines` splits at more than that
+        # A torn line may end within a character.
+        text = path.read_text(encoding="utf-8", errors="replace")
+        # `splitlines` splits at more than that.
+        whole = text.split("\n")[:-1]
         kept = [f"{line}\n" for line in whole if not _is_replaced(json.loads(line), *replaced)]
         with atomic_write(path) as file:
             file.writelines(kept)

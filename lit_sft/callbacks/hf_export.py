@@ -31,7 +31,8 @@ class HFExport(Callback):
         state = full_state_dict(pl_module.model) if sharded else None  # type: ignore[arg-type]
         folder = Path(trainer.strategy.broadcast(str(trainer.log_dir))) / HF_FOLDER
         if trainer.is_global_zero:
-            for left in folder.parent.glob(f".{HF_FOLDER}.*"):  # of an export that was killed
+            for left in folder.parent.glob(f".{HF_FOLDER}.*"):
+                # Of an export that was killed.
                 shutil.rmtree(left, ignore_errors=True)
             pl_module.export(folder, state)  # type: ignore[operator]
             log.info("exported: %s", os.path.relpath(folder))

@@ -15,8 +15,8 @@ from lit_sft.run.loggers import AppendingCSVLogger
 class LastRow(StepCallback):
     """Keeps in checkpoints the metrics that were logged last.
 
-    The checkpoint of a step is written before its row of metrics. A run that is killed in between gets the row when it
-    resumes. Comes after all callbacks that log.
+    The checkpoint of a step is written before its row of metrics. A run that is killed in between
+    gets the row when it resumes. Comes after all callbacks that log.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,11 @@ class LastRow(StepCallback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         row = dict(self.row)
         step = int(row.pop("step", -1))
-        files = [logger.experiment for logger in trainer.loggers if isinstance(logger, AppendingCSVLogger)]
+        files = [
+            logger.experiment
+            for logger in trainer.loggers
+            if isinstance(logger, AppendingCSVLogger)
+        ]
         if not row or not trainer.is_global_zero or not files or files[0].has(step, row.keys()):
             return
         for logger in trainer.loggers:

@@ -1,4 +1,6 @@
-"""Optimizer steps whose loss or gradient is no number: the run stops, or leaves a few out, before weights change."""
+"""Optimizer steps whose loss or gradient is no number: the run stops, or leaves a few out, before
+weights change.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ class FaultOptions:
     """What happens at an optimizer step whose loss or gradient norm is NaN or infinite."""
 
     skip_steps: int = 0
-    """Such steps that may follow each other, each left out and counted; one more stops the run. 0: the first does."""
+    """Such steps that may follow each other, each left out and counted; one more stops the run. 0:
+    the first does.
+    """
     grad_norm_limit: float | None = None
     """Gradient norm, before clipping, above which a step counts as one of them. null: none."""
 
@@ -39,7 +43,10 @@ class FaultOptions:
         if self.skip_steps < 0:
             raise UserError(f"faults.skip_steps is {self.skip_steps}, it must be 0 or more")
         if self.grad_norm_limit is not None and not self.grad_norm_limit > 0:
-            raise UserError(f"faults.grad_norm_limit is {self.grad_norm_limit}, it must be positive (null: no limit)")
+            raise UserError(
+                f"faults.grad_norm_limit is {self.grad_norm_limit}, it must be positive (null: no"
+                " limit)"
+            )
 
 
 class MicroBatch(NamedTuple):
@@ -57,21 +64,25 @@ class Step(NamedTuple):
     batches: list[MicroBatch]
     """Of this rank."""
     numbers: Tensor
-    """[3] on the host: loss, gradient norm, and by which share of their mean the norms of the step before differ."""
+    """[3] on the host: loss, gradient norm, and by which share of their mean the norms of the step
+    before differ.
+    """
     arrived: torch.cuda.Event | None
     """Reached by the device when `numbers` can be read."""
 
 
 class Guard(StepCallback):
-    """Looks at the loss and the gradient norm of every step, which are the same on all ranks, before weights change.
+    """Looks at the loss and the gradient norm of every step, which are the same on all ranks,
+    before weights change.
 
-    To look, the host waits for the device; its next step is not prepared meanwhile. A fused optimizer can leave a step
-    out by itself (`found_inf`, made for gradient scalers), so that the host may look one step later: it does so on a
-    GPU, and always before a checkpoint is saved.
+    To look, the host waits for the device; its next step is not prepared meanwhile. A fused
+    optimizer can leave a step out by itself (`found_inf`, made for gradient scalers), so that the
+    host may look one step later: it does so on a GPU, and always before a checkpoint is saved.
 
-    That the norm is the same on all ranks is looked at, too: where gradients are not reduced any more (DDP loses its
-    hooks when a parameter is replaced, or gets another type for a while), every rank would train alone. Norms are
-    summed over ranks with the loss of the next step, so this costs no message of its own.
+    That the norm is the same on all ranks is looked at, too: where gradients are not reduced any
+    more (DDP loses its hooks when a parameter is replaced, or gets another type for a while), every
+    rank would train alone. Norms are summed over ranks with the loss of the next step, so this
+    costs no message of its own.
 
     Args:
         options: When to stop.
@@ -92,7 +103,8 @@ class Guard(StepCallback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        self.judge()  # nothing is saved that stands on a wrong step
+        # Nothing is saved that stands on a wrong step.
+        self.judge()
         return {"skipped": self.skipped, "in_a_row": self.in_a_row}
 
     @override
@@ -112,11 +124,15 @@ class Guard(StepCallback):
         self.batches.append(MicroBatch(trainer.global_rank, batch["rows"], math.nan))
 
     @override
-    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+    def on_before_backward(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor
+    ) -> None:
         self.batches[-1] = self.batches[-1]._replace(loss=loss.detach())
 
     @override
-    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
+    ) -> None:
         if self.norm is not None:
             pl_module.window[3:] = torch.stack([self.norm, self.norm.square()])  # type: ignore[index, operator, assignment]
 
@@ -125,7 +141,8 @@ class Guard(StepCallback):
 
         Args:
             optimizer: Is about to step.
-            window: [5] over all ranks: loss sum, targets, tokens, sum and sum of squares of the norms before.
+            window: [5] over all ranks: loss sum, targets, tokens, sum and sum of squares of the
+                norms before.
             norm: [] of the gradients over all ranks, before clipping.
 
         Raises:
@@ -133,15 +150,20 @@ class Guard(StepCallback):
         """
         assert self.trainer is not None
         self.agree = max(RANKS_AGREE, torch.finfo(norm.dtype).eps)
-        norm = norm.to(window.device).double()  # that of offloaded gradients is on the CPU
+        # That of offloaded gradients is on the CPU.
+        norm = norm.to(window.device).double()
         mean, square = window[3:] / self.trainer.world_size
-        apart = (square - mean.square()).clamp(min=0).sqrt() / mean  # their deviation, the same on all ranks
+        # Their deviation, the same on all ranks.
+        apart = (square - mean.square()).clamp(min=0).sqrt() / mean
         self.norm = norm
         self.judge()
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             norm = norm.nan_to_num(
-                0, 0, 0
-            )  # a scaler finds its scale by infinite gradients, which it leaves out itself
+                0,
+                0,
+                0,
+                # A scaler finds its scale by infinite gradients, which it leaves out itself.
+            )
         numbers = torch.stack([window[0] / window[1].clamp(min=1), norm, apart])
         deferred = _can_defer(optimizer, numbers)
         if deferred:
@@ -149,14 +171,17 @@ class Guard(StepCallback):
             optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
         self.step = _on_its_way(self.trainer.global_step + 1, self.batches, numbers)
         if not deferred and self.judge():
-            optimizer.zero_grad(set_to_none=True)  # without gradients an optimizer changes neither weights nor state
+            # Without gradients an optimizer changes neither weights nor state.
+            optimizer.zero_grad(set_to_none=True)
 
     @property
     def _limit(self) -> float:
         return math.inf if self.options.grad_norm_limit is None else self.options.grad_norm_limit
 
     def judge(self) -> bool:
-        """Looks at the step that was not yet judged: whether it is left out. The same on all ranks."""
+        """Looks at the step that was not yet judged: whether it is left out. The same on all
+        ranks.
+        """
         step, self.step = self.step, None
         if step is None:
             return False
@@ -165,24 +190,32 @@ class Guard(StepCallback):
         loss, norm, apart = step.numbers.tolist()
         if apart > self.agree:
             raise UserError(
-                f"step {step.number - 1}: the gradient norms of the ranks differ by {apart:.1%}: gradients are not "
-                "reduced over ranks; look for what replaces parameters (trainer.callbacks?), or report it"
+                f"step {step.number - 1}: the gradient norms of the ranks differ by {apart:.1%}:"
+                " gradients are not reduced over ranks; look for what replaces parameters"
+                " (trainer.callbacks?), or report it"
             )
         if math.isfinite(loss) and math.isfinite(norm) and norm <= self._limit:
             self.in_a_row = 0
             return False
         assert self.trainer is not None
         self.in_a_row += 1
-        above = f", above faults.grad_norm_limit {self._limit:g}" if self._limit < norm < math.inf else ""
+        above = (
+            f", above faults.grad_norm_limit {self._limit:g}"
+            if self._limit < norm < math.inf
+            else ""
+        )
         what = f"step {step.number}: the loss is {loss:g}, the gradient norm {norm:g}{above}"
         places = _places(self.trainer, step.batches)
         if self.in_a_row > self.options.skip_steps:
             before = f" after {self.in_a_row - 1} that were left out" if self.in_a_row > 1 else ""
             raise UserError(
-                f"{what}{before}; {places}; look at these rows, lower the learning rate, or raise faults.skip_steps"
+                f"{what}{before}; {places}; look at these rows, lower the learning rate, or raise"
+                " faults.skip_steps"
             )
         self.skipped += 1
-        log.warning("%s: left out (%s in a row, %s in all); %s", what, self.in_a_row, self.skipped, places)
+        log.warning(
+            "%s: left out (%s in a row, %s in all); %s", what, self.in_a_row, self.skipped, places
+        )
         return True
 
     @override
@@ -216,10 +249,14 @@ def _on_its_way(number: int, batches: list[MicroBatch], numbers: Tensor) -> Step
 
 
 def _places(trainer: L.Trainer, batches: list[MicroBatch]) -> str:
-    """The rows of the micro-batches whose loss is wrong, on all ranks, or of all micro-batches if none is; and a weight
-    that is wrong itself, if there is one. All ranks call it.
+    """The rows of the micro-batches whose loss is wrong, on all ranks, or of all micro-batches if
+    none is; and a weight that is wrong itself, if there is one. All ranks call it.
     """
-    here = [batch._replace(loss=float(batch.loss)) for batch in batches if any(row >= 0 for row in batch.rows)]
+    here = [
+        batch._replace(loss=float(batch.loss))
+        for batch in batches
+        if any(row >= 0 for row in batch.rows)
+    ]
     parts: list[Any] = [(here, _wrong_weight(trainer))]
     if trainer.world_size > 1:
         parts *= trainer.world_size

@@ -28,14 +28,17 @@ PREDICTIONS = "predictions.jsonl"
 
 
 class PredictionWriter(Callback):
-    """Writes predictions as JSON lines: input order, every row exactly once, whatever the number of ranks.
+    """Writes predictions as JSON lines: input order, every row exactly once, whatever the number of
+    ranks.
 
-    Until all are there they lie beside the file in parts, one per rank, whose first line says of which prompts and
-    settings they are. A predict that is run again after it was stopped takes over the rows of such parts.
+    Until all are there they lie beside the file in parts, one per rank, whose first line says of
+    which prompts and settings they are. A predict that is run again after it was stopped takes over
+    the rows of such parts.
 
     Args:
         output: File to write; None is `predictions.jsonl` in the run's folder.
-        ckpt_path: The checkpoint that answers, if one does; Lightning knows it only when it is restored.
+        ckpt_path: The checkpoint that answers, if one does; Lightning knows it only when it is
+            restored.
     """
 
     def __init__(self, output: str | None, ckpt_path: str | None) -> None:
@@ -49,7 +52,9 @@ class PredictionWriter(Callback):
         """Finds what an earlier run has left, before the prompts are dealt."""
         if stage != "predict":
             return
-        self.path = Path(trainer.strategy.broadcast(self.output or str(Path(str(trainer.log_dir)) / PREDICTIONS)))
+        self.path = Path(
+            trainer.strategy.broadcast(self.output or str(Path(str(trainer.log_dir)) / PREDICTIONS))
+        )
         datamodule = data_of(trainer)
         prompts = datamodule.predict_prompts
         done: set[int] = set()
@@ -92,7 +97,8 @@ class PredictionWriter(Callback):
             expected = len(data_of(trainer).predict_prompts)
             if sorted(lines) != list(range(expected)):
                 raise UserError(
-                    f"{self.path}: {len(lines)} predictions for {expected} prompts; the parts are kept beside it"
+                    f"{self.path}: {len(lines)} predictions for {expected} prompts; the parts are"
+                    " kept beside it"
                 )
             with atomic_write(self.path) as file:
                 file.writelines(lines[index] for index in range(expected))
@@ -108,16 +114,23 @@ class PredictionWriter(Callback):
         return sorted(self.path.parent.glob(f".{glob.escape(self.path.name)}.part*"))
 
     def _take_over(self, num_prompts: int) -> set[int]:
-        """Gathers the rows that were left in parts, of however many ranks, in one; which rows these are."""
+        """Gathers the rows that were left in parts, of however many ranks, in one; which rows these
+        are.
+        """
         parts = self._parts()
         lines = self._lines(parts)
         if parts and not lines:
-            log.info("%s: the parts beside it are of other prompts or settings: started anew", self.path)
+            log.info(
+                "%s: the parts beside it are of other prompts or settings: started anew", self.path
+            )
         if lines:
-            log.info("predict goes on: %s of %s prompts are answered already", len(lines), num_prompts)
+            log.info(
+                "predict goes on: %s of %s prompts are answered already", len(lines), num_prompts
+            )
             with atomic_write(self._part("s")) as file:
                 file.writelines((self.head, *lines.values()))
-        for part in parts:  # their rows are in the new part, which was written first
+        for part in parts:
+            # Their rows are in the new part, which was written first.
             if part != self._part("s") or not lines:
                 part.unlink()
         return set(lines)
@@ -126,7 +139,9 @@ class PredictionWriter(Callback):
         """Whole lines of these prompts and settings by index; what a kill has torn is left out."""
         found: dict[int, str] = {}
         for part in parts:
-            head, *lines = part.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] or [""]
+            head, *lines = part.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] or [
+                ""
+            ]
             if head + "\n" == self.head:
                 found |= {json.loads(line)["index"]: line + "\n" for line in lines}
         return found

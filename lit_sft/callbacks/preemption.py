@@ -1,4 +1,6 @@
-"""A run that a signal ends: all ranks save at the same step and leave together; a SLURM job is requeued."""
+"""A run that a signal ends: all ranks save at the same step and leave together; a SLURM job is
+requeued.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +22,15 @@ from lit_sft.run import slurm
 log = logging.getLogger(__name__)
 
 IN_VALIDATION = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
-"""Lightning's counters of a validation that was stopped; with none of its batches done, it is repeated as a whole."""
+"""Lightning's counters of a validation that was stopped; with none of its batches done, it is
+repeated as a whole.
+"""
 
 
 class StopOnSignal(StepCallback, Checkpoint):
-    """Looks at the flag of `signals` between two optimizer steps, and between the batches of a validation; when any
-    rank has it, all save, and leave together. As a `Checkpoint`, it is called after all other callbacks.
+    """Looks at the flag of `signals` between two optimizer steps, and between the batches of a
+    validation; when any rank has it, all save, and leave together. As a `Checkpoint`, it is called
+    after all other callbacks.
 
     Args:
         checkpointer: Saves, on all ranks.
@@ -51,7 +56,8 @@ class StopOnSignal(StepCallback, Checkpoint):
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if signals.installed():
-            signals.install()  # a library may have taken them
+            # A library may have taken them.
+            signals.install()
             signals.wait(for_training=True)
         self.first_step = trainer.global_step
         if self._look(trainer):
@@ -61,7 +67,8 @@ class StopOnSignal(StepCallback, Checkpoint):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self.is_saved:  # not sooner: by now the numbers of the last step are logged
+        if self.is_saved:
+            # Not sooner: by now the numbers of the last step are logged.
             self._leave(trainer)
 
     @override
@@ -91,9 +98,11 @@ class StopOnSignal(StepCallback, Checkpoint):
     @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if _is_over(trainer):
-            signals.wait(for_training=False)  # what is left is saved; it is finished
+            # What is left is saved; it is finished.
+            signals.wait(for_training=False)
         elif self._look(trainer):
-            self.checkpointer.save_and_wait(trainer)  # is saved; but it may still be on its way to the disk
+            # Is saved; but it may still be on its way to the disk.
+            self.checkpointer.save_and_wait(trainer)
             self._leave(trainer)
 
     @override
@@ -101,18 +110,27 @@ class StopOnSignal(StepCallback, Checkpoint):
         signals.wait(for_training=False)
 
     @override
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         if self.in_validation:
             progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
-            progress["total"], progress["current"] = dict(IN_VALIDATION), dict.fromkeys(IN_VALIDATION, 0)
+            progress["total"], progress["current"] = (
+                dict(IN_VALIDATION),
+                dict.fromkeys(IN_VALIDATION, 0),
+            )
 
     def _stop_within(self, trainer: L.Trainer) -> None:
-        """Where a validation, or the answers before the first step, can be given up; it is repeated from its start."""
+        """Where a validation, or the answers before the first step, can be given up; it is repeated
+        from its start.
+        """
         if trainer.state.fn != "fit" or trainer.sanity_checking or not self._look(trainer):
             return
         if trainer.validating and not is_between_steps(trainer):
-            return  # one by the clock, within a step: nothing can be saved before that ends
-        if trainer.validating:  # else these are the answers before the first step
+            # One by the clock, within a step: nothing can be saved before that ends.
+            return
+        if trainer.validating:
+            # Else these are the answers before the first step.
             self.in_validation = True
             self.checkpointer.save_and_wait(trainer)
         self._leave(trainer)
@@ -120,13 +138,14 @@ class StopOnSignal(StepCallback, Checkpoint):
     def _look(self, trainer: L.Trainer) -> bool:
         """Whether a signal reached any rank. All of them ask at the same points of the run.
 
-        On a GPU the answer is that to the last question but one: to wait for the device would cost more than to go one
-        step further.
+        On a GPU the answer is that to the last question but one: to wait for the device would cost
+        more than to go one step further.
         """
         flag = signals.received() if signals.installed() else 0
         if trainer.world_size > 1:
             device = trainer.strategy.root_device
-            flags = torch.full((1,), flag, dtype=torch.int32, device=device)  # a copy would wait for the device
+            # A copy would wait for the device.
+            flags = torch.full((1,), flag, dtype=torch.int32, device=device)
             dist.all_reduce(flags, dist.ReduceOp.MAX)
             flag = int(flags) if device.type != "cuda" else self._one_look_ago(flags)
         if flag and self.signal is None:
@@ -146,7 +165,9 @@ class StopOnSignal(StepCallback, Checkpoint):
         return int(before[0])
 
     def _leave(self, trainer: L.Trainer) -> NoReturn:
-        """Ends this rank; only the first one's exit code tells, as a launcher ends all ranks when any of them fails."""
+        """Ends this rank; only the first one's exit code tells, as a launcher ends all ranks when
+        any of them fails.
+        """
         assert self.signal is not None
         code, step = 128 + self.signal, trainer.global_step
         if trainer.is_global_zero:
@@ -157,15 +178,20 @@ class StopOnSignal(StepCallback, Checkpoint):
             elif self.signal != signal.SIGINT:
                 has_stepped = step > self.first_step
                 code = 0 if slurm.requeue(self.signal, self.max_restarts, has_stepped) else code
-        trainer.strategy.barrier("leave")  # a rank that left sooner would take the first one with it
+        # A rank that left sooner would take the first one with it.
+        trainer.strategy.barrier("leave")
         raise SystemExit(code if trainer.is_global_zero else 0)
 
 
 def _is_over(trainer: L.Trainer) -> bool:
-    """Whether the epoch that ends is the last. Not `fit_loop.done`, which rewrites the number of the epoch."""
+    """Whether the epoch that ends is the last. Not `fit_loop.done`, which rewrites the number of
+    the epoch.
+    """
     loop = trainer.fit_loop
     epochs: int = loop.epoch_progress.current.processed  # type: ignore[attr-defined]
     by_epochs = -1 != loop.max_epochs <= epochs  # type: ignore[operator]
     by_steps = -1 != loop.max_steps <= trainer.global_step
-    can_stop_early = epochs >= (loop.min_epochs or 0) and trainer.global_step >= (loop.min_steps or 0)
+    can_stop_early = epochs >= (loop.min_epochs or 0) and trainer.global_step >= (
+        loop.min_steps or 0
+    )
     return by_epochs or by_steps or (trainer.should_stop and can_stop_early)

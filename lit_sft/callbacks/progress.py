@@ -1,4 +1,6 @@
-"""What a terminal shows of a training: Lightning's bar, which stops no device at every batch; in a log, lines."""
+"""What a terminal shows of a training: Lightning's bar, which stops no device at every batch; in a
+log, lines.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,8 @@ LOSS, SPEED = "train/loss", "train/tokens_per_second"
 
 
 class Progress(RichProgressBar):
-    """Shows new numbers twice a second at most: to read one, the host waits until a GPU has done all that it was
-    given, and meanwhile gives it nothing. The bar itself moves with every batch.
+    """Shows new numbers twice a second at most: to read one, the host waits until a GPU has done
+    all that it was given, and meanwhile gives it nothing. The bar itself moves with every batch.
     """
 
     shown = 0.0
@@ -39,7 +41,8 @@ class Progress(RichProgressBar):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         from transformers.utils import logging as transformers_logging
 
-        transformers_logging.disable_progress_bar()  # the export's would be drawn across this one
+        # The export's would be drawn across this one.
+        transformers_logging.disable_progress_bar()
         super().on_train_start(trainer, pl_module)
 
     @override
@@ -53,7 +56,9 @@ class Progress(RichProgressBar):
 
     @override
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        """Two numbers, for which 80 columns have place. What a validation found is told in a line."""
+        """Two numbers, for which 80 columns have place. What a validation found is told in a
+        line.
+        """
         metrics = trainer.callback_metrics
         shown: dict[str, Any] = {}
         if LOSS in metrics:
@@ -73,7 +78,11 @@ class Progress(RichProgressBar):
     def is_wanted(trainer: Any) -> bool:
         """Whether the settings of a trainer ask for a bar and bring none of their own."""
         own = trainer.get("callbacks") or []
-        bars = [callback for callback in (own if isinstance(own, list) else [own]) if isinstance(callback, ProgressBar)]
+        bars = [
+            callback
+            for callback in (own if isinstance(own, list) else [own])
+            if isinstance(callback, ProgressBar)
+        ]
         return trainer.get("enable_progress_bar") is not False and not bars
 
 
@@ -82,8 +91,9 @@ def _unwrapped_column() -> Column:
 
 
 class Lines(StepCallback):
-    """Says how training goes: every ten seconds at most where there is no bar or it cannot be drawn, as in the log of
-    a job; what a validation found, which a bar would overwrite; and why it ended early.
+    """Says how training goes: every ten seconds at most where there is no bar or it cannot be
+    drawn, as in the log of a job; what a validation found, which a bar would overwrite; and why it
+    ended early.
     """
 
     def __init__(self) -> None:
@@ -93,18 +103,21 @@ class Lines(StepCallback):
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        bar = trainer.progress_bar_callback  # for another one than ours Lightning reads numbers at every batch
+        # For another one than ours Lightning reads numbers at every batch.
+        bar = trainer.progress_bar_callback
         pl_module.in_bar = bar is not None and not isinstance(bar, Progress)  # type: ignore[assignment]
         self.began, self.first_step = None, trainer.global_step
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, EarlyStopping):  # the checkpoint brings the reason of an earlier stop
+            if isinstance(callback, EarlyStopping):
+                # The checkpoint brings the reason of an earlier stop.
                 callback.stopping_reason = EarlyStoppingReason.NOT_STOPPED
 
     @override
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self.began is None:  # now, and not before the answers that come first
+        if self.began is None:
+            # Now, and not before the answers that come first.
             self.began = self.last = time.monotonic()
 
     @override
@@ -119,7 +132,9 @@ class Lines(StepCallback):
             return
         assert self.began is not None
         self.last = now
-        left = timedelta(seconds=round((now - self.began) / max(1, step - self.first_step) * (steps - step)))
+        left = timedelta(
+            seconds=round((now - self.began) / max(1, step - self.first_step) * (steps - step))
+        )
         numbers = trainer.callback_metrics
         log.info(
             "step %s of %s: loss %.4f, %s tokens/s, %s left",
@@ -128,7 +143,11 @@ class Lines(StepCallback):
 
     @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        found = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+        found = {
+            name: value
+            for name, value in trainer.callback_metrics.items()
+            if name.startswith("val/")
+        }
         if trainer.state.fn == "fit" and not trainer.sanity_checking and found:
             values = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
             log.info("step %s: %s", f"{trainer.global_step:,}", values)
@@ -142,8 +161,9 @@ class Lines(StepCallback):
 
 
 def has_stopped_early(trainer: L.Trainer) -> bool:
-    """Whether early stopping has no patience left, before the first step: it asks at a validation only, and a resumed
-    run would go on to the next one. Its callback gets the reason, which the last line tells.
+    """Whether early stopping has no patience left, before the first step: it asks at a validation
+    only, and a resumed run would go on to the next one. Its callback gets the reason, which the
+    last line tells.
     """
     stopped = False
     for callback in trainer.early_stopping_callbacks:
@@ -153,12 +173,17 @@ def has_stopped_early(trainer: L.Trainer) -> bool:
 
 
 def _why(trainer: L.Trainer) -> str:
-    """Which callback has asked for a stop; Lightning says it where only its own messages are read."""
+    """Which callback has asked for a stop; Lightning says it where only its own messages are
+    read.
+    """
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     if any((timer.time_remaining() or 0) < 0 for timer in callbacks if isinstance(timer, Timer)):
         return "trainer.max_time is over (it counts earlier starts, too)"
     for callback in callbacks:
-        if isinstance(callback, EarlyStopping) and callback.stopping_reason != EarlyStoppingReason.NOT_STOPPED:
+        if (
+            isinstance(callback, EarlyStopping)
+            and callback.stopping_reason != EarlyStoppingReason.NOT_STOPPED
+        ):
             return _why_early(callback)
     return "a callback asked for it"
 
@@ -166,8 +191,13 @@ def _why(trainer: L.Trainer) -> str:
 def _why_early(callback: EarlyStopping) -> str:
     count = callback.wait_count
     if callback.stopping_reason == EarlyStoppingReason.PATIENCE_EXHAUSTED:
-        return f"{callback.monitor} did not improve for {count} validation{'s' if count > 1 else ''}"
+        return (
+            f"{callback.monitor} did not improve for {count} validation{'s' if count > 1 else ''}"
+        )
     if callback.stopping_reason == EarlyStoppingReason.NON_FINITE_METRIC:
         return f"{callback.monitor} is not finite"
     is_reached = callback.stopping_reason == EarlyStoppingReason.STOPPING_THRESHOLD
-    return f"{callback.monitor} is past EarlyStopping's {'stopping' if is_reached else 'divergence'}_threshold"
+    return (
+        f"{callback.monitor} is past EarlyStopping's"
+        f" {'stopping' if is_reached else 'divergence'}_threshold"
+    )

@@ -1,4 +1,6 @@
-"""The folder of a run: chosen when the run begins, made anew when somebody removes it, left when the run ends."""
+"""The folder of a run: chosen when the run begins, made anew when somebody removes it, left when
+the run ends.
+"""
 
 from __future__ import annotations
 
@@ -27,11 +29,12 @@ log = logging.getLogger(__name__)
 
 
 class RunFolder(Callback):
-    """Chooses the run's folder on rank 0, tells the others, and writes config.yaml into it. A resumed run leaves what
-    is there as it is until everything is restored and checked.
+    """Chooses the run's folder on rank 0, tells the others, and writes config.yaml into it. A
+    resumed run leaves what is there as it is until everything is restored and checked.
 
     Args:
-        ckpt_path: The checkpoint that the run goes on from, or that it evaluates; its folder is used.
+        ckpt_path: The checkpoint that the run goes on from, or that it evaluates; its folder is
+            used.
         first_step: The step that a resumed run starts with.
         save_config: Writes the configuration to a path.
         checkpointer: Makes the checkpoint the last of the folder.
@@ -57,11 +60,12 @@ class RunFolder(Callback):
         self.has_begun = False
 
     def claim(self, trainer: L.Trainer, stage: str) -> None:
-        """Chooses the folder on rank 0, and locks it where it is trained in; before `trainer.fit`, which opens the
-        loggers before any callback is asked.
+        """Chooses the folder on rank 0, and locks it where it is trained in; before `trainer.fit`,
+        which opens the loggers before any callback is asked.
 
         Raises:
-            UserError: Another run trains in it. With several ranks `setup` raises that, on all of them.
+            UserError: Another run trains in it. With several ranks `setup` raises that, on all of
+                them.
         """
         if global_rank() > 0:
             return
@@ -74,7 +78,8 @@ class RunFolder(Callback):
             if trainer.num_devices * trainer.num_nodes == 1:
                 raise
             self.refusal = error
-            trainer.loggers = []  # which would write into it
+            # Which would write into it.
+            trainer.loggers = []
             return
         if stage == "fit" and not (folder / CONFIG).exists():
             slurm.remember(folder)
@@ -111,8 +116,9 @@ class RunFolder(Callback):
         for rank, other in enumerate(all_found):
             if other != all_found[0]:
                 raise UserError(
-                    f"rank 0 would go on from {all_found[0]}, rank {rank} from {other}: let trainer.default_root_dir "
-                    "lie on a file system that all nodes share, or give the path of one checkpoint as --ckpt_path"
+                    f"rank 0 would go on from {all_found[0]}, rank {rank} from {other}: let"
+                    " trainer.default_root_dir lie on a file system that all nodes share, or give"
+                    " the path of one checkpoint as --ckpt_path"
                 )
 
     def _checkpoint_name(self) -> str:
@@ -129,13 +135,14 @@ class RunFolder(Callback):
         self.begin(trainer)
 
     def begin(self, trainer: L.Trainer, has_steps: bool = True) -> None:
-        """From here on the folder is that of this run: its settings, no log of what it does again, no later checkpoint.
-        Once, when the checkpoint is restored: other data, another model or another optimizer would have been refused
-        by now. All ranks call it.
+        """From here on the folder is that of this run: its settings, no log of what it does again,
+        no later checkpoint. Once, when the checkpoint is restored: other data, another model or
+        another optimizer would have been refused by now. All ranks call it.
 
         Args:
             trainer: Of the run.
-            has_steps: Whether there is a step left; else the folder keeps the settings that its steps were made with.
+            has_steps: Whether there is a step left; else the folder keeps the settings that its
+                steps were made with.
         """
         if self.has_begun or self.folder is None:
             return
@@ -144,8 +151,11 @@ class RunFolder(Callback):
             if trainer.is_global_zero:
                 suffix = "" if has_steps else "; no step is left"
                 log.info("resumed %s at step %s%s", self.ckpt_path, self.first_step, suffix)
-            # Before the job is written down: started again, it would take the last checkpoint of this folder.
-            self.checkpointer.resume_from(trainer, Path(self.ckpt_path), self.first_step, self.folder)
+            # Before the job is written down: started again, it would take the last checkpoint of
+            # this folder.
+            self.checkpointer.resume_from(
+                trainer, Path(self.ckpt_path), self.first_step, self.folder
+            )
         if not trainer.is_global_zero:
             return
         if not self.config and has_steps:
@@ -160,7 +170,9 @@ class RunFolder(Callback):
         self._write_config(folder)
 
     @override
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         checkpoint["config"] = self.config
 
     def _write_config(self, folder: Path) -> None:
@@ -169,8 +181,8 @@ class RunFolder(Callback):
 
 
 class KeepFolder(StepCallback):
-    """Makes the run's folder anew where it was removed, before something is written into it: TensorBoard would go on
-    writing into a file that nobody can open.
+    """Makes the run's folder anew where it was removed, before something is written into it:
+    TensorBoard would go on writing into a file that nobody can open.
 
     Args:
         run_folder: Writes again what the folder held from the start.
@@ -182,7 +194,8 @@ class KeepFolder(StepCallback):
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        folder = trainer.log_dir  # a collective call
+        # A collective call.
+        folder = trainer.log_dir
         self.folder = None if folder is None or not trainer.is_global_zero else Path(folder)
 
     @override
@@ -195,11 +208,15 @@ class KeepFolder(StepCallback):
             if isinstance(logger, TensorBoardLogger):
                 # The writer opens a new file for the next event.
                 logger.experiment.close()
-        log.warning("%s was removed during the run: made anew, what TensorBoard had before is lost", self.folder)
+        log.warning(
+            "%s was removed during the run: made anew, what TensorBoard had before is lost",
+            self.folder,
+        )
 
 
 class LeaveFolder(Checkpoint):
-    """Unlocks the run's folder when nothing is written into it any more: as a `Checkpoint`, it is called last.
+    """Unlocks the run's folder when nothing is written into it any more: as a `Checkpoint`, it is
+    called last.
 
     Args:
         run_folder: Knows the folder once it is chosen; on rank 0, where it was locked.
@@ -214,5 +231,7 @@ class LeaveFolder(Checkpoint):
             run_lock.release(self.run_folder.folder)
 
     @override
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
         self.teardown(trainer, pl_module, "fit")

@@ -1,4 +1,6 @@
-"""What people read: the first training example, and the answers to `data.questions` before and after."""
+"""What people read: the first training example, and the answers to `data.questions` before and
+after.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,12 @@ class FirstExample(Callback):
         datamodule = data_of(trainer)
         input_ids, loss_mask, row = datamodule.data.caches["train"][0]
         text = coloured_tokens(datamodule.tokenizer, input_ids.tolist(), loss_mask.tolist())
-        console().print(Panel(text, title=f"First training example (row {row}): green is trained, the rest is read"))
+        console().print(
+            Panel(
+                text,
+                title=f"First training example (row {row}): green is trained, the rest is read",
+            )
+        )
 
 
 class Answers(Callback):
@@ -55,8 +62,13 @@ class Answers(Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         # A question that is too long is found now, and not when the run is over.
         questions = data_of(trainer).data.questions()
-        check_room(questions, pl_module.generation.max_new_tokens, context_length(pl_module.model.lm.config))
-        if self.questions != list(_questions(trainer)):  # a resumed run may ask others
+        check_room(
+            questions,
+            pl_module.generation.max_new_tokens,
+            context_length(pl_module.model.lm.config),
+        )
+        if self.questions != list(_questions(trainer)):
+            # A resumed run may ask others.
             self.columns, self.questions = {}, list(_questions(trainer))
 
     @override
@@ -83,12 +95,16 @@ class Answers(Callback):
         answers = [""] * len(questions)
         datamodule = data_of(trainer)
         batches = datamodule.prompt_batches(datamodule.data.questions(), pl_module.generation)  # type: ignore[arg-type]
-        for record in gathered([r for prompts in batches for r in records(prompts, pl_module.answer(prompts))]):  # type: ignore[operator]
+        for record in gathered(
+            [r for prompts in batches for r in records(prompts, pl_module.answer(prompts))]
+        ):  # type: ignore[operator]
             answers[record["index"]] = record["prediction"]
         self.columns[column], self.asked_at = answers, trainer.global_step
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-                logger.experiment.add_text("answers", answers_markdown(questions, self.columns), trainer.global_step)
+                logger.experiment.add_text(
+                    "answers", answers_markdown(questions, self.columns), trainer.global_step
+                )
 
 
 def _questions(trainer: L.Trainer) -> Sequence[str]:

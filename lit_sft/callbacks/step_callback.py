@@ -1,4 +1,6 @@
-"""A hook that is called once per optimizer step, where Lightning's are called once per micro-batch."""
+"""A hook that is called once per optimizer step, where Lightning's are called once per
+micro-batch.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from typing_extensions import override
 def is_between_steps(trainer: L.Trainer) -> bool:
     """Whether the newest micro-batch was the last one of its optimizer step.
 
-    Lightning steps after every `accumulate_grad_batches` micro-batches, and after the last one of an epoch.
+    Lightning steps after every `accumulate_grad_batches` micro-batches, and after the last one of
+    an epoch.
     """
     progress = trainer.fit_loop.epoch_loop.batch_progress
     num_batches = progress.current.ready
@@ -33,6 +36,8 @@ class StepCallback(Callback):
         """
 
     @override
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if is_between_steps(trainer):
             self.on_step_end(trainer, pl_module, batch)

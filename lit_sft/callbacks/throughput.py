@@ -1,4 +1,6 @@
-"""How fast training goes, and what it takes: logged with every optimizer step, without waiting for the device."""
+"""How fast training goes, and what it takes: logged with every optimizer step, without waiting for
+the device.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,13 @@ from lit_sft.training.flops import StepCost, peak_flops, step_cost
 class Throughput(StepCallback):
     """Logs speed and memory of the optimizer step that ended.
 
-    `train/tokens_per_second`: of all ranks, validation and saving left out; `train/trained_tokens_per_second`: those
-    with a loss; `train/num_tokens`: since the run began; `train/mfu`: share of the devices' peak that the model's own
-    operations make up; `train/data_wait`: share of the step before its batches were there; `train/peak_memory_gb`: of
-    the device, or of the process on a CPU. With several ranks, `train/tokens_per_second_min` and `_max`: of the ranks
-    with the fewest and the most tokens, and `train/data_wait_max`: of the one that waited longest, at the steps that
-    are logged.
+    `train/tokens_per_second`: of all ranks, validation and saving left out;
+    `train/trained_tokens_per_second`: those with a loss; `train/num_tokens`: since the run began;
+    `train/mfu`: share of the devices' peak that the model's own operations make up;
+    `train/data_wait`: share of the step before its batches were there; `train/peak_memory_gb`: of
+    the device, or of the process on a CPU. With several ranks, `train/tokens_per_second_min` and
+    `_max`: of the ranks with the fewest and the most tokens, and `train/data_wait_max`: of the one
+        that waited longest, at the steps that are logged.
     """
 
     def __init__(self) -> None:
@@ -30,7 +33,9 @@ class Throughput(StepCallback):
         self.cost: StepCost | None = None
         self.step_began = self.waited = 0.0
         self.paused = True
-        """Something else than training has happened since the last step: its time is not the next one's."""
+        """Something else than training has happened since the last step: its time is not the next
+        one's.
+        """
         self.tokens = self.squares = 0
         """Of this rank, in the running optimizer step."""
 
@@ -54,7 +59,9 @@ class Throughput(StepCallback):
         self.paused = True
 
     @override
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         self.paused = True
 
     @override
@@ -62,8 +69,10 @@ class Throughput(StepCallback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         waited = trainer.train_dataloader.waited  # type: ignore[union-attr]
-        self.waited = min(self.waited, waited)  # a loader that was made anew begins at 0
-        if self.paused and not self.tokens:  # else it was within a step, for a validation by the clock
+        # A loader that was made anew begins at 0.
+        self.waited = min(self.waited, waited)
+        if self.paused and not self.tokens:
+            # Else it was within a step, for a validation by the clock.
             self.step_began = time.monotonic() - (waited - self.waited)
         self.paused = False
         if batch["rows"][0] >= 0:
@@ -73,10 +82,15 @@ class Throughput(StepCallback):
     @override
     def on_step_end(self, trainer: L.Trainer, pl_module: Any, batch: Any) -> None:
         _, targets, tokens, *_ = pl_module.window
-        seconds, waited = time.monotonic() - self.step_began, trainer.train_dataloader.waited - self.waited  # type: ignore[union-attr]
+        seconds, waited = (
+            time.monotonic() - self.step_began,
+            trainer.train_dataloader.waited - self.waited,
+        )  # type: ignore[union-attr]
         self.waited += waited
         self.num_tokens = tokens + self.num_tokens
-        pl_module.log("train/tokens_per_second", (tokens / seconds).float(), prog_bar=pl_module.in_bar)
+        pl_module.log(
+            "train/tokens_per_second", (tokens / seconds).float(), prog_bar=pl_module.in_bar
+        )
         pl_module.log("train/trained_tokens_per_second", (targets / seconds).float())
         pl_module.log("train/num_tokens", torch.as_tensor(self.num_tokens).double())
         # Lightning would copy plain numbers to the device, and wait for it.

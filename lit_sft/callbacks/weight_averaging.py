@@ -1,4 +1,6 @@
-"""Weights that a callback of the user's averages: what a validation and a checkpoint hold of them."""
+"""Weights that a callback of the user's averages: what a validation and a checkpoint hold of
+them.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,9 @@ from lit_sft.errors import UserError
 
 
 class Averaging(Callback):
-    """Lets the average stand for the whole of a validation. `WeightAveraging` itself puts the weights back before
-    answers are scored, and in a checkpoint that is saved before that takes one for the other.
+    """Lets the average stand for the whole of a validation. `WeightAveraging` itself puts the
+    weights back before answers are scored, and in a checkpoint that is saved before that takes one
+    for the other.
 
     Comes after all callbacks that ask the model.
     """
@@ -27,8 +30,11 @@ class Averaging(Callback):
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        self.averaging = next((callback for callback in callbacks if isinstance(callback, WeightAveraging)), None)
-        if self.averaging is not None:  # it calls that when a validation begins and when it ends
+        self.averaging = next(
+            (callback for callback in callbacks if isinstance(callback, WeightAveraging)), None
+        )
+        if self.averaging is not None:
+            # It calls that when a validation begins and when it ends.
             lightning_internals.replace_swap(self.averaging, self._swap_once)
 
     def _swap_once(self, pl_module: L.LightningModule) -> None:
@@ -46,16 +52,20 @@ class Averaging(Callback):
             self._swap(pl_module)
 
     @override
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         if self.is_swapped:
             average, current = checkpoint["current_model_state"], checkpoint["state_dict"]
             checkpoint |= {"state_dict": average, "current_model_state": current}
 
     @override
-    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         if trainer.state.fn == "fit" and self.averaging is None and "averaging_state" in checkpoint:
             raise UserError(
-                "the checkpoint holds averaged weights, from which training would go on: put its callback "
-                "(EMAWeightAveraging) into trainer.callbacks again, or begin another run (without --ckpt_path) from "
-                "the exported weights"
+                "the checkpoint holds averaged weights, from which training would go on: put its"
+                " callback (EMAWeightAveraging) into trainer.callbacks again, or begin another run"
+                " (without --ckpt_path) from the exported weights"
             )

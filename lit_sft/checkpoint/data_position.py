@@ -1,4 +1,6 @@
-"""Whether a run goes on with the data of its checkpoint, and where: what is remembered, and what differs, by name."""
+"""Whether a run goes on with the data of its checkpoint, and where: what is remembered, and what
+differs, by name.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +26,17 @@ ORDER = ("packing", "global_batch_size", "seed")
 
 
 def remember(
-    settings: Mapping[str, Any], options: DataConfig, caches: Mapping[str, ExampleCache], packs: Packs
+    settings: Mapping[str, Any],
+    options: DataConfig,
+    caches: Mapping[str, ExampleCache],
+    packs: Packs,
 ) -> dict[str, Any]:
-    """What a checkpoint keeps of the data: hashes, and by the names of the settings all that decides the examples.
+    """What a checkpoint keeps of the data: hashes, and by the names of the settings all that
+    decides the examples.
 
     Args:
-        settings: `Preparation.identity` of the training set; what stands beside its `renderer` wins.
+        settings: `Preparation.identity` of the training set; what stands beside its `renderer`
+            wins.
         options: Of the data module.
         caches: The tokenized training set, and the validation set if there is one.
         packs: Which training examples share a row.
@@ -56,29 +63,36 @@ def check_same(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """
     changed = _differences(saved["order"], now["order"])
     if saved["examples"] != now["examples"]:
-        changed += _differences(saved["settings"], now["settings"]) or ["the tokens themselves, by no setting"]
+        changed += _differences(saved["settings"], now["settings"]) or [
+            "the tokens themselves, by no setting"
+        ]
     elif saved.get("packs", now["packs"]) != now["packs"]:
-        length = _differences(*({"max_length": data["settings"]["max_length"]} for data in (saved, now)))
+        length = _differences(
+            *({"max_length": data["settings"]["max_length"]} for data in (saved, now))
+        )
         changed += length or ([] if changed else ["which examples share a row, by no setting"])
     if changed:
         raise UserError(
-            f"the checkpoint was made with other examples or in another order: {'; '.join(changed)}: restore that, "
-            "or set resume.allow_other_data to true"
+            "the checkpoint was made with other examples or in another order:"
+            f" {'; '.join(changed)}: restore that, or set resume.allow_other_data to true"
         )
 
 
 def tell_other_validation(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Warns where losses before and after the checkpoint are of different rows, between which the best is chosen."""
+    """Warns where losses before and after the checkpoint are of different rows, between which the
+    best is chosen.
+    """
     before, after = saved.get("validation"), now["validation"]
     if before and after and before != after:
         log.warning(
-            "validation: other examples than before the checkpoint; the best score so far, which best.ckpt and early "
-            "stopping go by, was of those"
+            "validation: other examples than before the checkpoint; the best score so far, which"
+            " best.ckpt and early stopping go by, was of those"
         )
 
 
 def check_split(saved: Mapping[str, Any], rows: str) -> None:
-    """Refuses to split the validation rows off other rows than those the checkpoint was trained on the rest of.
+    """Refuses to split the validation rows off other rows than those the checkpoint was trained on
+    the rest of.
 
     Args:
         saved: What `remember` returned then.
@@ -89,15 +103,18 @@ def check_split(saved: Mapping[str, Any], rows: str) -> None:
     """
     if _differences(saved["settings"], _readable({"rows": rows})):
         raise UserError(
-            "data.val_size splits off other rows than it did for the checkpoint, which may have been trained on them: "
-            "restore data.train, data.val_size, data.max_samples and seed_everything, set data.validation to rows it "
-            "was not trained on, or set resume.allow_other_data to true"
+            "data.val_size splits off other rows than it did for the checkpoint, which may have"
+            " been trained on them: restore data.train, data.val_size, data.max_samples and"
+            " seed_everything, set data.validation to rows it was not trained on, or set"
+            " resume.allow_other_data to true"
         )
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands between two optimizer steps, whatever the number of ranks and the size of a micro-batch."""
+    """Where a run stands between two optimizer steps, whatever the number of ranks and the size of
+    a micro-batch.
+    """
 
     epoch: int
     steps: int
@@ -106,11 +123,13 @@ class Position:
     """Optimizer steps done in all epochs."""
 
     @classmethod
-    def saved_in(cls, checkpoint: Mapping[str, Any], order: StepOrder, limit_train_batches: int | float) -> Position:
+    def saved_in(
+        cls, checkpoint: Mapping[str, Any], order: StepOrder, limit_train_batches: int | float
+    ) -> Position:
         """Reads the position of a checkpoint.
 
-        An epoch that has got so short that it is over counts as done. But a checkpoint that was saved in a validation
-        stays in its epoch, so that the validation comes first.
+        An epoch that has got so short that it is over counts as done. But a checkpoint that was
+        saved in a validation stays in its epoch, so that the validation comes first.
 
         Args:
             checkpoint: A checkpoint that has a position.
@@ -126,8 +145,11 @@ class Position:
             return cls(epoch + 1, 0, global_step)
         return cls(epoch, steps, global_step)
 
-    def count_batches(self, loops: dict[str, Any], order: StepOrder, limit_train_batches: int | float) -> None:
-        """Rewrites the micro-batch counters in the state of Lightning's loops. Differences between them are kept.
+    def count_batches(
+        self, loops: dict[str, Any], order: StepOrder, limit_train_batches: int | float
+    ) -> None:
+        """Rewrites the micro-batch counters in the state of Lightning's loops. Differences between
+        them are kept.
 
         Args:
             loops: State of the fit loop.
@@ -141,7 +163,8 @@ class Position:
         _shift(progress["total"], ready=self.epoch * per_epoch + batches)
 
     def count_epochs(self, loops: dict[str, Any]) -> None:
-        """Rewrites the epoch counters in the state of Lightning's loops, to those of an epoch that goes on.
+        """Rewrites the epoch counters in the state of Lightning's loops, to those of an epoch that
+        goes on.
 
         `trainer.max_steps` ends an epoch early, and Lightning has counted it as done.
 
@@ -154,9 +177,11 @@ class Position:
 
 
 def restore(checkpoint: Mapping[str, Any], trainer: Any) -> None:
-    """Lets a run go on where its checkpoint stands: the data module and the counters of Lightning's loops.
+    """Lets a run go on where its checkpoint stands: the data module and the counters of Lightning's
+    loops.
 
-    Lightning counts micro-batches, and an optimizer step may have another number of them than it had then.
+    Lightning counts micro-batches, and an optimizer step may have another number of them than it
+    had then.
 
     Args:
         checkpoint: Its `loops` are changed, before Lightning reads them.
@@ -182,7 +207,9 @@ def _shift(counters: dict[str, int], ready: int) -> None:
 
 def _readable(parts: Mapping[str, Any]) -> dict[str, str]:
     """Settings as short texts: long ones are hashed."""
-    texts = {key: json.dumps(value, sort_keys=True, ensure_ascii=False) for key, value in parts.items()}
+    texts = {
+        key: json.dumps(value, sort_keys=True, ensure_ascii=False) for key, value in parts.items()
+    }
     return {
         key: text if len(text) <= 80 else "#" + hashlib.sha256(text.encode()).hexdigest()[:12]
         for key, text in texts.items()

@@ -1,5 +1,5 @@
-"""Checkpoints on disk: a file, or a directory of parts and a manifest. Their names, how they are written, and which
-are kept.
+"""Checkpoints on disk: a file, or a directory of parts and a manifest. Their names, how they are
+written, and which are kept.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def aside(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp")
 
 
-# ---------------------------------------------------------------------------------------------------- listing
+# ------------------------------------------------------------------ listing
 
 
 def runs_below(logs: Path) -> list[Path]:
@@ -74,8 +74,12 @@ def last_of(run: Path) -> Path | None:
 
 
 def own_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints that we have written into a folder, and not those of a `ModelCheckpoint` of the user's."""
-    return [path for path in folder.glob("step=*.ckpt") if re.fullmatch(r"step=\d{6,}\.ckpt", path.name)]
+    """Checkpoints that we have written into a folder, and not those of a `ModelCheckpoint` of the
+    user's.
+    """
+    return [
+        path for path in folder.glob("step=*.ckpt") if re.fullmatch(r"step=\d{6,}\.ckpt", path.name)
+    ]
 
 
 def newest_first(paths: Iterable[Path]) -> list[Path]:
@@ -84,14 +88,16 @@ def newest_first(paths: Iterable[Path]) -> list[Path]:
 
 
 def modified(path: Path) -> int:
-    """Time of the last change in nanoseconds; 0 if the file is gone, as another run may remove one at any time."""
+    """Time of the last change in nanoseconds; 0 if the file is gone, as another run may remove one
+    at any time.
+    """
     try:
         return path.stat().st_mtime_ns
     except FileNotFoundError:
         return 0
 
 
-# ---------------------------------------------------------------------------------------------------- writing
+# ------------------------------------------------------------------ writing
 
 
 @contextmanager
@@ -105,14 +111,17 @@ def reported(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise _not_written(path, str(error.strerror)) from error
-    except RuntimeError as error:  # torch's writer reports a full disk this way
+    except RuntimeError as error:
+        # Torch's writer reports a full disk this way.
         if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
             raise
         raise _not_written(path, "is the disk full?") from error
 
 
 def _not_written(path: Path, reason: str) -> UserError:
-    return UserError(f"the checkpoint {path} could not be written ({reason}); earlier ones are untouched")
+    return UserError(
+        f"the checkpoint {path} could not be written ({reason}); earlier ones are untouched"
+    )
 
 
 def write(value: Any, path: Path) -> None:
@@ -132,7 +141,9 @@ def write_manifest(folder: Path) -> None:
 
 
 def clear(path: Path, is_folder: bool) -> None:
-    """Makes place for what is written aside; of a save that was killed nothing may be taken for a part of this one."""
+    """Makes place for what is written aside; of a save that was killed nothing may be taken for a
+    part of this one.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     if is_folder:
         remove(aside(path))
@@ -140,28 +151,35 @@ def clear(path: Path, is_folder: bool) -> None:
 
 
 def put_in_place(path: Path) -> None:
-    """Gives what was written aside its name. What bears that name already, from a run that went another way, goes."""
+    """Gives what was written aside its name. What bears that name already, from a run that went
+    another way, goes.
+    """
     if aside(path).is_dir():
         write_manifest(aside(path))
-    if path.is_dir() or path.exists() and aside(path).is_dir():  # only a file can be replaced in one step
+    if path.is_dir() or path.exists() and aside(path).is_dir():
+        # Only a file can be replaced in one step.
         remove(path)
     os.replace(aside(path), path)
     files.sync_folder(path.parent)
 
 
 def remove(path: Path) -> None:
-    """Removes a file or a directory; of a directory that is killed half-way no part bears the old name."""
+    """Removes a file or a directory; of a directory that is killed half-way no part bears the old
+    name.
+    """
     if path.is_dir() and not path.is_symlink():
-        doomed = path.with_name(f".{path.name.removeprefix('.')}.old")  # a name that `keep` clears away
+        # A name that `keep` clears away.
+        doomed = path.with_name(f".{path.name.removeprefix('.')}.old")
         shutil.rmtree(doomed, ignore_errors=True)
-        with suppress(FileNotFoundError):  # another rank was faster
+        with suppress(FileNotFoundError):
+            # Another rank was faster.
             os.replace(path, doomed)
         shutil.rmtree(doomed, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
 
 
-# ---------------------------------------------------------------------------------------------------- keeping
+# ------------------------------------------------------------------ keeping
 
 
 @dataclass(frozen=True)
@@ -175,7 +193,9 @@ class KeepPolicy:
 
 
 def keep(path: Path, policy: KeepPolicy) -> None:
-    """Points the links to a checkpoint that is complete, then removes those that are no longer kept."""
+    """Points the links to a checkpoint that is complete, then removes those that are no longer
+    kept.
+    """
     folder = path.parent
     _make_newest(path)
     files.point(folder / LAST, path.name)
@@ -185,7 +205,8 @@ def keep(path: Path, policy: KeepPolicy) -> None:
     for other in newest_first(own_checkpoints(folder))[policy.keep_last :]:
         if other.name not in kept:
             remove(other)
-    # What is left of saves that were killed, and checkpoints that were set aside when the run went back.
+    # What is left of saves that were killed, and checkpoints that were set aside when the run went
+    # back.
     for left in folder.glob(".step=*"):
         remove(left)
 
@@ -193,19 +214,21 @@ def keep(path: Path, policy: KeepPolicy) -> None:
 def go_back(path: Path, step: int, best_step: int | None) -> bool:
     """Points last.ckpt at the checkpoint that a run resumes from.
 
-    Otherwise a crash before the next save would resume the abandoned branch. Later checkpoints are set aside until that
-    save is complete. If this is killed half-way, the next start does the rest.
+    Otherwise a crash before the next save would resume the abandoned branch. Later checkpoints are
+    set aside until that save is complete. If this is killed half-way, the next start does the rest.
 
     Args:
         path: The checkpoint.
         step: Its step.
-        best_step: Step of the best by then. Whether `best.ckpt` names that now is returned; else there is none.
+        best_step: Step of the best by then. Whether `best.ckpt` names that now is returned; else
+            there is none.
     """
     folder = path.parent.parent / FOLDER
     with reported(path):
         if path.name not in (LAST, BEST) and last_of(path.parent.parent) != path:
             files.point(folder / LAST, os.path.relpath(path, folder))
-        with suppress(PermissionError):  # another user's
+        with suppress(PermissionError):
+            # Another user's.
             _make_newest(path)
         has_best = _restore_best(folder, step, best_step)
         later = [other for other in own_checkpoints(folder) if (step_of(other) or 0) > step]
@@ -214,12 +237,18 @@ def go_back(path: Path, step: int, best_step: int | None) -> bool:
             remove(put_by)
             os.replace(other, put_by)
     if later:
-        log.info("%s: what was saved after step %s is set aside as .step=*.later until the next save", folder, step)
+        log.info(
+            "%s: what was saved after step %s is set aside as .step=*.later until the next save",
+            folder,
+            step,
+        )
     return has_best
 
 
 def _restore_best(folder: Path, step: int, best_step: int | None) -> bool:
-    """Points `best.ckpt` to the best checkpoint by then, or removes it. Whether it names that is returned."""
+    """Points `best.ckpt` to the best checkpoint by then, or removes it. Whether it names that is
+    returned.
+    """
     link = folder / BEST
     named = files.target(link)
     best = None if best_step is None else path_of(folder.parent, best_step)
@@ -237,7 +266,9 @@ def _restore_best(folder: Path, step: int, best_step: int | None) -> bool:
 
 
 def _make_newest(path: Path) -> None:
-    """Makes a checkpoint newer than all others of all runs, also where the clock was turned back meanwhile."""
+    """Makes a checkpoint newer than all others of all runs, also where the clock was turned back
+    meanwhile.
+    """
     run = path.parent.parent
     latest = 0
     for folder in {run, *runs_below(run.parent)}:
@@ -248,7 +279,7 @@ def _make_newest(path: Path) -> None:
         os.utime(path, ns=(latest + 1, latest + 1))
 
 
-# ---------------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------ reading
 
 
 def read(path: Path) -> Any:
@@ -261,7 +292,9 @@ def read(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"--ckpt_path {path} cannot be read as a checkpoint of lit_sft: {reason}") from error
+        raise UserError(
+            f"--ckpt_path {path} cannot be read as a checkpoint of lit_sft: {reason}"
+        ) from error
 
 
 def check(path: Path) -> None:
@@ -274,13 +307,14 @@ def check(path: Path) -> None:
         raise UserError(f"--ckpt_path {path}: there is no such checkpoint")
     if not is_intact(path):
         raise UserError(
-            f"--ckpt_path {path} is damaged; use an earlier one, or --ckpt_path last to take the newest that is whole"
+            f"--ckpt_path {path} is damaged; use an earlier one, or --ckpt_path last to take the"
+            " newest that is whole"
         )
 
 
 def is_intact(path: Path) -> bool:
-    """Whether a checkpoint is complete and unchanged: torch writes zip files, whose directory is at the end and names
-    all checksums; the manifest of a sharded one names all parts and their sizes.
+    """Whether a checkpoint is complete and unchanged: torch writes zip files, whose directory is at
+    the end and names all checksums; the manifest of a sharded one names all parts and their sizes.
     """
     try:
         if not path.is_dir():
@@ -288,7 +322,8 @@ def is_intact(path: Path) -> bool:
         sizes = json.loads((path / MANIFEST).read_text())["files"]
         parts = [path / name for name in sizes]
         return STATE in sizes and all(
-            part.stat().st_size == sizes[part.name] and _checksums_hold(part, modified(part), sizes[part.name])
+            part.stat().st_size == sizes[part.name]
+            and _checksums_hold(part, modified(part), sizes[part.name])
             for part in parts
         )
     except (OSError, ValueError, KeyError, TypeError):

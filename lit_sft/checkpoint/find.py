@@ -17,10 +17,11 @@ def find_checkpoint(ckpt_path: str | None, logs: Path, subcommand: str) -> str |
     """Returns the path of the checkpoint that is meant.
 
     Args:
-        ckpt_path: A checkpoint or the folder of a run; `last` for the newest intact checkpoint of all runs; `best`, but
-            for `fit`, for the best one of the run that holds it.
+        ckpt_path: A checkpoint or the folder of a run; `last` for the newest intact checkpoint of
+            all runs; `best`, but for `fit`, for the best one of the run that holds it.
         logs: `lightning_logs`.
-        subcommand: The command. With `last`, `fit` starts anew where there is no checkpoint, and gets None.
+        subcommand: The command. With `last`, `fit` starts anew where there is no checkpoint, and
+            gets None.
 
     Raises:
         UserError: There is no such checkpoint.
@@ -40,7 +41,8 @@ def _find_by_name(name: str, logs: Path, subcommand: str) -> Path | None:
         if subcommand == "fit":
             return None
         raise UserError(
-            f"--ckpt_path {name}: there is no intact checkpoint below {logs}; run `fit` first, or give a path"
+            f"--ckpt_path {name}: there is no intact checkpoint below {logs}; run `fit` first, or"
+            " give a path"
         )
     _warn_of_newer_runs(logs, last)
     return _best_beside(last) if name == "best" else last
@@ -59,9 +61,11 @@ def _find_by_path(ckpt_path: str) -> Path:
 
 
 def find_last(logs: Path, run: str | None = None) -> Path | None:
-    """Returns the last intact checkpoint of the newest run, or of one run. Torn ones are passed over with a warning.
+    """Returns the last intact checkpoint of the newest run, or of one run. Torn ones are passed
+    over with a warning.
 
-    In a run the link `last.ckpt` says which was the last, as the files of a copied folder may have other times.
+    In a run the link `last.ckpt` says which was the last, as the files of a copied folder may have
+    other times.
 
     Args:
         logs: `lightning_logs`.
@@ -82,23 +86,33 @@ def find_last(logs: Path, run: str | None = None) -> Path | None:
 
 
 def _best_beside(last: Path) -> Path:
-    """The best checkpoint of a run. Its last one may be a file of the user's, in a folder beside ours."""
+    """The best checkpoint of a run. Its last one may be a file of the user's, in a folder beside
+    ours.
+    """
     folder = last.parent.parent / files.FOLDER
     name = target(folder / files.BEST)
     if name is None or not files.is_intact(folder / name):
         raise UserError(
-            f"--ckpt_path best: {folder} holds no intact {files.BEST}, which a run makes with data.validation or "
-            "data.val_size; take last, or give a path"
+            f"--ckpt_path best: {folder} holds no intact {files.BEST}, which a run makes with"
+            " data.validation or data.val_size; take last, or give a path"
         )
     return folder / name
 
 
 def _warn_of_newer_runs(logs: Path, found: Path) -> None:
-    """Says which newer runs are passed over, because they were stopped before they saved anything."""
+    """Says which newer runs are passed over, because they were stopped before they saved
+    anything.
+    """
     run = found.parent.parent
-    newer = [folder.name for folder in files.runs_below(logs) if _is_newer_without_checkpoint(folder, found)]
+    newer = [
+        folder.name
+        for folder in files.runs_below(logs)
+        if _is_newer_without_checkpoint(folder, found)
+    ]
     if newer:
-        log.warning("%s: no checkpoint yet, passed over for the older %s", ", ".join(sorted(newer)), run)
+        log.warning(
+            "%s: no checkpoint yet, passed over for the older %s", ", ".join(sorted(newer)), run
+        )
 
 
 def _is_newer_without_checkpoint(folder: Path, found: Path) -> bool:

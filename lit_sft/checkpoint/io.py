@@ -18,8 +18,8 @@ from lit_sft.errors import UserError
 
 
 class CheckpointFiles(TorchCheckpointIO):
-    """How Lightning writes and reads checkpoints. A state that is spread over ranks becomes a directory with a part of
-    each, everything else one file.
+    """How Lightning writes and reads checkpoints. A state that is spread over ranks becomes a
+    directory with a part of each, everything else one file.
 
     Args:
         async_save: Write in a thread, from a copy in host memory, while training goes on.
@@ -34,16 +34,20 @@ class CheckpointFiles(TorchCheckpointIO):
 
     @override
     def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: KeepPolicy | None = None
+        self,
+        checkpoint: dict[str, Any],
+        path: str | os.PathLike,
+        storage_options: KeepPolicy | None = None,
     ) -> None:
         """Saves; on rank 0 only, or on all ranks where the state is sharded.
 
         Args:
             checkpoint: Tensors and plain values; DTensors are what is sharded.
             path: File or directory to write.
-            storage_options: What becomes of the other checkpoints of the run, once this one is complete. Lightning
-                passes the argument on from the call that saves. A `ModelCheckpoint` of the user's passes None, and
-                removes nothing of ours; an attribute of this object would hold for its saves, too.
+            storage_options: What becomes of the other checkpoints of the run, once this one is
+                complete. Lightning passes the argument on from the call that saves. A
+                `ModelCheckpoint` of the user's passes None, and removes nothing of ours; an
+                attribute of this object would hold for its saves, too.
 
         Raises:
             UserError: It could not be written, or (in a thread) the one before it.
@@ -57,12 +61,16 @@ class CheckpointFiles(TorchCheckpointIO):
             # A group of its own, on the CPU: a thread uses it while the ranks train with another.
             if self._group is None:
                 self._group = distributed.new_group(backend="gloo")
-        self._agree(path, pieces, lambda: files.clear(path, is_folder=pieces is not None), only_first=True)
+        self._agree(
+            path, pieces, lambda: files.clear(path, is_folder=pieces is not None), only_first=True
+        )
         if not self.async_save:
             self._write(checkpoint, pieces, path, policy)
             return
         checkpoint, pieces = self._copy([checkpoint, pieces])
-        self._thread = threading.Thread(target=self._write_or_fail, args=(checkpoint, pieces, path, policy))
+        self._thread = threading.Thread(
+            target=self._write_or_fail, args=(checkpoint, pieces, path, policy)
+        )
         self._thread.start()
 
     def wait(self) -> None:
@@ -98,7 +106,11 @@ class CheckpointFiles(TorchCheckpointIO):
             self._error = error
 
     def _write(
-        self, checkpoint: Any, pieces: dict[str, sharded.Piece] | None, path: Path, policy: KeepPolicy | None
+        self,
+        checkpoint: Any,
+        pieces: dict[str, sharded.Piece] | None,
+        path: Path,
+        policy: KeepPolicy | None,
     ) -> None:
         aside = files.aside(path)
 
@@ -122,8 +134,12 @@ class CheckpointFiles(TorchCheckpointIO):
             files.remove(aside)
             raise
 
-    def _agree(self, path: Path, pieces: Any, act: Callable[[], None], only_first: bool = False) -> None:
-        """Acts; where the state is sharded, on each rank (or the first), and raises on all of them if one failed."""
+    def _agree(
+        self, path: Path, pieces: Any, act: Callable[[], None], only_first: bool = False
+    ) -> None:
+        """Acts; where the state is sharded, on each rank (or the first), and raises on all of them
+        if one failed.
+        """
         error = None
         try:
             with files.reported(path):
@@ -148,7 +164,8 @@ class CheckpointFiles(TorchCheckpointIO):
 
 
 def open_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
-    """A checkpoint whose tensors stay in their files until they are used: `tensor[slices]` reads a part of one.
+    """A checkpoint whose tensors stay in their files until they are used: `tensor[slices]` reads a
+    part of one.
 
     Raises:
         UserError: It is not there, torn, or holds something else than tensors and plain values.

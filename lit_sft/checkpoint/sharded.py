@@ -1,9 +1,11 @@
-"""A state that is sharded over ranks: split into what each rank holds, and joined again for any number of ranks.
+"""A state that is sharded over ranks: split into what each rank holds, and joined again for any
+number of ranks.
 
-A checkpoint is a tree of dicts and lists with tensors and plain values as leaves. Splitting it gives the same tree on
-every rank, with an empty (meta) tensor of the whole shape in place of each sharded one, and this rank's pieces of those
-by their place in the tree. torch.distributed.checkpoint does the same, but its index is a pickle, and reading a pickle
-can run code.
+A checkpoint is a tree of dicts and lists with tensors and plain values as leaves. Splitting it
+gives the same tree on every rank, with an empty (meta) tensor of the whole shape in place of each
+sharded one, and this rank's pieces of those by their place in the tree.
+torch.distributed.checkpoint does the same, but its index is a pickle, and reading a pickle can run
+code.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ def map_leaves(function: Callable[[str, Any], Any], tree: Any, place: str = "") 
     """A tree of the same form.
 
     Args:
-        function: (place in the tree such as `optimizer_states/0/state/3/exp_avg`, leaf) to the new leaf.
+        function: (place in the tree such as `optimizer_states/0/state/3/exp_avg`, leaf) to the new
+            leaf.
         tree: Dicts, lists and tuples (which become lists) of leaves.
         place: Of the tree itself.
     """
@@ -63,7 +66,11 @@ def local_offset(tensor: DTensor) -> list[int]:
     """Where this rank's part begins in each dimension. torch has no public function for it."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    return list(compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)[1])
+    return list(
+        compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)[
+            1
+        ]
+    )
 
 
 def _is_first_copy(tensor: DTensor) -> bool:
@@ -125,7 +132,9 @@ def join(tree: Any, parts: Sequence[dict[str, Piece]]) -> Any:
 
 def whole(tree: Any) -> Any:
     """The tree with all tensors in memory, or mapped from one file."""
-    return map_leaves(lambda _, leaf: leaf.whole() if isinstance(leaf, StoredTensor) else leaf, tree)
+    return map_leaves(
+        lambda _, leaf: leaf.whole() if isinstance(leaf, StoredTensor) else leaf, tree
+    )
 
 
 def gather(tree: Any, keep: bool) -> Any:
@@ -146,13 +155,17 @@ def gather(tree: Any, keep: bool) -> Any:
 
 
 def copy_into(target: Tensor, source: Tensor | StoredTensor) -> None:
-    """Copies a saved tensor into one of this process; where that is sharded, only this rank's part is read.
+    """Copies a saved tensor into one of this process; where that is sharded, only this rank's part
+    is read.
 
     Raises:
         UserError: The shapes differ.
     """
     if target.shape != source.shape:
-        raise UserError(f"a tensor of the checkpoint is {list(source.shape)}, that of the model {list(target.shape)}")
+        raise UserError(
+            f"a tensor of the checkpoint is {list(source.shape)}, that of the model"
+            f" {list(target.shape)}"
+        )
     with torch.no_grad():
         if isinstance(target, DTensor):
             local = target.to_local()
@@ -207,5 +220,7 @@ class HostCopy:
     def _buffer(self, place: str, like: Tensor) -> Tensor:
         buffer = self.buffers.get(place)
         if buffer is None or buffer.shape != like.shape or buffer.dtype != like.dtype:
-            self.buffers[place] = buffer = torch.empty(like.shape, dtype=like.dtype, pin_memory=like.is_cuda)
+            self.buffers[place] = buffer = torch.empty(
+                like.shape, dtype=like.dtype, pin_memory=like.is_cuda
+            )
         return buffer

@@ -1,4 +1,5 @@
-"""The words on the command line, before they are parsed: recipes by name, the run's config, the keys and their origin.
+"""The words on the command line, before they are parsed: recipes by name, the run's config, the
+keys and their origin.
 
 Nothing is interpreted here that needs a parser.
 """
@@ -25,7 +26,9 @@ EVALUATING = ("validate", "test", "predict", "export")
 CONFIG_FLAGS = ("--config", "-c")
 HELP_FLAGS = ("--help", "-h")
 MOVED_CLASSES = {"lit_sft.strategies.FSDP2Strategy": "lit_sft.distributed.fsdp2.FSDP2Strategy"}
-"""Old class paths and their new ones: old ones stand in users' configs and in the config.yaml of earlier runs."""
+"""Old class paths and their new ones: old ones stand in users' configs and in the config.yaml of
+earlier runs.
+"""
 
 # ------------------------------------------------------------------ what the user wrote
 
@@ -55,7 +58,9 @@ def written(args: list[str]) -> list[Written]:
 
 def config_files(args: list[str]) -> list[str]:
     """Lists the files that `--config` names."""
-    return [following for arg, following in _with_following(args) if arg in CONFIG_FLAGS and following]
+    return [
+        following for arg, following in _with_following(args) if arg in CONFIG_FLAGS and following
+    ]
 
 
 def read_yaml(path: str) -> Any:
@@ -67,7 +72,9 @@ def read_yaml(path: str) -> Any:
 
 
 def _with_following(args: list[str]) -> Iterator[tuple[str, str]]:
-    """Each argument with the one after it, which may be its value; the last one with an empty text."""
+    """Each argument with the one after it, which may be its value; the last one with an empty
+    text.
+    """
     for position, arg in enumerate(args):
         yield arg, args[position + 1] if position + 1 < len(args) else ""
 
@@ -82,7 +89,8 @@ def _flatten(tree: Any, origin: str, prefix: str = "") -> Iterator[Written]:
 def _parse_yaml(text: str) -> Any:
     try:
         return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):  # ValueError: a text that looks like a date
+    except (yaml.YAMLError, ValueError):
+        # ValueError: a text that looks like a date.
         return text
 
 
@@ -92,14 +100,15 @@ def _parse_yaml(text: str) -> Any:
 def expand_arguments(args: list[str]) -> list[str]:
     """Puts files in place of the names of recipes, and the run's config.yaml below everything else.
 
-    Commands that evaluate a checkpoint read the config.yaml of the run it lies in before `--config`, so that it is
-    weaker.
+    Commands that evaluate a checkpoint read the config.yaml of the run it lies in before
+    `--config`, so that it is weaker.
 
     Raises:
         UserError: A checkpoint or a file is not there.
     """
     if any(arg in HELP_FLAGS for arg in args):
-        # The help depends on nothing else, and shall be there whatever state files and settings are in.
+        # The help depends on nothing else, and shall be there whatever state files and settings are
+        # in.
         return [*args[:1], "--help"]
     args = [with_moved_classes(arg) for arg in _split_flags(args)]
     args = _name_recipes(args)
@@ -110,7 +119,10 @@ def expand_arguments(args: list[str]) -> list[str]:
 
 def packaged_config(name: str) -> str | None:
     """Finds the file of a recipe that comes with the package (`--config demo`)."""
-    for folder in (resources.files("lit_sft").joinpath("configs"), Path(__file__).parents[2] / "configs"):
+    for folder in (
+        resources.files("lit_sft").joinpath("configs"),
+        Path(__file__).parents[2] / "configs",
+    ):
         path = Path(str(folder)) / f"{name}.yaml"
         if path.is_file():
             return str(path)
@@ -137,7 +149,9 @@ def _load_yaml(text: str) -> Any:
 
 
 def _split_flags(args: list[str]) -> list[str]:
-    """Splits `--config=FILE` and `--ckpt_path=FILE`, which are looked up here, into flag and value."""
+    """Splits `--config=FILE` and `--ckpt_path=FILE`, which are looked up here, into flag and
+    value.
+    """
     parts: list[str] = []
     for arg in args:
         if arg.startswith(("--config=", "--ckpt_path=")):
@@ -154,7 +168,10 @@ def _name_recipes(args: list[str]) -> list[str]:
         if named and named[-1] in CONFIG_FLAGS and not Path(arg).is_file():
             packaged = packaged_config(arg)
             if packaged is None:
-                raise UserError(f"--config {arg}: there is no such file, and no recipe of that name in the package")
+                raise UserError(
+                    f"--config {arg}: there is no such file, and no recipe of that name in the"
+                    " package"
+                )
             named.append(packaged)
         else:
             named.append(arg)
@@ -162,7 +179,9 @@ def _name_recipes(args: list[str]) -> list[str]:
 
 
 def _with_config_of_run(args: list[str]) -> list[str]:
-    """Finds the checkpoint of a command that evaluates one, and reads the config.yaml of its run first."""
+    """Finds the checkpoint of a command that evaluates one, and reads the config.yaml of its run
+    first.
+    """
     command = args[0]
     if "--ckpt_path" not in args[:-1]:
         if command != "export":

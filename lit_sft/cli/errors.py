@@ -1,4 +1,6 @@
-"""What a wrong word on the command line says: one line with the key, its origin, and the nearest right one."""
+"""What a wrong word on the command line says: one line with the key, its origin, and the nearest
+right one.
+"""
 
 from __future__ import annotations
 
@@ -34,10 +36,13 @@ MESSAGES = (
 )
 """(What jsonargparse says, what we say). The first row that fits is taken.
 
-The groups of the pattern fill the answer: `unknown` and `key` become the whole dotted key and its origin, `types` the
-expected types in words.
+The groups of the pattern fill the answer: `unknown` and `key` become the whole dotted key and its
+origin, `types` the expected types in words.
 """
-NOT_MET = r"class_path '[\w.]*?(?P<name>\w+)':\s+(?:Requirement '([\w-]+)[^']*' not met|No module named '(\w+)')"
+NOT_MET = (
+    r"class_path '[\w.]*?(?P<name>\w+)':\s+(?:Requirement '([\w-]+)[^']*' not met|No module named"
+    r" '(\w+)')"
+)
 """What jsonargparse says of a class whose package is missing when it is made."""
 
 TYPE_WORDS = {
@@ -73,7 +78,9 @@ def one_line(message: str, args: list[str], known: set[str]) -> str:
 
 
 def missing_package(error: Exception, args: list[str]) -> Exception:
-    """The error itself; or one line, if a class that the user named needs a package that is not installed."""
+    """The error itself; or one line, if a class that the user named needs a package that is not
+    installed.
+    """
     match = re.search(NOT_MET, str(error))
     if match is None:
         return error
@@ -81,7 +88,9 @@ def missing_package(error: Exception, args: list[str]) -> Exception:
     package = match[2] or match[3]
     named = [item for item in written(args) if str(item.value).rpartition(".")[2] == name]
     place = f"{named[-1].key.removesuffix('.class_path')} ({named[-1].origin}): " if named else ""
-    return UserError(f"{place}{name} needs {package}: `pip install {package}`, or choose another class")
+    return UserError(
+        f"{place}{name} needs {package}: `pip install {package}`, or choose another class"
+    )
 
 
 def expected(text: str) -> str:
@@ -94,7 +103,8 @@ def expected(text: str) -> str:
             names += choices.replace("'", "").split(", ")
         elif name in TYPE_WORDS:
             names.append(TYPE_WORDS[name])
-        elif "lit_sft" in text:  # options of ours are written as keys
+        elif "lit_sft" in text:
+            # Options of ours are written as keys.
             names.append(TYPE_WORDS["dict"])
     return _either(sorted(dict.fromkeys(names), key=_rank)) or "a class, e.g. torch.optim.AdamW"
 
@@ -105,13 +115,17 @@ def shown(value: object) -> str:
 
 
 def suggestion(key: str, known: set[str]) -> str:
-    """The nearest right key: among those beside it, below them, anywhere by its last part, or by the whole of it."""
+    """The nearest right key: among those beside it, below them, anywhere by its last part, or by
+    the whole of it.
+    """
     parent, _, name = key.rpartition(".")
     inside = f"{parent}." if parent else ""
     beside = {k for k in known if k.rpartition(".")[0] == parent}
     below = {k for k in known if k.startswith(inside)}
     for keys, cutoff in ((beside, 0.5), (below, 0.6), (known, 0.8)):
-        names = difflib.get_close_matches(name, {k.rpartition(".")[2] for k in keys}, n=1, cutoff=cutoff)
+        names = difflib.get_close_matches(
+            name, {k.rpartition(".")[2] for k in keys}, n=1, cutoff=cutoff
+        )
         same = [k for k in keys if k.rpartition(".")[2] in names]
         best = difflib.get_close_matches(key, same, n=1, cutoff=0)
         if best:
@@ -120,14 +134,21 @@ def suggestion(key: str, known: set[str]) -> str:
     return f"did you mean {best[0]}?" if best else "`--print_config` shows all keys"
 
 
-def _fields(found: dict[str, str | None], args: list[str], known: set[str]) -> dict[str, str | None]:
+def _fields(
+    found: dict[str, str | None], args: list[str], known: set[str]
+) -> dict[str, str | None]:
     """What an answer of `MESSAGES` names, beside the groups of its pattern."""
     if found.get("unknown"):
         key, origin = _place(str(found["unknown"]), args, known)
         return {**found, "key": key, "origin": origin, "suggestion": suggestion(key, known)}
     if found.get("key"):
         key, origin = _place(str(found["key"]), args, set(), found.get("given"))
-        return {**found, "key": key, "origin": origin, "expected": expected(found.get("types") or "")}
+        return {
+            **found,
+            "key": key,
+            "origin": origin,
+            "expected": expected(found.get("types") or ""),
+        }
     return {**found, "files": _broken_files(args)}
 
 

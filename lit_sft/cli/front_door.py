@@ -1,4 +1,5 @@
-"""What the program says before a command runs: which commands there are, its version, a command that does not exist.
+"""What the program says before a command runs: which commands there are, its version, a command
+that does not exist.
 
 Only the standard library is imported here, so that the answer comes at once.
 """
@@ -17,7 +18,10 @@ COMMANDS = {
     "test": "Measure a checkpoint on the test set.",
     "predict": "Write the answers of a checkpoint to a file.",
     "preview": "Show rows of the training set as the model will see them.",
-    "doctor": "Check data, steps, memory and disk before a run, with two real steps; exit code 1 on an error.",
+    "doctor": (
+        "Check data, steps, memory and disk before a run, with two real steps; exit code 1 on an"
+        " error."
+    ),
     "export": "Turn a checkpoint into a Hugging Face directory.",
 }
 """Every command with its line of help."""
@@ -61,7 +65,8 @@ options:
   --help     Show this.
   --version  Show the version.
 
-`{PROGRAM} COMMAND --help` explains all keys of a command, `{PROGRAM} COMMAND --print_config` prints their values."""
+`{PROGRAM} COMMAND --help` explains all keys of a command.
+`{PROGRAM} COMMAND --print_config` prints their values."""
 
 
 def _problem(args: list[str]) -> str:

@@ -49,7 +49,13 @@ SHARED_KEYS = (
     "predict_output",
 )
 """Keys of config.yaml, which every command reads."""
-LINKED_TO_DATA = ("model_name_or_path", "revision", "trust_remote_code", "add_tokens", "adapter_name_or_path")
+LINKED_TO_DATA = (
+    "model_name_or_path",
+    "revision",
+    "trust_remote_code",
+    "add_tokens",
+    "adapter_name_or_path",
+)
 """Settings of the model that the data need too."""
 TRAINER_DEFAULTS = {
     "precision": "bf16-mixed",
@@ -73,15 +79,21 @@ class SFTCLI(LightningCLI):
         ours = {name: {"model", "datamodule"} for name in OURS}
         return {**LightningCLI.subcommands(), **ours}
 
-    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        """Adds keys only to the command that is asked for: building all parsers takes half a second."""
+    def _prepare_subcommand_parser(
+        self, klass: type, subcommand: str, **kwargs: Any
+    ) -> LightningArgumentParser:
+        """Adds keys only to the command that is asked for: building all parsers takes half a
+        second.
+        """
         if sys.argv[1:2] != [subcommand]:
             self._subcommand_method_arguments[subcommand] = []
             return self.init_parser(**kwargs)
         return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
-        """Lets the errors of any parser name the keys of all, and the help show how a command is called."""
+        """Lets the errors of any parser name the keys of all, and the help show how a command is
+        called.
+        """
         super()._add_subcommands(parser, **kwargs)
         OneLineParser.commands = self._subcommand_parsers
         for name, command in self._subcommand_parsers.items():
@@ -99,7 +111,10 @@ class SFTCLI(LightningCLI):
         )
         parser.add_class_arguments(run_folder.ResumeOptions, "resume")
         parser.add_argument(
-            "--predict_output", type=str | None, default=None, help="File of `predict`; null: in the run's folder"
+            "--predict_output",
+            type=str | None,
+            default=None,
+            help="File of `predict`; null: in the run's folder",
         )
         for key in LINKED_TO_DATA:
             parser.link_arguments(f"model.{key}", f"data.{key}")
@@ -108,12 +123,19 @@ class SFTCLI(LightningCLI):
         parser.link_arguments("resume.allow_other_data", "data.allow_other_data")
 
     def _parse_ckpt_path(self) -> None:
-        """Does nothing: Lightning would let hyper-parameters in the checkpoint overwrite what the user typed."""
+        """Does nothing: Lightning would let hyper-parameters in the checkpoint overwrite what the
+        user typed.
+        """
 
     def _set_seed(self) -> None:
-        """Refuses a seed that is no number: Lightning takes true for any number, and false for none."""
+        """Refuses a seed that is no number: Lightning takes true for any number, and false for
+        none.
+        """
         if isinstance(self._get(self.config, "seed_everything"), bool):
-            raise UserError("seed_everything must be a number: the split, the order and start values follow from it")
+            raise UserError(
+                "seed_everything must be a number: the split, the order and start values follow"
+                " from it"
+            )
         super()._set_seed()
 
     def before_instantiate_classes(self) -> None:
@@ -128,7 +150,8 @@ class SFTCLI(LightningCLI):
         if "ckpt_path" in config:
             config.ckpt_path = self.ckpt_path
         if "weights_only" in config:
-            config.weights_only = True  # never run pickled code
+            # Never run pickled code.
+            config.weights_only = True
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Makes the trainer that the command needs."""
@@ -144,7 +167,8 @@ class SFTCLI(LightningCLI):
         return CommandTrainer(
             accelerator="cpu",
             devices=1,
-            precision=config.trainer.precision,  # decides the type of the weights
+            # Decides the type of the weights.
+            precision=config.trainer.precision,
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -184,7 +208,9 @@ class SFTCLI(LightningCLI):
         if asked.get("logger") in (None, True):
             asked["logger"] = run_folder.loggers(root)
         try:
-            trainer = self._instantiate_trainer({**asked, "default_root_dir": str(root), **kwargs}, callbacks)
+            trainer = self._instantiate_trainer(
+                {**asked, "default_root_dir": str(root), **kwargs}, callbacks
+            )
         except (TypeError, ValueError, MisconfigurationException) as error:
             raise UserError(f"trainer: {error}") from error
         fsdp2.check(trainer.strategy)
@@ -240,7 +266,8 @@ def main(args: list[str] | None = None) -> None:
     arguments.read_moved_classes()
     descriptions = {name: {"description": text} for name, text in front_door.COMMANDS.items()}
     try:
-        # Ranks that Lightning starts run this same command line again, so what was expanded stays expanded.
+        # Ranks that Lightning starts run this same command line again, so what was expanded stays
+        # expanded.
         sys.argv[1:] = arguments.expand_arguments(sys.argv[1:] if args is None else args)
         SFTCLI(
             SFTModule,

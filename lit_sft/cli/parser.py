@@ -1,4 +1,6 @@
-"""The parser: jsonargparse's, with errors in one line and without values that it takes and does not use."""
+"""The parser: jsonargparse's, with errors in one line and without values that it takes and does not
+use.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +25,14 @@ from lit_sft.lightning_internals import option_type, parser_actions
 
 
 class OneLineParser(LightningArgumentParser):
-    """A parser whose errors are one line, with the file and the nearest right key for a wrong one."""
+    """A parser whose errors are one line, with the file and the nearest right key for a wrong
+    one.
+    """
 
     commands: ClassVar[Mapping[str, LightningArgumentParser]] = {}
-    """The parsers of all commands; an error may come from one that only knows a part of the keys."""
+    """The parsers of all commands; an error may come from one that only knows a part of the
+    keys.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # No abbreviations: one may be the misspelling of another key.
@@ -34,7 +40,9 @@ class OneLineParser(LightningArgumentParser):
 
     @override
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
-        """Parses, and refuses what jsonargparse takes without a word: a null, a value in place of keys."""
+        """Parses, and refuses what jsonargparse takes without a word: a null, a value in place of
+        keys.
+        """
         config = super().parse_args(*args, **kwargs)
         command = config.get("subcommand")
         if command is None:
@@ -53,25 +61,34 @@ class OneLineParser(LightningArgumentParser):
         args = sys.argv[1:]
         parser = self.commands.get(args[0], self) if args else self
         known = set(known_keys(parser, written(args)))
-        rank_zero_only(print)(errors.redact(f"error: {one_line(message, args, known)}"), file=sys.stderr)
+        rank_zero_only(print)(
+            errors.redact(f"error: {one_line(message, args, known)}"), file=sys.stderr
+        )
         sys.exit(2)
 
 
 def known_keys(parser: LightningArgumentParser, given: Iterable[Written] = ()) -> Iterator[str]:
-    """Lists all keys of a parser, with those of optional groups (`model.lora.r`) and of the chosen classes.
+    """Lists all keys of a parser, with those of optional groups (`model.lora.r`) and of the chosen
+    classes.
 
     Args:
         parser: Of one command.
         given: What the user wrote: it chooses the classes.
     """
-    classes = {item.key.removesuffix(".class_path"): item.value for item in given if isinstance(item.value, str)}
+    classes = {
+        item.key.removesuffix(".class_path"): item.value
+        for item in given
+        if isinstance(item.value, str)
+    }
     for action in parser_actions(parser):
         if f"--{action.dest}" not in action.option_strings or action.dest.endswith(".help"):
             continue
         yield action.dest
         yield from _keys_of_groups(action)
         if isinstance(action.default, Mapping) and "class_path" in action.default:
-            yield from _keys_of_class(action.dest, str(classes.get(action.dest, action.default["class_path"])))
+            yield from _keys_of_class(
+                action.dest, str(classes.get(action.dest, action.default["class_path"]))
+            )
 
 
 def _keys_of_groups(action: Action) -> Iterator[str]:
@@ -92,12 +109,17 @@ def _keys_of_class(key: str, class_path: str) -> Iterator[str]:
 
 def _problem(action: Action, item: Written, config: Any) -> str | None:
     """What is wrong with a written value that jsonargparse has let pass."""
-    if "-->" in action.option_strings[0]:  # a link
+    if "-->" in action.option_strings[0]:
+        # A link.
         source = action.option_strings[0].split(" -->")[0]
-        return None if item.value == config.get(item.key) else f"follows from {source}: leave it out"
+        return (
+            None if item.value == config.get(item.key) else f"follows from {source}: leave it out"
+        )
     kind = option_type(action)
-    if kind is None:  # a group
-        is_group = isinstance(item.value, Mapping | str)  # a text is a file with its keys
+    if kind is None:
+        # A group.
+        # A text is a file with its keys.
+        is_group = isinstance(item.value, Mapping | str)
         return None if is_group else f"got {shown(item.value)}, expected keys with values"
     if item.value is None and type(None) not in typing.get_args(kind):
         return f"got null, expected {expected(' '.join(map(str, _alternatives(kind))))}"

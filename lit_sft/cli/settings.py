@@ -27,20 +27,32 @@ def reject_unsupported(trainer: Any, command: str) -> None:
         UserError: One of them is set.
     """
     if trainer.overfit_batches:
-        raise UserError("trainer.overfit_batches must be 0: set data.max_samples to train on a few rows")
+        raise UserError(
+            "trainer.overfit_batches must be 0: set data.max_samples to train on a few rows"
+        )
     if trainer.use_distributed_sampler:
-        raise UserError("trainer.use_distributed_sampler must be false: it would shuffle over our own order")
+        raise UserError(
+            "trainer.use_distributed_sampler must be false: it would shuffle over our own order"
+        )
     if trainer.enable_checkpointing is False and command == "fit":
-        raise UserError("trainer.enable_checkpointing must be true: to save less, raise checkpoint.every_n_minutes")
+        raise UserError(
+            "trainer.enable_checkpointing must be true: to save less, raise"
+            " checkpoint.every_n_minutes"
+        )
 
 
 def complete_trainer(trainer: Any) -> None:
-    """Writes out what the user's words stand for: a home folder, the accelerator that can be used, FSDP."""
+    """Writes out what the user's words stand for: a home folder, the accelerator that can be used,
+    FSDP.
+    """
     if trainer.default_root_dir is not None:
         trainer.default_root_dir = str(Path(trainer.default_root_dir).expanduser())
     trainer.accelerator = _without_apples_gpu(trainer.accelerator)
     if trainer.strategy == "fsdp":
-        log.info("trainer.strategy fsdp: FSDP2 is taken (fsdp2), whose shards any number of devices can load")
+        log.info(
+            "trainer.strategy fsdp: FSDP2 is taken (fsdp2), whose shards any number of devices can"
+            " load"
+        )
         trainer.strategy = "fsdp2"
 
 
@@ -76,6 +88,8 @@ def _without_apples_gpu(chosen: Any) -> Any:
     if not torch.backends.mps.is_available() or chosen not in ("auto", "gpu", "mps"):
         return chosen
     if chosen != "auto":
-        raise UserError(f"trainer.accelerator {chosen}: Apple's GPU cannot sum losses in float64: set it to cpu")
+        raise UserError(
+            f"trainer.accelerator {chosen}: Apple's GPU cannot sum losses in float64: set it to cpu"
+        )
     log.info("Apple's GPU cannot sum losses in float64: the CPU is taken (trainer.accelerator)")
     return "cpu"

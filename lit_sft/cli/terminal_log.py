@@ -1,4 +1,6 @@
-"""What appears on the terminal: our own log lines, and the warnings of libraries that apply here."""
+"""What appears on the terminal: our own log lines, and the warnings of libraries that apply
+here.
+"""
 
 from __future__ import annotations
 
@@ -15,20 +17,29 @@ from lit_sft import errors
 log = logging.getLogger("lit_sft")
 
 NOT_HERE = (
-    "does not have many workers",  # batches are slices of a mapped file
-    "not resumable",  # the position is ours
+    # Batches are slices of a mapped file.
+    "does not have many workers",
+    # The position is ours.
+    "not resumable",
     "is smaller than the logging interval",
-    "sync_dist=True)`",  # all ranks log the same
-    "across ranks is zero",  # no validation set
-    "treespec, LeafSpec",  # Lightning with torch 2.13
-    "deprecated",  # of jsonargparse, by Lightning
-    "The `srun` command is available",  # where it is needed and not used, that is an error of ours
+    # All ranks log the same.
+    "sync_dist=True)`",
+    # No validation set.
+    "across ranks is zero",
+    # Lightning with torch 2.13.
+    "treespec, LeafSpec",
+    # Of jsonargparse, by Lightning.
+    "deprecated",
+    # Where it is needed and not used, that is an error of ours.
+    "The `srun` command is available",
 )
 """Advice of libraries that does not apply."""
 
 
 class _TerminalHandler(logging.StreamHandler):
-    """Writes to what is `sys.stderr` at that moment: a progress bar that is drawn puts lines above itself there."""
+    """Writes to what is `sys.stderr` at that moment: a progress bar that is drawn puts lines above
+    itself there.
+    """
 
     @property  # type: ignore[override]
     def stream(self) -> Any:
@@ -44,7 +55,8 @@ def set_up() -> None:
     _show_own_lines()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on some CPUs it misses a kernel of the hub
+    # On some CPUs it misses a kernel of the hub.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     for text in NOT_HERE:
         warnings.filterwarnings("ignore", f".*{re.escape(text)}.*")
     if not sys.stderr.isatty():

@@ -20,15 +20,19 @@ log = logging.getLogger(__name__)
 class CommandTrainer(SFTTrainer):
     """SFTTrainer with the commands that Lightning does not have.
 
-    LightningCLI makes a subcommand of each method that `SFTCLI.subcommands` names. Its docstring is the help text, and
-    its arguments are options.
+    LightningCLI makes a subcommand of each method that `SFTCLI.subcommands` names. Its docstring is
+    the help text, and its arguments are options.
     """
 
     plan = Plan()
     """The devices that `doctor` is asked about; it takes one of them itself."""
 
     def preview(
-        self, model: SFTModule, datamodule: SFTDataModule, num_rows: int = 3, output: Literal["rich", "json"] = "rich"
+        self,
+        model: SFTModule,
+        datamodule: SFTDataModule,
+        num_rows: int = 3,
+        output: Literal["rich", "json"] = "rich",
     ) -> None:
         """Show rows of the training set as the model will see them.
 
@@ -47,7 +51,8 @@ class CommandTrainer(SFTTrainer):
         output: Literal["rich", "json"] = "rich",
         histogram: str | None = None,
     ) -> None:
-        """Check data, steps, memory and disk before a run, with two real steps; exit code 1 on an error.
+        """Check data, steps, memory and disk before a run, with two real steps; exit code 1 on an
+        error.
 
         Args:
             model: Its settings are used.
@@ -76,7 +81,8 @@ class CommandTrainer(SFTTrainer):
             output_dir: Directory to write.
             merge_lora: Merge the adapter into the base instead of writing an adapter directory.
             dequantize: Merge over a 4-bit base too, whose values are then written in bf16.
-            dtype: Type of the written weights; null keeps theirs, which is fp32 where they were trained.
+            dtype: Type of the written weights; null keeps theirs, which is fp32 where they were
+                trained.
         """
         export_command.export_checkpoint(
             self, model, datamodule, ckpt_path, Path(output_dir), merge_lora, dequantize, dtype

@@ -1,4 +1,6 @@
-"""The same questions to several models: their answers side by side, in the terminal and as a page."""
+"""The same questions to several models: their answers side by side, in the terminal and as a
+page.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,14 @@ def ask(
     stop_ids = stop_token_ids(data.tokenizer, model.lm.generation_config, data.stop_ids)
     found = []
     for batch in make_batches(prompts, options, data.tokenizer.pad_token_id):  # type: ignore[arg-type]
-        texts = answer(model, data.tokenizer, batch, options=options, stop_ids=stop_ids, seed=module.options.seed)
+        texts = answer(
+            model,
+            data.tokenizer,
+            batch,
+            options=options,
+            stop_ids=stop_ids,
+            seed=module.options.seed,
+        )
         found += records(batch, texts)
     return sorted(found, key=lambda record: record["index"])
 
@@ -84,8 +93,10 @@ body {{ font: 15px/1.45 system-ui, sans-serif; margin: 2rem; }}
 h1 {{ font-size: 1.3rem; margin: 0; }}
 p {{ opacity: .7; margin: .2rem 0 1.2rem; }}
 table {{ border-collapse: collapse; table-layout: fixed; width: 100%; min-width: 40rem; }}
-th, td {{ border: 1px solid #8886; padding: .5rem .7rem; text-align: left; vertical-align: top; width: {width}%; }}
-th {{ position: sticky; top: 0; background: light-dark(#eef1f5, #2a2e35); overflow-wrap: anywhere; }}
+th, td {{ border: 1px solid #8886; padding: .5rem .7rem; width: {width}%; }}
+th, td {{ text-align: left; vertical-align: top; }}
+th {{ position: sticky; top: 0; overflow-wrap: anywhere; }}
+th {{ background: light-dark(#eef1f5, #2a2e35); }}
 td {{ white-space: pre-wrap; overflow-wrap: anywhere; }}
 td:first-child {{ font-weight: 600; }}
 i {{ opacity: .5; }}

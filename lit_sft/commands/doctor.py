@@ -1,4 +1,6 @@
-"""`doctor`: a pre-flight. Everything about data, steps and memory that can be known in a minute, and two real steps."""
+"""`doctor`: a pre-flight. Everything about data, steps and memory that can be known in a minute,
+and two real steps.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ LABELS = {
     "tokens_per_step": "tokens per step",
     "memory": "memory expected",
 }
-"""What `--output json` prints, beside warnings and errors, and how people read it. null: not reached, or not used."""
+"""What `--output json` prints, beside warnings and errors, and how people read it. null: not
+reached, or not used.
+"""
 BARS = 12
 
 
@@ -81,15 +85,23 @@ def doctor(
         lengths = datamodule.data.caches["train"].lengths
         report |= _examine_data(datamodule, report)
         packs, options = datamodule.pack("train"), datamodule.options
-        StepOrder(len(packs), options.global_batch_size, options.micro_batch_size, plan.devices, seed=0)  # refuses
+        # Refuses.
+        StepOrder(
+            len(packs), options.global_batch_size, options.micro_batch_size, plan.devices, seed=0
+        )
         report["memory"] = _expect_memory(trainer, plan, module, datamodule, report)
         alone = needed_memory(trainer, module, datamodule).total
         if plan.sharded and alone > report["memory"]["available"]:
-            report["warnings"].append(f"no step was tried: one device alone would need {alone / GIB:.1f} GiB")
+            report["warnings"].append(
+                f"no step was tried: one device alone would need {alone / GIB:.1f} GiB"
+            )
         else:
             step = _try_step(trainer, module, datamodule)
             took = step["peak_bytes"] / GIB
-            log.info(f"memory of a real step on one device: {took:.2f} GiB, expected {alone / GIB:.2f} GiB")
+            log.info(
+                f"memory of a real step on one device: {took:.2f} GiB, expected"
+                f" {alone / GIB:.2f} GiB"
+            )
     except (UserError, torch.OutOfMemoryError) as error:
         report["errors"].append(" ".join(str(error).split()))
     if output == "json":
@@ -108,14 +120,20 @@ def _examine_data(datamodule: SFTDataModule, report: dict[str, Any]) -> dict[str
     warnings: list[str] = report["warnings"]
     warnings += counts.lines("train")[1:]
     if not counts.stop_ids and options.format != "text":
-        report["errors"].append("no stop token is trained: the model would not learn to end; check data.chat_template")
+        report["errors"].append(
+            "no stop token is trained: the model would not learn to end; check data.chat_template"
+        )
     if tokenizer.pad_token_id == tokenizer.eos_token_id:
         warnings.append("pad and eos are one token: harmless here, masks go by position")
     if tokenizer.bos_token_id is not None:
         first = [cache[index][0][:2].tolist() for index in range(min(len(cache), 100))]
         if any(ids == [tokenizer.bos_token_id] * 2 for ids in first):
-            report["errors"].append("examples begin with two BOS tokens: remove bos_token from data.chat_template")
-    overlap = num_overlapping(cache, data.caches["validation"]) if "validation" in data.caches else 0
+            report["errors"].append(
+                "examples begin with two BOS tokens: remove bos_token from data.chat_template"
+            )
+    overlap = (
+        num_overlapping(cache, data.caches["validation"]) if "validation" in data.caches else 0
+    )
     if overlap:
         warnings.append(f"{overlap:,} validation rows are in the training set too")
     packs = datamodule.pack("train")
@@ -128,29 +146,42 @@ def _examine_data(datamodule: SFTDataModule, report: dict[str, Any]) -> dict[str
         "stop_tokens": tokenizer.convert_ids_to_tokens(counts.stop_ids),
         "duplicates": counts.duplicates,
         "overlap": overlap,
-        "pack_fill": float(packs.num_tokens(cache.lengths).mean() / options.max_length) if options.packing else None,
+        "pack_fill": (
+            float(packs.num_tokens(cache.lengths).mean() / options.max_length)
+            if options.packing
+            else None
+        ),
         "steps_per_epoch": steps,
         "tokens_per_step": counts.tokens / steps,
     }
 
 
 def _expect_memory(
-    trainer: L.Trainer, plan: Plan, module: SFTModule, datamodule: SFTDataModule, report: dict[str, Any]
+    trainer: L.Trainer,
+    plan: Plan,
+    module: SFTModule,
+    datamodule: SFTDataModule,
+    report: dict[str, Any],
 ) -> dict[str, int]:
     expected = needed_memory(trainer, module, datamodule, plan)
     device = trainer.strategy.root_device
-    available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    available = (
+        torch.cuda.mem_get_info(device)[0]
+        if device.type == "cuda"
+        else psutil.virtual_memory().available
+    )
     if expected.total > available:
         report["errors"].append(
-            f"the step needs about {expected.total / GIB:.1f} GiB{' on each device' * (plan.devices > 1)} and "
-            f"{available / GIB:.1f} GiB are free: lower data.micro_batch_size or data.max_length, or set "
-            "model.gradient_checkpointing, model.lora, or trainer.strategy to fsdp2 on more devices"
+            f"the step needs about {expected.total / GIB:.1f}"
+            f" GiB{' on each device' * (plan.devices > 1)} and {available / GIB:.1f} GiB are free:"
+            " lower data.micro_batch_size or data.max_length, or set model.gradient_checkpointing,"
+            " model.lora, or trainer.strategy to fsdp2 on more devices"
         )
     room = shutil.disk_usage(_existing(Path(trainer.default_root_dir))).free
     if 3 * expected.checkpoint > room:
         report["errors"].append(
-            f"three checkpoints take {3 * expected.checkpoint / GIB:.1f} GiB, the disk has {room / GIB:.1f} GiB: free "
-            "some, or set trainer.default_root_dir to another disk"
+            f"three checkpoints take {3 * expected.checkpoint / GIB:.1f} GiB, the disk has"
+            f" {room / GIB:.1f} GiB: free some, or set trainer.default_root_dir to another disk"
         )
     return {**expected.parts, "total": expected.total, "available": available}
 
@@ -161,14 +192,20 @@ def _existing(folder: Path) -> Path:
 
 
 def _try_step(trainer: L.Trainer, module: SFTModule, datamodule: SFTDataModule) -> dict[str, float]:
-    """Two optimizer steps on the fullest packs: at the second the optimizer's state is there, too."""
+    """Two optimizer steps on the fullest packs: at the second the optimizer's state is there,
+    too.
+    """
     before = memory_estimate.resident()
     started = time.monotonic()
     trainer.callbacks.append(FullestFirst())  # type: ignore[attr-defined]
     trainer.fit(module, datamodule)
     device = trainer.strategy.root_device
     on_gpu = device.type == "cuda"
-    peak = torch.cuda.max_memory_allocated(device) if on_gpu else memory_estimate.resident(peak=True) - before
+    peak = (
+        torch.cuda.max_memory_allocated(device)
+        if on_gpu
+        else memory_estimate.resident(peak=True) - before
+    )
     return {
         "seconds_with_loading": time.monotonic() - started,
         "peak_bytes": peak,
@@ -177,8 +214,8 @@ def _try_step(trainer: L.Trainer, module: SFTModule, datamodule: SFTDataModule) 
 
 
 class FullestFirst(Callback):
-    """Leaves two optimizer steps of one forward pass, or of two where the run accumulates gradients: the fullest packs,
-    which need the most memory.
+    """Leaves two optimizer steps of one forward pass, or of two where the run accumulates
+    gradients: the fullest packs, which need the most memory.
     """
 
     @override
@@ -217,7 +254,10 @@ def _report_table(report: dict[str, Any], step: dict[str, float] | None) -> Tabl
     if step is not None:
         peak = f"{step['peak_bytes'] / GIB:.2f} GiB more than before"
         seconds = step["seconds_with_loading"]
-        table.add_row("two steps, longest batch", f"loss {step['loss']:.3f}, {peak}, {seconds:.0f} s with loading")
+        table.add_row(
+            "two steps, longest batch",
+            f"loss {step['loss']:.3f}, {peak}, {seconds:.0f} s with loading",
+        )
     return table
 
 

@@ -1,4 +1,6 @@
-"""`export`: a checkpoint to a Hugging Face directory, on one CPU process, compared with the model in memory."""
+"""`export`: a checkpoint to a Hugging Face directory, on one CPU process, compared with the model
+in memory.
+"""
 
 from __future__ import annotations
 
@@ -28,16 +30,18 @@ def export_checkpoint(
     dequantize: bool,
     dtype: str | None,
 ) -> None:
-    """Loads, merges if asked to, writes, and compares logits and greedy answers to the default questions.
+    """Loads, merges if asked to, writes, and compares logits and greedy answers to the default
+    questions.
 
     Raises:
-        UserError: The checkpoint is not one of this model, merging needs a word of consent, or what was written answers
-            differently and is gone again.
+        UserError: The checkpoint is not one of this model, merging needs a word of consent, or what
+            was written answers differently and is gone again.
     """
     if merge_lora and module.options.quantization is not None and not dequantize:
         raise UserError(
-            "--merge_lora true over a 4-bit base: say --dequantize true to write its rounded values, with the adapter, "
-            "in bf16; or --model.quantization null to merge into the base that was quantized, which was not trained on"
+            "--merge_lora true over a 4-bit base: say --dequantize true to write its rounded"
+            " values, with the adapter, in bf16; or --model.quantization null to merge into the"
+            " base that was quantized, which was not trained on"
         )
     trainer.strategy.connect(module)
     module.trainer = datamodule.trainer = trainer
@@ -61,7 +65,10 @@ def export_checkpoint(
         module.use_merged(merge.merge(plain, probe, before))
     set_attention(module.model.lm, "sdpa")
     if dtype is not None and module.adapter is not None:
-        raise UserError(f"--dtype {dtype} is for whole models, and an adapter stays as it is: add --merge_lora true")
+        raise UserError(
+            f"--dtype {dtype} is for whole models, and an adapter stays as it is: add --merge_lora"
+            " true"
+        )
     trained = module.adapter or module.model.lm
     stored = None if dtype is None else getattr(torch, dtype)
 

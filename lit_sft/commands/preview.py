@@ -34,7 +34,8 @@ def preview(data: SFTData, num_rows: int, output: Literal["rich", "json"]) -> No
     preparation = data.preparation(rows)
     counts = Counts()
     examples = list(preparation.examples(rows, counts))
-    for line in counts.lines("preview"):  # what was dropped, and why
+    for line in counts.lines("preview"):
+        # What was dropped, and why.
         log.info(line)
     tokenizer = data.tokenizer
     if output == "json":
@@ -54,8 +55,13 @@ def preview(data: SFTData, num_rows: int, output: Literal["rich", "json"]) -> No
     screen.print(_conversations_table([preparation.conversation(rows, row) for row in kept]))
     for example in examples:
         trained = sum(example.loss_mask)
-        title = f"row {example.row}, part {example.part}: {len(example.input_ids)} tokens, {trained} trained (green)"
-        screen.print(Panel(coloured_tokens(tokenizer, example.input_ids, example.loss_mask), title=title))
+        title = (
+            f"row {example.row}, part {example.part}: {len(example.input_ids)} tokens, {trained}"
+            " trained (green)"
+        )
+        screen.print(
+            Panel(coloured_tokens(tokenizer, example.input_ids, example.loss_mask), title=title)
+        )
 
 
 def _conversations_table(conversations: list[Conversation]) -> Table:
@@ -69,8 +75,13 @@ def _conversations_table(conversations: list[Conversation]) -> Table:
                 table.add_row(Text("\n".join(asked)), Text(_said(message)))
                 asked = []
             else:
-                asked.append(message.content if message.role == "user" else f"[{message.role}] {message.content}")
-        if asked:  # a plain text, or a question that nobody answered
+                asked.append(
+                    message.content
+                    if message.role == "user"
+                    else f"[{message.role}] {message.content}"
+                )
+        if asked:
+            # A plain text, or a question that nobody answered.
             table.add_row(Text("\n".join(asked)), "")
         table.add_section()
     return table
@@ -78,6 +89,9 @@ def _conversations_table(conversations: list[Conversation]) -> Table:
 
 def _said(message: Message) -> str:
     """What an assistant wrote in one turn: reasoning, answer, calls."""
-    calls = (f"[call] {json.dumps(call['function'], ensure_ascii=False)}" for call in message.tool_calls or ())
+    calls = (
+        f"[call] {json.dumps(call['function'], ensure_ascii=False)}"
+        for call in message.tool_calls or ()
+    )
     reasoning = f"[reasoning] {message.reasoning_content}" if message.reasoning_content else ""
     return "\n".join(filter(None, (reasoning, message.content, *calls)))

@@ -1,8 +1,8 @@
 r"""Conversation -> drafts: texts to be tokenized, and where in them each assistant turn lies.
 
-A turn is located by writing the conversation twice: the messages before it with the generation prompt, as a server does
-to have the turn generated, and the messages up to it. The second text must begin with the first. The model has to
-generate the rest, up to and with the stop token:
+A turn is located by writing the conversation twice: the messages before it with the generation
+prompt, as a server does to have the turn generated, and the messages up to it. The second text must
+begin with the first. The model has to generate the rest, up to and with the stop token:
 
     prompt   <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n
     whole    <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n
@@ -49,7 +49,9 @@ class Draft:
     """No template wrote this text, so the tokenizer adds its bos."""
 
 
-def make_drafts(template: ChatTemplate, conversation: Conversation, train_on: TrainOn) -> list[Draft]:
+def make_drafts(
+    template: ChatTemplate, conversation: Conversation, train_on: TrainOn
+) -> list[Draft]:
     """Writes a conversation and locates the turns that decide what is trained.
 
     Args:
@@ -100,7 +102,10 @@ def full_draft(template: ChatTemplate, conversation: Conversation, answers: Sequ
     whole, _ = template.write(conversation)
     for turn in turns:
         if not whole.startswith(turn.text):
-            raise UserError(f"turn {turn.number} is not trained, but the template rewrites it; set data.train_on")
+            raise UserError(
+                f"turn {turn.number} is not trained, but the template rewrites it; set"
+                " data.train_on"
+            )
     stops: tuple[str, ...] = ()
     if messages[-1].role == "assistant" and messages[-1].train is not False:
         _, stop = find_stop(template, whole, conversation, len(messages) - 1)
@@ -110,7 +115,10 @@ def full_draft(template: ChatTemplate, conversation: Conversation, answers: Sequ
 
 
 def completion_drafts(
-    template: ChatTemplate, conversation: Conversation, answers: Sequence[int], wanted: Sequence[int]
+    template: ChatTemplate,
+    conversation: Conversation,
+    answers: Sequence[int],
+    wanted: Sequence[int],
 ) -> list[Draft]:
     """Assistant turns are trained: those that are wanted, unless a turn's own flag says otherwise.
 
@@ -154,7 +162,9 @@ def _notes(turns: Sequence[RenderedTurn]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(note for turn in turns for note in turn.notes))
 
 
-def _write_whole(template: ChatTemplate, conversation: Conversation, turns: Sequence[RenderedTurn]) -> str:
+def _write_whole(
+    template: ChatTemplate, conversation: Conversation, turns: Sequence[RenderedTurn]
+) -> str:
     """The text of a conversation, with the template variables of its last trained turn."""
     if not turns:
         return template.write(conversation)[0]
@@ -167,8 +177,9 @@ def _write_whole(template: ChatTemplate, conversation: Conversation, turns: Sequ
 def write_prompt(template: ChatTemplate, conversation: Conversation) -> str:
     """The text that a server feeds the model to have a conversation continued.
 
-    If the last turn is the assistant's, it is the answer that is asked for. The prompt is then the one that this turn
-    is trained behind; if it cannot be trained, the prompt of the messages before it.
+    If the last turn is the assistant's, it is the answer that is asked for. The prompt is then the
+    one that this turn is trained behind; if it cannot be trained, the prompt of the messages before
+    it.
 
     Raises:
         UserError: The template cannot write it.
@@ -185,10 +196,12 @@ def write_prompt(template: ChatTemplate, conversation: Conversation) -> str:
 def prove(template: ChatTemplate, conversation: Conversation, index: int) -> RenderedTurn:
     """Locates the assistant turn `messages[index]`; later messages do not matter.
 
-    If the turn does not fit its prompt, or its reasoning is not written, the switches of the template are tried.
+    If the turn does not fit its prompt, or its reasoning is not written, the switches of the
+    template are tried.
 
     Raises:
-        UserError: No switch makes it fit, or the template leaves the turn open or does not write its calls.
+        UserError: No switch makes it fit, or the template leaves the turn open or does not write
+            its calls.
     """
     second_best = None
     refusal = None
@@ -210,7 +223,12 @@ def prove(template: ChatTemplate, conversation: Conversation, index: int) -> Ren
 
 
 def _locate(
-    template: ChatTemplate, conversation: Conversation, index: int, switch: Switch, *, lenient: bool = False
+    template: ChatTemplate,
+    conversation: Conversation,
+    index: int,
+    switch: Switch,
+    *,
+    lenient: bool = False,
 ) -> RenderedTurn:
     message = conversation.messages[index]
     number = index + 1
@@ -220,7 +238,8 @@ def _locate(
         stop_at, stop = find_stop(template, whole, conversation, index, switch, start)
         _check_no_stop_inside(template, whole[start:stop_at], stop, number)
     else:
-        # It is not known where the answer begins, so only the content of the message is surely part of it.
+        # It is not known where the answer begins, so only the content of the message is surely part
+        # of it.
         start = len(os.path.commonprefix([prompt, whole]))
         stop_at, stop = find_stop(template, whole, conversation, index, switch)
         _check_no_stop_inside(template, message.content, stop, number)
@@ -249,7 +268,12 @@ def _locate(
 
 
 def find_stop(
-    template: ChatTemplate, text: str, conversation: Conversation, index: int, switch: Switch = (), start: int = 0
+    template: ChatTemplate,
+    text: str,
+    conversation: Conversation,
+    index: int,
+    switch: Switch = (),
+    start: int = 0,
 ) -> tuple[int, str]:
     """Finds the special token that ends the turn `messages[index]`.
 
@@ -270,9 +294,10 @@ def find_stop(
     closing = template.closing.search(text, max(start, len(text) - _LONGEST_CLOSING))
     if closing is None:
         raise UserError(
-            f"the chat template leaves turn {index + 1} (assistant) open: {text[-20:]!r} does not end with a "
-            "special token of the tokenizer, so the model would not learn to stop; set data.chat_template to a "
-            "template that ends turns with one the tokenizer has as a special token"
+            f"the chat template leaves turn {index + 1} (assistant) open: {text[-20:]!r} does not"
+            " end with a special token of the tokenizer, so the model would not learn to stop; set"
+            " data.chat_template to a template that ends turns with one the tokenizer has as a"
+            " special token"
         )
     found = list(template.special.finditer(text, closing.start()))
     stop = found[0]
@@ -291,8 +316,9 @@ def _last_of_turn(
 ) -> re.Match[str]:
     """Which of the special tokens at the end of `text` is the stop token.
 
-    Some templates end a turn with several (DeepSeek's tool calls), others write eos once more behind the whole text
-    (Phi-3). The tokens that are still there when the conversation goes on belong to the turn; the last of them stops.
+    Some templates end a turn with several (DeepSeek's tool calls), others write eos once more
+    behind the whole text (Phi-3). The tokens that are still there when the conversation goes on
+    belong to the turn; the last of them stops.
     """
     message = conversation.messages[index]
     if not message.content.strip() and not message.tool_calls:
@@ -310,7 +336,9 @@ def _last_of_turn(
     return found[0]
 
 
-def _without_own(template: ChatTemplate, message: Message, found: list[re.Match[str]]) -> list[re.Match[str]]:
+def _without_own(
+    template: ChatTemplate, message: Message, found: list[re.Match[str]]
+) -> list[re.Match[str]]:
     """The special tokens behind those that the content of the message itself ends with."""
     own = template.closing.search(message.content)
     if own is None:
@@ -328,7 +356,10 @@ def _following(messages: Sequence[Message], index: int) -> Sequence[Message]:
     calls = messages[index].tool_calls
     if not calls:
         return [Message("user", ".")]
-    return [Message("tool", ".", name=call["function"]["name"], tool_call_id=call.get("id")) for call in calls]
+    return [
+        Message("tool", ".", name=call["function"]["name"], tool_call_id=call.get("id"))
+        for call in calls
+    ]
 
 
 def _check_no_stop_inside(template: ChatTemplate, answer: str, stop: str, number: int) -> None:
@@ -336,27 +367,36 @@ def _check_no_stop_inside(template: ChatTemplate, answer: str, stop: str, number
     for token in (stop, template.tokenizer.eos_token):
         if token and token in answer:
             raise UserError(
-                f"turn {number} (assistant) holds {token!r} before its end, where a server would stop; remove it from "
-                "the row"
+                f"turn {number} (assistant) holds {token!r} before its end, where a server would"
+                " stop; remove it from the row"
             )
 
 
-def _check_prefix(template: ChatTemplate, prompt: str, whole: str, start: int, message: Message, number: int) -> None:
-    """Refuses a turn that the model could not write behind the prompt; `start` is the length of what they share."""
+def _check_prefix(
+    template: ChatTemplate, prompt: str, whole: str, start: int, message: Message, number: int
+) -> None:
+    """Refuses a turn that the model could not write behind the prompt; `start` is the length of
+    what they share.
+    """
     is_written = f"the row is written {whole[start : start + 40]!r}"
-    opens_thinking = not template.is_raw and _OPEN_THINKING.search(prompt, max(0, len(prompt) - 50)) is not None
+    opens_thinking = (
+        not template.is_raw and _OPEN_THINKING.search(prompt, max(0, len(prompt) - 50)) is not None
+    )
     if opens_thinking and not has_reasoning(message):
         raise UserError(
-            f"turn {number} (assistant) has no reasoning, but the template's prompt opens a thinking block: after "
-            f"{prompt[-30:]!r} {is_written}; add reasoning_content, set data.chat_template to one without that block, "
-            "or data.unproved to lenient"
+            f"turn {number} (assistant) has no reasoning, but the template's prompt opens a"
+            f" thinking block: after {prompt[-30:]!r} {is_written}; add reasoning_content, set"
+            " data.chat_template to one without that block, or data.unproved to lenient"
         )
     if start < len(prompt):
-        there = f"after {prompt[max(0, start - 20) : start]!r} a server feeds {prompt[start : start + 40]!r}"
+        there = (
+            f"after {prompt[max(0, start - 20) : start]!r} a server feeds"
+            f" {prompt[start : start + 40]!r}"
+        )
         raise UserError(
-            f"turn {number} (assistant) does not continue the prompt of a server: {there}, but {is_written}; set "
-            "data.chat_template to a template whose turns begin as its generation prompt does, or data.unproved to "
-            "lenient"
+            f"turn {number} (assistant) does not continue the prompt of a server: {there}, but"
+            f" {is_written}; set data.chat_template to a template whose turns begin as its"
+            " generation prompt does, or data.unproved to lenient"
         )
 
 

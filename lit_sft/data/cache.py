@@ -1,7 +1,7 @@
 """Tokenized examples on disk, memory-mapped: resident memory does not grow with the number of rows.
 
-A cache is a directory named by a hash of everything that decides its content. It is written beside its final place and
-renamed when it is complete, so a directory that exists is whole.
+A cache is a directory named by a hash of everything that decides its content. It is written beside
+its final place and renamed when it is complete, so a directory that exists is whole.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ log = logging.getLogger(__name__)
 
 META = "meta.json"
 COLUMNS = {"ends.i64": 8, "rows.i64": 8, "parts.i32": 4, "hashes.u64": 8, "sums.u32": 4}
-"""Files with one number per example -> its bytes. `ends` are the ends of the examples in the files of `TOKENS`; `sums`
-are checksums, compared whenever an example is read (10 microseconds for 2,048 tokens), so that no start waits for it.
+"""Files with one number per example -> its bytes. `ends` are the ends of the examples in the files
+of `TOKENS`; `sums` are checksums, compared whenever an example is read (10 microseconds for 2,048
+tokens), so that no start waits for it.
 """
 TOKENS = {"input_ids.i32": 4, "loss_mask.u8": 1}
 """Files with one number per token, likewise."""
@@ -44,7 +45,9 @@ PATIENCE_SECONDS = 600
 
 def cache_key(parts: dict[str, Any]) -> str:
     """A hash of all options that decide what the cache holds; `parts` must be plain JSON values."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=True).encode()).hexdigest()[:24]
+    return hashlib.sha256(
+        json.dumps(parts, sort_keys=True, ensure_ascii=True).encode()
+    ).hexdigest()[:24]
 
 
 class ExampleCache:
@@ -107,7 +110,10 @@ class ExampleCache:
         mask = self._loss_mask[span]
         row = int(self.rows[index])
         if _checksum(ids, mask, row) != self._sums[index]:
-            raise UserError(f"the cache {self.path} is damaged at example {index}: remove it, and it is made anew")
+            raise UserError(
+                f"the cache {self.path} is damaged at example {index}: remove it, and it is made"
+                " anew"
+            )
         return ids, mask, row
 
 
@@ -117,13 +123,17 @@ def _checksum(ids: npt.NDArray[np.int32], mask: npt.NDArray[np.uint8], row: int)
 
 def _read_meta(path: Path) -> dict[str, Any]:
     meta: dict[str, Any] = json.loads(path.read_text())
-    if not isinstance(meta, dict) or meta.pop("checksum", None) != zlib.crc32(json.dumps(meta).encode()):
+    if not isinstance(meta, dict) or meta.pop("checksum", None) != zlib.crc32(
+        json.dumps(meta).encode()
+    ):
         raise ValueError("meta.json is not as it was written")
     return meta
 
 
 def _write_meta(path: Path, meta: dict[str, Any]) -> None:
-    path.write_text(json.dumps({**meta, "checksum": zlib.crc32(json.dumps(meta).encode())}, indent=1))
+    path.write_text(
+        json.dumps({**meta, "checksum": zlib.crc32(json.dumps(meta).encode())}, indent=1)
+    )
 
 
 def _map(path: Path, dtype: type[np.generic]) -> npt.NDArray[Any]:
@@ -134,7 +144,9 @@ def _map(path: Path, dtype: type[np.generic]) -> npt.NDArray[Any]:
 
 
 class Block(NamedTuple):
-    """Some examples as they are written: arrays, which go from one process to another at no cost."""
+    """Some examples as they are written: arrays, which go from one process to another at no
+    cost.
+    """
 
     lengths: npt.NDArray[np.int64]
     """[N] tokens."""
@@ -177,14 +189,19 @@ def to_block(examples: Sequence[Example]) -> Block:
 
 
 def write_cache(path: Path, blocks: Iterable[Block], meta: dict[str, Any]) -> ExampleCache:
-    """Writes examples as they come; `meta` is read after the last ones, so the caller may fill it meanwhile."""
+    """Writes examples as they come; `meta` is read after the last ones, so the caller may fill it
+    meanwhile.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     building = path.with_name(f"{path.name}.{uuid4().hex}.building")
     # A directory of `mkdtemp` could not be read by others who share the cache.
     building.mkdir()
     try:
         with ExitStack() as stack:
-            files = {name: stack.enter_context((building / name).open("wb")) for name in (*COLUMNS, *TOKENS)}
+            files = {
+                name: stack.enter_context((building / name).open("wb"))
+                for name in (*COLUMNS, *TOKENS)
+            }
             end = 0
             for block in blocks:
                 ends = end + np.cumsum(block.lengths)
@@ -200,8 +217,8 @@ def write_cache(path: Path, blocks: Iterable[Block], meta: dict[str, Any]) -> Ex
 
 
 def publish(building: Path, path: Path) -> None:
-    """Moves a complete directory to its name; where another process was first, its result stays (it has the same
-    content).
+    """Moves a complete directory to its name; where another process was first, its result stays (it
+    has the same content).
     """
     try:
         os.rename(building, path)
@@ -219,7 +236,9 @@ def open_cache(path: Path) -> ExampleCache | None:
     except (OSError, ValueError) as error:
         damaged = path.with_name(f"{path.name}.damaged.{os.getpid()}")
         path.rename(damaged)
-        log.warning("the cache %s is damaged (%s): moved to %s and made anew", path, error, damaged.name)
+        log.warning(
+            "the cache %s is damaged (%s): moved to %s and made anew", path, error, damaged.name
+        )
         return None
 
 
@@ -235,7 +254,8 @@ def wait_for_cache(path: Path, failure: Path) -> ExampleCache:
 
     Args:
         path: Where it will appear.
-        failure: The file that the other process writes its error to; one that was there long before does not count.
+        failure: The file that the other process writes its error to; one that was there long before
+            does not count.
 
     Raises:
         UserError: The other process failed.
@@ -255,5 +275,9 @@ def wait_for_cache(path: Path, failure: Path) -> ExampleCache:
             pass
         if time.monotonic() > told + PATIENCE_SECONDS:
             told = time.monotonic()
-            log.error("still waiting for rank 0 to write %s; is data.cache_dir on a disk that all nodes share?", path)
+            log.error(
+                "still waiting for rank 0 to write %s; is data.cache_dir on a disk that all nodes"
+                " share?",
+                path,
+            )
         time.sleep(0.2)

@@ -1,6 +1,7 @@
 """The chat template: found by `resolve_chat_template`, written with by `ChatTemplate`.
 
-It is the tokenizer's own, a file, inline text, the plain fallback, or `raw`: prompt and completion as they are.
+It is the tokenizer's own, a file, inline text, the plain fallback, or `raw`: prompt and completion
+as they are.
 """
 
 from __future__ import annotations
@@ -35,9 +36,11 @@ PLAIN_TEMPLATE = (
     "{% endfor %}"
     "{{ 'Assistant:\\n' if add_generation_prompt }}"
 )
-"""For tokenizers without a template: every turn under its speaker's name, the assistant's turns ended by eos.
+"""For tokenizers without a template: every turn under its speaker's name, the assistant's turns
+ended by eos.
 
-The header ends with a newline and not with a space, which a tokenizer would merge with the first word of the answer.
+The header ends with a newline and not with a space, which a tokenizer would merge with the first
+word of the answer.
 """
 
 RAW_TEMPLATE = (
@@ -61,22 +64,30 @@ _REMEDIES = {
 """A word of a template's own error -> the remedy."""
 
 
-def resolve_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> str | None:
+def resolve_chat_template(
+    tokenizer: PreTrainedTokenizerBase, chat_template: str | None
+) -> str | None:
     """Turns the setting `data.chat_template` into the text of a template that compiles.
 
     Args:
-        tokenizer: Its own template is used if the setting is null; if it has none, `PLAIN_TEMPLATE`.
-        chat_template: None, `raw`, the text of a template (it has `{{` or `{%`), or the path of a file.
+        tokenizer: Its own template is used if the setting is null; if it has none,
+            `PLAIN_TEMPLATE`.
+        chat_template: None, `raw`, the text of a template (it has `{{` or `{%`), or the path of a
+            file.
 
     Returns:
         The text, or None for `raw`.
 
     Raises:
-        UserError: The file cannot be read, the template has a syntax error, or nothing would end an assistant turn.
+        UserError: The file cannot be read, the template has a syntax error, or nothing would end an
+            assistant turn.
     """
     if chat_template == RAW:
         if tokenizer.eos_token is None:
-            raise UserError("data.chat_template is raw, but the tokenizer has no eos token to end an answer; set one")
+            raise UserError(
+                "data.chat_template is raw, but the tokenizer has no eos token to end an answer;"
+                " set one"
+            )
         return None
     if chat_template is None:
         template = _own_template(tokenizer)
@@ -96,16 +107,20 @@ def _own_template(tokenizer: PreTrainedTokenizerBase) -> str:
     if isinstance(own, dict):
         if "default" not in own:
             names = ", ".join(own) or "none"
-            raise UserError(f"the tokenizer has no chat template named default, only {names}; set data.chat_template")
+            raise UserError(
+                f"the tokenizer has no chat template named default, only {names}; set"
+                " data.chat_template"
+            )
         return str(own["default"])
     if own is not None:
         return str(own)
     if tokenizer.eos_token is None:
         raise UserError(
-            "the tokenizer has neither a chat template nor an eos token to end an answer; set data.chat_template to a "
-            "template that ends assistant turns with a special token"
+            "the tokenizer has neither a chat template nor an eos token to end an answer; set"
+            " data.chat_template to a template that ends assistant turns with a special token"
         )
-    # Rendered text is tokenized without special tokens, so a bos that the tokenizer would add is part of the template.
+    # Rendered text is tokenized without special tokens, so a bos that the tokenizer would add is
+    # part of the template.
     if tokenizer.bos_token is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
         return "{{ bos_token }}" + PLAIN_TEMPLATE
     return PLAIN_TEMPLATE
@@ -116,8 +131,8 @@ def _read(path: str) -> str:
         return Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"data.chat_template {path!r:.200} cannot be read as a file ({error}); give the path of a .jinja file, the "
-            "text of a template, raw, or null"
+            f"data.chat_template {path!r:.200} cannot be read as a file ({error}); give the path of"
+            " a .jinja file, the text of a template, raw, or null"
         ) from None
 
 
@@ -129,13 +144,16 @@ def _check_syntax(template: str, origin: str) -> None:
         # Without conversations, this only compiles the template.
         render_jinja_template([], chat_template=template)
     except TemplateSyntaxError as error:
-        raise UserError(f"{origin} has a syntax error in line {error.lineno}: {error.message}; mend it") from None
+        raise UserError(
+            f"{origin} has a syntax error in line {error.lineno}: {error.message}; mend it"
+        ) from None
 
 
 def with_date(template: str, day: str) -> str:
     """A template that writes a fixed date in place of today's.
 
-    A macro before the template replaces the function: transformers passes no functions as variables.
+    A macro before the template replaces the function: transformers passes no functions as
+    variables.
 
     Args:
         template: The text of a template that calls `TODAY`.
@@ -154,7 +172,8 @@ def without_date(template: str) -> str:
 
 
 def kept_date(path: Path) -> str:
-    """The date in a file. If there is no file, one of several ranks or jobs writes today's date into it.
+    """The date in a file. If there is no file, one of several ranks or jobs writes today's date
+    into it.
 
     Raises:
         UserError: The file holds no date.
@@ -174,7 +193,9 @@ def kept_date(path: Path) -> str:
     try:
         return str(date.fromisoformat(path.read_text().strip()))
     except ValueError:
-        raise UserError(f"{path} holds no date such as 2026-11-30: write one, or remove it for today's") from None
+        raise UserError(
+            f"{path} holds no date such as 2026-11-30: write one, or remove it for today's"
+        ) from None
 
 
 class WrittenTurn(NamedTuple):
@@ -192,10 +213,12 @@ class ChatTemplate:
     """Writes conversations as servers do: in the sandbox of transformers and with its variables.
 
     Attributes:
-        closing: Matches the special tokens at the end of a text, with only white space between and behind them.
+        closing: Matches the special tokens at the end of a text, with only white space between and
+            behind them.
         has_marks: Whether the template marks what the assistant generates.
         special: Matches a special token of the tokenizer.
-        switches: Variables to try, one after the other, to make a turn fit its prompt; the first is empty.
+        switches: Variables to try, one after the other, to make a turn fit its prompt; the first is
+            empty.
     """
 
     def __init__(
@@ -208,10 +231,12 @@ class ChatTemplate:
         """Prepares to write.
 
         Args:
-            tokenizer: Its special tokens are variables of the template, and one of them ends a turn.
+            tokenizer: Its special tokens are variables of the template, and one of them ends a
+                turn.
             text: The template; None for prompt and completion as they are (`raw`).
             chat_template_kwargs: More variables.
-            unproved: `lenient` accepts a turn that does not fit its prompt, from what they have in common.
+            unproved: `lenient` accepts a turn that does not fit its prompt, from what they have in
+                common.
         """
         self.tokenizer = tokenizer
         self.text = text
@@ -228,7 +253,9 @@ class ChatTemplate:
                 self.switches += [((name, False),), ((name, True),)]
 
     def fingerprint(self) -> dict[str, Any]:
-        """Everything besides the tokenizer that decides what is written and proved, as plain JSON values."""
+        """Everything besides the tokenizer that decides what is written and proved, as plain JSON
+        values.
+        """
         return {
             "chat_template": self.text,
             "chat_template_kwargs": dict(self.chat_template_kwargs),
@@ -236,7 +263,8 @@ class ChatTemplate:
         }
 
     def write_turn(self, conversation: Conversation, index: int, switch: Switch) -> WrittenTurn:
-        """Writes the conversation up to the turn `messages[index]`: as the prompt of a server, and with the turn.
+        """Writes the conversation up to the turn `messages[index]`: as the prompt of a server, and
+        with the turn.
 
         Raises:
             UserError: The template refuses the messages.
@@ -269,7 +297,8 @@ class ChatTemplate:
         for message in conversation.messages:
             variables = message.to_dict()
             if message.reasoning_content:
-                # gpt-oss reads reasoning under this name, which transformers adds by itself only since 5.23.
+                # gpt-oss reads reasoning under this name, which transformers adds by itself only
+                # since 5.23.
                 variables["thinking"] = message.reasoning_content
             messages.append(variables)
         result: Any
@@ -285,7 +314,9 @@ class ChatTemplate:
         # A template is a program, which may raise anything.
         except Exception as error:
             said = " ".join(str(error).split())
-            raise UserError(f"the chat template does not take the row: {said}; {_remedy(said)}") from error
+            raise UserError(
+                f"the chat template does not take the row: {said}; {_remedy(said)}"
+            ) from error
         (text,), marks = result
         if not marks:
             return text, []

@@ -1,4 +1,6 @@
-"""Examples to a batch: laid end to end, labels shifted. This is the only place where labels are shifted."""
+"""Examples to a batch: laid end to end, labels shifted. This is the only place where labels are
+shifted.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ import torch
 from lit_sft.types import IGNORE_INDEX, Batch
 
 FILLER_LENGTH = 2
-"""Tokens of the filler that a rank runs when a step has no rows left for it: it has no target, so it trains nothing."""
+"""Tokens of the filler that a rank runs when a step has no rows left for it: it has no target, so
+it trains nothing.
+"""
 
 Tokens = tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8], int]
 """(input_ids [T], loss_mask [T], row) of one example."""

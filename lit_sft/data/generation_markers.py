@@ -8,7 +8,9 @@ from lit_sft.data.chat_template import Span
 from lit_sft.errors import UserError
 
 
-def marked_parts(marks: Sequence[Span], start: int, stop_at: int, end: int, number: int) -> tuple[Span, ...]:
+def marked_parts(
+    marks: Sequence[Span], start: int, stop_at: int, end: int, number: int
+) -> tuple[Span, ...]:
     """The marked parts of an answer. A stop token right behind a marked part belongs to it.
 
     Args:
@@ -29,7 +31,7 @@ def marked_parts(marks: Sequence[Span], start: int, stop_at: int, end: int, numb
         parts[-1] = (parts[-1][0], end)
     if not parts or parts[-1][1] != end:
         raise UserError(
-            f"the {{% generation %}} marks of the chat template leave out the stop token of turn {number} (assistant); "
-            "put {% endgeneration %} behind it (data.chat_template)"
+            "the {% generation %} marks of the chat template leave out the stop token of turn"
+            f" {number} (assistant); put {{% endgeneration %}} behind it (data.chat_template)"
         )
     return tuple(parts)

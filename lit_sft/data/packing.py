@@ -15,14 +15,15 @@ MANY = 100_000
 
 
 TOKEN_COST = 8192
-"""What a token costs outside of attention, in units of attending to one token: 6 times the hidden size, which is not
-known here; it matters only among packs of unequal numbers of tokens.
+"""What a token costs outside of attention, in units of attending to one token: 6 times the hidden
+size, which is not known here; it matters only among packs of unequal numbers of tokens.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Packs:
-    """P packs over N examples, as two flat arrays so that memory stays linear in the number of examples.
+    """P packs over N examples, as two flat arrays so that memory stays linear in the number of
+    examples.
 
     examples  4 0 2 | 3 1      pack 0 holds examples 4, 0 and 2; pack 1 holds 3 and 1
     bounds    0       3     5
@@ -33,7 +34,9 @@ class Packs:
     bounds: npt.NDArray[np.int64]
     """[P + 1] pack p holds `examples[bounds[p]:bounds[p + 1]]`."""
     sizes: npt.NDArray[np.int64] | None = None
-    """[N] room that each example was given, at least its length: examples of one size can change places."""
+    """[N] room that each example was given, at least its length: examples of one size can change
+    places.
+    """
 
     def __len__(self) -> int:
         return len(self.bounds) - 1
@@ -51,23 +54,30 @@ class Packs:
 
     def num_tokens(self, lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Tokens in each pack, [P]."""
-        ends: npt.NDArray[np.int64] = np.concatenate([[0], np.cumsum(lengths[self.examples], dtype=np.int64)])
+        ends: npt.NDArray[np.int64] = np.concatenate(
+            [[0], np.cumsum(lengths[self.examples], dtype=np.int64)]
+        )
         return np.diff(ends[self.bounds])
 
     def costs(self, lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-        """Relative cost of computing each pack, [P]: linear in its tokens, and in the squares of its examples' lengths.
+        """Relative cost of computing each pack, [P]: linear in its tokens, and in the squares of
+        its examples' lengths.
 
         The same for each `refill`, but for the rounding of sizes.
         """
         sizes = (lengths if self.sizes is None else self.sizes)[self.examples].astype(np.float64)
-        return np.add.reduceat(sizes * (sizes / 2 + TOKEN_COST), self.bounds[:-1]) if len(self) else sizes
+        return (
+            np.add.reduceat(sizes * (sizes / 2 + TOKEN_COST), self.bounds[:-1])
+            if len(self)
+            else sizes
+        )
 
 
 def refill(packs: Packs, seed: int, epoch: int) -> Packs:
     """Packs of the same sizes for one epoch: the examples of each size change places at random.
 
-    So the number of packs and their fill stay, while what is trained together changes, as it does without packing.
-    Depends on (seed, epoch) only.
+    So the number of packs and their fill stay, while what is trained together changes, as it does
+    without packing. Depends on (seed, epoch) only.
     """
     if packs.sizes is None:
         return packs
@@ -79,7 +89,8 @@ def refill(packs: Packs, seed: int, epoch: int) -> Packs:
 
 
 def pack_examples(lengths: npt.NDArray[np.int64], max_length: int) -> Packs:
-    """Best-fit decreasing; lengths are rounded up as coarsely as that costs no pack, for `refill` to have a choice.
+    """Best-fit decreasing; lengths are rounded up as coarsely as that costs no pack, for `refill`
+    to have a choice.
 
     Args:
         lengths: [N] tokens per example, each in 1..max_length.
@@ -98,15 +109,19 @@ def pack_examples(lengths: npt.NDArray[np.int64], max_length: int) -> Packs:
 
 def one_per_pack(num_examples: int) -> Packs:
     """Every example is a pack of its own (`packing: false`)."""
-    return Packs(np.arange(num_examples, dtype=np.int64), np.arange(num_examples + 1, dtype=np.int64))
+    return Packs(
+        np.arange(num_examples, dtype=np.int64), np.arange(num_examples + 1, dtype=np.int64)
+    )
 
 
 def best_fit_decreasing(lengths: npt.NDArray[np.int64], max_length: int) -> Packs:
-    """Packs all examples at once, each into the fullest pack that still has room for it, the longest first.
+    """Packs all examples at once, each into the fullest pack that still has room for it, the
+    longest first.
 
-    Examples of one length are placed together, and the free room of the open packs is a bit set, so a million lengths
-    take seconds. Source: best-fit decreasing bin packing (Johnson 1973), as in "Fewer Truncations Improve Language
-    Modeling" (Ding et al. 2024, arXiv:2404.10830), here over the whole data set rather than a buffer.
+    Examples of one length are placed together, and the free room of the open packs is a bit set, so
+    a million lengths take seconds. Source: best-fit decreasing bin packing (Johnson 1973), as in
+    "Fewer Truncations Improve Language Modeling" (Ding et al. 2024, arXiv:2404.10830), here over
+    the whole data set rather than a buffer.
 
     Args:
         lengths: [N] tokens per example, each in 1..max_length.

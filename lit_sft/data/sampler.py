@@ -1,15 +1,18 @@
-"""The global order: which pack is in which optimizer step, whatever the number of ranks, workers and micro-batches.
+"""The global order: which pack is in which optimizer step, whatever the number of ranks, workers
+and micro-batches.
 
-The permutation depends on (seed, epoch) only. Optimizer step s of an epoch takes its packs [s * G, (s + 1) * G); the
-ranks share that slice micro-batch by micro-batch. With G = 8, 2 ranks and micro-batches of 2:
+The permutation depends on (seed, epoch) only. Optimizer step s of an epoch takes its packs [s * G,
+(s + 1) * G); the ranks share that slice micro-batch by micro-batch. With G = 8, 2 ranks and
+micro-batches of 2:
 
     slice         p0 p1 | p2 p3 | p4 p5 | p6 p7
     micro-batch     0   |   0   |   1   |   1
     rank            0   |   1   |   0   |   1
 
-So a position is (epoch, optimizer steps done in it), and holds for any number of ranks. Ranks wait for each other, so
-where costs are known the slice is sorted by them first, and each micro-batch dealt out there and back (p0 p3 to one
-rank, p1 p2 to the other): what runs at the same time costs about the same. The sum over the step is that of the slice.
+So a position is (epoch, optimizer steps done in it), and holds for any number of ranks. Ranks wait
+for each other, so where costs are known the slice is sorted by them first, and each micro-batch
+dealt out there and back (p0 p3 to one rank, p1 p2 to the other): what runs at the same time costs
+about the same. The sum over the step is that of the slice.
 """
 
 from __future__ import annotations
@@ -49,14 +52,15 @@ class StepOrder:
         per_pass = self.micro_batch_size * self.world_size
         if self.micro_batch_size < 1 or self.global_batch_size < 1:
             raise UserError(
-                f"data.micro_batch_size {self.micro_batch_size} and data.global_batch_size {self.global_batch_size}: "
-                "set both to at least 1"
+                f"data.micro_batch_size {self.micro_batch_size} and data.global_batch_size"
+                f" {self.global_batch_size}: set both to at least 1"
             )
         if self.global_batch_size % per_pass:
             raise UserError(
-                f"data.global_batch_size {self.global_batch_size} is not divisible by data.micro_batch_size "
-                f"{self.micro_batch_size} x {self.world_size} devices = {per_pass}: set data.global_batch_size to a "
-                f"multiple of {per_pass}, or lower data.micro_batch_size"
+                f"data.global_batch_size {self.global_batch_size} is not divisible by"
+                f" data.micro_batch_size {self.micro_batch_size} x {self.world_size} devices ="
+                f" {per_pass}: set data.global_batch_size to a multiple of {per_pass}, or lower"
+                " data.micro_batch_size"
             )
 
     @property
@@ -76,7 +80,8 @@ class StepOrder:
         return full * self.accumulation + -(-rest // (self.micro_batch_size * self.world_size))
 
     def packs(self, epoch: int, batch: int, rank: int) -> list[int]:
-        """Packs of one forward pass. Empty where the last step has none left for this rank: it must still take part.
+        """Packs of one forward pass. Empty where the last step has none left for this rank: it must
+        still take part.
 
         Args:
             epoch: Counts from 0.
@@ -84,7 +89,9 @@ class StepOrder:
             rank: Rank, from 0.
         """
         step, micro = divmod(batch, self.accumulation)
-        of_step = slice(step * self.global_batch_size, min((step + 1) * self.global_batch_size, self.num_packs))
+        of_step = slice(
+            step * self.global_batch_size, min((step + 1) * self.global_batch_size, self.num_packs)
+        )
         if self.shuffle:
             chosen = permutation(self.num_packs, self.seed, epoch)[of_step]
         else:
@@ -104,42 +111,52 @@ class StepOrder:
         return mine
 
     def limited_batches(self, limit: int | float | None) -> int:
-        """Forward passes of each rank in an epoch that ends after `limit` of them, or after that share of it."""
+        """Forward passes of each rank in an epoch that ends after `limit` of them, or after that
+        share of it.
+        """
         if limit is None:
             return self.batches_per_epoch
-        return min(self.batches_per_epoch, limit) if isinstance(limit, int) else int(self.batches_per_epoch * limit)
+        return (
+            min(self.batches_per_epoch, limit)
+            if isinstance(limit, int)
+            else int(self.batches_per_epoch * limit)
+        )
 
-    def between_steps(self, interval: int | float, batches: int, each_epoch: bool = True) -> int | float:
+    def between_steps(
+        self, interval: int | float, batches: int, each_epoch: bool = True
+    ) -> int | float:
         """When to validate, in whole optimizer steps.
 
         Args:
             interval: Forward passes (int), or a share of the epoch (float; 1.0 is all of it).
             batches: Forward passes of the epoch.
-            each_epoch: Whether the interval is counted anew in each epoch, so that it must fit into one.
+            each_epoch: Whether the interval is counted anew in each epoch, so that it must fit into
+                one.
 
         Returns:
             Forward passes, or 1.0.
 
         Raises:
-            UserError: It ends within an optimizer step, from where a run could not go on, or after the epoch.
+            UserError: It ends within an optimizer step, from where a run could not go on, or after
+                the epoch.
         """
         if isinstance(interval, int) and each_epoch and interval > batches:
             raise UserError(
-                f"trainer.val_check_interval {interval} counts forward passes, but an epoch has {batches}: set it to "
-                "at most that, or to 1.0 for the end of each epoch"
+                f"trainer.val_check_interval {interval} counts forward passes, but an epoch has"
+                f" {batches}: set it to at most that, or to 1.0 for the end of each epoch"
             )
         if isinstance(interval, int) and interval % self.accumulation:
             raise UserError(
-                f"trainer.val_check_interval {interval} counts forward passes, {self.accumulation} of which make an "
-                f"optimizer step: set it to a multiple of {self.accumulation}"
+                f"trainer.val_check_interval {interval} counts forward passes, {self.accumulation}"
+                f" of which make an optimizer step: set it to a multiple of {self.accumulation}"
             )
         if isinstance(interval, int) or interval == 1.0:
             return interval
         return max(1, round(interval * batches / self.accumulation)) * self.accumulation
 
     def check_validations(self, by_clock: bool, over_epochs: bool) -> None:
-        """Refuses validations that would come on one rank before the other, or, other than by the clock, within an
-        optimizer step.
+        """Refuses validations that would come on one rank before the other, or, other than by the
+        clock, within an optimizer step.
 
         Args:
             by_clock: They come after some time.
@@ -150,13 +167,14 @@ class StepOrder:
         """
         if by_clock and self.world_size > 1:
             raise UserError(
-                "trainer.val_check_interval by the clock would come on each rank at another time: set it to a number "
-                "of forward passes"
+                "trainer.val_check_interval by the clock would come on each rank at another time:"
+                " set it to a number of forward passes"
             )
         if over_epochs and self.batches_per_epoch % self.accumulation:
             raise UserError(
-                f"trainer.check_val_every_n_epoch null counts forward passes over epochs, but one has "
-                f"{self.batches_per_epoch}, no multiple of the {self.accumulation} of an optimizer step: leave it out"
+                "trainer.check_val_every_n_epoch null counts forward passes over epochs, but one"
+                f" has {self.batches_per_epoch}, no multiple of the {self.accumulation} of an"
+                " optimizer step: leave it out"
             )
 
     def batches_in_steps(self, steps: int) -> int:
@@ -165,9 +183,11 @@ class StepOrder:
 
 
 class PositionSampler:
-    """A sampler of (epoch, forward pass) that starts where a run was stopped, without replaying what came before.
+    """A sampler of (epoch, forward pass) that starts where a run was stopped, without replaying
+    what came before.
 
-    Lightning calls `set_epoch` before each epoch. `len` is the whole epoch, as Lightning's progress counters expect it.
+    Lightning calls `set_epoch` before each epoch. `len` is the whole epoch, as Lightning's progress
+    counters expect it.
     """
 
     def __init__(self, order: StepOrder) -> None:

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from lit_sft.types import Conversation
 
 _PLACEHOLDERS = re.compile(r"\{\{\s*(\w+)\s*\}\}|(?<!\S)\{([a-z]\w+)\}(?![^\s.,;:!?])")
-"""`{{name}}` anywhere; `{name}` only where it stands like a word, because code and LaTeX are full of braces."""
+"""`{{name}}` anywhere; `{name}` only where it stands like a word, because code and LaTeX are full
+of braces.
+"""
 
 
 @dataclass
@@ -77,18 +79,31 @@ class Counts:
 NOTES = {
     "per_turn": "one example per assistant turn, because the template rewrites earlier turns",
     "lenient": "trained from the longest common prefix, because the mask could not be proved",
-    "left_out:reasoning_content": "reasoning that the template does not write, so it is not trained",
-    "left_out:content": "content beside a tool call that the template does not write, so it is not trained",
+    "left_out:reasoning_content": (
+        "reasoning that the template does not write, so it is not trained"
+    ),
+    "left_out:content": (
+        "content beside a tool call that the template does not write, so it is not trained"
+    ),
     "left_out:tools": "tools that the template does not write",
-    "other_template": "tools written by the tokenizer's template default, though it has one for them, tool_use; save "
-    "that one to a file, and set data.chat_template to its path",
+    "other_template": (
+        "tools written by the tokenizer's template default, though it has one for them, tool_use;"
+        " save that one to a file, and set data.chat_template to its path"
+    ),
     **{
-        f"left_out:{role}_turn": f"a {role} turn that the template does not write, so the model does not see it"
+        f"left_out:{role}_turn": (
+            f"a {role} turn that the template does not write, so the model does not see it"
+        )
         for role in ("system", "developer", "user", "tool")
     },
-    "unread:chat_template_kwargs": "chat_template_kwargs of the row are not read; those of all rows are "
-    "data.chat_template_kwargs",
-    "unread:functions": "functions are not read; to have them as tools, set data.column_mapping to {functions: tools}",
+    "unread:chat_template_kwargs": (
+        "chat_template_kwargs of the row are not read; those of all rows are "
+        "data.chat_template_kwargs"
+    ),
+    "unread:functions": (
+        "functions are not read; to have them as tools, set data.column_mapping to {functions:"
+        " tools}"
+    ),
     "split_boundary": "tokenized in two parts, prompt and answer, as at inference",
     "partly_dropped": "some of the turns dropped: too long, or without a trained token",
 }
@@ -99,11 +114,15 @@ def _describe(note: str) -> str:
         return NOTES.get(note, note)
     name, _, value = note.removeprefix("switch:").partition("=")
     setting = f"{{{name}: {value}}}"
-    return f"rendered with the template's switch {setting}; serve the model with it (data.chat_template_kwargs)"
+    return (
+        f"rendered with the template's switch {setting}; serve the model with it"
+        " (data.chat_template_kwargs)"
+    )
 
 
 def find_placeholders(conversation: Conversation) -> set[str]:
-    """The `{{name}}` and `{name}` marks that the author of a data set meant to be filled in, and nobody did.
+    """The `{{name}}` and `{name}` marks that the author of a data set meant to be filled in, and
+    nobody did.
 
     They are trained as they stand, so they are counted.
     """

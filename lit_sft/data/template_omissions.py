@@ -1,4 +1,6 @@
-"""Parts of a row that the chat template does not write. They are counted, because the model does not see them."""
+"""Parts of a row that the chat template does not write. They are counted, because the model does
+not see them.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,10 @@ _ESCAPES = re.compile(r"""\\+[nrtfb]?|["']""")
 
 def has_reasoning(message: Message) -> bool:
     """Whether a message has reasoning, in its own field or in the content."""
-    return bool((message.reasoning_content or "").strip()) or _END_OF_THINKING.search(message.content) is not None
+    return (
+        bool((message.reasoning_content or "").strip())
+        or _END_OF_THINKING.search(message.content) is not None
+    )
 
 
 def of_answer(message: Message, answer: str, number: int) -> tuple[str, ...]:
@@ -40,8 +45,8 @@ def of_answer(message: Message, answer: str, number: int) -> tuple[str, ...]:
         name = call["function"]["name"]
         if name not in answer:
             raise UserError(
-                f"turn {number} (assistant) calls {name!r}, which the chat template does not write; set "
-                "data.chat_template to a template with tool calls, or remove the row"
+                f"turn {number} (assistant) calls {name!r}, which the chat template does not write;"
+                " set data.chat_template to a template with tool calls, or remove the row"
             )
     notes = []
     if (message.reasoning_content or "").strip() not in answer:
@@ -53,7 +58,9 @@ def of_answer(message: Message, answer: str, number: int) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def of_conversation(template: ChatTemplate, conversation: Conversation, texts: Sequence[str]) -> tuple[str, ...]:
+def of_conversation(
+    template: ChatTemplate, conversation: Conversation, texts: Sequence[str]
+) -> tuple[str, ...]:
     """Notes on tools, and on messages that are not the assistant's, which are in none of the texts.
 
     Args:
@@ -84,7 +91,8 @@ def _of_messages(messages: Sequence[Message], texts: Sequence[str]) -> tuple[str
 def _of_tools(template: ChatTemplate, conversation: Conversation) -> tuple[str, ...]:
     """A note if the template writes none of the tools.
 
-    They are searched in the prompt of the first answer: later, a call has the name of its tool, too.
+    They are searched in the prompt of the first answer: later, a call has the name of its tool,
+    too.
     """
     functions = [tool["function"] for tool in conversation.tools or ()]
     names = [str(function.get("name", "")) for function in functions if isinstance(function, dict)]

@@ -1,14 +1,15 @@
-r"""Conversation -> Examples: token ids, and which of them are trained, proved against what a server feeds the model.
+r"""Conversation -> Examples: token ids, and which of them are trained, proved against what a server
+feeds the model.
 
     prompt     <|im_start|> user \n Hi <|im_end|> \n <|im_start|> assistant \n
     example    <|im_start|> user \n Hi <|im_end|> \n <|im_start|> assistant \n Hello <|im_end|> \n
     loss_mask        0       0    0  0      0      0       0          0      0   1       1       0
 
-`assistant_turns` proves that the text of an example begins with the text of the prompt. Here the same is proved for
-the ids: the ids before the trained ones are the ids of the prompt alone. A tokenizer cuts a text at special tokens
-before it merges anything, so the two can differ only behind the last special token of the prompt, the anchor. This tail
-of the prompt is tokenized alone and compared. Masks go by position, never by token id, so a padding token that is also
-eos does no harm.
+`assistant_turns` proves that the text of an example begins with the text of the prompt. Here the
+same is proved for the ids: the ids before the trained ones are the ids of the prompt alone. A
+tokenizer cuts a text at special tokens before it merges anything, so the two can differ only behind
+the last special token of the prompt, the anchor. This tail of the prompt is tokenized alone and
+compared. Masks go by position, never by token id, so a padding token that is also eos does no harm.
 """
 
 from __future__ import annotations
@@ -21,7 +22,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lit_sft.data.assistant_turns import Draft, TrainOn, draft_of, drafts_per_turn, make_drafts, write_prompt
+from lit_sft.data.assistant_turns import (
+    Draft,
+    TrainOn,
+    draft_of,
+    drafts_per_turn,
+    make_drafts,
+    write_prompt,
+)
 from lit_sft.data.chat_template import ChatTemplate, Span
 from lit_sft.errors import UserError
 from lit_sft.types import Conversation, Example, RenderedTurn
@@ -48,15 +56,17 @@ class Renderer:
     Args:
         tokenizer: Any tokenizer of transformers.
         template: Writes the text.
-        train_on: `completions`: every assistant turn; `last_completion`: the last one; `all`: every token. A turn's own
-            `train` wins.
+        train_on: `completions`: every assistant turn; `last_completion`: the last one; `all`: every
+            token. A turn's own `train` wins.
     """
 
     tokenizer: PreTrainedTokenizerBase
     template: ChatTemplate
     train_on: TrainOn = "completions"
 
-    def render(self, conversations: Sequence[Conversation], rows: Sequence[int]) -> list[list[Example] | UserError]:
+    def render(
+        self, conversations: Sequence[Conversation], rows: Sequence[int]
+    ) -> list[list[Example] | UserError]:
         """Renders conversations; all their texts are tokenized in one call.
 
         Args:
@@ -64,8 +74,8 @@ class Renderer:
             rows: K numbers for `Example.row`.
 
         Returns:
-            K results: the examples of a conversation (several if the template rewrites history), or what is wrong with
-            it, without the row's number: the caller knows file and line.
+            K results: the examples of a conversation (several if the template rewrites history), or
+            what is wrong with it, without the row's number: the caller knows file and line.
         """
         written: list[list[Draft] | UserError] = []
         drafts: list[Draft] = []
@@ -93,8 +103,8 @@ class Renderer:
         """Token ids that a server feeds the model to have a conversation continued.
 
         Args:
-            conversation: If its last turn is the assistant's, the prompt is the one that this turn is trained behind,
-                with the same switch of the template.
+            conversation: If its last turn is the assistant's, the prompt is the one that this turn
+                is trained behind, with the same switch of the template.
 
         Raises:
             UserError: The template cannot write it.
@@ -113,7 +123,9 @@ class Renderer:
             # Truncation and padding are written before the vocabulary, and change with every call.
             vocabulary = self.tokenizer.backend_tokenizer.to_str().partition('"added_tokens"')[2]
         else:
-            vocabulary = json.dumps([type(self.tokenizer).__name__, sorted(self.tokenizer.get_vocab().items())])
+            vocabulary = json.dumps(
+                [type(self.tokenizer).__name__, sorted(self.tokenizer.get_vocab().items())]
+            )
         return {
             "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
             "special_tokens": self.tokenizer.special_tokens_map,
@@ -121,7 +133,9 @@ class Renderer:
             **self.template.fingerprint(),
         }
 
-    def _examples(self, drafts: Sequence[Draft], tokens: dict[str, _Tokens], row: int, part: int = 0) -> list[Example]:
+    def _examples(
+        self, drafts: Sequence[Draft], tokens: dict[str, _Tokens], row: int, part: int = 0
+    ) -> list[Example]:
         """The examples of some drafts of one row; `part` is the number of the first.
 
         Raises:
@@ -136,7 +150,9 @@ class Renderer:
                 examples += self._separated_examples(draft, row, number)
         return examples
 
-    def _proved_example(self, draft: Draft, tokens: dict[str, _Tokens], row: int, part: int) -> Example:
+    def _proved_example(
+        self, draft: Draft, tokens: dict[str, _Tokens], row: int, part: int
+    ) -> Example:
         """The example of a draft that is tokenized as a whole.
 
         Raises:
@@ -149,7 +165,9 @@ class Renderer:
                 mask[begin:end] = [1 - draft.label] * (end - begin)
         return self._example(draft, ids, mask, row, part)
 
-    def _example(self, draft: Draft, ids: list[int], mask: list[int], row: int, part: int) -> Example:
+    def _example(
+        self, draft: Draft, ids: list[int], mask: list[int], row: int, part: int
+    ) -> Example:
         bos = self._missing_bos(ids) if draft.needs_bos else []
         return Example(
             input_ids=bos + ids,
@@ -209,10 +227,15 @@ class Renderer:
         return int(index)
 
     def _separated_examples(self, draft: Draft, row: int, part: int) -> list[Example]:
-        """One example per turn. If prompt and answer still share a token, each of them is tokenized by itself."""
+        """One example per turn. If prompt and answer still share a token, each of them is tokenized
+        by itself.
+        """
         turn = draft.turns[0]
         if draft.label == 1:
-            raise UserError(f"turn {turn.number} is not trained, but shares a token with others; set data.train_on")
+            raise UserError(
+                f"turn {turn.number} is not trained, but shares a token with others; set"
+                " data.train_on"
+            )
         if len(draft.turns) == 1 and draft.text == turn.text:
             return [self._split_example(draft, turn, row, part)]
         drafts = drafts_per_turn(draft.turns, draft.needs_bos)
@@ -236,16 +259,23 @@ class Renderer:
             return self._lenient_example(turn, row, part)
         what = "what is marked"
         if is_trained_as_a_whole:
-            what = f"the prompt's end {turn.prompt[-20:]!r} and the answer {turn.text[turn.start :][:20]!r}"
+            what = (
+                f"the prompt's end {turn.prompt[-20:]!r} and the answer"
+                f" {turn.text[turn.start :][:20]!r}"
+            )
         raise UserError(
-            f"turn {turn.number} (assistant): the tokenizer does not keep {what} apart; put a newline or a special "
-            "token there (data.chat_template, data.prompt_template), or set data.unproved to lenient"
+            f"turn {turn.number} (assistant): the tokenizer does not keep {what} apart; put a"
+            " newline or a special token there (data.chat_template, data.prompt_template), or set"
+            " data.unproved to lenient"
         )
 
     def _tokenize_apart(self, turn: RenderedTurn) -> tuple[list[int], list[int]] | None:
-        """The ids of prompt and answer, as at inference; None if together they are not the text of the turn."""
+        """The ids of prompt and answer, as at inference; None if together they are not the text of
+        the turn.
+        """
         answer = turn.text[turn.start :]
-        # SentencePiece adds a space where a text begins, so the answer stands behind something it does not merge with.
+        # SentencePiece adds a space where a text begins, so the answer stands behind something it
+        # does not merge with.
         leads = (turn.stop, "\n")
         texts = [turn.prompt, turn.text]
         for lead in leads:
@@ -295,7 +325,9 @@ class Renderer:
         return tokens
 
     def _missing_bos(self, ids: list[int]) -> list[int]:
-        """The ids before a text that no template wrote; none if the text begins with them already."""
+        """The ids before a text that no template wrote; none if the text begins with them
+        already.
+        """
         if ids[: len(self._bos_ids)] == self._bos_ids:
             return []
         return self._bos_ids
@@ -312,4 +344,8 @@ class Renderer:
         return int(index)
 
     def _decode(self, ids: list[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        return str(
+            self.tokenizer.decode(
+                ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
+        )

@@ -1,4 +1,6 @@
-"""One function over many items in worker processes; the results come in order, and an error at its item's turn."""
+"""One function over many items in worker processes; the results come in order, and an error at its
+item's turn.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,8 @@ def map_in_order(function: Callable[[T], R], items: Iterable[T], num_workers: in
     if num_workers <= 1:
         yield from map(function, items)
         return
-    # A fork takes milliseconds; elsewhere it is unsafe or missing, and workers import everything anew.
+    # A fork takes milliseconds; elsewhere it is unsafe or missing, and workers import everything
+    # anew.
     context = get_context("fork" if sys.platform == "linux" else "spawn")
     results: deque[Future[R]] = deque()
     with _single_threaded_tokenizers():
@@ -72,7 +75,8 @@ def map_in_order(function: Callable[[T], R], items: Iterable[T], num_workers: in
                 yield results.popleft().result()
         except BrokenProcessPool as error:
             raise UserError(
-                "a process that tokenizes rows was killed, probably because memory ran out: lower data.num_workers"
+                "a process that tokenizes rows was killed, probably because memory ran out: lower"
+                " data.num_workers"
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
@@ -80,7 +84,9 @@ def map_in_order(function: Callable[[T], R], items: Iterable[T], num_workers: in
 
 @contextmanager
 def _single_threaded_tokenizers() -> Iterator[None]:
-    """For workers that start meanwhile: each has one core, and the threads of `tokenizers` do not survive a fork."""
+    """For workers that start meanwhile: each has one core, and the threads of `tokenizers` do not
+    survive a fork.
+    """
     before = os.environ.get(_TOKENIZERS_PARALLELISM)
     os.environ[_TOKENIZERS_PARALLELISM] = "false"
     try:
@@ -98,7 +104,8 @@ def _start(function: Callable[[Any], Any]) -> None:
     # The parent handles Ctrl-C.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     Thread(target=_die_with_parent, daemon=True).start()
-    # The garbage collector would touch, and so copy, the memory pages that are shared with the parent.
+    # The garbage collector would touch, and so copy, the memory pages that are shared with the
+    # parent.
     gc.freeze()
     gc.disable()
 

@@ -1,4 +1,6 @@
-"""The built-in model and task: a whole run without the internet. Named `builtin:NAME` in a configuration."""
+"""The built-in model and task: a whole run without the internet. Named `builtin:NAME` in a
+configuration.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +15,21 @@ _TASKS = {"arithmetic": task.splits}
 
 
 def model_dir(name: str) -> Path:
-    """The directory of a built-in model: config, tokenizer and chat template, but no weights (`model.init: random`).
+    """The directory of a built-in model: config, tokenizer and chat template, but no weights
+    (`model.init: random`).
 
     Args:
-        name: What stands after `builtin:`; `demo` is a Qwen3 of 0.9 M parameters over bytes and a few whole words.
+        name: What stands after `builtin:`; `demo` is a Qwen3 of 0.9 M parameters over bytes and a
+            few whole words.
 
     Raises:
         UserError: If there is no such model.
     """
     if name not in _MODELS:
-        raise UserError(f"there is no built-in model {name!r}; set model.model_name_or_path to {_choices(_MODELS)}")
+        raise UserError(
+            f"there is no built-in model {name!r}; set model.model_name_or_path to"
+            f" {_choices(_MODELS)}"
+        )
     return _MODELS[name]
 
 
@@ -40,12 +47,16 @@ def rows(name: str, split: str) -> list[dict[str, Any]]:
         raise UserError(f"there is no built-in data set {name!r}; name it {_choices(_TASKS)}")
     splits = _TASKS[name]()
     if split not in splits:
-        raise UserError(f"builtin:{name} has no split {split!r}; set the split to {' or '.join(splits)}")
+        raise UserError(
+            f"builtin:{name} has no split {split!r}; set the split to {' or '.join(splits)}"
+        )
     return [_messages(prompt, answer) for prompt, answer in splits[split]]
 
 
 def _messages(prompt: str, answer: str) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]}
+    return {
+        "messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+    }
 
 
 def _choices(names: dict[str, Any]) -> str:

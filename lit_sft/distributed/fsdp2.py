@@ -1,4 +1,6 @@
-"""Which strategies there are, and our `fsdp2`: all devices share the data, every decoder layer is sharded."""
+"""Which strategies there are, and our `fsdp2`: all devices share the data, every decoder layer is
+sharded.
+"""
 
 from __future__ import annotations
 
@@ -26,15 +28,18 @@ from lit_sft.errors import UserError
 class FSDP2Strategy(ModelParallelStrategy):
     """FSDP2 (`fully_shard`) over all devices of all nodes.
 
-    Lightning's own default would make the devices of a node a tensor-parallel group and split the data over nodes only.
+    Lightning's own default would make the devices of a node a tensor-parallel group and split the
+    data over nodes only.
 
     Args:
         cpu_offload: Keep parameters, gradients and optimizer state in host memory between uses.
-        reshard_after_forward: Gather a layer's parameters once more for the backward pass; false keeps them in between:
-            more memory, less communication.
-        sync_every_micro_batch: Reduce gradients in each micro-batch; false does so once per optimizer step: less
-            communication, but every rank then holds the gradients of the whole model in fp32.
-        save_distributed_checkpoint: Every rank writes its part into a directory; false gathers one file on rank 0.
+        reshard_after_forward: Gather a layer's parameters once more for the backward pass; false
+            keeps them in between: more memory, less communication.
+        sync_every_micro_batch: Reduce gradients in each micro-batch; false does so once per
+            optimizer step: less communication, but every rank then holds the gradients of the whole
+            model in fp32.
+        save_distributed_checkpoint: Every rank writes its part into a directory; false gathers one
+            file on rank 0.
     """
 
     def __init__(
@@ -59,13 +64,15 @@ class FSDP2Strategy(ModelParallelStrategy):
     def setup_environment(self) -> None:
         self._data_parallel_size = self.num_nodes * self.num_processes
         self._tensor_parallel_size = 1
-        if self._checkpoint_io is None:  # no plugin
+        if self._checkpoint_io is None:
+            # No plugin.
             self._checkpoint_io = CheckpointFiles()
         super().setup_environment()
 
     @override
     def _get_process_group_backend(self) -> str:
-        if self.cpu_offload and self.root_device.type == "cuda":  # the norm of offloaded gradients is summed on the CPU
+        if self.cpu_offload and self.root_device.type == "cuda":
+            # The norm of offloaded gradients is summed on the CPU.
             return "cpu:gloo,cuda:nccl"
         return super()._get_process_group_backend()
 
@@ -73,11 +80,12 @@ class FSDP2Strategy(ModelParallelStrategy):
     def setup(self, trainer: L.Trainer) -> None:
         if trainer.precision.startswith("16"):
             raise UserError(
-                f"trainer.strategy fsdp2 does not train in fp16: set trainer.precision "
+                "trainer.strategy fsdp2 does not train in fp16: set trainer.precision "
                 f"{trainer.precision} to bf16-mixed"
             )
         for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
-            loop.inference_mode = False  # in which FSDP2 cannot gather; Lightning keeps it off for FSDP1 and gloo only
+            # In which FSDP2 cannot gather; Lightning keeps it off for FSDP1 and gloo only.
+            loop.inference_mode = False
         assert self.lightning_module is not None
         self.lightning_module.shard(  # type: ignore[operator]
             self.device_mesh["data_parallel"],
@@ -89,7 +97,8 @@ class FSDP2Strategy(ModelParallelStrategy):
     @override
     def model_to_device(self) -> None:
         super().model_to_device()
-        if self.cpu_offload:  # which took the shards along
+        if self.cpu_offload:
+            # Which took the shards along.
             self._sharded.to("cpu")
             for buffer in self._sharded.buffers():
                 buffer.data = buffer.data.to(self.root_device)
@@ -102,7 +111,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         yield
         self._sharded.set_requires_gradient_sync(True)
 
-    # ------------------------------------------------------------------ checkpoints: the same tree as of one device
+    # ------------------------------------------------------------------ checkpoints: the same tree
+    # as of one device
 
     @property
     @override
@@ -119,15 +129,21 @@ class FSDP2Strategy(ModelParallelStrategy):
         return optimizer.state_dict()
 
     @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
+    ) -> None:
         """Every rank its part; or all of it gathered, tensor by tensor, and written by rank 0."""
         if not self._save_distributed_checkpoint:
             checkpoint = sharded.gather(checkpoint, keep=self.is_global_zero)
         if self._save_distributed_checkpoint or self.is_global_zero:
-            self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+            self.checkpoint_io.save_checkpoint(
+                checkpoint, filepath, storage_options=storage_options
+            )
 
     @override
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(
+        self, checkpoint_path: Any, weights_only: bool | None = None
+    ) -> dict[str, Any]:
         return open_checkpoint(checkpoint_path)
 
     @override
@@ -140,8 +156,13 @@ class FSDP2Strategy(ModelParallelStrategy):
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            own = {number: sharded.shard_like(parameters[number], values) for number, values in state["state"].items()}
+            parameters = [
+                parameter for group in optimizer.param_groups for parameter in group["params"]
+            ]
+            own = {
+                number: sharded.shard_like(parameters[number], values)
+                for number, values in state["state"].items()
+            }
             optimizer.load_state_dict({**state, "state": own})
 
 
@@ -149,21 +170,23 @@ def register() -> None:
     """Makes `trainer.strategy: fsdp2` known to Lightning."""
     if "fsdp2" not in StrategyRegistry:
         StrategyRegistry.register(
-            "fsdp2", FSDP2Strategy, description="FSDP2: fully sharded data parallel over all devices"
+            "fsdp2",
+            FSDP2Strategy,
+            description="FSDP2: fully sharded data parallel over all devices",
         )
 
 
 def check(strategy: Strategy) -> None:
-    """Refuses strategies under which the gradient would not be the mean over all targets. Lets DDP's summed gradients
-    lie in its buffers, of which it would keep copies.
+    """Refuses strategies under which the gradient would not be the mean over all targets. Lets
+    DDP's summed gradients lie in its buffers, of which it would keep copies.
 
     Raises:
         UserError: It is none of ours.
     """
     if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy, FSDP2Strategy)):
         raise UserError(
-            f"trainer.strategy {type(strategy).__name__} is not known to give the exact loss average: set it to auto, "
-            "ddp or fsdp2"
+            f"trainer.strategy {type(strategy).__name__} is not known to give the exact loss"
+            " average: set it to auto, ddp or fsdp2"
         )
     if isinstance(strategy, DDPStrategy):
         lightning_internals.share_gradient_buckets(strategy)

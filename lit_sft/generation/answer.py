@@ -27,7 +27,8 @@ def answer(
     seed: int,
     synced: bool = False,
 ) -> list[list[str]]:
-    """Answers a batch. Drawn tokens depend on the seed and the batch only, so that they can be drawn again.
+    """Answers a batch. Drawn tokens depend on the seed and the batch only, so that they can be
+    drawn again.
 
     Args:
         model: Whatever its sharding.
@@ -42,7 +43,9 @@ def answer(
         B lists of R texts.
     """
     if options.do_sample:
-        torch.manual_seed(int(np.random.SeedSequence([seed, prompts["number"] + 1]).generate_state(1)[0]))
+        torch.manual_seed(
+            int(np.random.SeedSequence([seed, prompts["number"] + 1]).generate_state(1)[0])
+        )
     completions = generate(
         model.lm,
         prompts["input_ids"].to(model.lm.device),
@@ -62,8 +65,8 @@ def records(prompts: Prompts, answers: Sequence[Sequence[str]]) -> list[dict[str
     """One record per prompt, without fillers.
 
     Returns:
-        index, prompt, prediction (the first answer), predictions (all of them, where more than one was asked for), and
-        reference (where the data has one).
+        index, prompt, prediction (the first answer), predictions (all of them, where more than one
+        was asked for), and reference (where the data has one).
     """
     made = []
     for index, text, texts, reference in zip(

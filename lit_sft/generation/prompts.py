@@ -1,4 +1,6 @@
-"""Questions to batches of prompts: sorted by length, filled up by tokens, as many batches on every rank."""
+"""Questions to batches of prompts: sorted by length, filled up by tokens, as many batches on every
+rank.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,8 @@ from lit_sft.model.generate import GenerationOptions, left_pad
 from lit_sft.types import Conversation, Prompts
 
 TOKENS_PER_BATCH = 16_384
-"""Prompts and answers of a batch, padding included: 2 GB of keys and values for an 8B Llama in 16 bits, 0.8 GB for
-SmolLM2-135M in fp32.
+"""Prompts and answers of a batch, padding included: 2 GB of keys and values for an 8B Llama in 16
+bits, 0.8 GB for SmolLM2-135M in fp32.
 """
 PROMPTS_PER_BATCH = 64
 """At most, as the batch goes on until its last answer ends."""
@@ -61,10 +63,11 @@ def encode(asked: Iterable[Asked], renderer: Renderer) -> list[Prompt]:
 
 
 def _answer_ids(conversation: Conversation, prompt_ids: list[int], renderer: Renderer) -> list[int]:
-    """The ids that are trained behind a prompt, without the stop token; none where the data has no answer for it.
+    """The ids that are trained behind a prompt, without the stop token; none where the data has no
+    answer for it.
 
-    Not those of the message's text: a template may trim it, and add thoughts, channels and tool calls. That text is
-    taken where the row cannot be trained.
+    Not those of the message's text: a template may trim it, and add thoughts, channels and tool
+    calls. That text is taken where the row cannot be trained.
     """
     content = conversation_to_prompt(conversation)[1]
     if content is None:
@@ -94,9 +97,9 @@ def check_room(prompts: Iterable[Prompt], max_new_tokens: int, context: int | No
     for prompt in prompts:
         if not fits(prompt, max_new_tokens, context):
             raise UserError(
-                f"{prompt.where}: a prompt of {len(prompt.ids)} tokens and model.generation.max_new_tokens "
-                f"{max_new_tokens} exceed the model's context of {context} tokens: shorten the prompt, or set a "
-                "smaller max_new_tokens"
+                f"{prompt.where}: a prompt of {len(prompt.ids)} tokens and"
+                f" model.generation.max_new_tokens {max_new_tokens} exceed the model's context of"
+                f" {context} tokens: shorten the prompt, or set a smaller max_new_tokens"
             )
 
 
@@ -111,27 +114,32 @@ def make_batches(
     """Makes batches of prompts of similar length, for one rank.
 
     Args:
-        prompts: All of them, in the order in which their answers are wanted (`Prompts.index` is the position in it).
+        prompts: All of them, in the order in which their answers are wanted (`Prompts.index` is the
+            position in it).
         options: Their lengths bound a batch.
         pad_id: Fills the left of shorter prompts.
         rank: Which share to return; with `world_size` 1 all of them.
         world_size: Number of shares.
-        done: Indices that are answered already. A batch without any other is left out; the rest keep their batches, as
-            in 16 bits an answer may depend on its neighbours.
+        done: Indices that are answered already. A batch without any other is left out; the rest
+            keep their batches, as in 16 bits an answer may depend on its neighbours.
 
     Returns:
-        This rank's batches. A rank that has none left in the last round gets a filler; index -1 marks answers that are
-        thrown away.
+        This rank's batches. A rank that has none left in the last round gets a filler; index -1
+        marks answers that are thrown away.
     """
     done = set(done)
-    batches = [batch for batch in _batches(prompts, options, world_size) if not done.issuperset(batch)]
+    batches = [
+        batch for batch in _batches(prompts, options, world_size) if not done.issuperset(batch)
+    ]
     rounds = max(bool(prompts), -(-len(batches) // world_size))
     mine = batches[rank::world_size]
     fillers: list[list[int]] = [[]] * (rounds - len(mine))
     return [_padded(prompts, batch, done, pad_id) for batch in [*mine, *fillers]]
 
 
-def _batches(prompts: Sequence[Prompt], options: GenerationOptions, world_size: int) -> list[list[int]]:
+def _batches(
+    prompts: Sequence[Prompt], options: GenerationOptions, world_size: int
+) -> list[list[int]]:
     """Indices, the longest prompts first; small sets are spread over the ranks."""
     most = min(PROMPTS_PER_BATCH, -(-len(prompts) // world_size))
     batches: list[list[int]] = []
@@ -146,9 +154,13 @@ def _batches(prompts: Sequence[Prompt], options: GenerationOptions, world_size: 
     return batches
 
 
-def _padded(prompts: Sequence[Prompt], batch: Sequence[int], done: set[int], pad_id: int) -> Prompts:
+def _padded(
+    prompts: Sequence[Prompt], batch: Sequence[int], done: set[int], pad_id: int
+) -> Prompts:
     """An empty batch is a filler: one short prompt for company."""
-    chosen = [prompts[index] for index in batch] or [min(prompts, key=lambda prompt: len(prompt.ids))]
+    chosen = [prompts[index] for index in batch] or [
+        min(prompts, key=lambda prompt: len(prompt.ids))
+    ]
     input_ids, attention_mask = left_pad([prompt.ids for prompt in chosen], pad_id)
     return Prompts(
         input_ids=input_ids,
@@ -161,4 +173,7 @@ def _padded(prompts: Sequence[Prompt], batch: Sequence[int], done: set[int], pad
 
 
 def _last_user_text(conversation: Conversation) -> str:
-    return next((m.content for m in reversed(conversation.messages) if m.role == "user"), conversation.text or "")
+    return next(
+        (m.content for m in reversed(conversation.messages) if m.role == "user"),
+        conversation.text or "",
+    )

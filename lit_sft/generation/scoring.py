@@ -1,4 +1,6 @@
-"""Held-out prompts to scores: what is asked, and the answers of all ranks compared with their references."""
+"""Held-out prompts to scores: what is asked, and the answers of all ranks compared with their
+references.
+"""
 
 from __future__ import annotations
 
@@ -21,27 +23,41 @@ class EvaluationOptions:
     """Greedy answers to held-out prompts, compared with their references at validation and test."""
 
     metrics: list[str] | None = None
-    """What is computed, logged as `val/<name>` and `test/<name>`. null: exact_match, where the rows have answers."""
+    """What is computed, logged as `val/<name>` and `test/<name>`. null: exact_match, where the rows
+    have answers.
+    """
     num_samples: int = 64
-    """Rows of the validation (test) set that are answered: its first; of a mixture, of each member in proportion."""
+    """Rows of the validation (test) set that are answered: its first; of a mixture, of each member
+    in proportion.
+    """
     every_n_validations: int = 1
     """Answer at every n-th validation."""
     answer_regex: str | None = None
-    """What exact_match compares: the last match (its first group) in both texts, if not empty; null: whole texts."""
+    """What exact_match compares: the last match (its first group) in both texts, if not empty;
+    null: whole texts.
+    """
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "every_n_validations"):
             if getattr(self, name) < 1:
-                raise UserError(f"model.evaluation.{name} is {getattr(self, name)}, it must be at least 1")
+                raise UserError(
+                    f"model.evaluation.{name} is {getattr(self, name)}, it must be at least 1"
+                )
         unknown = [name for name in self.metrics or () if name not in METRICS]
         if unknown:
-            raise UserError(f"model.evaluation.metrics: there is no {unknown[0]}, only {', '.join(METRICS)}")
+            raise UserError(
+                f"model.evaluation.metrics: there is no {unknown[0]}, only {', '.join(METRICS)}"
+            )
         if self.metrics == []:
-            raise UserError("model.evaluation.metrics is empty: name some, or set model.evaluation to null")
+            raise UserError(
+                "model.evaluation.metrics is empty: name some, or set model.evaluation to null"
+            )
         try:
             re.compile(self.answer_regex or "")
         except re.error as error:
-            raise UserError(f"model.evaluation.answer_regex {self.answer_regex!r} does not compile: {error}") from error
+            raise UserError(
+                f"model.evaluation.answer_regex {self.answer_regex!r} does not compile: {error}"
+            ) from error
 
     @property
     def computed(self) -> list[str]:
@@ -55,7 +71,11 @@ class EvaluationOptions:
 
 
 def choose_prompts(
-    prompts: Sequence[Prompt], options: EvaluationOptions, key: str, max_new_tokens: int, context: int | None
+    prompts: Sequence[Prompt],
+    options: EvaluationOptions,
+    key: str,
+    max_new_tokens: int,
+    context: int | None,
 ) -> tuple[list[Prompt], str]:
     """Which prompts are answered, and a message for the user where that is not all.
 
@@ -72,15 +92,21 @@ def choose_prompts(
     if not any(prompt.reference for prompt in prompts):
         what = f"none of the first {len(prompts)} rows of {key} ends with an answer to compare with"
         if options.metrics is not None:
-            raise UserError(f"model.evaluation.metrics {options.computed}: {what}; set model.evaluation to null")
+            raise UserError(
+                f"model.evaluation.metrics {options.computed}: {what}; set model.evaluation to null"
+            )
         return [], f"{what}, so no answers are scored"
     kept = [prompt for prompt in prompts if fits(prompt, max_new_tokens, context)]
     if len(kept) == len(prompts):
         return kept, ""
     long = next(prompt for prompt in prompts if not fits(prompt, max_new_tokens, context))
-    return kept, (
-        f"{key}: {len(prompts) - len(kept)} of {len(prompts)} prompts leave no room for an answer in the model's "
-        f"context of {context} tokens and are not scored, such as {long.where}"
+    return (
+        kept,
+        (
+            f"{key}: {len(prompts) - len(kept)} of {len(prompts)} prompts leave no room for an"
+            f" answer in the model's context of {context} tokens and are not scored, such as"
+            f" {long.where}"
+        ),
     )
 
 
@@ -91,25 +117,30 @@ def too_long_to_match(prompts: Sequence[Prompt], key: str, max_new_tokens: int) 
     if not long:
         return ""
     return (
-        f"{key}: answers are cut at {max_new_tokens} tokens, and {len(long)} of {len(lengths)} references are longer "
-        f"(the longest: {max(long)}); raise model.generation.max_new_tokens if answers need that length"
+        f"{key}: answers are cut at {max_new_tokens} tokens, and {len(long)} of {len(lengths)}"
+        f" references are longer (the longest: {max(long)}); raise model.generation.max_new_tokens"
+        " if answers need that length"
     )
 
 
 def evaluate(
-    batches: Iterable[Prompts], answer: Callable[[Prompts], list[list[str]]], options: EvaluationOptions
+    batches: Iterable[Prompts],
+    answer: Callable[[Prompts], list[list[str]]],
+    options: EvaluationOptions,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Answers the prompts of this rank and scores those of all ranks; every rank must call it.
 
-    The texts are gathered, and every rank computes the same scores from all of them in the order of the rows: the
-    result does not depend on the number of ranks, also not in its last digit.
+    The texts are gathered, and every rank computes the same scores from all of them in the order of
+    the rows: the result does not depend on the number of ranks, also not in its last digit.
 
     Returns:
         Score by name (none where no row has a reference), and the records of all rows.
     """
     mine = [record for prompts in batches for record in records(prompts, answer(prompts))]
     table = sorted(gathered(mine), key=lambda record: record["index"])
-    pairs = [(record["prediction"], record["reference"]) for record in table if "reference" in record]
+    pairs = [
+        (record["prediction"], record["reference"]) for record in table if "reference" in record
+    ]
     if not pairs:
         return {}, table
     predictions, references = zip(*pairs, strict=True)

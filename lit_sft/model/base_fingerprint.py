@@ -1,4 +1,6 @@
-"""The fingerprint of a frozen base: whether trained weights or an adapter lie over the base of their training."""
+"""The fingerprint of a frozen base: whether trained weights or an adapter lie over the base of
+their training.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from lit_sft.errors import UserError
 SAMPLE = 4096
 """Bytes of a sample of a weights file."""
 BASE_FILE = "base_fingerprint.json"
-"""In an adapter directory: the fingerprint of the base that it was trained over. Of lit_sft, not of peft."""
+"""In an adapter directory: the fingerprint of the base that it was trained over. Of lit_sft, not of
+peft.
+"""
 SAMPLES = 64
 """Samples of a file, evenly spread; the header (names, types, shapes) is read besides."""
 
@@ -29,8 +33,8 @@ def check_base(saved: str | None, current: str | None) -> None:
     """
     if saved is not None and current is not None and saved != current:
         raise UserError(
-            f"the checkpoint was trained over another base ({saved}, here {current}): set model.model_name_or_path, "
-            "model.revision and model.init to those of its run"
+            f"the checkpoint was trained over another base ({saved}, here {current}): set"
+            " model.model_name_or_path, model.revision and model.init to those of its run"
         )
 
 
@@ -47,8 +51,9 @@ def check_quantization(saved: str | None, current: str | None) -> None:
     if saved != current:
         was, now = saved or "null", current or "null"
         raise UserError(
-            f"the checkpoint was trained over its base with model.quantization {was}, now it is {now}: set it to "
-            f"{was}, or resume.allow_other_data to true to go on over other values of the frozen weights"
+            f"the checkpoint was trained over its base with model.quantization {was}, now it is"
+            f" {now}: set it to {was}, or resume.allow_other_data to true to go on over other"
+            " values of the frozen weights"
         )
 
 
@@ -83,11 +88,14 @@ def check_recorded_base(adapter: Path, base: str, base_name: str) -> bool:
     try:
         recorded = json.loads(file.read_text(encoding="utf-8"))["base"]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} cannot be read ({error}): remove it to compare names and shapes only") from error
+        raise UserError(
+            f"{file} cannot be read ({error}): remove it to compare names and shapes only"
+        ) from error
     if recorded != base:
         raise UserError(
-            f"the adapter {adapter} was trained over another base ({recorded}) than {base_name} ({base}): set "
-            f"model.model_name_or_path to that base; or if it is only stored in other files, remove {file.name}"
+            f"the adapter {adapter} was trained over another base ({recorded}) than {base_name}"
+            f" ({base}): set model.model_name_or_path to that base; or if it is only stored in"
+            f" other files, remove {file.name}"
         )
     return True
 
@@ -102,7 +110,10 @@ def base_of(lm: Any, init: str, seed: int) -> str:
     """
     folder = Path(lm.name_or_path)
     if init == "random":
-        return f"random, seed {seed}, config {_short(hashlib.sha256((folder / 'config.json').read_bytes()))}"
+        return (
+            f"random, seed {seed}, config"
+            f" {_short(hashlib.sha256((folder / 'config.json').read_bytes()))}"
+        )
     return _of_weights(folder)
 
 
@@ -113,8 +124,9 @@ def _of_weights(folder: Path) -> str:
 def fingerprint(folder: Path) -> str:
     """A hash of the weights in a directory.
 
-    Of each file it reads the size, the beginning (in safetensors the header: all names, types and shapes) and 64
-    samples of 4 KiB: training changes them all, and a model of any size takes milliseconds.
+    Of each file it reads the size, the beginning (in safetensors the header: all names, types and
+    shapes) and 64 samples of 4 KiB: training changes them all, and a model of any size takes
+    milliseconds.
     """
     digest = hashlib.sha256()
     files = [*folder.glob("*.safetensors"), *folder.glob("*.gguf")]

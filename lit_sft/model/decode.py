@@ -11,20 +11,27 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _THOUGHTS = ("<think>", "</think>", "[THINK]", "[/THINK]")
-"""Marks that stay in the text of an answer, so that thoughts can be told from it; most tokenizers have them as text."""
+"""Marks that stay in the text of an answer, so that thoughts can be told from it; most tokenizers
+have them as text.
+"""
 _CHANNELS = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>")
 _CHANNEL = re.compile(
     r"(?:<\|start\|>assistant)?<\|channel\|>analysis<\|message\|>(.*?)(?:<\|end\|>|\Z)"
     r"|(?:<\|start\|>assistant)?<\|channel\|>(?:final|commentary)<\|message\|>|<\|start\|>assistant",
     re.DOTALL,
 )
-"""Headers of gpt-oss, which thinks in a message of its own, in the channel `analysis`, before the one to the user."""
+"""Headers of gpt-oss, which thinks in a message of its own, in the channel `analysis`, before the
+one to the user.
+"""
 
 
-def decode_completion(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stop_ids: Sequence[int]) -> str:
+def decode_completion(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stop_ids: Sequence[int]
+) -> str:
     """The text of an answer, without its stop token and without special tokens.
 
-    Marks of thoughts stay, whatever they are to the tokenizer; what gpt-oss thinks is put between `<think>` marks.
+    Marks of thoughts stay, whatever they are to the tokenizer; what gpt-oss thinks is put between
+    `<think>` marks.
     """
     if not ids:
         return ""
@@ -52,6 +59,12 @@ def _thoughts_marked(text: str) -> str:
 
 @lru_cache(maxsize=4)
 def _special_tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> dict[int, str]:
-    """Texts by id, collected once: some tokenizers have hundreds. `size` tells when there are new ones."""
+    """Texts by id, collected once: some tokenizers have hundreds. `size` tells when there are new
+    ones.
+    """
     special = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
-    return special | {index: str(token) for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return special | {
+        index: str(token)
+        for index, token in tokenizer.added_tokens_decoder.items()
+        if token.special
+    }

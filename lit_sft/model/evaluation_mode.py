@@ -10,7 +10,8 @@ from torch import nn
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Switches a model to evaluation mode; afterwards every module is in the mode that it had before.
+    """Switches a model to evaluation mode; afterwards every module is in the mode that it had
+    before.
 
     Args:
         model: Its modules may be in different modes.

@@ -1,4 +1,6 @@
-"""A trained model -> a plain Hugging Face directory that transformers (or peft) loads without us."""
+"""A trained model -> a plain Hugging Face directory that transformers (or peft) loads without
+us.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ if TYPE_CHECKING:
 
 # What only sampling reads; `save_pretrained` refuses a greedy generation config that has them.
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
-# These start values are taken out of the base weights, which are then no longer those the adapter's base has on disk.
+# These start values are taken out of the base weights, which are then no longer those the adapter's
+# base has on disk.
 _INIT_CHANGES_BASE = ("pissa", "olora")
 
 
@@ -38,7 +41,9 @@ class ChatFormat:
     tokenizer: PreTrainedTokenizerBase
     """Written as it is, but for the template."""
     stop_ids: Sequence[int]
-    """Ids that end an answer, for `generation_config.json`: plain `generate` then stops where ours does."""
+    """Ids that end an answer, for `generation_config.json`: plain `generate` then stops where ours
+    does.
+    """
     chat_template: str | None = None
     """The template of the training; None for the tokenizer's own."""
 
@@ -63,11 +68,12 @@ def export_hf(
     state_dict: Mapping[str, Tensor] | None = None,
     check: Callable[[Path], None] | None = None,
 ) -> None:
-    """Writes weights (or an adapter), tokenizer, chat template and generation config; all of it or nothing.
+    """Writes weights (or an adapter), tokenizer, chat template and generation config; all of it or
+    nothing.
 
-    The directory is written under another name and renamed when it is complete; an earlier export is replaced. Where
-    the base of an adapter is nowhere else (random init, or start values that changed it), it is written to `base/`. An
-    adapter gets the fingerprint of its base.
+    The directory is written under another name and renamed when it is complete; an earlier export
+    is replaced. Where the base of an adapter is nowhere else (random init, or start values that
+    changed it), it is written to `base/`. An adapter gets the fingerprint of its base.
 
     Args:
         model: The causal LM, or the adapted model around it.
@@ -75,8 +81,10 @@ def export_hf(
         output_dir: Where to.
         base: The base of an adapter; None where it was made here.
         dtype: Type of the written weights of a whole model; None keeps theirs.
-        state_dict: Full tensors by the names of the causal LM's own `state_dict()`, where the weights are sharded.
-        check: Called with the directory; if it raises, the directory goes and an earlier export is back.
+        state_dict: Full tensors by the names of the causal LM's own `state_dict()`, where the
+            weights are sharded.
+        check: Called with the directory; if it raises, the directory goes and an earlier export is
+            back.
 
     Raises:
         UserError: If the directory holds something that must not be replaced.
@@ -110,7 +118,8 @@ def export_hf(
 
 def is_adapted(model: Any) -> bool:
     """Whether this is peft's wrapper around a model."""
-    from transformers import PreTrainedModel  # and not PeftModel, whose import takes seconds
+    # And not PeftModel, whose import takes seconds.
+    from transformers import PreTrainedModel
 
     return not isinstance(model, PreTrainedModel)
 
@@ -140,17 +149,27 @@ def _generation_config(lm: PreTrainedModel, chat: ChatFormat) -> GenerationConfi
 
 
 def _save_model(
-    lm: Any, state: dict[str, Tensor], directory: Path, settings: GenerationConfig, dtype: torch.dtype | None
+    lm: Any,
+    state: dict[str, Tensor],
+    directory: Path,
+    settings: GenerationConfig,
+    dtype: torch.dtype | None,
 ) -> None:
     # Weights gathered from shards are copies, in which transformers cannot see that they are tied.
     if lm.config.get_text_config().tie_word_embeddings:
-        state = {name: value for name, value in state.items() if name not in lm.all_tied_weights_keys}
+        state = {
+            name: value for name, value in state.items() if name not in lm.all_tied_weights_keys
+        }
     if dtype is not None:
-        state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
+        state = {
+            name: value.to(dtype) if value.is_floating_point() else value
+            for name, value in state.items()
+        }
     config = lm.config.get_text_config()
     in_training = lm.generation_config, getattr(config, "use_cache", None)
     lm.generation_config, config.use_cache = settings, True
-    quantizer = vars(lm).pop("hf_quantizer", None)  # with it, transformers would not look at `state_dict`
+    # With it, transformers would not look at `state_dict`.
+    quantizer = vars(lm).pop("hf_quantizer", None)
     try:
         lm.save_pretrained(directory, state_dict=state)
     finally:
@@ -164,13 +183,20 @@ def _save_model(
 
 
 def _base_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The base's own tensors, under the names they had before adapters were put around its layers."""
+    """The base's own tensors, under the names they had before adapters were put around its
+    layers.
+    """
     added = (".lora_", ".modules_to_save.", ".trainable_tokens_")
     own = {name: value for name, value in state.items() if not any(part in name for part in added)}
-    return {re.sub(r"\.(token_adapter\.base_layer|base_layer|original_module)\.", ".", name): own[name] for name in own}
+    return {
+        re.sub(r"\.(token_adapter\.base_layer|base_layer|original_module)\.", ".", name): own[name]
+        for name in own
+    }
 
 
-def _save_adapter(model: Any, state: Mapping[str, Tensor], directory: Path, base: AdapterBase) -> None:
+def _save_adapter(
+    model: Any, state: Mapping[str, Tensor], directory: Path, base: AdapterBase
+) -> None:
     config = _peft_config(model)
     before = config.base_model_name_or_path, config.init_lora_weights
     config.base_model_name_or_path = base.name_or_path
@@ -182,19 +208,27 @@ def _save_adapter(model: Any, state: Mapping[str, Tensor], directory: Path, base
         model.save_pretrained(
             str(directory),
             state_dict={f"base_model.model.{name}": value for name, value in state.items()},
-            save_embedding_layers=False,  # `auto` asks the hub for the base's config
+            # `auto` asks the hub for the base's config.
+            save_embedding_layers=False,
         )
     finally:
         config.base_model_name_or_path, config.init_lora_weights = before
 
 
 def _check_target(target: Path, source: str | None) -> None:
-    """Refuses to replace the directory that the model came from, and directories that hold no model."""
+    """Refuses to replace the directory that the model came from, and directories that hold no
+    model.
+    """
     if source and Path(source).exists() and Path(source).resolve().is_relative_to(target.resolve()):
-        raise UserError(f"the export would replace {target}, which holds the base model: set another output_dir")
+        raise UserError(
+            f"the export would replace {target}, which holds the base model: set another output_dir"
+        )
     ours = any((target / name).is_file() for name in ("config.json", "adapter_config.json"))
     if target.exists() and not (target.is_dir() and (ours or not any(target.iterdir()))):
-        raise UserError(f"{target} exists and is no model directory, so it is not replaced: set another output_dir")
+        raise UserError(
+            f"{target} exists and is no model directory, so it is not replaced: set another"
+            " output_dir"
+        )
 
 
 @contextmanager

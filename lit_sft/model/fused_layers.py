@@ -1,8 +1,10 @@
-"""Norms, gated activations and adapted linear layers of a decoder block, each in one step that keeps less for backward.
+"""Norms, gated activations and adapted linear layers of a decoder block, each in one step that
+keeps less for backward.
 
-Transformers and peft write them as chains of operations, and under autocast as many copies in fp32 and bf16. The
-arithmetic here is the same, the forward pass rounds where theirs does or later; only less is written, cast and kept. A
-module that computes anything else than expected, by a comparison on a few numbers, stays as it is.
+Transformers and peft write them as chains of operations, and under autocast as many copies in fp32
+and bf16. The arithmetic here is the same, the forward pass rounds where theirs does or later; only
+less is written, cast and kept. A module that computes anything else than expected, by a comparison
+on a few numbers, stays as it is.
 
 Letters: T tokens, D hidden size, I size between the gated products, R rank of an adapter.
 """
@@ -26,20 +28,24 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PRE_NORMS = {"input_layernorm", "post_attention_layernorm"}
-"""A block with these two norms feeds them to linear layers only (Llama, Mistral, Qwen): they may write the type that
-autocast computes in, which saves a cast per linear layer, and its copy.
+"""A block with these two norms feeds them to linear layers only (Llama, Mistral, Qwen): they may
+write the type that autocast computes in, which saves a cast per linear layer, and its copy.
 """
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Keeps the input and one number per token, where autograd would keep the input, its square root chain, the
-    normalized input and a copy in compute type per linear layer that reads it.
+    """Keeps the input and one number per token, where autograd would keep the input, its square
+    root chain, the normalized input and a copy in compute type per linear layer that reads it.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype
+    ) -> Tensor:
         x = hidden.float()
-        scale = torch.rsqrt(torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps))
+        scale = torch.rsqrt(
+            torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps)
+        )
         ctx.save_for_backward(hidden, weight, scale)
         return torch.mul((x * scale).to(hidden.dtype), weight).to(out_dtype)
 
@@ -48,7 +54,11 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, scale = ctx.saved_tensors
         grad, normed = grad.float(), hidden.float() * scale
-        grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        grad_weight = (
+            (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
+            if ctx.needs_input_grad[1]
+            else None
+        )
         grad = grad * weight
         mean = torch.linalg.vecdot(grad, normed)[..., None].div_(grad.shape[-1])
         return grad.sub_(normed.mul_(mean)).mul_(scale).to(hidden.dtype), grad_weight, None, None
@@ -70,13 +80,14 @@ class _GatedSiLU(torch.autograd.Function):
 
 
 class _GatedDown(torch.autograd.Function):
-    """`(silu(gate) * up) @ weight.T`; makes the product of the two again in the backward pass, for two element-wise
-    operations, where the linear layer would keep it: a third of what an MLP keeps.
+    """`(silu(gate) * up) @ weight.T`; makes the product of the two again in the backward pass, for
+    two element-wise operations, where the linear layer would keep it: a third of what an MLP keeps.
     """
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
-        compute_weight = weight.to(gate.dtype)  # as autocast does
+        # As autocast does.
+        compute_weight = weight.to(gate.dtype)
         ctx.save_for_backward(gate, up, compute_weight)
         ctx.weight_dtype = weight.dtype
         return F.linear(F.silu(gate).mul_(up), compute_weight)
@@ -95,19 +106,27 @@ class _GatedDown(torch.autograd.Function):
 
 
 class _LoraLinear(torch.autograd.Function):
-    """`x @ weight.T + scaling * x @ A.T @ B.T` over a frozen weight; keeps its input as it came, once for all layers
-    that read it (q, k and v), where peft keeps a copy for each, and adds the adapter to the output within its product,
-    where peft writes the output three times more.
+    """`x @ weight.T + scaling * x @ A.T @ B.T` over a frozen weight; keeps its input as it came,
+    once for all layers that read it (q, k and v), where peft keeps a copy for each, and adds the
+    adapter to the output within its product, where peft writes the output three times more.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scaling: float,
     ) -> Tensor:
         ctx.adapter_dtype, ctx.scaling = a.dtype, scaling
-        weight, a, b = (w.to(x.dtype) for w in (weight, a, b))  # as autocast does
+        # As autocast does.
+        weight, a, b = (w.to(x.dtype) for w in (weight, a, b))
         rows = x.flatten(0, -2)
-        low = rows @ a.T  # [T, R]
+        # [T, R].
+        low = rows @ a.T
         ctx.save_for_backward(x, weight, a, b, low)
         out = F.linear(rows, weight, None if bias is None else bias.to(x.dtype))
         # not in place: selective checkpointing may keep the product
@@ -118,7 +137,8 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b, low = ctx.saved_tensors
         rows, grad = x.flatten(0, -2), grad.flatten(0, -2)
-        grad_low = grad @ b  # [T, R]
+        # [T, R].
+        grad_low = grad @ b
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = (grad @ weight).addmm_(grad_low, a, alpha=ctx.scaling).view_as(x)
@@ -143,11 +163,13 @@ def _norm_forward(norm: Any, feeds_linear: bool) -> Callable[[Tensor], Tensor]:
 def _mlp_forward(mlp: Any) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
         gate, up, down = mlp.gate_proj(x), mlp.up_proj(x), mlp.down_proj
-        # torch has no public way to ask whether a module has hooks, which only a call of the module itself runs.
+        # torch has no public way to ask whether a module has hooks, which only a call of the module
+        # itself runs.
         is_observed = bool(down._forward_hooks)
         if type(down) is nn.Linear and down.bias is None and not is_observed:
             out: Tensor = _GatedDown.apply(gate, up, down.weight)
-        else:  # adapted, quantized or observed
+        else:
+            # Adapted, quantized or observed.
             out = down(_GatedSiLU.apply(gate, up))
         return out
 
@@ -158,11 +180,16 @@ def _lora_forward(layer: Any) -> Callable[..., Tensor]:
     plain = layer.forward
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        base, name, autocast = layer.base_layer, _plain_adapter(layer), torch.is_autocast_enabled(x.device.type)
+        base, name, autocast = (
+            layer.base_layer,
+            _plain_adapter(layer),
+            torch.is_autocast_enabled(x.device.type),
+        )
         if name is None or args or kwargs:
             return plain(x, *args, **kwargs)  # type: ignore[no-any-return]
         a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-        if not autocast and not x.dtype == base.weight.dtype == a.dtype:  # fp32 adapters compute in fp32
+        if not autocast and not x.dtype == base.weight.dtype == a.dtype:
+            # Fp32 adapters compute in fp32.
             return plain(x)  # type: ignore[no-any-return]
         x = x.to(torch.get_autocast_dtype(x.device.type)) if autocast else x
         out: Tensor = _LoraLinear.apply(x, base.weight, base.bias, a, b, layer.scaling[name])
@@ -172,7 +199,9 @@ def _lora_forward(layer: Any) -> Callable[..., Tensor]:
 
 
 def _plain_adapter(layer: Any) -> str | None:
-    """Name of the one adapter of a layer of peft that computes nothing else than LoRA; None as soon as it does."""
+    """Name of the one adapter of a layer of peft that computes nothing else than LoRA; None as soon
+    as it does.
+    """
     base, names = layer.base_layer, layer.active_adapters
     if len(names) != 1 or names[0] not in layer.lora_A or layer.disable_adapters or layer.merged:
         return None
@@ -183,11 +212,13 @@ def _plain_adapter(layer: Any) -> str | None:
 
 
 def fuse_blocks(lm: PreTrainedModel, known: Collection[str] | None = None) -> list[str]:
-    """Replaces the forward passes of RMS norms, SiLU-gated MLPs and LoRA layers in place; names of parameters stay.
+    """Replaces the forward passes of RMS norms, SiLU-gated MLPs and LoRA layers in place; names of
+    parameters stay.
 
     Args:
         lm: Causal LM.
-        known: Names of the modules that another rank has compared, where this one has no weights yet.
+        known: Names of the modules that another rank has compared, where this one has no weights
+            yet.
 
     Returns:
         Names of the modules that were replaced.
@@ -196,15 +227,21 @@ def fuse_blocks(lm: PreTrainedModel, known: Collection[str] | None = None) -> li
         id(child)
         for module in lm.modules()
         for name, child in module.named_children()
-        if name in PRE_NORMS and {n for n, _ in module.named_children() if n.endswith("norm")} == PRE_NORMS
+        if name in PRE_NORMS
+        and {n for n, _ in module.named_children() if n.endswith("norm")} == PRE_NORMS
     }
     replaced = []
     for name, module in lm.named_modules():
         if type(module).__name__.endswith("RMSNorm") and "variance_epsilon" in vars(module):
             width, forward = module.weight.shape[-1], _norm_forward(module, id(module) in feeding)
-        elif {"gate_proj", "up_proj", "down_proj", "act_fn"} <= {child for child, _ in module.named_children()}:
+        elif {"gate_proj", "up_proj", "down_proj", "act_fn"} <= {
+            child for child, _ in module.named_children()
+        }:
             width, forward = getattr(module.gate_proj, "in_features", 0), _mlp_forward(module)
-        elif (type(module).__module__, type(module).__name__) == ("peft.tuners.lora.layer", "Linear"):
+        elif (type(module).__module__, type(module).__name__) == (
+            "peft.tuners.lora.layer",
+            "Linear",
+        ):
             width, forward = module.in_features, _lora_forward(module)
         else:
             continue
@@ -215,14 +252,18 @@ def fuse_blocks(lm: PreTrainedModel, known: Collection[str] | None = None) -> li
 
 
 def unfuse_blocks(lm: PreTrainedModel, names: Collection[str]) -> None:
-    """Gives the modules that `fuse_blocks` named their own forward passes back, which round otherwise in 16 bits."""
+    """Gives the modules that `fuse_blocks` named their own forward passes back, which round
+    otherwise in 16 bits.
+    """
     for name in names:
         del lm.get_submodule(name).forward
 
 
 @torch.no_grad()
 def _same(module: nn.Module, forward: Callable[[Tensor], Tensor], width: int) -> bool:
-    """Whether both give the same for a few numbers; adapters with other numbers than the zeros that they start with."""
+    """Whether both give the same for a few numbers; adapters with other numbers than the zeros that
+    they start with.
+    """
     weight = next(module.parameters())
     if width == 0 or weight.is_meta:
         return False
@@ -232,10 +273,13 @@ def _same(module: nn.Module, forward: Callable[[Tensor], Tensor], width: int) ->
     starts = [b.clone() for b in adapters]
     for b in adapters:
         b.copy_(torch.linspace(-1, 1, b.numel(), device=b.device).view_as(b))
-    mixed = any(b.dtype != weight.dtype for b in adapters)  # computes as autocast says, and only there
+    # Computes as autocast says, and only there.
+    mixed = any(b.dtype != weight.dtype for b in adapters)
     with evaluation_mode(module), torch.autocast(weight.device.type, torch.bfloat16, enabled=mixed):
         own, ours = module(x), forward(x)
     for b, start in zip(adapters, starts, strict=True):
         b.copy_(start)
     tolerance = 1e-5 if own.dtype == torch.float32 else 2e-2
-    return torch.allclose(own.float(), ours.float(), rtol=tolerance, atol=tolerance * float(own.abs().max()))
+    return torch.allclose(
+        own.float(), ours.float(), rtol=tolerance, atol=tolerance * float(own.abs().max())
+    )

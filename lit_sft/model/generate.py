@@ -18,12 +18,19 @@ from lit_sft.model.evaluation_mode import evaluation_mode
 from lit_sft.model.parallel import is_compiled
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import (
+        GenerationConfig,
+        PretrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+    )
 
 
 @dataclass
 class GenerationOptions:
-    """How answers are written. Greedy means greedy: nothing is taken from the model's own generation config."""
+    """How answers are written. Greedy means greedy: nothing is taken from the model's own
+    generation config.
+    """
 
     max_new_tokens: int = 100
     """An answer ends here at the latest."""
@@ -40,30 +47,47 @@ class GenerationOptions:
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
-            raise UserError(f"model.generation.max_new_tokens is {self.max_new_tokens}; set it to at least 1")
+            raise UserError(
+                f"model.generation.max_new_tokens is {self.max_new_tokens}; set it to at least 1"
+            )
         if self.temperature <= 0:
             raise UserError(
-                f"model.generation.temperature is {self.temperature}; set a positive number, or do_sample to false for "
-                "the most likely answer"
+                f"model.generation.temperature is {self.temperature}; set a positive number, or"
+                " do_sample to false for the most likely answer"
             )
         if not 0 < self.top_p <= 1:
-            raise UserError(f"model.generation.top_p is {self.top_p}; set a share above 0 and up to 1")
+            raise UserError(
+                f"model.generation.top_p is {self.top_p}; set a share above 0 and up to 1"
+            )
         if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"model.generation.top_k is {self.top_k}; set it to at least 1, or to null for all tokens")
+            raise UserError(
+                f"model.generation.top_k is {self.top_k}; set it to at least 1, or to null for all"
+                " tokens"
+            )
         if self.num_return_sequences < 1:
-            raise UserError(f"model.generation.num_return_sequences is {self.num_return_sequences}; set at least 1")
+            raise UserError(
+                f"model.generation.num_return_sequences is {self.num_return_sequences}; set at"
+                " least 1"
+            )
         sampling = [name for name in _SAMPLING if getattr(self, name) != getattr(type(self), name)]
         if sampling and not self.do_sample:
-            raise UserError(f"model.generation.{sampling[0]} has no effect on greedy answers; set do_sample to true")
+            raise UserError(
+                f"model.generation.{sampling[0]} has no effect on greedy answers; set do_sample to"
+                " true"
+            )
 
 
 _SAMPLING = ("temperature", "top_p", "top_k", "num_return_sequences")
 
 
 def stop_token_ids(
-    tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None, extra: Iterable[int] = ()
+    tokenizer: PreTrainedTokenizerBase,
+    generation_config: GenerationConfig | None,
+    extra: Iterable[int] = (),
 ) -> list[int]:
-    """Every id that ends an answer: eos of tokenizer and generation config, and `extra` (ends of turn); sorted."""
+    """Every id that ends an answer: eos of tokenizer and generation config, and `extra` (ends of
+    turn); sorted.
+    """
     stops = {int(token_id) for token_id in extra}
     if tokenizer.eos_token_id is not None:
         stops.add(int(tokenizer.eos_token_id))
@@ -113,13 +137,14 @@ def generate(
         options: Length and sampling.
         stop_ids: An answer ends with the first of these ids.
         pad_id: Id that fills answers which end early.
-        synced: Set where all ranks share the weights (sharding): a rank that is done keeps calling the model until the
-            last one is.
-        entry: Called in place of `lm.generate`, with the same arguments: where the weights are sharded, the method of
-            the wrapper that gathers them.
+        synced: Set where all ranks share the weights (sharding): a rank that is done keeps calling
+            the model until the last one is.
+        entry: Called in place of `lm.generate`, with the same arguments: where the weights are
+            sharded, the method of the wrapper that gathers them.
 
     Returns:
-        B * R lists of new ids, the R answers of a prompt together, each up to and including its stop id.
+        B * R lists of new ids, the R answers of a prompt together, each up to and including its
+        stop id.
 
     Raises:
         UserError: If a prompt leaves no room for the answer in the model's context.
@@ -146,12 +171,15 @@ def _check_room(lm: PreTrainedModel, prompt_length: int, max_new_tokens: int) ->
     context = context_length(lm.config)
     if context is not None and prompt_length + max_new_tokens > context:
         raise UserError(
-            f"a prompt of {prompt_length} tokens and model.generation.max_new_tokens {max_new_tokens} exceed the "
-            f"model's context of {context} tokens: shorten the prompt or set a smaller max_new_tokens"
+            f"a prompt of {prompt_length} tokens and model.generation.max_new_tokens"
+            f" {max_new_tokens} exceed the model's context of {context} tokens: shorten the prompt"
+            " or set a smaller max_new_tokens"
         )
 
 
-def _generation_config(options: GenerationOptions, stop_ids: Sequence[int], pad_id: int) -> GenerationConfig:
+def _generation_config(
+    options: GenerationOptions, stop_ids: Sequence[int], pad_id: int
+) -> GenerationConfig:
     sampling: dict[str, Any] = {}
     if options.do_sample:
         sampling = dict(
@@ -172,17 +200,20 @@ def _generation_config(options: GenerationOptions, stop_ids: Sequence[int], pad_
 
 @contextmanager
 def _ready_to_generate(lm: PreTrainedModel, cast: bool) -> Iterator[None]:
-    """Evaluation mode, no inherited generation settings, no autocast; everything is put back afterwards.
+    """Evaluation mode, no inherited generation settings, no autocast; everything is put back
+    afterwards.
 
-    Evaluation mode also switches gradient checkpointing off, which would forbid the cache of keys and values. Autocast
-    would cast every weight again for every token; with `cast` they are cast once instead where it is to bf16, which
-    costs half of the weights in memory. Sharded ones are gathered in the type that sharding was told. In fp16 a model
-    that was trained in bf16 may overflow, so there the weights stay as they are stored.
+    Evaluation mode also switches gradient checkpointing off, which would forbid the cache of keys
+    and values. Autocast would cast every weight again for every token; with `cast` they are cast
+    once instead where it is to bf16, which costs half of the weights in memory. Sharded ones are
+    gathered in the type that sharding was told. In fp16 a model that was trained in bf16 may
+    overflow, so there the weights stay as they are stored.
     """
     kind = lm.device.type
     dtype = torch.get_autocast_dtype(kind)
     casts = cast and torch.is_autocast_enabled(kind) and dtype == torch.bfloat16
-    # `generate` fills what a config leaves open from this one: repetition penalties, say, or a length.
+    # `generate` fills what a config leaves open from this one: repetition penalties, say, or a
+    # length.
     own_generation_config = lm.generation_config
     lm.generation_config = _new_generation_config()
     try:
@@ -202,8 +233,9 @@ def _ready_to_generate(lm: PreTrainedModel, cast: bool) -> Iterator[None]:
 def _weights_cast(lm: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Puts copies in place of all weights in fp32.
 
-    Not by `parameter.data`: given another type, a parameter loses the node of the graph that adds up its gradient, and
-    the hooks on it, by which DDP reduces gradients. Without a word, every rank would train alone from then on.
+    Not by `parameter.data`: given another type, a parameter loses the node of the graph that adds
+    up its gradient, and the hooks on it, by which DDP reduces gradients. Without a word, every rank
+    would train alone from then on.
     """
     stored = [
         (module, name, parameter)
@@ -212,7 +244,10 @@ def _weights_cast(lm: nn.Module, dtype: torch.dtype) -> Iterator[None]:
         if parameter.dtype == torch.float32
     ]
     # One copy of each parameter: tied weights stay tied.
-    copies = {parameter: nn.Parameter(parameter.detach().to(dtype), requires_grad=False) for _, _, parameter in stored}
+    copies = {
+        parameter: nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
+        for _, _, parameter in stored
+    }
     try:
         for module, name, parameter in stored:
             setattr(module, name, copies[parameter])
@@ -226,8 +261,9 @@ def _weights_cast(lm: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 def _contiguous_states(lm: PreTrainedModel) -> Iterator[None]:
     """Hands the head contiguous states, where it is a module of its own.
 
-    Without gradients torch copies the weight for every prompt if its input is a slice, as the last states of the
-    prompts are (3.6 GB for 64 prompts of SmolLM2, frozen): https://github.com/pytorch/pytorch/issues/186148.
+    Without gradients torch copies the weight for every prompt if its input is a slice, as the last
+    states of the prompts are (3.6 GB for 64 prompts of SmolLM2, frozen):
+    https://github.com/pytorch/pytorch/issues/186148.
     """
     head = lm.get_output_embeddings()
     if head is None:
@@ -241,8 +277,8 @@ def _contiguous_states(lm: PreTrainedModel) -> Iterator[None]:
 
 
 def _uncompiled(lm: nn.Module) -> AbstractContextManager[None]:
-    """Lets compiled blocks run as they are written: they would be compiled again for every new length, until torch
-    gives up, for training, too.
+    """Lets compiled blocks run as they are written: they would be compiled again for every new
+    length, until torch gives up, for training, too.
     """
     return torch.compiler.set_stance("force_eager") if is_compiled(lm) else nullcontext()
 

@@ -1,4 +1,5 @@
-"""A causal LM and its loss in one plain module: backbone, then head and cross-entropy on the target positions only.
+"""A causal LM and its loss in one plain module: backbone, then head and cross-entropy on the target
+positions only.
 
 Letters: B rows, T tokens, N targets, C targets of a chunk, D hidden size, V vocabulary.
 """
@@ -25,11 +26,14 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CHUNK_ELEMENTS = 2**26
-"""Logits held at once (C x V) in compute type, 128 MiB in bf16. Every chunk adds to the whole gradient of the head,
-which costs as much as its product for 128 targets (V 49,152, a CPU), so chunks are few.
+"""Logits held at once (C x V) in compute type, 128 MiB in bf16. Every chunk adds to the whole
+gradient of the head, which costs as much as its product for 128 targets (V 49,152, a CPU), so
+chunks are few.
 """
 PIECE_ELEMENTS = {"cpu": 2**21, "cuda": 2**24}
-"""Logits of a chunk that become gradients at once, in fp32: 8 MiB stay in a CPU's cache, a GPU wants few launches."""
+"""Logits of a chunk that become gradients at once, in fp32: 8 MiB stay in a CPU's cache, a GPU
+wants few launches.
+"""
 
 
 @dataclass
@@ -37,15 +41,22 @@ class LossOptions:
     """What is minimized for every target token."""
 
     type: Literal["nll", "dft"] = "nll"
-    """`nll`: negative log likelihood. `dft`: times the (detached) probability of the target (arXiv:2508.05629)."""
+    """`nll`: negative log likelihood. `dft`: times the (detached) probability of the target
+    (arXiv:2508.05629).
+    """
     label_smoothing: float = 0.0
     """Share of the target's probability spread over the vocabulary, in [0, 1)."""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.label_smoothing < 1.0:
-            raise UserError(f"model.loss.label_smoothing is {self.label_smoothing}, it must be in [0, 1)")
+            raise UserError(
+                f"model.loss.label_smoothing is {self.label_smoothing}, it must be in [0, 1)"
+            )
         if self.type == "dft" and self.label_smoothing:
-            raise UserError("model.loss.label_smoothing has no meaning with type dft: set it to 0, or type to nll")
+            raise UserError(
+                "model.loss.label_smoothing has no meaning with type dft: set it to 0, or type"
+                " to nll"
+            )
 
 
 @dataclass(frozen=True)
@@ -68,7 +79,9 @@ class Head:
         logits = projected.float()
         if self.scale != 1.0:
             logits = logits * self.scale
-        return logits if self.softcap is None else torch.tanh(logits / self.softcap).mul_(self.softcap)
+        return (
+            logits if self.softcap is None else torch.tanh(logits / self.softcap).mul_(self.softcap)
+        )
 
     def backward_through_logits_(self, grad: Tensor, logits: Tensor) -> Tensor:
         """Gradient by the fp32 logits -> gradient by `hidden @ weight.T`, both [C, V], in place."""
@@ -85,29 +98,38 @@ class _Task:
     options: LossOptions
     count_correct: bool
     needs_grad: bool
-    """Whether gradients are enabled. In validation torch says of the inputs that they need one, all the same."""
+    """Whether gradients are enabled. In validation torch says of the inputs that they need one, all
+    the same.
+    """
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum of token losses; the gradients are made in the forward pass, chunk by chunk, so that no logits are kept.
+    """Sum of token losses; the gradients are made in the forward pass, chunk by chunk, so that no
+    logits are kept.
 
-    Three matrix products per chunk, where recomputing the logits in the backward pass would take four. The method is
-    that of Liger's fused linear cross-entropy (arXiv:2410.10989), in plain torch.
+    Three matrix products per chunk, where recomputing the logits in the backward pass would take
+    four. The method is that of Liger's fused linear cross-entropy (arXiv:2410.10989), in plain
+    torch.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        hidden: Tensor,  # [N, D] in compute type
-        weight: Tensor,  # [V, D]
-        bias: Tensor | None,  # [V]
-        targets: Tensor,  # [N]
+        # [N, D] in compute type.
+        hidden: Tensor,
+        # [V, D].
+        weight: Tensor,
+        # [V].
+        bias: Tensor | None,
+        # [N].
+        targets: Tensor,
         task: _Task,
     ) -> tuple[Tensor, Tensor]:
         needed = [task.needs_grad and needs for needs in ctx.needs_input_grad[:3]]
         sums = _Sums(task, hidden, weight.to(hidden.dtype), needed)
         for chunk in _slices(len(targets), CHUNK_ELEMENTS // len(weight)):
-            projected = task.head.project(hidden[chunk], sums.compute_weight)  # [C, V]
+            # [C, V].
+            projected = task.head.project(hidden[chunk], sums.compute_weight)
             sums.add_losses_(projected, targets[chunk])
             sums.add_products(chunk, projected, hidden[chunk])
         ctx.save_for_backward(sums.grad_hidden, sums.grad_weight, sums.grad_bias)
@@ -132,7 +154,9 @@ class _Sums:
         needed: Whether hidden states, weight and bias need a gradient.
     """
 
-    def __init__(self, task: _Task, hidden: Tensor, compute_weight: Tensor, needed: list[bool]) -> None:
+    def __init__(
+        self, task: _Task, hidden: Tensor, compute_weight: Tensor, needed: list[bool]
+    ) -> None:
         needs_hidden, self.needs_weight, needs_bias = needed
         self.task = task
         self.compute_weight = compute_weight
@@ -143,13 +167,16 @@ class _Sums:
         self.num_correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
         self.grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         self.grad_bias = hidden.new_zeros(vocabulary, dtype=torch.float32) if needs_bias else None
-        # The first chunk makes it, so that no zeros are written before. Without a target there is no chunk.
+        # The first chunk makes it, so that no zeros are written before. Without a target there is
+        # no chunk.
         self.grad_weight: Tensor | None = None
         if self.needs_weight and not len(hidden):
             self.grad_weight = torch.zeros_like(compute_weight, dtype=torch.float32)
 
     def add_losses_(self, projected: Tensor, targets: Tensor) -> None:
-        """Adds the losses of a chunk; its logits [C, V] become their own gradient, piece by piece."""
+        """Adds the losses of a chunk; its logits [C, V] become their own gradient, piece by
+        piece.
+        """
         for rows, aims in zip(projected.split(self.piece), targets.split(self.piece), strict=True):
             self._add_piece_(rows, aims)
 
@@ -182,7 +209,8 @@ class _Sums:
         product = grad.T @ hidden
         if self.grad_weight is None:
             self.grad_weight = product.float()
-        else:  # in fp32, as a sum of chunks
+        else:
+            # In fp32, as a sum of chunks.
             self.grad_weight += product
 
 
@@ -215,10 +243,12 @@ def _losses_and_gradient(
 
 
 class CausalLMLoss(nn.Module):
-    """A Hugging Face causal LM together with its loss, so that sharding gathers the head where it is used.
+    """A Hugging Face causal LM together with its loss, so that sharding gathers the head where it
+    is used.
 
-    Logits exist for target positions only, a chunk at a time. Where the head is not a plain linear layer (an adapted
-    head, say) or `check_head` finds that the model computes its logits differently, its own logits are used instead.
+    Logits exist for target positions only, a chunk at a time. Where the head is not a plain linear
+    layer (an adapted head, say) or `check_head` finds that the model computes its logits
+    differently, its own logits are used instead.
 
     Args:
         lm: Causal LM, adapters already injected.
@@ -232,19 +262,36 @@ class CausalLMLoss(nn.Module):
         self.fused: list[str] = []
         """Modules of the LM whose forward pass was replaced (see `fused_layers`)."""
         self.separate_rows = False
-        """Set where the model would mix examples of a pack: each becomes a padded row of its own."""
+        """Set where the model would mix examples of a pack: each becomes a padded row of its
+        own.
+        """
         head = lm.get_output_embeddings()
         # what peft trains as a whole, or some rows of it, it wraps around the original
-        if type(head).__name__ == "TrainableTokensWrapper" and head.original_module.bias is not None:
-            left_out = f"the head of {type(lm).__name__} has a bias, which peft drops where rows of it are trained"
-            raise UserError(f"{left_out}: leave out model.add_tokens and trainable_token_indices, or model.lora")
-        self.own_logits = type(getattr(head, "original_module", head)) is not nn.Linear or lm.base_model is lm
+        if (
+            type(head).__name__ == "TrainableTokensWrapper"
+            and head.original_module.bias is not None
+        ):
+            left_out = (
+                f"the head of {type(lm).__name__} has a bias, which peft drops where rows of it are"
+                " trained"
+            )
+            raise UserError(
+                f"{left_out}: leave out model.add_tokens and trainable_token_indices, or model.lora"
+            )
+        self.own_logits = (
+            type(getattr(head, "original_module", head)) is not nn.Linear or lm.base_model is lm
+        )
         if self.own_logits:
-            log.warning("The head of %s is not a plain linear layer: its own full logits are used.", type(lm).__name__)
+            log.warning(
+                "The head of %s is not a plain linear layer: its own full logits are used.",
+                type(lm).__name__,
+            )
 
     @property
     def options(self) -> LossOptions:
-        """What is minimized; without gradients nll, by which models compare: the loss of dft rises before it falls."""
+        """What is minimized; without gradients nll, by which models compare: the loss of dft rises
+        before it falls.
+        """
         return self.trained_options if torch.is_grad_enabled() else LossOptions()
 
     @property
@@ -252,9 +299,12 @@ class CausalLMLoss(nn.Module):
         """The output head as the model's config describes it."""
         linear = self.lm.get_output_embeddings()
         config = self.lm.config.get_text_config()
-        scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
-        scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite
-        softcap = getattr(config, "final_logit_softcapping", None)  # Gemma
+        # Cohere.
+        scale = float(getattr(config, "logit_scale", None) or 1.0)
+        # Granite.
+        scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+        # Gemma.
+        softcap = getattr(config, "final_logit_softcapping", None)
         return Head(linear.weight, getattr(linear, "bias", None), scale, softcap)
 
     def forward(
@@ -272,24 +322,32 @@ class CausalLMLoss(nn.Module):
             input_ids: [B, T].
             labels: [B, T], the id that each position must predict, or IGNORE_INDEX.
             position_ids: [B, T], restarting with every example.
-            lengths: Lengths of the examples that lie end to end in the one row; None where rows are not packed.
+            lengths: Lengths of the examples that lie end to end in the one row; None where rows are
+                not packed.
             count_correct: Also count the targets that are the arg max.
-            target_positions: [N] flat positions of these ids; None: they are looked for, and a GPU is waited for.
+            target_positions: [N] flat positions of these ids; None: they are looked for, and a GPU
+                is waited for.
         """
         if lengths is not None and self.separate_rows:
             input_ids, labels, position_ids = _rows_of_one(input_ids, labels, lengths)
             lengths = target_positions = None
         inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
         if lengths is not None:
-            inputs |= pack_kwargs(lengths, input_ids.device)  # reach attention through the layers' kwargs
+            # Reach attention through the layers' kwargs.
+            inputs |= pack_kwargs(lengths, input_ids.device)
         if target_positions is None:
             target_positions = (labels.flatten() != IGNORE_INDEX).nonzero()[:, 0]
-        targets = labels.flatten().index_select(0, target_positions)  # [N]
+        # [N].
+        targets = labels.flatten().index_select(0, target_positions)
         if self.own_logits:
             logits = self.lm(**inputs).logits.flatten(0, 1).index_select(0, target_positions)
             loss_sum, num_correct = self._from_logits(logits, targets)
         else:
-            hidden = self.lm.base_model(**inputs).last_hidden_state.flatten(0, 1).index_select(0, target_positions)
+            hidden = (
+                self.lm.base_model(**inputs)
+                .last_hidden_state.flatten(0, 1)
+                .index_select(0, target_positions)
+            )
             loss_sum, num_correct = self._from_hidden(hidden, targets, count_correct)
         return LossOutput(loss_sum, torch.tensor(len(targets)), num_correct)
 
@@ -297,14 +355,17 @@ class CausalLMLoss(nn.Module):
         """`lm.generate`, as a method of the module that sharding gathers the weights for."""
         return self.lm.generate(**arguments)  # type: ignore[operator]
 
-    def _from_hidden(self, hidden: Tensor, targets: Tensor, count_correct: bool) -> tuple[Tensor, Tensor]:
+    def _from_hidden(
+        self, hidden: Tensor, targets: Tensor, count_correct: bool
+    ) -> tuple[Tensor, Tensor]:
         """[N, D], [N] -> sum of losses, number of correct."""
         head = self.head
         kind = hidden.device.type
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
         else:
-            # Not that of the hidden states: a norm that is kept in fp32 must not lift the head to it.
+            # Not that of the hidden states: a norm that is kept in fp32 must not lift the head to
+            # it.
             dtype = head.weight.dtype
         task = _Task(head, self.options, count_correct, needs_grad=torch.is_grad_enabled())
         return _ChunkedCrossEntropy.apply(  # type: ignore[no-any-return]
@@ -314,34 +375,49 @@ class CausalLMLoss(nn.Module):
     def _from_logits(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """[N, V], [N] -> sum of losses, number of correct."""
         logits = logits.float()
-        losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=self.options.label_smoothing)
+        losses = F.cross_entropy(
+            logits, targets, reduction="none", label_smoothing=self.options.label_smoothing
+        )
         if self.options.type == "dft":
             losses = losses * torch.exp(-losses.detach())
         return losses.sum(), (logits.argmax(-1) == targets).sum()
 
     @torch.no_grad()
     def check_head(self) -> None:
-        """Compares both paths to the logits on a few tokens: where they differ the model's own are used, and said."""
+        """Compares both paths to the logits on a few tokens: where they differ the model's own are
+        used, and said.
+        """
         if self.own_logits:
             return
         device = self.lm.get_output_embeddings().weight.device
-        input_ids = torch.arange(8, device=device)[None] % self.lm.config.get_text_config().vocab_size
+        input_ids = (
+            torch.arange(8, device=device)[None] % self.lm.config.get_text_config().vocab_size
+        )
         with evaluation_mode(self):
             own = self.lm(input_ids=input_ids, use_cache=False).logits[0]
             hidden = self.lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[0]
         head = self.head
         ours = head.logits(head.project(hidden.to(head.weight.dtype), head.weight))
         tolerance = 1e-4 if own.dtype == torch.float32 else 2e-2
-        self.own_logits = not torch.allclose(own.float(), ours, rtol=tolerance, atol=tolerance * float(own.abs().max()))
+        self.own_logits = not torch.allclose(
+            own.float(), ours, rtol=tolerance, atol=tolerance * float(own.abs().max())
+        )
         if self.own_logits:
-            why = "does not compute its logits as scale * hidden @ head: its own full logits are used (more memory)"
+            why = (
+                "does not compute its logits as scale * hidden @ head: its own full logits are used"
+                " (more memory)"
+            )
             log.warning("%s %s.", type(self.lm).__name__, why)
 
 
-def _rows_of_one(input_ids: Tensor, labels: Tensor, lengths: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """[1, T] with S examples -> input_ids, labels, position_ids [S, T of the longest], padded on the right.
+def _rows_of_one(
+    input_ids: Tensor, labels: Tensor, lengths: tuple[int, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[1, T] with S examples -> input_ids, labels, position_ids [S, T of the longest], padded on
+    the right.
 
-    What is padded has no target, and a causal model reads nothing to the right, so no mask is needed.
+    What is padded has no target, and a causal model reads nothing to the right, so no mask is
+    needed.
     """
     pad = torch.nn.utils.rnn.pad_sequence
     rows = pad(list(input_ids[0].split(lengths)), batch_first=True)

@@ -14,7 +14,9 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Numbers of two of glibc's settings (malloc.h)."""
 
 CPU_SCRATCH = 200_000_000
-"""Bytes of code and kernels' scratch that came with the first steps of SmolLM2-135M, full and with LoRA."""
+"""Bytes of code and kernels' scratch that came with the first steps of SmolLM2-135M, full and with
+LoRA.
+"""
 
 
 @dataclass(frozen=True)
@@ -53,17 +55,27 @@ class StepShape:
     stored_bytes: int
     """Bytes of a stored weight."""
     compute_bytes: int
-    """Bytes of a number that is computed with: 2 under bf16 autocast, which also copies the weights."""
+    """Bytes of a number that is computed with: 2 under bf16 autocast, which also copies the
+    weights.
+    """
     optimizer_bytes: float
-    """Bytes that the optimizer remembers of a trained parameter: 8 for Adam in fp32, 0 for plain SGD."""
+    """Bytes that the optimizer remembers of a trained parameter: 8 for Adam in fp32, 0 for plain
+    SGD.
+    """
     gradient_checkpointing: bool | str
-    """Whether only the inputs of blocks are kept; with `selective` some of the costly results, too."""
+    """Whether only the inputs of blocks are kept; with `selective` some of the costly results,
+    too.
+    """
     accumulates: bool = True
-    """Whether gradients of an earlier forward pass are there; otherwise they come as activations go."""
+    """Whether gradients of an earlier forward pass are there; otherwise they come as activations
+    go.
+    """
     adapted: bool = False
     """Whether low-rank adapters lie over a frozen base."""
     input_copies: bool = False
-    """Whether every adapted layer keeps a copy of its input, as in peft: adapters that are not plain LoRA do."""
+    """Whether every adapted layer keeps a copy of its input, as in peft: adapters that are not
+    plain LoRA do.
+    """
     normed_heads: bool = False
     """Whether queries and keys have norms of their own, which keep their inputs (Qwen3, Gemma3)."""
     on_cpu: bool = False
@@ -71,7 +83,9 @@ class StepShape:
     quantized: bool = False
     """Whether the linear layers of the blocks are stored in 4 bits."""
     shards: int = 1
-    """Devices that share weights, gradients and optimizer state; each gathers head, embedding and two blocks."""
+    """Devices that share weights, gradients and optimizer state; each gathers head, embedding and
+    two blocks.
+    """
 
 
 def estimate(config: Any, step: StepShape) -> MemoryEstimate:
@@ -103,8 +117,10 @@ def estimate(config: Any, step: StepShape) -> MemoryEstimate:
 def _weights(text: Any, step: StepShape) -> int:
     """Bytes of the base's weights, of their copies in compute type, and of the adapters."""
     count = step.num_parameters
-    ends = text.vocab_size * text.hidden_size * (1 if text.tie_word_embeddings else 2)  # embedding and head
-    if step.quantized:  # half a byte, and the scales
+    # Embedding and head.
+    ends = text.vocab_size * text.hidden_size * (1 if text.tie_word_embeddings else 2)
+    if step.quantized:
+        # Half a byte, and the scales.
         base = int(ends * step.stored_bytes + int((count - ends) * 0.52))
     elif step.shards > 1:
         gathered = ends + 2 * (count - ends) // text.num_hidden_layers
@@ -118,7 +134,9 @@ def _weights(text: Any, step: StepShape) -> int:
 
 
 def _logits(text: Any, step: StepShape) -> int:
-    """Bytes of the logits that the loss holds at once, of their pieces in fp32, and of the head's gradient."""
+    """Bytes of the logits that the loss holds at once, of their pieces in fp32, and of the head's
+    gradient.
+    """
     vocabulary = text.vocab_size
     chunk = min(step.tokens, max(1, CHUNK_ELEMENTS // vocabulary)) * vocabulary * step.compute_bytes
     pieces = 3 * 4 * PIECE_ELEMENTS["cpu" if step.on_cpu else "cuda"]
@@ -128,13 +146,19 @@ def _logits(text: Any, step: StepShape) -> int:
 
 
 def _kept_per_token(text: Any, step: StepShape) -> int:
-    """Bytes that all blocks keep; of those that are checkpointed what goes in, some products, and all of one block."""
+    """Bytes that all blocks keep; of those that are checkpointed what goes in, some products, and
+    all of one block.
+    """
     layers = text.num_hidden_layers
     stream = text.hidden_size * step.stored_bytes
     block = 2 * stream + _block_numbers(text, step) * step.compute_bytes
     if not step.gradient_checkpointing:
         return int(layers * block)
-    costly = _costly_numbers(text) * step.compute_bytes if step.gradient_checkpointing == "selective" else 0
+    costly = (
+        _costly_numbers(text) * step.compute_bytes
+        if step.gradient_checkpointing == "selective"
+        else 0
+    )
     return int(layers * (stream + costly) + block)
 
 
@@ -148,32 +172,39 @@ def _sizes(text: Any) -> tuple[int, int, int, int]:
 
 
 def _costly_numbers(text: Any) -> int:
-    """What selective checkpointing keeps of a Llama-like block per token: attention's output and every second of its
-    seven products, from the query on.
+    """What selective checkpointing keeps of a Llama-like block per token: attention's output and
+    every second of its seven products, from the query on.
     """
     hidden, queries, keys, inner = _sizes(text)
     return 2 * queries + keys + inner + hidden
 
 
 def _block_numbers(text: Any, step: StepShape) -> int:
-    """Numbers in compute type that a Llama-like block keeps per token, beside the two inputs of its norms: the norms'
-    outputs, query, key, value, the attention's output, the two factors of the MLP; with adapters their product, too.
+    """Numbers in compute type that a Llama-like block keeps per token, beside the two inputs of its
+    norms: the norms' outputs, query, key, value, the attention's output, the two factors of the
+        MLP; with adapters their product, too.
     """
     hidden, queries, keys, inner = _sizes(text)
     if step.input_copies:
         linear_inputs = 5 * hidden + queries + 2 * inner
     else:
         linear_inputs = 2 * hidden + inner * step.adapted
-    return int(linear_inputs + 2 * (queries + keys) + 2 * inner + step.normed_heads * (queries + keys))
+    return int(
+        linear_inputs + 2 * (queries + keys) + 2 * inner + step.normed_heads * (queries + keys)
+    )
 
 
 def resident(peak: bool = False) -> int:
-    """Bytes of host memory that this process holds, or the most it ever held. Not `ru_maxrss` where it can be avoided:
-    a program inherits that of the one that started it.
+    """Bytes of host memory that this process holds, or the most it ever held. Not `ru_maxrss` where
+    it can be avoided: a program inherits that of the one that started it.
     """
     if sys.platform == "linux":
         name = "VmHWM" if peak else "VmRSS"
-        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+        line = next(
+            line
+            for line in Path("/proc/self/status").read_text().splitlines()
+            if line.startswith(name)
+        )
         return int(line.split()[1]) * 1024
     import resource
 
@@ -183,11 +214,14 @@ def resident(peak: bool = False) -> int:
 def keep_freed_memory() -> None:
     """Makes the C library keep what is freed, for the next tensor of that size.
 
-    By default it gives every large block back to the system, which then has to clear the same pages again: 300,000 page
-    faults per step of a model of 135 M parameters on a CPU, 5 to 10 % of its time. The peak stays as it was.
+    By default it gives every large block back to the system, which then has to clear the same pages
+    again: 300,000 page faults per step of a model of 135 M parameters on a CPU, 5 to 10 % of its
+        time. The peak stays as it was.
     """
     if sys.platform == "linux":
         library = ctypes.CDLL(None)
-        if getattr(library, "mallopt", None) is not None:  # glibc
-            library.mallopt(M_MMAP_THRESHOLD, 32 * 2**20)  # the most it takes; larger blocks would leave gaps
+        if getattr(library, "mallopt", None) is not None:
+            # Glibc.
+            # The most it takes; larger blocks would leave gaps.
+            library.mallopt(M_MMAP_THRESHOLD, 32 * 2**20)
             library.mallopt(M_TRIM_THRESHOLD, -1)

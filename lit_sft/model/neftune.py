@@ -1,4 +1,6 @@
-"""Noise on the embeddings in training (NEFTune, arXiv:2310.05914): longer and better liked answers, little data."""
+"""Noise on the embeddings in training (NEFTune, arXiv:2310.05914): longer and better liked answers,
+little data.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,12 @@ from lit_sft.errors import UserError
 
 
 def apply_neftune(loss: nn.Module, embedding: nn.Module, alpha: float) -> None:
-    """Adds uniform noise of size `alpha / sqrt(L * D)` to what the embedding returns, in training mode only.
+    """Adds uniform noise of size `alpha / sqrt(L * D)` to what the embedding returns, in training
+    mode only.
 
-    L is the length of each example and not of the row it is packed in, so packing does not change the noise. The noise
-    comes from torch's random state, which is set anew in each optimizer step: a resumed run draws the same.
+    L is the length of each example and not of the row it is packed in, so packing does not change
+    the noise. The noise comes from torch's random state, which is set anew in each optimizer step:
+    a resumed run draws the same.
 
     Args:
         loss: Module whose forward is given `input_ids` and `lengths` by name.
@@ -25,7 +29,10 @@ def apply_neftune(loss: nn.Module, embedding: nn.Module, alpha: float) -> None:
         UserError: `alpha` is not positive.
     """
     if not alpha > 0:
-        raise UserError(f"model.neftune_noise_alpha is {alpha}; set a positive number, often 5, or null for no noise")
+        raise UserError(
+            f"model.neftune_noise_alpha is {alpha}; set a positive number, often 5, or null for no"
+            " noise"
+        )
     lengths: list[tuple[int, ...] | None] = [None]
 
     def remember(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -36,11 +43,14 @@ def apply_neftune(loss: nn.Module, embedding: nn.Module, alpha: float) -> None:
             return embedded
         batch, width, size = embedded.shape
         of_example = torch.tensor(lengths[0] or (width,) * batch, dtype=torch.float32)
-        if len(of_example) == batch:  # an example to a row, maybe padded
+        if len(of_example) == batch:
+            # An example to a row, maybe padded.
             length = of_example[:, None, None]
         else:
             length = of_example.repeat_interleave(of_example.long())[None, :, None]
-        noise = torch.empty(embedded.shape, dtype=torch.float32, device=embedded.device).uniform_(-1, 1)
+        noise = torch.empty(embedded.shape, dtype=torch.float32, device=embedded.device).uniform_(
+            -1, 1
+        )
         strength = (alpha / (length * size).sqrt()).to(noise.device, non_blocking=True)
         return embedded + (noise * strength).to(embedded.dtype)
 

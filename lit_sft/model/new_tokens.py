@@ -13,17 +13,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ROWS_MULTIPLE = 64
-"""An embedding that has to grow gets a multiple of this many rows: matrix units are slow with odd sizes."""
+"""An embedding that has to grow gets a multiple of this many rows: matrix units are slow with odd
+sizes.
+"""
 
 
-def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str], template: str = "") -> list[int]:
+def add_tokens(
+    tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str], template: str = ""
+) -> list[int]:
     """Adds tokens that are never split.
 
     Args:
         tokenizer: Is changed.
         tokens: Their texts.
-        template: Text of the chat template. A token that it writes marks roles, turns or calls, and so is special: it
-            may end an answer, and is left out of decoded ones, by servers, too. Others (`<answer>`) are text.
+        template: Text of the chat template. A token that it writes marks roles, turns or calls, and
+            so is special: it may end an answer, and is left out of decoded ones, by servers, too.
+            Others (`<answer>`) are text.
 
     Returns:
         Their ids.
@@ -40,14 +45,17 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str], templa
         if token in known or token in tokens[:number]:
             where = "is in the tokenizer already" if token in known else "is named twice"
             raise UserError(f"model.add_tokens: {token!r} {where}; leave it out")
-    tokenizer.add_tokens([AddedToken(token, special=token in template, normalized=False) for token in tokens])
+    tokenizer.add_tokens(
+        [AddedToken(token, special=token in template, normalized=False) for token in tokens]
+    )
     vocabulary = tokenizer.get_vocab()
     return [vocabulary[token] for token in tokens]
 
 
 @torch.no_grad()
 def make_room(lm: PreTrainedModel, token_ids: Sequence[int]) -> None:
-    """Starts the rows of new tokens at the mean of those before them, in the embedding and in the head.
+    """Starts the rows of new tokens at the mean of those before them, in the embedding and in the
+    head.
 
     Args:
         lm: The model, before adapters are put into it.
@@ -55,8 +63,10 @@ def make_room(lm: PreTrainedModel, token_ids: Sequence[int]) -> None:
     """
     first, end = token_ids[0], token_ids[-1] + 1
     rows: Any = lm.get_input_embeddings().weight
-    if end > rows.shape[0]:  # many models have rows to spare
-        # transformers' own start values are drawn at random around the mean: a resumed run would draw others
+    if end > rows.shape[0]:
+        # Many models have rows to spare.
+        # transformers' own start values are drawn at random around the mean: a resumed run would
+        # draw others
         lm.resize_token_embeddings(end, pad_to_multiple_of=ROWS_MULTIPLE, mean_resizing=False)
     embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
     tensors: list[Any] = [embedding.weight, head.weight, head.bias]

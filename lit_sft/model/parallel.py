@@ -1,4 +1,6 @@
-"""What is done to a finished model from outside, in this order: gradient checkpointing, compile, sharding."""
+"""What is done to a finished model from outside, in this order: gradient checkpointing, compile,
+sharding.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +33,8 @@ def decoder_layers(lm: PreTrainedModel) -> list[nn.Module]:
     layers = [module for module in lm.modules() if type(module).__name__ in names]
     if not layers:
         raise UserError(
-            f"{type(lm).__name__} does not say which of its modules are decoder layers: set trainer.strategy to "
-            "ddp and model.compile to false"
+            f"{type(lm).__name__} does not say which of its modules are decoder layers: set"
+            " trainer.strategy to ddp and model.compile to false"
         )
     return layers
 
@@ -42,10 +44,11 @@ def apply_gradient_checkpointing(lm: PreTrainedModel, selective: bool = False) -
 
     Args:
         lm: The causal LM.
-        selective: Keep what attention and every second matrix product gave as well (as torchtitan does): about half of
-            the recomputation for a third of the memory.
+        selective: Keep what attention and every second matrix product gave as well (as torchtitan
+            does): about half of the recomputation for a third of the memory.
     """
-    # The reentrant variant gives no gradient to adapters over a frozen embedding (peft #1142, transformers #42489).
+    # The reentrant variant gives no gradient to adapters over a frozen embedding (peft #1142,
+    # transformers #42489).
     kwargs: dict[str, Any] = {"use_reentrant": False}
     if selective:
         kwargs["context_fn"] = _keep_costly
@@ -53,7 +56,9 @@ def apply_gradient_checkpointing(lm: PreTrainedModel, selective: bool = False) -
 
 
 def _keep_costly() -> Any:
-    """Contexts of one checkpointed block: what is kept is counted anew in its forward pass and its recomputation."""
+    """Contexts of one checkpointed block: what is kept is counted anew in its forward pass and its
+    recomputation.
+    """
     from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
     products = {False: 0, True: 0}
@@ -63,7 +68,8 @@ def _keep_costly() -> Any:
         keep = "attention" in name or "varlen" in name
         if name == "aten.mm.default":
             inner, width = args[1].shape
-            if inner < width * NARROW:  # an adapter's second product costs little, its first has a small result
+            if inner < width * NARROW:
+                # An adapter's second product costs little, its first has a small result.
                 return CheckpointPolicy.PREFER_RECOMPUTE
             if width < inner * NARROW:
                 return CheckpointPolicy.MUST_SAVE
@@ -75,10 +81,11 @@ def _keep_costly() -> Any:
 
 
 def apply_compile(lm: PreTrainedModel) -> None:
-    """Compiles every block in place (parameter names stay); lengths vary from batch to batch, so shapes are dynamic.
+    """Compiles every block in place (parameter names stay); lengths vary from batch to batch, so
+    shapes are dynamic.
 
-    All blocks share one piece of code for all packs. A second one is made where the first pack has as many tokens as
-    the block has features somewhere, which torch takes for the same number.
+    All blocks share one piece of code for all packs. A second one is made where the first pack has
+    as many tokens as the block has features somewhere, which torch takes for the same number.
     """
     for layer in decoder_layers(lm):
         layer.compile(dynamic=True)
@@ -99,7 +106,8 @@ def apply_fsdp2(
     cpu_offload: bool = False,
     reshard_after_forward: bool = True,
 ) -> None:
-    """Shards each block, then the rest (embedding, norm, head) with the module that computes the loss.
+    """Shards each block, then the rest (embedding, norm, head) with the module that computes the
+    loss.
 
     What is on the meta device on ranks other than 0 gets the values of rank 0.
 
@@ -109,7 +117,8 @@ def apply_fsdp2(
         mesh: Data-parallel mesh of one dimension.
         compute_dtype: Type of the gathered parameters; gradients are reduced in fp32.
         cpu_offload: Keep shards and optimizer state in host memory.
-        reshard_after_forward: Free a block's gathered parameters between its forward and its backward pass.
+        reshard_after_forward: Free a block's gathered parameters between its forward and its
+            backward pass.
     """
     from torch.distributed.fsdp import (
         CPUOffloadPolicy,
@@ -122,7 +131,11 @@ def apply_fsdp2(
     options: dict[str, Any] = {
         "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32),
-        "offload_policy": CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if cpu_offload else OffloadPolicy(),
+        "offload_policy": (
+            CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu")
+            if cpu_offload
+            else OffloadPolicy()
+        ),
     }
     whole = {name: tensor.detach() for name, tensor in _tensors(loss).items()}
     for layer in decoder_layers(lm):
@@ -137,24 +150,33 @@ def follow_rank_zero(loss: nn.Module) -> None:
     """Gives what was built on the meta device the types that rank 0 loaded. A collective call.
 
     Raises:
-        UserError: On every rank, if rank 0 built something else than another, which it cannot fill then.
+        UserError: On every rank, if rank 0 built something else than another, which it cannot fill
+            then.
     """
     ours = _tensors(loss)
     shapes = {name: tuple(tensor.shape) for name, tensor in ours.items()}
-    rank_zero_shapes, dtypes = broadcast_from_rank_zero((shapes, {name: tensor.dtype for name, tensor in ours.items()}))
+    rank_zero_shapes, dtypes = broadcast_from_rank_zero(
+        (shapes, {name: tensor.dtype for name, tensor in ours.items()})
+    )
     strangers = {name for name, _ in shapes.items() ^ rank_zero_shapes.items()}
-    for name, module in loss.named_modules():  # tensors that are neither parameters nor buffers could not be filled
+    for name, module in loss.named_modules():
+        # Tensors that are neither parameters nor buffers could not be filled.
         strangers |= {f"{name}.{key}" for key, value in vars(module).items() if _is_meta(value)}
     everywhere: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everywhere, sorted(strangers))
     if found := [name for names in everywhere for name in names]:
-        raise UserError(f"the model is built differently without its weights ({found[0]}): set trainer.strategy to ddp")
+        raise UserError(
+            f"the model is built differently without its weights ({found[0]}): set trainer.strategy"
+            " to ddp"
+        )
     for name, tensor in ours.items():
         tensor.data = tensor.data.to(dtypes[name])
 
 
 @torch.no_grad()
-def _fill_from_rank_zero(loss: nn.Module, whole: dict[str, Tensor], mesh: DeviceMesh, cpu_offload: bool) -> None:
+def _fill_from_rank_zero(
+    loss: nn.Module, whole: dict[str, Tensor], mesh: DeviceMesh, cpu_offload: bool
+) -> None:
     """Gives every rank its shards of what rank 0 holds, one tensor after the other; buffers whole.
 
     Args:
@@ -169,9 +191,15 @@ def _fill_from_rank_zero(loss: nn.Module, whole: dict[str, Tensor], mesh: Device
         loss.to_empty(device="cpu" if cpu_offload else mesh.device_type)
     for name, tensor in _tensors(loss).items():
         full = whole.pop(name)
-        full = torch.empty_like(full, device=mesh.device_type) if full.is_meta else full.to(mesh.device_type)
+        full = (
+            torch.empty_like(full, device=mesh.device_type)
+            if full.is_meta
+            else full.to(mesh.device_type)
+        )
         if isinstance(tensor, DTensor):
-            tensor.to_local().copy_(distribute_tensor(full.contiguous(), mesh, tensor.placements).to_local())
+            tensor.to_local().copy_(
+                distribute_tensor(full.contiguous(), mesh, tensor.placements).to_local()
+            )
         else:
             dist.broadcast(full := full.contiguous(), src=0)
             tensor.copy_(full)
@@ -187,7 +215,9 @@ def _is_meta(value: Any) -> bool:
 
 
 def full_state_dict(module: nn.Module) -> dict[str, Tensor]:
-    """The whole state on the CPU of rank 0 (empty elsewhere), whatever the sharding. A collective call."""
+    """The whole state on the CPU of rank 0 (empty elsewhere), whatever the sharding. A collective
+    call.
+    """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     state: dict[str, Any] = get_model_state_dict(

@@ -20,7 +20,10 @@ def nf4(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
         UserError: bitsandbytes is not installed.
     """
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError("model.quantization nf4 needs bitsandbytes: `pip install bitsandbytes`, or set it to null")
+        raise UserError(
+            "model.quantization nf4 needs bitsandbytes: `pip install bitsandbytes`, or set it to"
+            " null"
+        )
     from transformers import BitsAndBytesConfig
 
     make: Any = BitsAndBytesConfig
@@ -37,9 +40,10 @@ def nf4(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
 def _keep_weights() -> None:
     """Forbids bitsandbytes to change the weights of a model in training.
 
-    On CPUs with bf16 instructions the first forward pass in evaluation mode would repack them with scales rounded to
-    bf16, for good: the steps after a validation would see other weights than those before it, and a resumed run others
-    than the one that was stopped. Such weights also break when they are moved (bitsandbytes #2078).
+    On CPUs with bf16 instructions the first forward pass in evaluation mode would repack them with
+    scales rounded to bf16, for good: the steps after a validation would see other weights than
+    those before it, and a resumed run others than the one that was stopped. Such weights also break
+    when they are moved (bitsandbytes #2078).
     """
     from bitsandbytes.nn import modules
 

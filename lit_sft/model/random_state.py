@@ -10,7 +10,9 @@ from torch import nn
 
 
 @contextmanager
-def own_random_state(seed: int | None = None, devices: Iterable[torch.device] = ()) -> Iterator[None]:
+def own_random_state(
+    seed: int | None = None, devices: Iterable[torch.device] = ()
+) -> Iterator[None]:
     """Keeps the random numbers that a block draws from changing those that follow it.
 
     Args:

@@ -12,16 +12,24 @@ from lit_sft.errors import UserError
 
 
 def freeze_unread(model: Any) -> None:
-    """Freezes what text does not pass through, a vision tower say: it gets no gradient, which DDP would wait for."""
+    """Freezes what text does not pass through, a vision tower say: it gets no gradient, which DDP
+    would wait for.
+    """
     modules = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
-    read = {id(parameter) for module in modules if module is not None for parameter in module.parameters()}
+    read = {
+        id(parameter)
+        for module in modules
+        if module is not None
+        for parameter in module.parameters()
+    }
     for parameter in model.parameters():
         if id(parameter) not in read:
             parameter.requires_grad_(False)
 
 
 def set_trainable(model: nn.Module, patterns: Iterable[str]) -> None:
-    """Trains the parameters whose name one of the regular expressions finds, and freezes all others.
+    """Trains the parameters whose name one of the regular expressions finds, and freezes all
+    others.
 
     Raises:
         UserError: If an expression finds nothing or does not compile.
@@ -34,11 +42,16 @@ def set_trainable(model: nn.Module, patterns: Iterable[str]) -> None:
         try:
             expression = re.compile(pattern)
         except re.error as error:
-            raise UserError(f"model.trainable: {pattern!r} is no regular expression: {error}") from error
+            raise UserError(
+                f"model.trainable: {pattern!r} is no regular expression: {error}"
+            ) from error
         found = [parameter for name, parameter in named if expression.search(name)]
         if not found:
             examples = ", ".join(name for name, _ in named[:: max(1, len(named) // 4)])
-            raise UserError(f"model.trainable: {pattern!r} matches no parameter; there are names such as {examples}")
+            raise UserError(
+                f"model.trainable: {pattern!r} matches no parameter; there are names such as"
+                f" {examples}"
+            )
         for parameter in found:
             parameter.requires_grad_(True)
 
@@ -70,10 +83,13 @@ def check_fits(model: nn.Module, saved: Mapping[str, Any]) -> None:
     remedy = "set model.* as it was in training (config.yaml beside the checkpoints)"
     if strangers := sorted(own.keys() ^ saved.keys()):
         where = "checkpoint" if strangers[0] in saved else "model"
-        raise UserError(f"the checkpoint does not fit the model: {strangers[0]} is in the {where} only; {remedy}")
+        raise UserError(
+            f"the checkpoint does not fit the model: {strangers[0]} is in the {where} only;"
+            f" {remedy}"
+        )
     for name, value in saved.items():
         if value.shape != own[name].shape:
             raise UserError(
-                f"the checkpoint does not fit the model: {name} is {list(value.shape)} in the checkpoint and "
-                f"{list(own[name].shape)} in the model; {remedy}"
+                f"the checkpoint does not fit the model: {name} is {list(value.shape)} in the"
+                f" checkpoint and {list(own[name].shape)} in the model; {remedy}"
             )

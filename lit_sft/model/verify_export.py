@@ -28,7 +28,8 @@ def verify_export(
     tokenizer: PreTrainedTokenizerBase,
     probe_ids: Sequence[Sequence[int]],
 ) -> None:
-    """Loads the export as anybody would and compares its logits and greedy answers to those of the model.
+    """Loads the export as anybody would and compares its logits and greedy answers to those of the
+    model.
 
     Args:
         output_dir: What `export_hf` wrote.
@@ -40,13 +41,19 @@ def verify_export(
         UserError: If they differ by more than rounding.
     """
     reloaded = _reload(Path(output_dir), model)
-    stops = json.loads((Path(output_dir) / "generation_config.json").read_text()).get("eos_token_id")
+    stops = json.loads((Path(output_dir) / "generation_config.json").read_text()).get(
+        "eos_token_id"
+    )
     with evaluation_mode(model):
         for ids in probe_ids:
             prompt = torch.tensor([list(ids)], device=model.device)
             is_close_call = _check_logits(output_dir, model, reloaded, prompt)
-            if not is_close_call and _greedy(model, prompt, stops) != _greedy(reloaded, prompt, stops):
-                raise _not_equal(f"the answers of the export {output_dir} differ from those of the model")
+            if not is_close_call and _greedy(model, prompt, stops) != _greedy(
+                reloaded, prompt, stops
+            ):
+                raise _not_equal(
+                    f"the answers of the export {output_dir} differ from those of the model"
+                )
     _check_tokenizer(output_dir, tokenizer, probe_ids[0])
 
 
@@ -54,8 +61,8 @@ def _check_logits(output_dir: str | Path, model: Any, reloaded: Any, prompt: Ten
     """Compares the logits for a prompt.
 
     Returns:
-        Whether rounding may change which token is the most likely: in 16 bits two can be too close to call, unless not
-        a bit differs.
+        Whether rounding may change which token is the most likely: in 16 bits two can be too close
+        to call, unless not a bit differs.
     """
     dtype = _stored_dtype(model)
     is_stored_alike = dtype == _stored_dtype(reloaded)
@@ -68,13 +75,18 @@ def _check_logits(output_dir: str | Path, model: Any, reloaded: Any, prompt: Ten
     expected = model(input_ids=prompt).logits.float()
     found = reloaded(input_ids=prompt).logits.float()
     error = float((found - expected).abs().max() / expected.abs().max())
-    if not error <= limit:  # nan is an error, too
-        raise _not_equal(f"the logits of the export {output_dir} are off by {error:.2g} of their size")
+    if not error <= limit:
+        # Nan is an error, too.
+        raise _not_equal(
+            f"the logits of the export {output_dir} are off by {error:.2g} of their size"
+        )
     is_fp32 = is_stored_alike and dtype == torch.float32
     return not is_fp32 and not torch.equal(found, expected)
 
 
-def _check_tokenizer(output_dir: str | Path, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> None:
+def _check_tokenizer(
+    output_dir: str | Path, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]
+) -> None:
     from transformers import AutoTokenizer
 
     load: Any = partial(AutoTokenizer.from_pretrained, trust_remote_code=_is_remote(tokenizer))
@@ -93,21 +105,29 @@ def _is_remote(thing: Any) -> bool:
 
 
 def _stored_dtype(model: Any) -> torch.dtype:
-    """The type of the stored weights: those of the base, where adapters of another type lie over it."""
+    """The type of the stored weights: those of the base, where adapters of another type lie over
+    it.
+    """
     frozen = (p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point())
     return next(frozen, model.dtype)  # type: ignore[no-any-return]
 
 
 def _greedy(model: Any, prompt: Tensor, stops: int | list[int] | None) -> list[int]:
     lm = causal_lm(model)
-    options: dict[str, Any] = dict(max_new_tokens=16, do_sample=False, pad_token_id=0, eos_token_id=stops)
-    return lm.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **options)[0].tolist()  # type: ignore[no-any-return]
+    options: dict[str, Any] = dict(
+        max_new_tokens=16, do_sample=False, pad_token_id=0, eos_token_id=stops
+    )
+    return lm.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **options)[
+        0
+    ].tolist()  # type: ignore[no-any-return]
 
 
 def _reload(directory: Path, model: PreTrainedModel | PeftModel) -> Any:
     from transformers import AutoModelForCausalLM
 
-    load: Any = partial(AutoModelForCausalLM.from_pretrained, trust_remote_code=_is_remote(causal_lm(model)))
+    load: Any = partial(
+        AutoModelForCausalLM.from_pretrained, trust_remote_code=_is_remote(causal_lm(model))
+    )
     # peft draws random numbers before it loads the right ones.
     with own_random_state(devices=[model.device]):
         if not is_adapted(model):
@@ -116,7 +136,11 @@ def _reload(directory: Path, model: PreTrainedModel | PeftModel) -> Any:
 
         config: Any = PeftConfig.from_pretrained(str(directory))
         quantized = getattr(model.config, "quantization_config", None)
-        options = {"revision": config.revision, "dtype": _stored_dtype(model), "local_files_only": True}
+        options = {
+            "revision": config.revision,
+            "dtype": _stored_dtype(model),
+            "local_files_only": True,
+        }
         if quantized is not None:
             options |= {"quantization_config": quantized, "device_map": {"": "cpu"}}
         base = load(config.base_model_name_or_path, **options)

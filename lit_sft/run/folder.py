@@ -36,7 +36,8 @@ class EarlyStoppingOptions:
 
 
 def check_monitor(group: str, options: Any, scores: Sequence[str], validated: bool) -> None:
-    """Whether a scalar is logged at all, and better in the direction that is said; else a run shows it when it is over.
+    """Whether a scalar is logged at all, and better in the direction that is said; else a run shows
+    it when it is over.
 
     Args:
         group: The settings' name.
@@ -50,12 +51,16 @@ def check_monitor(group: str, options: Any, scores: Sequence[str], validated: bo
     larger = [f"val/{name}" for name in ("token_accuracy", *scores)] if validated else []
     known = ["train/loss", *(["val/loss", "val/perplexity"] if validated else []), *larger]
     if options.monitor not in known:
-        raise UserError(f"{group}.monitor {options.monitor} is not logged by this run, which logs {', '.join(known)}")
+        raise UserError(
+            f"{group}.monitor {options.monitor} is not logged by this run, which logs"
+            f" {', '.join(known)}"
+        )
     mode = "max" if options.monitor in larger else "min"
     if options.mode != mode:
         better = "larger" if mode == "max" else "smaller"
         raise UserError(
-            f"{group}.mode is {options.mode}, but {better} is better for {options.monitor}: set it to {mode}"
+            f"{group}.mode is {options.mode}, but {better} is better for {options.monitor}: set it"
+            f" to {mode}"
         )
 
 
@@ -64,7 +69,9 @@ class ResumeOptions:
     """What a resumed run insists on."""
 
     allow_other_data: bool = False
-    """Go on although data, template, tokenizer or `model.quantization` are not those of the checkpoint."""
+    """Go on although data, template, tokenizer or `model.quantization` are not those of the
+    checkpoint.
+    """
     max_restarts: int = 50
     """A SLURM job that was started again this often is not requeued any more."""
 
@@ -76,12 +83,16 @@ def run_folder(ckpt_path: str | Path) -> Path | None:
 
 
 def loggers(root: Path) -> list[TensorBoardLogger | AppendingCSVLogger]:
-    """TensorBoard and CSV in one folder; which one, `RunFolder` decides when all ranks are there."""
+    """TensorBoard and CSV in one folder; which one, `RunFolder` decides when all ranks are
+    there.
+    """
     return [TensorBoardLogger(str(root), name=LOGS), AppendingCSVLogger(str(root), name=LOGS)]
 
 
 def use_folder(loggers: Iterable[Any], folder: Path) -> None:
-    """Makes TensorBoard's and our CSV logger write into a run's folder. Other loggers stay as they are."""
+    """Makes TensorBoard's and our CSV logger write into a run's folder. Other loggers stay as they
+    are.
+    """
     for logger in loggers:
         if isinstance(logger, AppendingCSVLogger):
             logger.use_folder(folder)
@@ -94,13 +105,16 @@ def choose_folder(root: Path, stage: str, ckpt_path: str | None) -> Path:
 
     Args:
         root: `trainer.default_root_dir`.
-        stage: `fit` insists on the folder of its checkpoint; others write elsewhere where they would disturb a run.
-        ckpt_path: The checkpoint that a run goes on from, or that is evaluated; None for a new folder in any case.
+        stage: `fit` insists on the folder of its checkpoint; others write elsewhere where they
+            would disturb a run.
+        ckpt_path: The checkpoint that a run goes on from, or that is evaluated; None for a new
+            folder in any case.
     """
     folder = None if ckpt_path is None else run_folder(ckpt_path)
     if folder is None:
         return _new_folder(root / LOGS)
-    # Into a folder that cannot be written TensorBoard would fail in a thread of its own, with a traceback.
+    # Into a folder that cannot be written TensorBoard would fail in a thread of its own, with a
+    # traceback.
     is_writable = os.access(folder, os.W_OK)
     if stage == "fit" or (is_writable and not run_lock.is_held(folder)):
         return folder

@@ -1,4 +1,6 @@
-"""One folder, one run: a lock on a file in it, which vanishes with the process that holds it, however that ends."""
+"""One folder, one run: a lock on a file in it, which vanishes with the process that holds it,
+however that ends.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +17,20 @@ from lit_sft.errors import UserError
 
 try:
     import fcntl
-except ImportError:  # Windows
+except ImportError:
+    # Windows.
     fcntl = None  # type: ignore[assignment]
 
 log = logging.getLogger(__name__)
 
 LOCK = ".lock"
-"""In the folder of a run: locked while it trains; tells who does. Never removed: another job may be opening it."""
+"""In the folder of a run: locked while it trains; tells who does. Never removed: another job may be
+opening it.
+"""
 WAIT_SECONDS = 180.0
-"""How long a SLURM job waits for its own earlier start. That has ended when SLURM starts it again; but a node that died
-keeps its locks on NFSv4 until the server's lease is over, a minute and a half by default.
+"""How long a SLURM job waits for its own earlier start. That has ended when SLURM starts it again;
+but a node that died keeps its locks on NFSv4 until the server's lease is over, a minute and a half
+by default.
 """
 POLL_SECONDS = 1.0
 
@@ -35,8 +41,8 @@ _held: dict[Path, int] = {}
 def hold(folder: Path, job: str | None = None) -> None:
     """Locks the folder of a run for this process; once more does nothing.
 
-    `flock` is kept by Linux also over NFSv4, and over Lustre where it is mounted with `flock`. Where a file system has
-    no locks, the run goes on without one, and says so.
+    `flock` is kept by Linux also over NFSv4, and over Lustre where it is mounted with `flock`.
+    Where a file system has no locks, the run goes on without one, and says so.
 
     Args:
         folder: Of the run.
@@ -46,7 +52,10 @@ def hold(folder: Path, job: str | None = None) -> None:
         UserError: Another process holds it.
     """
     if fcntl is None:
-        log.warning("%s cannot be locked (no file locks on this system): do not resume it twice at a time", folder)
+        log.warning(
+            "%s cannot be locked (no file locks on this system): do not resume it twice at a time",
+            folder,
+        )
         return
     path = folder.resolve() / LOCK
     if path in _held:
@@ -59,7 +68,11 @@ def hold(folder: Path, job: str | None = None) -> None:
             break
         except BlockingIOError:
             holder = _read(descriptor)
-            if job is None or holder.get("job") != job or time.monotonic() > (deadline or float("inf")):
+            if (
+                job is None
+                or holder.get("job") != job
+                or time.monotonic() > (deadline or float("inf"))
+            ):
                 os.close(descriptor)
                 raise _in_use(folder, holder) from None
             if deadline is None:
@@ -68,7 +81,9 @@ def hold(folder: Path, job: str | None = None) -> None:
             time.sleep(POLL_SECONDS)
         except OSError as error:
             os.close(descriptor)
-            log.warning("%s cannot be locked (%s): do not resume it twice at a time", folder, error.strerror)
+            log.warning(
+                "%s cannot be locked (%s): do not resume it twice at a time", folder, error.strerror
+            )
             return
     _held[path] = descriptor
     _write(descriptor, job)
@@ -80,7 +95,8 @@ def is_held(folder: Path) -> bool:
         return False
     try:
         descriptor = os.open(folder.resolve() / LOCK, os.O_RDWR | os.O_CLOEXEC)
-    except OSError:  # none was made, or it is not ours to touch
+    except OSError:
+        # None was made, or it is not ours to touch.
         return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -119,9 +135,12 @@ def _in_use(folder: Path, holder: dict[str, Any]) -> UserError:
     who = "another process"
     if holder:
         job = f", SLURM job {holder['job']}" if holder.get("job") else ""
-        who = f"process {holder.get('pid')} on {holder.get('host')}{job}, since {holder.get('since')}"
+        who = (
+            f"process {holder.get('pid')} on {holder.get('host')}{job}, since {holder.get('since')}"
+        )
     return UserError(
-        f"another run trains in {folder} ({who}): wait until it ends or stop it, or leave out --ckpt_path for a new run"
+        f"another run trains in {folder} ({who}): wait until it ends or stop it, or leave out"
+        " --ckpt_path for a new run"
     )
 
 

@@ -17,8 +17,9 @@ from lit_sft.files import atomic_write
 
 
 class MetricsFile(ExperimentWriter):
-    """Lightning's metrics.csv, which goes on with the file it finds and is whole whenever the run is killed. The file
-    stays as it is until something is logged or dropped: a run that is refused meanwhile was not here.
+    """Lightning's metrics.csv, which goes on with the file it finds and is whole whenever the run
+    is killed. The file stays as it is until something is logged or dropped: a run that is refused
+    meanwhile was not here.
 
     Args:
         log_dir: The run's folder.
@@ -29,7 +30,9 @@ class MetricsFile(ExperimentWriter):
         self.rows = _read_rows(Path(self.metrics_file_path))
         self._record(self.rows)
         self.is_ours = False
-        """Whether the file holds these rows and nothing else; one that is found may end within a row."""
+        """Whether the file holds these rows and nothing else; one that is found may end within a
+        row.
+        """
 
     def drop_from(self, first_step: int) -> None:
         """Drops what was logged of this step and later ones."""
@@ -48,7 +51,8 @@ class MetricsFile(ExperimentWriter):
         if not rows:
             return
         self.rows += rows
-        is_there = self.is_ours and os.path.exists(self.metrics_file_path)  # it may have been removed
+        # It may have been removed.
+        is_there = self.is_ours and os.path.exists(self.metrics_file_path)
         if self._record(rows) or not is_there:
             self._replace(self.rows)
         else:
@@ -74,7 +78,9 @@ class MetricsFile(ExperimentWriter):
 
 
 class AppendingCSVLogger(CSVLogger):
-    """Lightning's CSV logger with our file, in a folder that may be chosen after the logger is made."""
+    """Lightning's CSV logger with our file, in a folder that may be chosen after the logger is
+    made.
+    """
 
     def use_folder(self, folder: Path) -> None:
         """Writes into a folder from now on; called before the first metric."""
@@ -119,8 +125,10 @@ def drop_from(loggers: Iterable[Any], first_step: int) -> None:
         if isinstance(logger, AppendingCSVLogger):
             logger.experiment.drop_from(first_step)
         elif isinstance(logger, TensorBoardLogger):
-            from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # its own import waits for a run, too
+            # Its own import waits for a run, too.
+            from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
-            # What `purge_step` writes when the file is opened, which is before the checkpoint is read.
+            # What `purge_step` writes when the file is opened, which is before the checkpoint is
+            # read.
             start = Event(step=first_step, session_log=SessionLog(status=SessionLog.START))
             logger.experiment.file_writer.add_event(start)

@@ -1,4 +1,6 @@
-"""The SLURM job that a run is in: whether it was launched right, whether it is to be requeued, which run is its own."""
+"""The SLURM job that a run is in: whether it was launched right, whether it is to be requeued,
+which run is its own.
+"""
 
 from __future__ import annotations
 
@@ -25,15 +27,17 @@ JOB_FILE = "slurm_job"
 """In the folder of a run: the job that it belongs to."""
 
 
-# ---------------------------------------------------------------------------------------------------- the job
+# ------------------------------------------------------------------ the job
 
 
 def job_id() -> str | None:
-    """The id of this job as `scontrol` takes it, or None. A task of an array has one of its own, but the first one's is
-    the whole array's.
+    """The id of this job as `scontrol` takes it, or None. A task of an array has one of its own,
+    but the first one's is the whole array's.
     """
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
-    return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ.get("SLURM_JOB_ID")
+    return (
+        f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ.get("SLURM_JOB_ID")
+    )
 
 
 def num_restarts() -> int:
@@ -51,9 +55,15 @@ def check_launch() -> None:
     if not SLURMEnvironment.detect() or TorchElasticEnvironment.detect() or tasks == 1:
         return
     if "SLURM_STEP_ID" not in os.environ:
-        raise UserError(f"this SLURM job has {tasks} tasks, but was not started by srun: put `srun` before the command")
+        raise UserError(
+            f"this SLURM job has {tasks} tasks, but was not started by srun: put `srun` before the"
+            " command"
+        )
     if "SLURM_NTASKS_PER_NODE" not in os.environ:
-        raise UserError(f"--ntasks={tasks} does not say how many tasks a node has: give --ntasks-per-node to sbatch")
+        raise UserError(
+            f"--ntasks={tasks} does not say how many tasks a node has: give --ntasks-per-node to"
+            " sbatch"
+        )
 
 
 def check_devices(trainer: L.Trainer, plugins: Iterable[Any]) -> None:
@@ -71,28 +81,39 @@ def check_devices(trainer: L.Trainer, plugins: Iterable[Any]) -> None:
     tasks, nodes = int(os.environ["SLURM_NTASKS"]), int(os.environ.get("SLURM_NNODES", 1))
     if (tasks, nodes) != (trainer.num_devices * trainer.num_nodes, trainer.num_nodes):
         raise UserError(
-            f"this SLURM job has {nodes} nodes with {tasks // nodes} tasks each, but trainer.num_nodes is "
-            f"{trainer.num_nodes} and trainer.devices makes {trainer.num_devices}: set them to --nodes and "
-            "--ntasks-per-node (and let every task see all GPUs of its node)"
+            f"this SLURM job has {nodes} nodes with {tasks // nodes} tasks each, but"
+            f" trainer.num_nodes is {trainer.num_nodes} and trainer.devices makes"
+            f" {trainer.num_devices}: set them to --nodes and --ntasks-per-node (and let every task"
+            " see all GPUs of its node)"
         )
 
 
 def plugins(given: list[Any]) -> list[Any]:
-    """Plugins of the trainer. Under SLURM without Lightning's own requeueing, which saves inside a signal handler: in
-    the middle of an optimizer step, too.
+    """Plugins of the trainer. Under SLURM without Lightning's own requeueing, which saves inside a
+    signal handler: in the middle of an optimizer step, too.
     """
     for plugin in given:
         if isinstance(plugin, SLURMEnvironment):
             plugin.auto_requeue = False
-    others = TorchElasticEnvironment.detect() or any(isinstance(plugin, ClusterEnvironment) for plugin in given)
-    return given if others or not SLURMEnvironment.detect() else [*given, SLURMEnvironment(auto_requeue=False)]
+    others = TorchElasticEnvironment.detect() or any(
+        isinstance(plugin, ClusterEnvironment) for plugin in given
+    )
+    return (
+        given
+        if others or not SLURMEnvironment.detect()
+        else [*given, SLURMEnvironment(auto_requeue=False)]
+    )
 
 
 def _own_mark(folder: str) -> str:
-    """The job, and which run of it: that of one `srun`, or else of one command line. A copy of the folder that bears
-    another name is not its run.
+    """The job, and which run of it: that of one `srun`, or else of one command line. A copy of the
+    folder that bears another name is not its run.
     """
-    args = [arg for before, arg in zip(sys.argv, sys.argv[1:], strict=False) if "--ckpt_path" not in (before, arg)]
+    args = [
+        arg
+        for before, arg in zip(sys.argv, sys.argv[1:], strict=False)
+        if "--ckpt_path" not in (before, arg)
+    ]
     command = os.environ.get("SLURM_STEP_ID") or f"{zlib.crc32(repr(args).encode()):08x}"
     return f"{job_id()} {command} {folder}"
 
@@ -104,8 +125,8 @@ def remember(folder: Path) -> None:
 
 
 def own_run(logs: Path) -> str | None:
-    """The folder of the run that this job began before it was started again: it goes on with that, and not with the run
-    of another job. None for a new job, and where it did not come that far.
+    """The folder of the run that this job began before it was started again: it goes on with that,
+    and not with the run of another job. None for a new job, and where it did not come that far.
 
     Args:
         logs: `lightning_logs`.
@@ -115,10 +136,14 @@ def own_run(logs: Path) -> str | None:
     marks = {path.parent.name: path.read_text().strip() for path in logs.glob(f"*/{JOB_FILE}")}
     own = [name for name, mark in marks.items() if mark == _own_mark(name)]
     log.info("SLURM started job %s again, for time %s", job_id(), num_restarts())
-    return max(own, key=lambda name: int(name[8:]) if re.fullmatch(r"version_\d+", name) else -1, default=None)
+    return max(
+        own,
+        key=lambda name: int(name[8:]) if re.fullmatch(r"version_\d+", name) else -1,
+        default=None,
+    )
 
 
-# ---------------------------------------------------------------------------------------------------- requeueing
+# ------------------------------------------------------------------ requeueing
 
 
 def query(job: str) -> dict[str, str]:
@@ -127,10 +152,13 @@ def query(job: str) -> dict[str, str]:
     return dict(word.split("=", 1) for word in words if "=" in word)
 
 
-def reason_to_leave(job: Mapping[str, str], number: signal.Signals, max_restarts: int, has_stepped: bool) -> str | None:
+def reason_to_leave(
+    job: Mapping[str, str], number: signal.Signals, max_restarts: int, has_stepped: bool
+) -> str | None:
     """Why a job is not requeued; None if it is to be.
 
-    Its time limit and preemption are reasons to requeue; SIGTERM alone is not, or `scancel` would never end a job.
+    Its time limit and preemption are reasons to requeue; SIGTERM alone is not, or `scancel` would
+    never end a job.
 
     Args:
         job: What `query` found.
@@ -154,7 +182,9 @@ def reason_to_leave(job: Mapping[str, str], number: signal.Signals, max_restarts
 
 
 def requeue(number: signal.Signals, max_restarts: int, has_stepped: bool) -> bool:
-    """Requeues this job where that is right (see `reason_to_leave`), and says what became of it. On one rank."""
+    """Requeues this job where that is right (see `reason_to_leave`), and says what became of it. On
+    one rank.
+    """
     job, own_id = job_id(), os.environ["SLURM_JOB_ID"]
     assert job is not None
     state = query(own_id)
@@ -164,7 +194,11 @@ def requeue(number: signal.Signals, max_restarts: int, has_stepped: bool) -> boo
     reason = reason_to_leave(state, number, max_restarts, has_stepped)
     if reason is None:
         done = _scontrol("requeue", job)
-        reason = " ".join(done.stderr.split()) or f"scontrol ended with {done.returncode}" if done.returncode else None
+        reason = (
+            " ".join(done.stderr.split()) or f"scontrol ended with {done.returncode}"
+            if done.returncode
+            else None
+        )
     log.info("job %s is %s", job, "requeued" if reason is None else f"not requeued: {reason}")
     return reason is None
 

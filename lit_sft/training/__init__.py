@@ -1,1 +1,3 @@
-"""What an optimizer step needs beside the model: optimizer, random states, metrics, operation counts."""
+"""What an optimizer step needs beside the model: optimizer, random states, metrics, operation
+counts.
+"""

@@ -1,4 +1,5 @@
-"""Operations of a training step, and how many a device can do: the two sides of model FLOPs utilization.
+"""Operations of a training step, and how many a device can do: the two sides of model FLOPs
+utilization.
 
 Letters: W weights of matrix products, V vocabulary, D hidden size.
 """
@@ -36,16 +37,19 @@ DATASHEET = {
     "RTX 3090": 71e12,
     "MI300X": 1307e12,
 }
-"""Dense bf16 operations per second with fp32 accumulation, by a part of the device's name; the first that fits."""
+"""Dense bf16 operations per second with fp32 accumulation, by a part of the device's name; the
+first that fits.
+"""
 
 
 @dataclass(frozen=True)
 class StepCost:
     """What a model costs: a multiplication and an addition count as two operations.
 
-    Per weight: 2 forward, 2 for the gradient by the input, 2 for its own gradient where it is trained (Kaplan et al.
-    2020, arXiv:2001.08361). The head counts for target positions only, and attention for the causal half of each
-    example's square, since nothing else is computed. What checkpointing recomputes does not count.
+    Per weight: 2 forward, 2 for the gradient by the input, 2 for its own gradient where it is
+    trained (Kaplan et al. 2020, arXiv:2001.08361). The head counts for target positions only, and
+    attention for the causal half of each example's square, since nothing else is computed. What
+    checkpointing recomputes does not count.
     """
 
     frozen: int
@@ -67,20 +71,35 @@ class StepCost:
             squares: Sum of the squares of the example lengths.
         """
         head = self.head * (6 if self.head_is_trained else 4)
-        return tokens * (4 * self.frozen + 6 * self.trained) + targets * head + 6 * self.scores * squares
+        return (
+            tokens * (4 * self.frozen + 6 * self.trained)
+            + targets * head
+            + 6 * self.scores * squares
+        )
 
 
 def step_cost(lm: PreTrainedModel) -> StepCost:
-    """Counts a loaded model; adapters are in it. Of experts all count, of 4-bit weights their number."""
+    """Counts a loaded model; adapters are in it. Of experts all count, of 4-bit weights their
+    number.
+    """
     output = lm.get_output_embeddings()
-    skip = {id(parameter) for module in (output, lm.get_input_embeddings()) for parameter in module.parameters()}
+    skip = {
+        id(parameter)
+        for module in (output, lm.get_input_embeddings())
+        for parameter in module.parameters()
+    }
     weights = {id(p): p for p in lm.parameters() if p.ndim > 1 and id(p) not in skip}
     trained = sum(p.numel() for p in weights.values() if p.requires_grad)
     # Two 4-bit weights share a byte.
-    frozen = sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in weights.values() if not p.requires_grad)
+    frozen = sum(
+        p.numel() * (2 if p.dtype == torch.uint8 else 1)
+        for p in weights.values()
+        if not p.requires_grad
+    )
     head = next(output.parameters()) if isinstance(output, nn.Module) else None
     config = lm.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", 0)  # none in a state space model
+    # None in a state space model.
+    heads = getattr(config, "num_attention_heads", 0)
     size = getattr(config, "head_dim", None) or config.hidden_size // max(1, heads)
     return StepCost(
         frozen,
@@ -93,12 +112,16 @@ def step_cost(lm: PreTrainedModel) -> StepCost:
 
 @lru_cache(maxsize=4)
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second of a device: from its datasheet, else the best of a few matrix products, measured once."""
+    """Operations per second of a device: from its datasheet, else the best of a few matrix
+    products, measured once.
+    """
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         name = torch.cuda.get_device_name(device)
-        if not re.search(r"Laptop|\bD$|\bMIG\b", name):  # slower than what their names begin with, and parts of one
+        if not re.search(r"Laptop|\bD$|\bMIG\b", name):
+            # Slower than what their names begin with, and parts of one.
             for part, value in DATASHEET.items():
-                if re.search(rf"\b{part}\b", name):  # an L40 is no L4
+                if re.search(rf"\b{part}\b", name):
+                    # An L40 is no L4.
                     return value
     size = 1024 if device.type == "cpu" else 8192
     left, right = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))

@@ -1,4 +1,6 @@
-"""All random numbers of an optimizer step follow from its number, so that no generator has to be saved."""
+"""All random numbers of an optimizer step follow from its number, so that no generator has to be
+saved.
+"""
 
 from __future__ import annotations
 

@@ -32,5 +32,9 @@ class TokenMetrics(Metric):
         """[] fp32 by name."""
         num_targets = self.num_targets.clamp(min=1)
         loss = self.loss_sum / num_targets
-        values = {"loss": loss, "perplexity": loss.exp(), "token_accuracy": self.num_correct / num_targets}
+        values = {
+            "loss": loss,
+            "perplexity": loss.exp(),
+            "token_accuracy": self.num_correct / num_targets,
+        }
         return {name: value.float() for name, value in values.items()}

@@ -3,9 +3,9 @@
     python scripts/fetch_smollm2.py
     python scripts/bench/generation.py --data alpaca_en_demo.json
 
-Both sides use the same weights in fp32, the same prompts and greedy decoding in one process; what is counted are
-the tokens of the texts. The loop is `model.generate` as transformers documents it. The
-texts are compared, all of them. The last line is one JSON object.
+Both sides use the same weights in fp32, the same prompts and greedy decoding in one process; what
+is counted are the tokens of the texts. The loop is `model.generate` as transformers documents it.
+The texts are compared, all of them. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ def main() -> None:
     parser.add_argument("--num_prompts", type=int, default=64)
     parser.add_argument("--max_new_tokens", type=int, default=64)
     args = parser.parse_args()
-    data = SFTDataModule(model_name_or_path=str(args.model), predict=args.data, max_samples=args.num_prompts).data
+    data = SFTDataModule(
+        model_name_or_path=str(args.model), predict=args.data, max_samples=args.num_prompts
+    ).data
     lm = load.load_model(
         str(args.model),
         init="pretrained",
@@ -44,7 +46,8 @@ def main() -> None:
         seed=0,
     ).eval()
     stop_ids = stop_token_ids(data.tokenizer, lm.generation_config, data.stop_ids)
-    usual(lm, data, stop_ids, args.max_new_tokens, 1)  # what is made at the first call is not counted
+    # What is made at the first call is not counted.
+    usual(lm, data, stop_ids, args.max_new_tokens, 1)
     loop_texts, loop_seconds = usual(lm, data, stop_ids, args.max_new_tokens, args.num_prompts)
     texts, seconds = batched(lm, data, stop_ids, args.max_new_tokens)
     tokens = sum(len(data.tokenizer(text, add_special_tokens=False).input_ids) for text in texts)
@@ -61,18 +64,26 @@ def main() -> None:
     print(json.dumps(result))
 
 
-def batched(lm: Any, data: Any, stop_ids: list[int], max_new_tokens: int) -> tuple[list[str], float]:
+def batched(
+    lm: Any, data: Any, stop_ids: list[int], max_new_tokens: int
+) -> tuple[list[str], float]:
     """Texts in the order of the prompts, and seconds from rows to texts."""
     started = time.perf_counter()
     options = GenerationOptions(max_new_tokens=max_new_tokens)
     found = []
     for batch in make_batches(data.asked_by_predict(), options, data.tokenizer.pad_token_id):
-        texts = answer(CausalLMLoss(lm), data.tokenizer, batch, options=options, stop_ids=stop_ids, seed=0)
+        texts = answer(
+            CausalLMLoss(lm), data.tokenizer, batch, options=options, stop_ids=stop_ids, seed=0
+        )
         found += records(batch, texts)
-    return [r["prediction"] for r in sorted(found, key=lambda r: r["index"])], time.perf_counter() - started
+    return [
+        r["prediction"] for r in sorted(found, key=lambda r: r["index"])
+    ], time.perf_counter() - started
 
 
-def usual(lm: Any, data: Any, stop_ids: list[int], max_new_tokens: int, count: int) -> tuple[list[str], float]:
+def usual(
+    lm: Any, data: Any, stop_ids: list[int], max_new_tokens: int, count: int
+) -> tuple[list[str], float]:
     """The same by a loop over prompts."""
     lm.eval()
     started = time.perf_counter()
@@ -87,7 +98,9 @@ def usual(lm: Any, data: Any, stop_ids: list[int], max_new_tokens: int, count: i
             eos_token_id=stop_ids,
             pad_token_id=data.tokenizer.pad_token_id,
         )
-        texts.append(data.tokenizer.decode(output[0, input_ids.shape[1] :], skip_special_tokens=True))
+        texts.append(
+            data.tokenizer.decode(output[0, input_ids.shape[1] :], skip_special_tokens=True)
+        )
     return texts, time.perf_counter() - started
 
 

@@ -1,18 +1,20 @@
-"""lit_sft beside TRL's SFTTrainer on one GPU: tokens per second, FLOPs utilization, memory, and what doctor expects.
+"""lit_sft beside TRL's SFTTrainer on one GPU: tokens per second, FLOPs utilization and memory.
 
-    python scripts/bench/gpu.py                            # --cases 8b-lora, --only lit_sft, --compile, --venv DIR
+    python scripts/bench/gpu.py     # options: --cases 8b-lora, --only lit_sft, --compile, --venv DIR
     python scripts/bench/gpu.py --smoke --only lit_sft     # the same code on a CPU, in tiny shapes
 
-Qwen3-0.6B and Llama-3-8B with random weights, full and with LoRA, in bf16 autocast (trained weights in fp32, a frozen
-base in bf16). Rows are random token ids of chat-like lengths, three fifths of them trained, the same on both sides and
-packed by each into `--max_length` tokens. What is timed lies between the end of the warm-up and that of the last
-optimizer step, each side in a process of its own. Tokens, targets and squares of lengths are counted from the batches,
-operations as in `train/mfu`. Peaks are of what is allocated while training. A case that lit_sft expects not to fit is
-left out on both sides. The machine needs neither a hub nor a tokenizer.
+Qwen3-0.6B and Llama-3-8B with random weights, full and with LoRA, in bf16 autocast (trained weights
+in fp32, a frozen base in bf16). Rows are random token ids of chat-like lengths, three fifths of
+them trained, the same on both sides and packed by each into `--max_length` tokens. What is timed
+lies between the end of the warm-up and that of the last optimizer step, each side in a process of
+its own. Tokens, targets and squares of lengths are counted from the batches, operations as in
+`train/mfu`. Peaks are of what is allocated while training. A case that lit_sft expects not to fit
+is left out on both sides. The machine needs neither a hub nor a tokenizer.
 
 lit_sft  SFTModule and SFTTrainer, as `fit` uses them.
-TRL      packing (best fit, without padding), the fastest attention that its environment has, its chunked loss, Liger's
-         layers where they are installed. `--trl_attention` and `--trl_micro_batch_size` take others.
+TRL      packing (best fit, without padding), the fastest attention that its environment has, its
+         chunked loss, Liger's layers where they are installed. `--trl_attention` and
+         `--trl_micro_batch_size` take others.
 
 The last line is one JSON object, with the goals that were reached (null: not measured).
 """
@@ -33,18 +35,21 @@ from speed import Speed
 
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "0.6b": ("Qwen3Config", {
-        "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
-        "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40960,
+        "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072,
+        "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8,
+        "head_dim": 128, "max_position_embeddings": 40960,
         "tie_word_embeddings": True,
     }),
     "8b": ("LlamaConfig", {
-        "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
+        "num_hidden_layers": 32,
         "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192,
         "tie_word_embeddings": False,
     }),
 }  # fmt: skip
 TINY = {
-    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128,
+    "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16,
 }  # fmt: skip
 CASES = ("0.6b-full", "0.6b-lora", "8b-lora", "8b-full")
@@ -65,10 +70,15 @@ def main() -> None:
         print(json.dumps((train_trl if args.side == "trl" else train_lit_sft)(args)))
         return
     if not args.smoke and not torch.cuda.is_available():
-        print("error: there is no CUDA device: run this on a machine with one, or set --smoke", file=sys.stderr)
+        print(
+            "error: there is no CUDA device: run this on a machine with one, or set --smoke",
+            file=sys.stderr,
+        )
         sys.exit(2)
     chosen = (args.only,) if args.only else sides.SIDES
-    python = sides.interpreters(chosen, args.venv, lora=any(case.endswith("lora") for case in args.cases))
+    python = sides.interpreters(
+        chosen, args.venv, lora=any(case.endswith("lora") for case in args.cases)
+    )
     hidden = ("cases", "case", "only", "side", "venv", "work")
     settings = {name: value for name, value in vars(args).items() if name not in hidden}
     results: dict[str, dict[str, Any]] = {}
@@ -80,8 +90,11 @@ def main() -> None:
                 if "left_out" in results[case].get("lit_sft", {}):
                     break
                 try:
-                    result = sides.run_side(python[side], __file__, side, {**settings, "case": case, "work": work})
-                except SystemExit as error:  # out of memory, say: the other cases are measured still
+                    result = sides.run_side(
+                        python[side], __file__, side, {**settings, "case": case, "work": work}
+                    )
+                except SystemExit as error:
+                    # Out of memory, say: the other cases are measured still.
                     result = {"failed": str(error.code)[-600:]}
                 results[case][side] = result
                 print(f"{case}, {side}: {json.dumps(result)}", flush=True)
@@ -95,14 +108,22 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", choices=sides.SIDES, help="measure one side only")
     parser.add_argument("--max_length", type=int, default=4096, help="tokens of a pack")
     parser.add_argument("--global_batch_size", type=int, default=8, help="packs per optimizer step")
-    parser.add_argument("--micro_batch_size", type=int, help=f"packs per forward pass, by default {MICRO_BATCH}")
-    parser.add_argument("--trl_micro_batch_size", type=int, help="by default the same; 1 where TRL has SDPA only")
+    parser.add_argument(
+        "--micro_batch_size", type=int, help=f"packs per forward pass, by default {MICRO_BATCH}"
+    )
+    parser.add_argument(
+        "--trl_micro_batch_size", type=int, help="by default the same; 1 where TRL has SDPA only"
+    )
     parser.add_argument("--trl_attention", help="attn_implementation of the TRL side")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="on both sides")
     parser.add_argument("--compile", action="store_true", help="on both sides")
-    parser.add_argument("--warm_steps", type=int, default=5, help="optimizer steps before the clock starts")
+    parser.add_argument(
+        "--warm_steps", type=int, default=5, help="optimizer steps before the clock starts"
+    )
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps that are timed")
-    parser.add_argument("--venv", type=Path, default=sides.TRL_VENV, help="has TRL; made where there is none")
+    parser.add_argument(
+        "--venv", type=Path, default=sides.TRL_VENV, help="has TRL; made where there is none"
+    )
     parser.add_argument("--smoke", action="store_true", help="tiny shapes on a CPU")
     for name, kind in (("side", str), ("case", str), ("work", Path)):
         parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
@@ -112,7 +133,9 @@ def arguments() -> argparse.Namespace:
 
 
 def write_inputs(args: argparse.Namespace, case: str, work: Path) -> None:
-    """Writes a model directory without weights, with the built-in tokenizer; and the rows, for each side."""
+    """Writes a model directory without weights, with the built-in tokenizer; and the rows, for each
+    side.
+    """
     import shutil
 
     import numpy as np
@@ -135,9 +158,13 @@ def write_inputs(args: argparse.Namespace, case: str, work: Path) -> None:
     while left > 0:
         length = int(np.clip(random.lognormal(*LENGTHS), 16, args.max_length))
         mask = [int(position >= 0.4 * length) for position in range(length)]
-        examples.append(Example(random.integers(3, config.vocab_size, length).tolist(), mask, row=len(examples)))
+        examples.append(
+            Example(random.integers(3, config.vocab_size, length).tolist(), mask, row=len(examples))
+        )
         left -= length
-    sides.write_trl_rows(work / "rows.jsonl", write_cache(work / "rows", [to_block(examples)], vars(Counts())))
+    sides.write_trl_rows(
+        work / "rows.jsonl", write_cache(work / "rows", [to_block(examples)], vars(Counts()))
+    )
 
 
 def micro_batch(args: argparse.Namespace) -> int:
@@ -146,7 +173,9 @@ def micro_batch(args: argparse.Namespace) -> int:
 
 
 def train_lit_sft(args: argparse.Namespace) -> dict[str, Any]:
-    """Trains with lit_sft; or says what a step is expected to take, where that is more than the device has."""
+    """Trains with lit_sft; or says what a step is expected to take, where that is more than the
+    device has.
+    """
     from lightning.pytorch.callbacks import Callback
 
     from lit_sft.data.cache import ExampleCache
@@ -165,17 +194,25 @@ def train_lit_sft(args: argparse.Namespace) -> dict[str, Any]:
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
             self.speed = Speed(pl_module.device, args.warm_steps)
 
-        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        def on_train_batch_start(
+            self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+        ) -> None:
             self.speed.add(batch)
 
-        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        def on_train_batch_end(
+            self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+        ) -> None:
             if not trainer.fit_loop._should_accumulate():
                 self.speed.step_ended(trainer.global_step)
 
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
             self.result = self.speed.read(pl_module.model.lm, trainer.global_step)
 
-    options = {"gradient_checkpointing": args.gradient_checkpointing, "compile": args.compile, "init": "random"}
+    options = {
+        "gradient_checkpointing": args.gradient_checkpointing,
+        "compile": args.compile,
+        "init": "random",
+    }
     module = sides.lit_sft_module(args.work / "model", args.case.endswith("lora"), **options)
     datamodule = Rows(
         model_name_or_path=str(args.work / "model"),
@@ -188,8 +225,15 @@ def train_lit_sft(args: argparse.Namespace) -> dict[str, Any]:
     datamodule.prepare("fit")
     expected = needed_memory(trainer, module, datamodule).total
     device = trainer.strategy.root_device
-    if device.type == "cuda" and expected > (there := torch.cuda.get_device_properties(device).total_memory):
-        return {"left_out": f"a step is expected to take {expected / 1e9:.1f} GB, the device has {there / 1e9:.1f} GB"}
+    if device.type == "cuda" and expected > (
+        there := torch.cuda.get_device_properties(device).total_memory
+    ):
+        return {
+            "left_out": (
+                f"a step is expected to take {expected / 1e9:.1f} GB, the device has"
+                f" {there / 1e9:.1f} GB"
+            )
+        }
     trainer.fit(module, datamodule)
     return {**clock.result, "expected_gb": round(expected / 1e9, 3)}
 
@@ -256,7 +300,9 @@ def train_trl(args: argparse.Namespace) -> dict[str, Any]:
 def fastest_attention() -> str:
     """What transformers can use here; SDPA gets a mask over the packs."""
     names = {"flash_attn_interface": "flash_attention_3", "flash_attn": "flash_attention_2"}
-    found = [name for package, name in names.items() if importlib.util.find_spec(package) is not None]
+    found = [
+        name for package, name in names.items() if importlib.util.find_spec(package) is not None
+    ]
     return found[0] if found and torch.cuda.is_available() else "sdpa"
 
 
@@ -265,7 +311,9 @@ def report(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     cases: dict[str, dict[str, Any]] = {}
     for case, of in results.items():
         ours, theirs = of.get("lit_sft", {}), of.get("trl", {})
-        cases[case] = {f"{side}_{name}": value for side, found in of.items() for name, value in found.items()}
+        cases[case] = {
+            f"{side}_{name}": value for side, found in of.items() for name, value in found.items()
+        }
         if "peak_gb" in ours:
             cases[case]["estimate_ratio"] = round(ours["expected_gb"] / ours["peak_gb"], 3)
         if "peak_gb" in ours and "peak_gb" in theirs:
@@ -273,18 +321,28 @@ def report(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
                 cases[case][name] = round(ours[key] / theirs[key], 3)
 
     def every(name: str, reached: Any) -> bool | None:
-        values = [found[name] for found in cases.values() if name in found and found["lit_sft_device"] != "cpu"]
+        values = [
+            found[name]
+            for found in cases.values()
+            if name in found and found["lit_sft_device"] != "cpu"
+        ]
         return all(map(reached, values)) if values else None
 
     goals = {
-        f"{FASTER} times TRL's tokens per second": every("speed_ratio", lambda ratio: ratio >= FASTER),
+        f"{FASTER} times TRL's tokens per second": every(
+            "speed_ratio", lambda ratio: ratio >= FASTER
+        ),
         "peak at most TRL's": every("memory_ratio", lambda ratio: ratio <= 1),
-        f"estimate within {ESTIMATE:.0%}": every("estimate_ratio", lambda ratio: abs(ratio - 1) <= ESTIMATE),
+        f"estimate within {ESTIMATE:.0%}": every(
+            "estimate_ratio", lambda ratio: abs(ratio - 1) <= ESTIMATE
+        ),
     }
     for name, (case, goal) in GOALS.items():
         found = cases.get(case, {})
         on_h100 = "H100" in found.get("lit_sft_device", "")
-        goals[f"{case}: {name} at least {goal:,}"] = found[f"lit_sft_{name}"] >= goal if on_h100 else None
+        goals[f"{case}: {name} at least {goal:,}"] = (
+            found[f"lit_sft_{name}"] >= goal if on_h100 else None
+        )
     return {"cases": cases, "goals": goals}
 
 

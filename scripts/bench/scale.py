@@ -3,11 +3,11 @@
     python scripts/fetch_smollm2.py
     python scripts/bench/scale.py
 
-On made-up rows: tokens per second and peak memory of a training step for packs of 512 to `--longest` tokens
-(`scripts/bench/step.py`), and seconds and peak memory of the preparation for 1,000 to `--most_rows` rows
-(`scripts/bench_data.py --second_start`). Then `fit` itself on one rank and on two, each with one thread and two packs
-of 512 tokens per step: twice the work per step, so twice the tokens per second where a rank costs nothing. The last
-line is one JSON object.
+On made-up rows: tokens per second and peak memory of a training step for packs of 512 to
+`--longest` tokens (`scripts/bench/step.py`), and seconds and peak memory of the preparation for
+1,000 to `--most_rows` rows (`scripts/bench_data.py --second_start`). Then `fit` itself on one rank
+and on two, each with one thread and two packs of 512 tokens per step: twice the work per step, so
+twice the tokens per second where a rank costs nothing. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("models/SmolLM2-135M-Instruct"))
     parser.add_argument("--longest", type=int, default=16384, help="tokens of the longest pack")
     parser.add_argument("--most_rows", type=int, default=1_000_000)
-    parser.add_argument("--only", nargs="+", choices=("packs", "rows", "ranks"), default=["packs", "rows", "ranks"])
+    parser.add_argument(
+        "--only", nargs="+", choices=("packs", "rows", "ranks"), default=["packs", "rows", "ranks"]
+    )
     args = parser.parse_args()
     report: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as work:
@@ -90,7 +92,10 @@ def ranks(args: argparse.Namespace, work: Path) -> Iterator[tuple[str, dict[str,
         names = ("tokens_per_second", "peak_memory_gb", "data_wait")
         yield (
             f"{devices} {strategy}",
-            {name: round(statistics.median(float(row[f"train/{name}"]) for row in steps), 4) for name in names},
+            {
+                name: round(statistics.median(float(row[f"train/{name}"]) for row in steps), 4)
+                for name in names
+            },
         )
 
 
@@ -99,7 +104,10 @@ def common(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     data = work / "rows.jsonl"
     if not data.exists():
         answer = "it is what it is and so on " * (WORDS // 8)
-        made = [{"prompt": f"What is {index}?", "completion": answer} for index in range(16 * args.longest // WORDS)]
+        made = [
+            {"prompt": f"What is {index}?", "completion": answer}
+            for index in range(16 * args.longest // WORDS)
+        ]
         data.write_text("".join(json.dumps(row) + "\n" for row in made))
     return {
         "model.model_name_or_path": args.model,
@@ -122,7 +130,9 @@ def last_line(script: Path, *arguments: str) -> Any:
 def run(*arguments: str, env: dict[str, str] | None = None) -> str:
     """What a Python program prints."""
     command = [sys.executable, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(env or {})})
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, **(env or {})}
+    )
     if done.returncode:
         sys.exit(f"error: {' '.join(arguments[:3])} failed: {done.stderr[-2000:]}")
     return done.stdout

@@ -1,4 +1,6 @@
-"""What the comparisons with TRL share: a process for each side, the same recipe on both, nothing else around a run."""
+"""What the comparisons with TRL share: a process for each side, the same recipe on both, nothing
+else around a run.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +22,16 @@ LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear
 
 
 def interpreters(sides: tuple[str, ...], venv: Path, lora: bool) -> dict[str, str]:
-    """The Python of each side: this one, and that of an environment with TRL, which is made where there is none."""
+    """The Python of each side: this one, and that of an environment with TRL, which is made where
+    there is none.
+    """
     python = {"lit_sft": sys.executable}
     if "trl" in sides:
         python["trl"] = trl_python(venv.expanduser())
-        if lora and subprocess.run([python["trl"], "-c", "import peft"], capture_output=True).returncode:
+        if (
+            lora
+            and subprocess.run([python["trl"], "-c", "import peft"], capture_output=True).returncode
+        ):
             subprocess.run([python["trl"], "-m", "pip", "install", "--quiet", "peft"], check=True)
     return {side: python[side] for side in sides}
 
@@ -42,9 +49,11 @@ def run_side(python: str, script: str, side: str, settings: dict[str, Any]) -> d
     for name, value in settings.items():
         if value not in (None, False):
             command += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    # this checkout's lit_sft, on the side of TRL too, where it is not installed (a benchmark may count operations)
+    # this checkout's lit_sft, on the side of TRL too, where it is not installed (a benchmark may
+    # count operations)
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    one = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]  # with more, TRL would use or refuse them
+    # With more, TRL would use or refuse them.
+    one = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": one}
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     if done.returncode:
@@ -94,7 +103,9 @@ def lit_sft_trainer(accelerator: str, callbacks: list[Any], **settings: Any) -> 
 
 
 def trl_config(output: Path, **settings: Any) -> Any:
-    """The same recipe for TRL. A mask over token ids counts only where `completion_only_loss` says so."""
+    """The same recipe for TRL. A mask over token ids counts only where `completion_only_loss` says
+    so.
+    """
     from trl import SFTConfig
 
     defaults = {
@@ -124,7 +135,9 @@ def trl_rows(file: Path) -> Any:
     """Rows of token ids and masks, read without a trace in the user's cache."""
     import datasets
 
-    return datasets.load_dataset("json", data_files=str(file), split="train", cache_dir=str(file.parent / "trl-cache"))
+    return datasets.load_dataset(
+        "json", data_files=str(file), split="train", cache_dir=str(file.parent / "trl-cache")
+    )
 
 
 def write_trl_rows(file: Path, cache: Any) -> None:

@@ -1,4 +1,6 @@
-"""Tokens per second, FLOPs utilization and peak memory of a training run, counted alike for every trainer."""
+"""Tokens per second, FLOPs utilization and peak memory of a training run, counted alike for every
+trainer.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from lit_sft.training.flops import peak_flops, step_cost
 
 
 class Speed:
-    """Tokens, time and memory between the warm-up and the last optimizer step of the process that trains."""
+    """Tokens, time and memory between the warm-up and the last optimizer step of the process that
+    trains.
+    """
 
     def __init__(self, device: torch.device, warm_steps: int) -> None:
         self.device, self.warm_steps, self.on_gpu = device, warm_steps, device.type == "cuda"
@@ -21,11 +25,15 @@ class Speed:
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats(device)
         self.sums = torch.zeros(3, dtype=torch.int64, device=device)
-        """Tokens, targets, squares of the examples' lengths: on the device, so that nothing waits for it."""
+        """Tokens, targets, squares of the examples' lengths: on the device, so that nothing waits
+        for it.
+        """
         self.began = 0.0
 
     def add(self, batch: Any) -> None:
-        """Counts a forward pass, from ids, labels and positions [1, T]; 1 + 3 + 5 + ... is the square of a length."""
+        """Counts a forward pass, from ids, labels and positions [1, T]; 1 + 3 + 5 + ... is the
+        square of a length.
+        """
         input_ids, labels, position_ids = batch["input_ids"], batch["labels"], batch["position_ids"]
         # a copied number would be waited for
         tokens = torch.full((), input_ids.numel(), dtype=torch.int64, device=labels.device)

@@ -1,11 +1,13 @@
-"""What passes before anything happens: help, configuration, and from the command to the first training step.
+"""What passes before anything happens: help, configuration, and from the command to the first
+training step.
 
     python scripts/fetch_smollm2.py
     python scripts/bench/start.py --data alpaca_en_demo.json
 
-Processor seconds of `import torch, lightning`, of `fit --help` and of `fit --print_config`; then, on data that are
-tokenized already, seconds from the command to the first batch, beside those of a program that loads the same model and
-does nothing else. Medians of the repetitions; the last line is one JSON object.
+Processor seconds of `import torch, lightning`, of `fit --help` and of `fit --print_config`; then,
+on data that are tokenized already, seconds from the command to the first batch, beside those of a
+program that loads the same model and does nothing else. Medians of the repetitions; the last line
+is one JSON object.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ LOAD = (
 class EndAtFirstBatch(Callback):
     """Says when it comes, and ends the program."""
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
         """At the first batch."""
         print(f"first batch at {time.time()}", flush=True)
         os._exit(0)
@@ -57,14 +61,21 @@ def main() -> None:
     }
     report: dict[str, Any] = {}
     for name, command in commands.items():
-        report[f"{name}_cpu_seconds"] = _median(args, lambda command=command: _processor_seconds(command))  # type: ignore[misc]
+        report[f"{name}_cpu_seconds"] = _median(
+            args, lambda command=command: _processor_seconds(command)
+        )  # type: ignore[misc]
     for name in ("help", "print_config"):
-        report[f"{name}_ratio"] = round(report[f"{name}_cpu_seconds"] / report["import_cpu_seconds"], 2)
+        report[f"{name}_ratio"] = round(
+            report[f"{name}_cpu_seconds"] / report["import_cpu_seconds"], 2
+        )
     with tempfile.TemporaryDirectory() as work:
-        _first_batch(args, work)  # tokenizes
+        # Tokenizes.
+        _first_batch(args, work)
         report["load_seconds"] = _median(args, lambda: _seconds(["-c", LOAD, str(args.model)]))
         report["first_step_seconds"] = _median(args, lambda: _first_batch(args, work))
-    report["beyond_loading_seconds"] = round(report["first_step_seconds"] - report["load_seconds"], 2)
+    report["beyond_loading_seconds"] = round(
+        report["first_step_seconds"] - report["load_seconds"], 2
+    )
     print(json.dumps(report))
 
 

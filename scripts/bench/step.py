@@ -2,14 +2,14 @@
 
     python scripts/bench/step.py --config configs/smollm2_135m.yaml --data.train alpaca_en_demo.json
 
-Takes what `fit` takes. After `WARM` optimizer steps, `MEASURED` of them are timed; after each of these the same batches
-go through a bare loop (autocast, the loss module, backward, scaling, clipping, the same optimizer), so that both see
-the same machine. `--profile` prints torch's own table of one more step; `--brief` leaves the bare loop out, and half
-of the steps.
+Takes what `fit` takes. After `WARM` optimizer steps, `MEASURED` of them are timed; after each of
+these the same batches go through a bare loop (autocast, the loss module, backward, scaling,
+clipping, the same optimizer), so that both see the same machine. `--profile` prints torch's own
+table of one more step; `--brief` leaves the bare loop out, and half of the steps.
 
-The last line is one JSON object: milliseconds per optimizer step for data, backbone, head and loss, backward, optimizer
-and the rest (Lightning, logging); `lightning_share`, what the step takes longer than the bare one; `mfu` against the
-peak of the device (a matrix product on a CPU).
+The last line is one JSON object: milliseconds per optimizer step for data, backbone, head and loss,
+backward, optimizer and the rest (Lightning, logging); `lightning_share`, what the step takes longer
+than the bare one; `mfu` against the peak of the device (a matrix product on a CPU).
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ class Anatomy(Callback):
             self._time(pl_module, name, "scaling and clipping")
         self.bare_step = bare_step(trainer, pl_module)
         half = torch.float16 if trainer.precision.startswith("16") else torch.bfloat16
-        self.peak = peak_flops(self.device, torch.float32 if trainer.precision.startswith("32") else half)
+        self.peak = peak_flops(
+            self.device, torch.float32 if trainer.precision.startswith("32") else half
+        )
         self.cost = step_cost(model.lm)
         self.began = self.ended = self._now()
 
@@ -96,12 +98,16 @@ class Anatomy(Callback):
 
         optimizer.step = timed
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Data: what passed since the last batch."""
         self.parts["data"] += self._now() - self.ended
         self.batches.append(batch)
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """At the end of an optimizer step: its parts, then a bare step."""
         self.ended = self._now()
         if trainer.fit_loop._should_accumulate():
@@ -123,7 +129,10 @@ class Anatomy(Callback):
         if self.profile and trainer.global_step == self.last:
             with torch.profiler.profile() as profiler:
                 self.bare_step(self.batches)
-            print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=30), flush=True)
+            print(
+                profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=30),
+                flush=True,
+            )
         self.batches, self.parts = [], defaultdict(float)
         self.began = self.ended = self._now()
 
@@ -156,7 +165,9 @@ class Anatomy(Callback):
         }
 
     @staticmethod
-    def _beside_bare(median: Callable[[Callable[[dict[str, float]], float]], float]) -> dict[str, float]:
+    def _beside_bare(
+        median: Callable[[Callable[[dict[str, float]], float]], float],
+    ) -> dict[str, float]:
         return {
             "bare_step_ms": round(1e3 * median(lambda s: s["bare"]), 2),
             "lightning_share": round(median(lambda s: 1 - s["bare"] / s["step"]), 4),
@@ -220,7 +231,12 @@ def main(args: list[str]) -> None:
         main_module.SFTCLI = Bench  # type: ignore[misc]
         # Ranks that Lightning would start read sys.argv; this benchmark has one.
         main_module.main(
-            ["fit", *args, "--trainer.devices=1", *(f"--{key}={value}" for key, value in settings.items())]
+            [
+                "fit",
+                *args,
+                "--trainer.devices=1",
+                *(f"--{key}={value}" for key, value in settings.items()),
+            ]
         )
     print(json.dumps(anatomy.report()))
 

@@ -1,16 +1,19 @@
-"""One epoch on the same rows, lit_sft beside TRL's SFTTrainer: seconds per real token, peak resident memory, loss.
+"""One epoch on the same rows, lit_sft beside TRL's SFTTrainer: seconds per real token, peak
+resident memory, loss.
 
     python scripts/fetch_smollm2.py
     python scripts/bench/vs_trl.py --data alpaca_en_demo.json
 
-Each side trains SmolLM2-135M in bf16 autocast over fp32 weights, on the same 128 rows once, with the same token ids and
-masks (rendered here, so that both train the same targets), optimizer, schedule and clipping; in a process of its own,
-the two taking turns, median of the repetitions. What is timed lies between the first batch and the end of the last
-step; what is loaded, tokenized or saved is not. Memory is the peak of the whole process up to there. The held-out loss
-is computed afterwards by one function, in fp32, from what either side has learned.
+Each side trains SmolLM2-135M in bf16 autocast over fp32 weights, on the same 128 rows once, with
+the same token ids and masks (rendered here, so that both train the same targets), optimizer,
+schedule and clipping; in a process of its own, the two taking turns, median of the repetitions.
+What is timed lies between the first batch and the end of the last step; what is loaded, tokenized
+or saved is not. Memory is the peak of the whole process up to there. The held-out loss is computed
+afterwards by one function, in fp32, from what either side has learned.
 
 lit_sft  packs of `--max_length` tokens, by default as many as the longest of the Alpaca rows has.
-TRL      the fastest of `TRL_SETTINGS` on a CPU (`--trl NAME` takes another): its loss is chunked by itself.
+TRL      the fastest of `TRL_SETTINGS` on a CPU (`--trl NAME` takes another), with its own chunked
+         loss.
 
 The last line is one JSON object.
 """
@@ -39,18 +42,24 @@ TRL_SETTINGS: dict[str, dict[str, Any]] = {
     "small": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
     "padding_free": {"per_device_train_batch_size": 8, "padding_free": True, "max_length": None},
 }
-"""Eight rows per optimizer step in each: so many that both sides take as many steps (lit_sft with 2 packs of 824)."""
+"""Eight rows per optimizer step in each: so many that both sides take as many steps (lit_sft with 2
+packs of 824).
+"""
 
 
 def main() -> None:
     """Lets the two sides take turns."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="file of rows, in any format that data.train takes")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="file of rows, in any format that data.train takes"
+    )
     parser.add_argument("--model", type=Path, default=Path("models/SmolLM2-135M-Instruct"))
     parser.add_argument("--lora", action="store_true", help="adapters instead of all weights")
     parser.add_argument("--rows", type=int, default=128, help="rows of the epoch")
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--max_length", type=int, default=824, help="tokens of a pack, at least those of a row")
+    parser.add_argument(
+        "--max_length", type=int, default=824, help="tokens of a pack, at least those of a row"
+    )
     parser.add_argument("--micro_batch_size", type=int, default=1, help="packs per forward pass")
     parser.add_argument("--trl", choices=TRL_SETTINGS, default="by_length_small")
     parser.add_argument("--only", choices=sides.SIDES, help="measure one side only")
@@ -61,7 +70,9 @@ def main() -> None:
         print(json.dumps((train_trl if args.side == "trl" else train_lit_sft)(args)))
         return
     if not (args.model / "config.json").is_file():
-        parser.error(f"there is no model in {args.model}: run scripts/fetch_smollm2.py, or set --model")
+        parser.error(
+            f"there is no model in {args.model}: run scripts/fetch_smollm2.py, or set --model"
+        )
     with tempfile.TemporaryDirectory() as work:
         args.work = Path(work)
         print(json.dumps(compare(args)))
@@ -72,7 +83,11 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     tokens = write_rows(args)
     chosen = (args.only,) if args.only else sides.SIDES
     python = sides.interpreters(chosen, sides.TRL_VENV, args.lora)
-    settings = {key: value for key, value in vars(args).items() if key not in ("side", "only", "repetitions")}
+    settings = {
+        key: value
+        for key, value in vars(args).items()
+        if key not in ("side", "only", "repetitions")
+    }
     results: dict[str, list[dict[str, Any]]] = {side: [] for side in chosen}
     for repetition in range(args.repetitions):
         for side, done in results.items():
@@ -83,19 +98,31 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     def median(side: str, key: str) -> float:
         return statistics.median(result[key] for result in results[side])
 
-    report: dict[str, Any] = {"rows": args.rows, "tokens": tokens, "trl_setting": args.trl, "lora": args.lora}
+    report: dict[str, Any] = {
+        "rows": args.rows,
+        "tokens": tokens,
+        "trl_setting": args.trl,
+        "lora": args.lora,
+    }
     if args.only is None:
         names = {"seconds": "time_ratio", "memory": "memory_ratio", "cpu_seconds": "cpu_time_ratio"}
-        report |= {names[key]: round(median("lit_sft", key) / median("trl", key), 3) for key in names}
+        report |= {
+            names[key]: round(median("lit_sft", key) / median("trl", key), 3) for key in names
+        }
     for side, done in results.items():
-        report |= {f"{side}_val_loss": round(median(side, "val_loss"), 4), f"{side}_seconds": median(side, "seconds")}
+        report |= {
+            f"{side}_val_loss": round(median(side, "val_loss"), 4),
+            f"{side}_seconds": median(side, "seconds"),
+        }
         report |= {f"{side}_peak_gb": median(side, "memory"), f"{side}_steps": done[0]["steps"]}
         report[f"{side}_tokens_per_second"] = round(tokens / median(side, "seconds"), 1)
     return report
 
 
 def write_rows(args: argparse.Namespace) -> int:
-    """Renders all rows once: lit_sft's cache, and the same ids and masks as TRL takes them; the number of tokens."""
+    """Renders all rows once: lit_sft's cache, and the same ids and masks as TRL takes them; the
+    number of tokens.
+    """
     datamodule = lit_sft_data(args)
     datamodule.prepare("fit")
     for name, cache in datamodule.data.caches.items():
@@ -113,7 +140,8 @@ def lit_sft_data(args: argparse.Namespace) -> Any:
         val_size=HELD_OUT,
         model_name_or_path=str(args.model),
         max_length=args.max_length,
-        overlong="error",  # neither side may train less than the other, nor less than is said
+        # Neither side may train less than the other, nor less than is said.
+        overlong="error",
         micro_batch_size=args.micro_batch_size,
         global_batch_size=max(1, round(8 * 206 / args.max_length)),
         cache_dir=str(args.work / "cache"),
@@ -121,7 +149,9 @@ def lit_sft_data(args: argparse.Namespace) -> Any:
 
 
 def peak_memory() -> int:
-    """Peak resident bytes of this process. Not `ru_maxrss`, which a child inherits from the process that starts it."""
+    """Peak resident bytes of this process. Not `ru_maxrss`, which a child inherits from the process
+    that starts it.
+    """
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status["VmHWM"].split()[0]) * 1024
 
@@ -133,7 +163,9 @@ class Meter:
         self.began, self.processor = time.perf_counter(), time.process_time()
 
     def read(self, steps: int) -> dict[str, Any]:
-        """`cpu_seconds` of all threads tell more than seconds where the machine has other work, too."""
+        """`cpu_seconds` of all threads tell more than seconds where the machine has other work,
+        too.
+        """
         return {
             "seconds": round(time.perf_counter() - self.began, 2),
             "cpu_seconds": round(time.process_time() - self.processor, 2),
@@ -182,7 +214,9 @@ def train_trl(args: argparse.Namespace) -> dict[str, Any]:
 
     chosen = {"max_length": args.max_length, **TRL_SETTINGS[args.trl]}
     config = sides.trl_config(args.work / "trl-run", num_train_epochs=1, use_cpu=True, **chosen)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16 if args.lora else torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        args.model, dtype=torch.bfloat16 if args.lora else torch.float32
+    )
     clock = Clock()
     trainer = SFTTrainer(
         model,
@@ -216,7 +250,9 @@ def held_out_loss(args: argparse.Namespace, side: str) -> float:
             input_ids = torch.tensor(row["input_ids"])
             kept = torch.tensor(row["completion_mask"][1:], dtype=torch.bool)
             logits = model(input_ids=input_ids[None]).logits[0, :-1][kept]
-            total += float(torch.nn.functional.cross_entropy(logits, input_ids[1:][kept], reduction="sum"))
+            total += float(
+                torch.nn.functional.cross_entropy(logits, input_ids[1:][kept], reduction="sum")
+            )
             count += int(kept.sum())
     return round(total / count, 4)
 

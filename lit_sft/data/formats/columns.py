@@ -28,7 +28,9 @@ _READ = {
 }
 _ANSWERS = ("completion", "output", "answer", "response")
 _COUNTED = ("chat_template_kwargs", "functions")
-"""Columns that other programs write a conversation with (SmolTalk2, OpenAI before it had `tools`)."""
+"""Columns that other programs write a conversation with (SmolTalk2, OpenAI before it had
+`tools`).
+"""
 
 
 def rename_columns(row: Mapping[str, Any], column_mapping: Mapping[str, str]) -> dict[str, Any]:
@@ -39,15 +41,22 @@ def rename_columns(row: Mapping[str, Any], column_mapping: Mapping[str, str]) ->
     """
     for column in column_mapping:
         if column not in row:
-            raise UserError(f"`data.column_mapping` names `{column}`, but the columns are {listed(row)}")
+            raise UserError(
+                f"`data.column_mapping` names `{column}`, but the columns are {listed(row)}"
+            )
     renamed = {column_mapping.get(column, column): value for column, value in row.items()}
     if len(renamed) < len(row):
-        raise UserError(f"`data.column_mapping` gives two of the columns {listed(row)} one name; choose other names")
+        raise UserError(
+            f"`data.column_mapping` gives two of the columns {listed(row)} one name; choose other"
+            " names"
+        )
     return renamed
 
 
 def detect_format(
-    rows: Sequence[Mapping[str, Any]], column_mapping: Mapping[str, str] | None, prompt_template: str | None
+    rows: Sequence[Mapping[str, Any]],
+    column_mapping: Mapping[str, str] | None,
+    prompt_template: str | None,
 ) -> tuple[str, str]:
     """Decides `format: auto` from the columns that the first rows fill.
 
@@ -58,7 +67,10 @@ def detect_format(
         UserError: No known format has these columns.
     """
     if prompt_template is not None:
-        return "prompt_completion", "format prompt_completion, because `data.prompt_template` is set"
+        return (
+            "prompt_completion",
+            "format prompt_completion, because `data.prompt_template` is set",
+        )
     values: dict[str, Any] = {}
     for row in rows:
         for name, value in row.items():
@@ -71,8 +83,9 @@ def detect_format(
         if first in columns:
             return format, f"format {format}, because the rows have the column `{first}`"
     raise UserError(
-        f"no format fits the columns {listed(columns)}: {listed(FORMATS)} start from {listed(FIRST_COLUMNS)}; see "
-        "`data.column_mapping` (such as {question: prompt, answer: completion}) and `data.format`"
+        f"no format fits the columns {listed(columns)}: {listed(FORMATS)} start from"
+        f" {listed(FIRST_COLUMNS)}; see `data.column_mapping` (such as {{question: prompt, answer:"
+        " completion}) and `data.format`"
     )
 
 

@@ -1,7 +1,9 @@
-"""A row of any known format -> `Conversation`. Pure functions: no file, no tokenizer, no chat template.
+"""A row of any known format -> `Conversation`. Pure functions: no file, no tokenizer, no chat
+template.
 
-Errors say what is wrong with the row and how to mend it. The caller, who knows file and line, puts the place in front.
-A key that is null counts as absent, because Arrow fills the fields that a row does not have with null.
+Errors say what is wrong with the row and how to mend it. The caller, who knows file and line, puts
+the place in front. A key that is null counts as absent, because Arrow fills the fields that a row
+does not have with null.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ _SPEAKER_ROLES = {
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "bard", "model", "bot"), "assistant"),
     **dict.fromkeys(("observation", "tool", "tool_response", "function_response"), "tool"),
 }
-"""ShareGPT's names of speakers -> our roles. A function call is the text of an assistant turn that only calls tools."""
+"""ShareGPT's names of speakers -> our roles. A function call is the text of an assistant turn that
+only calls tools.
+"""
 
 
 class _Turn(NamedTuple):
@@ -60,10 +64,12 @@ def to_conversation(
         row: Column -> value, as JSON or Arrow gives it.
         format: One of `FORMATS`.
         column_mapping: {column of the row: column of the format}, applied before anything else.
-        prompt_template: Text with {column} fields that becomes the user turn. The answer is the first of the columns
-            completion, output, answer, response that the template does not use itself.
+        prompt_template: Text with {column} fields that becomes the user turn. The answer is the
+            first of the columns completion, output, answer, response that the template does not use
+            itself.
         system_prompt: Put first if the conversation has no system turn.
-        need_answer: False for prediction: a row may end with the question, and an empty last answer counts as none.
+        need_answer: False for prediction: a row may end with the question, and an empty last answer
+            counts as none.
 
     Raises:
         UserError: The row does not fit; the message names neither file nor row number.
@@ -97,8 +103,8 @@ def conversation_to_prompt(conversation: Conversation) -> tuple[Conversation, st
     """Takes off the last turn if it is the assistant's.
 
     Returns:
-        What is asked, and the expected answer. The answer is None if there is none, or if the turn's own flag keeps it
-        out of training; it is empty if the turn only calls tools.
+        What is asked, and the expected answer. The answer is None if there is none, or if the
+        turn's own flag keeps it out of training; it is empty if the turn only calls tools.
     """
     if not conversation.messages or conversation.messages[-1].role != "assistant":
         return conversation, None
@@ -111,7 +117,10 @@ def _check_options(format: str, prompt_template: str | None) -> None:
     if format not in FORMATS:
         raise UserError(f"`data.format` is {format!r}, expected one of auto, {listed(FORMATS)}")
     if prompt_template is not None and format not in ("alpaca", "prompt_completion"):
-        raise UserError(f"`data.prompt_template` fills in columns, but `data.format` is {format}; unset one of them")
+        raise UserError(
+            f"`data.prompt_template` fills in columns, but `data.format` is {format}; unset one of"
+            " them"
+        )
 
 
 def _read_text(row: Mapping[str, Any]) -> Conversation:
@@ -122,7 +131,9 @@ def _read_text(row: Mapping[str, Any]) -> Conversation:
     return Conversation(messages=(), text=text)
 
 
-def _read_messages(row: Mapping[str, Any], column: str = "messages", train: bool | None = None) -> list[_Turn]:
+def _read_messages(
+    row: Mapping[str, Any], column: str = "messages", train: bool | None = None
+) -> list[_Turn]:
     """The list of messages in a column; see `read_message` for `train`."""
     turns = []
     for i, item in enumerate(typed(required(row, column), list, column)):
@@ -145,7 +156,9 @@ def _from_sharegpt(turn: dict[str, Any], key: str) -> dict[str, Any]:
     speaker = required(turn, name, f"{key}.from")
     role = _SPEAKER_ROLES.get(str(speaker))
     if role is None:
-        raise UserError(f"`{key}.{name}` is {speaker!r:.40}, expected one of {listed(_SPEAKER_ROLES)}")
+        raise UserError(
+            f"`{key}.{name}` is {speaker!r:.40}, expected one of {listed(_SPEAKER_ROLES)}"
+        )
     if "value" in turn:
         turn["content"] = typed(turn["value"], str, f"{key}.value")
     if role == _FUNCTION_CALL:
@@ -171,14 +184,18 @@ def _read_alpaca(row: Mapping[str, Any]) -> list[_Turn]:
 
 
 def _read_prompt_completion(row: Mapping[str, Any]) -> list[_Turn]:
-    """Only the completion is trained: an assistant turn inside the prompt is not, unless its own flag says so."""
+    """Only the completion is trained: an assistant turn inside the prompt is not, unless its own
+    flag says so.
+    """
     row = _with_parsed_messages(row)
     turns = _read_text_or_messages(row, "prompt", "user", train=False)
     if "completion" not in row:
         return turns
     answer = _read_text_or_messages(row, "completion", "assistant")
     if any(turn.message.role not in ("assistant", "tool") for turn in answer):
-        raise UserError("`completion` has turns of other roles than assistant and tool; move them to `prompt`")
+        raise UserError(
+            "`completion` has turns of other roles than assistant and tool; move them to `prompt`"
+        )
     return turns + answer
 
 
@@ -196,7 +213,9 @@ def _with_parsed_messages(row: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**row, "prompt": prompt, "completion": completion}
 
 
-def _read_text_or_messages(row: Mapping[str, Any], column: str, role: str, train: bool | None = None) -> list[_Turn]:
+def _read_text_or_messages(
+    row: Mapping[str, Any], column: str, role: str, train: bool | None = None
+) -> list[_Turn]:
     """The list of messages in a column, or the text in it as one turn."""
     if isinstance(required(row, column), list):
         return _read_messages(row, column, train)
@@ -222,12 +241,17 @@ def _text_turn(role: str, text: object, key: str) -> _Turn:
     return _Turn(key, Message(role, typed(text, str, key)))
 
 
-def _with_system_turn(turns: list[_Turn], row: Mapping[str, Any], system_prompt: str | None) -> list[_Turn]:
+def _with_system_turn(
+    turns: list[_Turn], row: Mapping[str, Any], system_prompt: str | None
+) -> list[_Turn]:
     """The turns behind the column `system` or the system prompt, if they have no system turn."""
     column = row.get("system")
     if any(turn.message.role in _SYSTEM_ROLES for turn in turns):
         if column:
-            raise UserError(f"the column `system` and the turn `{turns[0].key}` are both system prompts; keep one")
+            raise UserError(
+                f"the column `system` and the turn `{turns[0].key}` are both system prompts;"
+                " keep one"
+            )
         return turns
     system = column or system_prompt
     if system is None:
@@ -238,13 +262,20 @@ def _with_system_turn(turns: list[_Turn], row: Mapping[str, Any], system_prompt:
 def _check_turns(turns: Sequence[_Turn], need_answer: bool) -> None:
     spoken = [turn for turn in turns if turn.message.role not in _SYSTEM_ROLES]
     if not spoken:
-        raise UserError(f"the conversation has {'only a system turn' if turns else 'no turns'}; remove the row")
+        raise UserError(
+            f"the conversation has {'only a system turn' if turns else 'no turns'}; remove the row"
+        )
     first = spoken[0]
     if first.message.role != "user":
         role = first.message.role
-        raise UserError(f"`{first.key}` has the role {role}, but a user turn must come first; remove that turn")
+        raise UserError(
+            f"`{first.key}` has the role {role}, but a user turn must come first; remove that turn"
+        )
     if need_answer and all(turn.message.role != "assistant" for turn in spoken):
-        raise UserError("a row without an answer: no assistant turn; see `data.column_mapping`, or remove the row")
+        raise UserError(
+            "a row without an answer: no assistant turn; see `data.column_mapping`, or remove"
+            " the row"
+        )
 
 
 def _check_contents(turns: Sequence[_Turn]) -> None:
@@ -252,4 +283,6 @@ def _check_contents(turns: Sequence[_Turn]) -> None:
         check_text(message.to_dict(), key)
         is_blank = not message.content.strip() and not message.tool_calls
         if is_blank and message.role in ("user", "assistant"):
-            raise UserError(f"the {message.role} turn `{key}` is blank; fill it in or remove the row")
+            raise UserError(
+                f"the {message.role} turn `{key}` is blank; fill it in or remove the row"
+            )

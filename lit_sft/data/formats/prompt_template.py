@@ -25,13 +25,18 @@ def template_fields(template: str) -> tuple[str, ...]:
     try:
         parts = list(Formatter().parse(template))
     except ValueError as error:
-        raise UserError(f"`data.prompt_template` is broken: {error}; write {{{{ and }}}} for plain braces") from None
+        raise UserError(
+            f"`data.prompt_template` is broken: {error}; write {{{{ and }}}} for plain braces"
+        ) from None
     fields: dict[str, bool] = {}
     for _, name, spec, conversion in parts:
         if name is not None:
             fields[name] = not spec and not conversion and not _NO_COLUMN.search(name)
     if not fields or not all(fields.values()):
-        raise UserError("`data.prompt_template` needs plain {column} fields and nothing else in braces; {{ is a brace")
+        raise UserError(
+            "`data.prompt_template` needs plain {column} fields and nothing else in braces; {{ is a"
+            " brace"
+        )
     return tuple(fields)
 
 
@@ -44,5 +49,8 @@ def fill_in(template: str, row: Mapping[str, Any]) -> str:
     for name in template_fields(template):
         value = required(row, name, f"data.prompt_template {{{name}}}")
         if not isinstance(value, str | int | float):
-            raise UserError(f"`{name}` is {kind(value)}, but `data.prompt_template` fills in strings and numbers")
+            raise UserError(
+                f"`{name}` is {kind(value)}, but `data.prompt_template` fills in strings and"
+                " numbers"
+            )
     return template.format_map(row)

@@ -1,4 +1,6 @@
-"""A value out of a row: checked, or refused with an error that names its key and says how to mend it."""
+"""A value out of a row: checked, or refused with an error that names its key and says how to mend
+it.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ def typed(value: Any, expected: type, key: str, *, wrap: bool = False) -> Any:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"`{key}` should be {_TYPE_NAMES[expected]}, but is a string, not JSON: {error}") from None
+            raise UserError(
+                f"`{key}` should be {_TYPE_NAMES[expected]}, but is a string, not JSON: {error}"
+            ) from None
     if wrap and isinstance(value, dict):
         value = [value]
     if not isinstance(value, expected):
@@ -64,7 +68,9 @@ def as_object(value: object, key: str) -> dict[str, Any]:
 
 def as_objects(value: object, key: str) -> list[dict[str, Any]]:
     """A list of objects without their nulls. One object stands for a list of one."""
-    return [as_object(item, f"{key}[{i}]") for i, item in enumerate(typed(value, list, key, wrap=True))]
+    return [
+        as_object(item, f"{key}[{i}]") for i, item in enumerate(typed(value, list, key, wrap=True))
+    ]
 
 
 def read_message(value: object, key: str, train: bool | None = None) -> Message:
@@ -86,7 +92,9 @@ def read_message(value: object, key: str, train: bool | None = None) -> Message:
     if "tool_calls" in raw:
         calls = _tool_calls(raw["tool_calls"], f"{key}.tool_calls")
     if calls and role != "assistant":
-        raise UserError(f"`{key}.tool_calls` is in a {role} turn, but only the assistant calls tools")
+        raise UserError(
+            f"`{key}.tool_calls` is in a {role} turn, but only the assistant calls tools"
+        )
     train = _train_flag(raw, role, key, train)
     if "function_call" in raw and not calls:
         _check_old_call(raw["function_call"], f"{key}.function_call")
@@ -105,7 +113,10 @@ def _train_flag(raw: Mapping[str, Any], role: str, key: str, default: bool | Non
     """Whether an assistant turn is trained; None for turns of other roles."""
     flag = raw.get("weight", raw.get("train"))
     if flag not in (None, 0, 1) or (flag and role != "assistant"):
-        raise UserError(f"`{key}` ({role}) has the weight {flag!r:.40}, expected 0 or 1, and 1 only in assistant turns")
+        raise UserError(
+            f"`{key}` ({role}) has the weight {flag!r:.40}, expected 0 or 1, and 1 only in"
+            " assistant turns"
+        )
     if role != "assistant":
         return None
     if flag is None:
@@ -117,7 +128,9 @@ def _check_old_call(call: object, key: str) -> None:
     """Refuses OpenAI's former `function_call`, unless it is empty."""
     is_empty = not any(call.values()) if isinstance(call, dict) else not call
     if not is_empty:
-        raise UserError(f"`{key}` is a call in an old form that is not read; write it as `tool_calls`")
+        raise UserError(
+            f"`{key}` is a call in an old form that is not read; write it as `tool_calls`"
+        )
 
 
 def _text_of(value: object, key: str) -> str:
@@ -126,7 +139,10 @@ def _text_of(value: object, key: str) -> str:
         return str(typed(value, str, key))
     for i, part in enumerate(value):
         if part.get("type") != "text":
-            raise UserError(f"`{key}[{i}].type` is {part.get('type')!r:.40}, but only text is trained; remove the part")
+            raise UserError(
+                f"`{key}[{i}].type` is {part.get('type')!r:.40}, but only text is trained; remove"
+                " the part"
+            )
     return "".join(typed(part.get("text"), str, f"{key}[{i}].text") for i, part in enumerate(value))
 
 
@@ -154,7 +170,9 @@ def _tool_calls(value: object, key: str) -> tuple[dict[str, Any], ...]:
         name = typed(required(function, "name", f"{key}[{i}].name"), str, f"{key}[{i}].name")
         arguments = typed(function.get("arguments", {}), dict, f"{key}[{i}].arguments")
         identity = {"id": call["id"]} if "id" in call else {}
-        calls.append({**identity, "type": "function", "function": {"name": name, "arguments": arguments}})
+        calls.append(
+            {**identity, "type": "function", "function": {"name": name, "arguments": arguments}}
+        )
     return tuple(calls)
 
 
@@ -193,7 +211,9 @@ def check_text(value: object, key: str) -> None:
     try:
         json.dumps(value, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"`{key}` has a lone surrogate {error.object[error.start]!a}, not text; remove it") from None
+        raise UserError(
+            f"`{key}` has a lone surrogate {error.object[error.start]!a}, not text; remove it"
+        ) from None
 
 
 def listed(names: Iterable[object]) -> str:

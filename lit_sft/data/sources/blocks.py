@@ -19,7 +19,8 @@ def map_blocks(path: str, work: Callable[[bytes, int], Any]) -> list[Any]:
 
     Args:
         path: The file.
-        work: Takes `BLOCK_SIZE` bytes and one byte of the next block (fewer at the end), and their offset.
+        work: Takes `BLOCK_SIZE` bytes and one byte of the next block (fewer at the end), and their
+            offset.
 
     Returns:
         The results, in the order of the blocks.

@@ -32,7 +32,9 @@ def cached_copy(cache_dir: str | Path | None, name: str, write: Callable[[str], 
     for copy in folder.glob(f"*-{name}"):
         if copy.name == f"{copy.stat().st_size}-{name}":
             return str(copy)
-        log.warning("the copy %s is damaged and made anew: it has another size than its name says", copy)
+        log.warning(
+            "the copy %s is damaged and made anew: it has another size than its name says", copy
+        )
     folder.mkdir(parents=True, exist_ok=True)
     # In a folder of its own, nobody sees the copy before it is complete.
     with tempfile.TemporaryDirectory(dir=folder) as scratch:

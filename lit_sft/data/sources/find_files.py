@@ -13,7 +13,9 @@ from lit_sft.errors import UserError
 
 log = logging.getLogger(__name__)
 
-DATA_FILE = re.compile(r"(\.jsonl|\.ndjson|\.json|\.csv|\.tsv|\.parquet|\.arrow)(\.gz|\.zst)?$", re.IGNORECASE)
+DATA_FILE = re.compile(
+    r"(\.jsonl|\.ndjson|\.json|\.csv|\.tsv|\.parquet|\.arrow)(\.gz|\.zst)?$", re.IGNORECASE
+)
 """The end of the name of a file that can be opened: what it holds, and how it is compressed."""
 _SPLIT_WORDS = {
     "train": ("train", "training"),
@@ -64,7 +66,8 @@ def files_of_split(folder: str, split: str, key: str) -> list[str]:
         key: The setting, for messages.
 
     Raises:
-        UserError: There is none, the paths do not tell which are of this split, or a link leads nowhere.
+        UserError: There is none, the paths do not tell which are of this split, or a link leads
+            nowhere.
     """
     splits: dict[str, list[str]] = {}
     unread = []
@@ -76,7 +79,9 @@ def files_of_split(folder: str, split: str, key: str) -> list[str]:
             splits.setdefault(_split_of(relative), []).append(file)
     report_unread(folder, sorted(unread))
     if not splits:
-        raise UserError(f"`{folder}` has no data file (json, jsonl, csv, parquet, arrow); correct `{key}`")
+        raise UserError(
+            f"`{folder}` has no data file (json, jsonl, csv, parquet, arrow); correct `{key}`"
+        )
     chosen = _choose(splits, folder, split, key)
     check_links(chosen, key)
     return chosen
@@ -90,7 +95,8 @@ def _choose(splits: dict[str, list[str]], folder: str, split: str, key: str) -> 
         return splits[split]
     counts = [f"{name or 'no split'}: {len(files)}" for name, files in splits.items()]
     raise UserError(
-        f"`{folder}` has files of ({', '.join(counts)}), {split} is asked for; name files or a glob in `{key}`"
+        f"`{folder}` has files of ({', '.join(counts)}), {split} is asked for; name files or a glob"
+        f" in `{key}`"
     )
 
 
@@ -123,7 +129,10 @@ def files_matching(pattern: str, key: str) -> list[str]:
             if own_name not in found:
                 found[own_name] = path
                 folders_of_found.update(Path(path).parents)
-    report_unread(pattern, [path for path in matches if os.path.isdir(path) and Path(path) not in folders_of_found])
+    report_unread(
+        pattern,
+        [path for path in matches if os.path.isdir(path) and Path(path) not in folders_of_found],
+    )
     return sorted(found.values())
 
 
@@ -136,8 +145,8 @@ def check_links(paths: Iterable[str], key: str) -> None:
     for path in paths:
         if os.path.islink(path) and not os.path.exists(path):
             raise UserError(
-                f"`{path}` (`{key}`) is a link to `{os.readlink(path)}`, which is not there; fetch the file (such as "
-                "with git annex get or dvc pull), or remove the link"
+                f"`{path}` (`{key}`) is a link to `{os.readlink(path)}`, which is not there; fetch"
+                " the file (such as with git annex get or dvc pull), or remove the link"
             )
 
 
@@ -170,7 +179,8 @@ def _walk(folder: str, key: str) -> Iterator[tuple[str, list[str]]]:
         log.warning(what)
 
     seen = set()
-    # Links are walked last, so that a directory which is also reached without one keeps its own name.
+    # Links are walked last, so that a directory which is also reached without one keeps its own
+    # name.
     places = [folder]
     for place in places:
         for root, folders, names in os.walk(place, onerror=refuse):
@@ -191,7 +201,8 @@ def _walk(folder: str, key: str) -> Iterator[tuple[str, list[str]]]:
 def _expand(pattern: str, key: str) -> Iterator[str]:
     """All paths that match.
 
-    `**` is expanded here: `glob` would follow links in circles, and take forever if there are two of them.
+    `**` is expanded here: `glob` would follow links in circles, and take forever if there are two
+    of them.
     """
     deep = _DEEP.search(pattern)
     if deep is None:
@@ -207,7 +218,9 @@ def _expand(pattern: str, key: str) -> Iterator[str]:
 
 
 def _without_hidden(names: Iterable[str]) -> list[str]:
-    """Copies that editors, notebooks and systems keep (.ipynb_checkpoints/, ._train.jsonl) are no data."""
+    """Copies that editors, notebooks and systems keep (.ipynb_checkpoints/, ._train.jsonl) are no
+    data.
+    """
     return [name for name in names if not name.startswith(".")]
 
 

@@ -1,4 +1,6 @@
-"""Data sets that `datasets` keeps itself: hub ids, its local cache, and directories written by `save_to_disk`."""
+"""Data sets that `datasets` keeps itself: hub ids, its local cache, and directories written by
+`save_to_disk`.
+"""
 
 from __future__ import annotations
 
@@ -33,16 +35,19 @@ def load_saved(folder: str, split: str, key: str) -> Dataset:
         return saved
     if split not in saved:
         raise UserError(
-            f"`{folder}` has no split {split} but {', '.join(saved)}; set `{key}` to [{{path: ..., split: ...}}]"
+            f"`{folder}` has no split {split} but {', '.join(saved)}; set `{key}` to [{{path: ...,"
+            " split: ...}]"
         )
     return saved[split]
 
 
 def load_hub(repo: str, config: str | None, split: str, key: str) -> Dataset:
-    """A hub data set, or what the local cache has of it where the hub cannot be asked. Runs no script.
+    """A hub data set, or what the local cache has of it where the hub cannot be asked. Runs no
+    script.
 
     Raises:
-        UserError: Neither has it, or not this configuration or split. Without a network this takes about 3 seconds.
+        UserError: Neither has it, or not this configuration or split. Without a network this takes
+            about 3 seconds.
     """
     import datasets
     from datasets.packaged_modules.cache.cache import Cache
@@ -52,12 +57,23 @@ def load_hub(repo: str, config: str | None, split: str, key: str) -> Dataset:
         if reason is None:
             return datasets.load_dataset(repo, config, split=split, keep_in_memory=False)
         cached = Cache(
-            repo_id=repo, dataset_name=repo.split("/")[-1], config_name=config, version="auto", hash="auto"
+            repo_id=repo,
+            dataset_name=repo.split("/")[-1],
+            config_name=config,
+            version="auto",
+            hash="auto",
         ).as_dataset(split=split)
-        log.warning("data set %s comes from the local cache, its newest state was not looked up: %s", repo, reason)
+        log.warning(
+            "data set %s comes from the local cache, its newest state was not looked up: %s",
+            repo,
+            reason,
+        )
         return cached
-    except Exception as error:  # each library below `datasets` raises kinds of its own
-        reasons = shorten("; ".join(filter(None, (reason, str(error) or type(error).__name__))), 300)
+    except Exception as error:
+        # Each library below `datasets` raises kinds of its own.
+        reasons = shorten(
+            "; ".join(filter(None, (reason, str(error) or type(error).__name__))), 300
+        )
         raise UserError(
             f"cannot get data set '{repo}' from the Hugging Face hub ({reasons}); "
             f"give a local file or directory in `{key}`"

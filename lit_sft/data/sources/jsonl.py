@@ -1,6 +1,7 @@
 """JSON files: the lines of a `.jsonl` file by number, and the array in a `.json` file.
 
-Of a file of lines only the places where its lines begin are held in memory; an array is held as a whole.
+Of a file of lines only the places where its lines begin are held in memory; an array is held as a
+whole.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from lit_sft.data.sources.rows import Indexed
 from lit_sft.errors import UserError
 
 _LIST_COLUMNS = ("completion", "tools", "history")
-"""Columns whose values are lists of objects. An object with one of them is a row, not a wrapper around rows."""
+"""Columns whose values are lists of objects. An object with one of them is a row, not a wrapper
+around rows.
+"""
 _STARTED = time.time()
 """A file that is older than this process was not changed during the run."""
 
@@ -68,7 +71,9 @@ def _open_once(path: str, fingerprint: str) -> BinaryIO:
 
 @lru_cache(maxsize=64)
 def _has_content(path: str, fingerprint: str, size: int, time_ns: int) -> bool:
-    """Whether a file has this content; size and time of the last change decide when it is read again."""
+    """Whether a file has this content; size and time of the last change decide when it is read
+    again.
+    """
     return blocks.content_hash(path) == fingerprint
 
 
@@ -76,9 +81,13 @@ def _parse(line: bytes) -> Any:
     try:
         return json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise UserError(f"the line is not UTF-8 at byte {error.start}; save the file as UTF-8") from None
+        raise UserError(
+            f"the line is not UTF-8 at byte {error.start}; save the file as UTF-8"
+        ) from None
     except json.JSONDecodeError as error:
-        raise UserError(f"the line is not JSON: {error.msg} at column {error.colno}; repair or remove it") from None
+        raise UserError(
+            f"the line is not JSON: {error.msg} at column {error.colno}; repair or remove it"
+        ) from None
     except RecursionError:
         raise UserError("the line is nested too deep to be read; remove it") from None
 
@@ -109,7 +118,9 @@ def index_lines(path: str, fingerprint: str) -> JsonLines:
 
 
 def _line_starts(data: bytes, offset: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where lines begin behind the line ends of a block, and whether each begins like a blank line."""
+    """Where lines begin behind the line ends of a block, and whether each begins like a blank
+    line.
+    """
     block = np.frombuffer(data, np.uint8)
     starts = np.flatnonzero(block[: blocks.BLOCK_SIZE] == ord("\n")) + 1
     starts = starts[starts < len(block)]
@@ -164,11 +175,15 @@ def _rows_in(value: dict[str, Any]) -> list[Any]:
     """The only list of objects in an object; the object itself if it looks like a row."""
     if any(value.get(column) is not None for column in FIRST_COLUMNS):
         return [value]
-    lists = [item for key, item in value.items() if key not in _LIST_COLUMNS and _has_only_objects(item)]
+    lists = [
+        item for key, item in value.items() if key not in _LIST_COLUMNS and _has_only_objects(item)
+    ]
     if len(lists) == 1:
         return list(lists[0])
     return [value]
 
 
 def _has_only_objects(value: Any) -> bool:
-    return isinstance(value, list) and len(value) > 0 and all(isinstance(item, dict) for item in value)
+    return (
+        isinstance(value, list) and len(value) > 0 and all(isinstance(item, dict) for item in value)
+    )

@@ -39,17 +39,25 @@ def read_member(entry: str | Mapping[str, Any], key: str) -> Member:
     if isinstance(entry, str):
         return Member(entry, None, None, 1.0)
     if not isinstance(entry, Mapping):
-        raise UserError(f"`{key}` is {entry!r:.60}, expected a path or {{path, name, split, weight}}")
+        raise UserError(
+            f"`{key}` is {entry!r:.60}, expected a path or {{path, name, split, weight}}"
+        )
     _check_keys(entry, key)
     path = entry.get("path")
     if not isinstance(path, str):
-        raise UserError(f"`{key}.path` is {path!r:.60}, expected a path, glob, hub id or builtin:NAME")
+        raise UserError(
+            f"`{key}.path` is {path!r:.60}, expected a path, glob, hub id or builtin:NAME"
+        )
     member = Member(path, entry.get("name"), entry.get("split"), _weight(entry.get("weight"), key))
     place = os.path.expanduser(path)
     if member.split is not None and os.path.isfile(place):
-        raise UserError(f"`{key}.split` is `{member.split}`, but the local `{path}` has none; remove the key")
+        raise UserError(
+            f"`{key}.split` is `{member.split}`, but the local `{path}` has none; remove the key"
+        )
     if member.name is not None and os.path.exists(place):
-        raise UserError(f"`{key}.name` is `{member.name}`, but the local `{path}` has none; remove the key")
+        raise UserError(
+            f"`{key}.name` is `{member.name}`, but the local `{path}` has none; remove the key"
+        )
     return member
 
 
@@ -66,5 +74,8 @@ def _weight(value: Any, key: str) -> float:
     if value is None:
         return 1.0
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise UserError(f"`{key}.weight` is {value!r:.60}, expected a number above 0; to leave a source out, remove it")
+        raise UserError(
+            f"`{key}.weight` is {value!r:.60}, expected a number above 0; to leave a source out,"
+            " remove it"
+        )
     return value

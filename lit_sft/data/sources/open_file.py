@@ -38,7 +38,10 @@ def open_file(path: str, key: str, cache_dir: str | Path | None) -> FilePart:
 def _open_by_suffix(path: str, cache_dir: str | Path | None) -> FilePart:
     found = DATA_FILE.search(path)
     if found is None:
-        raise UserError("its name ends in none of .json .jsonl .ndjson .csv .tsv .parquet .arrow (+ .gz or .zst)")
+        raise UserError(
+            "its name ends in none of .json .jsonl .ndjson .csv .tsv .parquet .arrow (+ .gz or"
+            " .zst)"
+        )
     suffix = found[1].lower()
     fingerprint = content_hash(path)
     plain = path
@@ -62,5 +65,8 @@ def _reason(error: Exception) -> str:
     if isinstance(error, UnicodeDecodeError):
         return f"it is not UTF-8 at byte {error.start}; save it as UTF-8"
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror} ({error.filename}); see the permissions, and `data.cache_dir` for copies"
+        return (
+            f"{error.strerror} ({error.filename}); see the permissions, and `data.cache_dir` for"
+            " copies"
+        )
     return f"{shorten(str(error), 200)}; is it complete, and its suffix right?"

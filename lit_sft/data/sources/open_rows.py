@@ -1,6 +1,7 @@
 """`data.train` and its like -> `Rows`: decides what a setting names, and opens it.
 
-A setting is `builtin:NAME`, a file, a glob, a directory, a hub id, or a list of such as a weighted mixture.
+A setting is `builtin:NAME`, a file, a glob, a directory, a hub id, or a list of such as a weighted
+mixture.
 """
 
 from __future__ import annotations
@@ -44,8 +45,9 @@ def open_rows(
     """Opens what a setting names. An existing path wins over a hub id of the same name.
 
     Args:
-        spec: One source, or a list of {path, name, split, weight}: `name` is the configuration of a hub data set; the
-            weight multiplies the rows of its source (1.0 by default; 2.0: each twice; 0.5: half of them, by seed).
+        spec: One source, or a list of {path, name, split, weight}: `name` is the configuration of a
+            hub data set; the weight multiplies the rows of its source (1.0 by default; 2.0: each
+            twice; 0.5: half of them, by seed).
         split: Which split, where a source has splits and its entry names none.
         builtin: (name, split) -> rows of a built-in task.
         key: The setting, for messages.
@@ -75,7 +77,8 @@ def _open_member(entry: str | Mapping[str, Any], opener: _Opener) -> tuple[Rows,
     rows = join(member.path, opener.open_parts(member.path, member.name))
     if round(member.weight * len(rows)) < 1:
         raise UserError(
-            f"`{opener.key}.weight: {member.weight}` leaves none of {len(rows)} rows; raise it or remove the source"
+            f"`{opener.key}.weight: {member.weight}` leaves none of {len(rows)} rows; raise it or"
+            " remove the source"
         )
     return rows, float(member.weight)
 
@@ -104,8 +107,9 @@ class _Opener:
             names = _first_columns(part)
             if names and expected and names.isdisjoint(expected):
                 raise UserError(
-                    f"`{part.name}` has the columns {', '.join(sorted(names))}, but `{parts[0].name}` has other ones; "
-                    f"files of different formats must be sources of their own in `{self.key}`"
+                    f"`{part.name}` has the columns {', '.join(sorted(names))}, but"
+                    f" `{parts[0].name}` has other ones; files of different formats must be sources"
+                    f" of their own in `{self.key}`"
                 )
 
     def _open(self, path: str, config: str | None) -> list[FilePart]:
@@ -125,7 +129,10 @@ class _Opener:
                 raise UserError(f"no file matches `{path}`; correct `{self.key}`")
             return self._open_files(files)
         if DATA_FILE.search(path) or not _HUB_ID.fullmatch(path):
-            raise UserError(f"file not found: `{path}`; correct `{self.key}` (relative paths start at {os.getcwd()})")
+            raise UserError(
+                f"file not found: `{path}`; correct `{self.key}` (relative paths start at"
+                f" {os.getcwd()})"
+            )
         return [_dataset_part(path, load_hub(path, config, self.split, self.key), self.split)]
 
     def _open_builtin(self, path: str) -> FilePart:
@@ -146,7 +153,9 @@ def _first_columns(part: FilePart) -> set[str]:
 
 
 def _dataset_part(name: str, dataset: Dataset, split: str) -> FilePart:
-    """A data set that `datasets` keeps in Arrow files; `split` tells apart slices of the same files."""
+    """A data set that `datasets` keeps in Arrow files; `split` tells apart slices of the same
+    files.
+    """
     files = content_hash(*(file["filename"] for file in dataset.cache_files))
     identity = repr((files, split, len(dataset), dataset.column_names))
     return FilePart(name, hashlib.sha256(identity.encode()).hexdigest(), ArrowRows(dataset))

@@ -1,4 +1,6 @@
-"""`Rows`: which rows of which files, in which order. Choosing, splitting and repeating them only changes an index."""
+"""`Rows`: which rows of which files, in which order. Choosing, splitting and repeating them only
+changes an index.
+"""
 
 from __future__ import annotations
 
@@ -34,9 +36,13 @@ class FilePart:
     name: str
     """The name that the user knows, for messages."""
     fingerprint: str
-    """A hash of the content. Path and date do not count, so a changed file never matches a cache of the old one."""
+    """A hash of the content. Path and date do not count, so a changed file never matches a cache of
+    the old one.
+    """
     rows: Indexed
-    """N rows. Each should be an object; what else a file may hold is refused when the row is read."""
+    """N rows. Each should be an object; what else a file may hold is refused when the row is
+    read.
+    """
     lines: Indexed | None = None
     """[N]: the line of each row, from 0. None if the file has no lines."""
 
@@ -49,9 +55,13 @@ class Rows:
     """The name that the user gave."""
     parts: tuple[FilePart, ...]
     sources: tuple[tuple[str, int], ...]
-    """(name, number of parts) of each member of a mixture, in the order of the parts; one if it is no mixture."""
+    """(name, number of parts) of each member of a mixture, in the order of the parts; one if it is
+    no mixture.
+    """
     origins: Index
-    """[N] int64: the place of each row among the rows of all parts, the same for copies of a row (weight > 1)."""
+    """[N] int64: the place of each row among the rows of all parts, the same for copies of a row
+    (weight > 1).
+    """
 
     def __len__(self) -> int:
         """Number of rows N."""
@@ -66,18 +76,24 @@ class Rows:
         part, place = self._find(i)
         row = part.rows[place]
         if not isinstance(row, dict):
-            raise UserError(f"the row is a {type(row).__name__}, expected an object; repair or remove it")
+            raise UserError(
+                f"the row is a {type(row).__name__}, expected an object; repair or remove it"
+            )
         return row
 
     def where(self, i: int) -> str:
-        """The place of row `i`, for messages: `train.jsonl line 12` (from 1) or `alpaca.json row 3` (from 0)."""
+        """The place of row `i`, for messages: `train.jsonl line 12` (from 1) or `alpaca.json row 3`
+        (from 0).
+        """
         part, place = self._find(i)
         if part.lines is None:
             return f"{part.name} row {place}"
         return f"{part.name} line {part.lines[place] + 1}"
 
     def head(self, count: int) -> list[dict[str, Any]]:
-        """The first `count` rows, without those that cannot be read. These are refused when they are used."""
+        """The first `count` rows, without those that cannot be read. These are refused when they
+        are used.
+        """
         rows = []
         for i in range(min(count, len(self))):
             try:
@@ -135,9 +151,11 @@ def join(name: str, parts: Sequence[FilePart]) -> Rows:
 
 
 def mix(name: str, members: Iterable[tuple[Rows, float]], seed: int) -> Rows:
-    """A mixture: each member's rows `weight` times, 2.0 twice and 0.5 half of them (which half depends on the seed).
+    """A mixture: each member's rows `weight` times, 2.0 twice and 0.5 half of them (which half
+    depends on the seed).
 
-    The members stay one behind the other, their rows in order; mixing them is up to the order of training.
+    The members stay one behind the other, their rows in order; mixing them is up to the order of
+    training.
     """
     parts: list[FilePart] = []
     sources: list[tuple[str, int]] = []
@@ -154,12 +172,16 @@ def mix(name: str, members: Iterable[tuple[Rows, float]], seed: int) -> Rows:
 
 
 def subset(rows: Rows, indices: npt.ArrayLike) -> Rows:
-    """The rows at `indices` ([M] integers) in that order; `where` still tells their place in the file."""
+    """The rows at `indices` ([M] integers) in that order; `where` still tells their place in the
+    file.
+    """
     return replace(rows, origins=rows.origins[np.asarray(indices, dtype=np.int64)])
 
 
 def by_source(rows: Rows) -> dict[int, Rows]:
-    """The rows of each member of a mixture, by its place in `Rows.sources`. Members without rows are left out."""
+    """The rows of each member of a mixture, by its place in `Rows.sources`. Members without rows
+    are left out.
+    """
     if len(rows.sources) == 1:
         return {0: rows}
     ids = rows.source_ids()
@@ -177,14 +199,23 @@ def limit(rows: Rows, count: int) -> Rows:
         UserError: `count` is not positive.
     """
     if count < 1:
-        raise UserError(f"`data.max_samples` is {count}, expected at least 1 (or null for all rows)")
+        raise UserError(
+            f"`data.max_samples` is {count}, expected at least 1 (or null for all rows)"
+        )
     if count < len(rows):
-        log.info("%s: the first %s of %s rows (data.max_samples)", rows.name, f"{count:,}", f"{len(rows):,}")
+        log.info(
+            "%s: the first %s of %s rows (data.max_samples)",
+            rows.name,
+            f"{count:,}",
+            f"{len(rows):,}",
+        )
     return first_rows(rows, count)
 
 
 def first_rows(rows: Rows, count: int | None) -> Rows:
-    """The first `count` rows (None: all); of a mixture the first rows of each member, in proportion."""
+    """The first `count` rows (None: all); of a mixture the first rows of each member, in
+    proportion.
+    """
     count = len(rows) if count is None else min(count, len(rows))
     if len(rows.sources) == 1:
         return subset(rows, np.arange(count))
@@ -198,14 +229,17 @@ def first_rows(rows: Rows, count: int | None) -> Rows:
     return subset(rows, np.sort(np.concatenate(chosen)))
 
 
-def split_rows(n: int, val_size: float, seed: int, origins: Index | None = None) -> tuple[Index, Index]:
+def split_rows(
+    n: int, val_size: float, seed: int, origins: Index | None = None
+) -> tuple[Index, Index]:
     """Chooses validation rows by seed: (training indices, validation indices), both ascending.
 
     Args:
         n: Number of rows.
         val_size: A share between 0 and 1, or a number of rows from 1 up.
         seed: Decides which.
-        origins: `Rows.origins`: the copies of a row stay on one side, and validation takes only one of them.
+        origins: `Rows.origins`: the copies of a row stay on one side, and validation takes only one
+            of them.
 
     Raises:
         UserError: `val_size` is out of range or leaves nothing on one side.
@@ -215,10 +249,14 @@ def split_rows(n: int, val_size: float, seed: int, origins: Index | None = None)
     distinct, first, copy_of = np.unique(origins, return_index=True, return_inverse=True)
     count = round(val_size * len(distinct)) if 0 < val_size < 1 else int(val_size)
     if isinstance(val_size, bool) or val_size <= 0 or (val_size > 1 and count != val_size):
-        raise UserError(f"`data.val_size` is {val_size}, expected a share between 0 and 1 or a whole number of rows")
+        raise UserError(
+            f"`data.val_size` is {val_size}, expected a share between 0 and 1 or a whole number of"
+            " rows"
+        )
     if not 0 < count < len(distinct):
         raise UserError(
-            f"`data.val_size: {val_size}` takes {count} of {len(distinct)} rows and leaves nothing on one side"
+            f"`data.val_size: {val_size}` takes {count} of {len(distinct)} rows and leaves nothing"
+            " on one side"
         )
     chosen = np.zeros(len(distinct), dtype=bool)
     chosen[np.random.default_rng(seed).permutation(len(distinct))[:count]] = True

@@ -26,7 +26,8 @@ _ROWS_PER_BATCH = 1024
 class ArrowRows:
     """The rows of a table, one object each.
 
-    Arrow gives every object in a column the fields of all others, filled with null. These nulls are left out.
+    Arrow gives every object in a column the fields of all others, filled with null. These nulls are
+    left out.
     """
 
     dataset: datasets.Dataset
@@ -70,7 +71,9 @@ def open_table(path: str, suffix: str, fingerprint: str, cache_dir: str | Path |
 
 
 def _convert_csv(path: str, dialect: str, target: str) -> None:
-    """Every field is text: "007" stays "007", "NA" is no null, and an empty field is an empty string."""
+    """Every field is text: "007" stays "007", "NA" is no null, and an empty field is an empty
+    string.
+    """
     import pyarrow as pa
 
     csv.field_size_limit(sys.maxsize)
@@ -84,7 +87,10 @@ def _convert_csv(path: str, dialect: str, target: str) -> None:
 
 def _check_header(header: list[str]) -> None:
     if len(set(header)) < len(header) or any(not name.strip() or len(name) > 64 for name in header):
-        raise UserError("the first line is no header (its names must be short, different and not empty); add one")
+        raise UserError(
+            "the first line is no header (its names must be short, different and not empty);"
+            " add one"
+        )
 
 
 def _record_batches(lines: Iterable[list[str]], schema: Any) -> Iterator[Any]:
@@ -94,7 +100,9 @@ def _record_batches(lines: Iterable[list[str]], schema: Any) -> Iterator[Any]:
     while chunk := list(islice(filled, _ROWS_PER_BATCH)):
         for fields in chunk:
             if len(fields) != len(schema):
-                raise UserError(f"{fields!s:.80} has {len(fields)} fields, the header {len(schema)}; use quotes")
+                raise UserError(
+                    f"{fields!s:.80} has {len(fields)} fields, the header {len(schema)}; use quotes"
+                )
         yield pa.record_batch(list(zip(*chunk, strict=True)), schema=schema)
 
 
@@ -121,5 +129,6 @@ def _read_arrow(path: str) -> datasets.Dataset:
     try:
         return Dataset.from_file(path)
     except pa.ArrowInvalid:
-        # Dataset.from_file reads the stream format, which `datasets` writes; this file has the other format.
+        # Dataset.from_file reads the stream format, which `datasets` writes; this file has the
+        # other format.
         return Dataset(InMemoryTable(pa.ipc.open_file(pa.memory_map(path)).read_all()))

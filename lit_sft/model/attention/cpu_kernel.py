@@ -1,4 +1,5 @@
-"""Packed attention on a CPU, as one operation: the kernel is that of torch's SDPA, backward in bf16 our own.
+"""Packed attention on a CPU, as one operation: the kernel is that of torch's SDPA, backward in bf16
+our own.
 
 Letters: H heads, T tokens, L tokens of one example, K head dimension, S examples.
 """
@@ -11,9 +12,13 @@ import torch
 from torch import Tensor
 
 SHORT = 128
-"""Tokens below which SDPA's kernel goes backward faster, in fp32: in bf16 it takes four times as long for 64 or 128."""
+"""Tokens below which SDPA's kernel goes backward faster, in fp32: in bf16 it takes four times as
+long for 64 or 128.
+"""
 BLOCK = 256
-"""Queries whose scores exist at once in the backward pass: they meet no key behind them, and stay in a CPU's cache."""
+"""Queries whose scores exist at once in the backward pass: they meet no key behind them, and stay
+in a CPU's cache.
+"""
 
 
 def takes(query: Tensor, value: Tensor) -> bool:
@@ -25,13 +30,21 @@ def takes(query: Tensor, value: Tensor) -> bool:
 @torch.library.custom_op(
     "lit_sft::packed_attention_cpu",
     mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor bounds, float? scale, int? window) -> (Tensor, Tensor)",
+    schema=(
+        "(Tensor q, Tensor k, Tensor v, Tensor bounds, float? scale, int? window) -> (Tensor,"
+        " Tensor)"
+    ),
 )
 def packed_attention_cpu(
-    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scaling: float | None, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: Tensor,
+    scaling: float | None,
+    window: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """SDPA's own CPU kernel, example by example, straight into one result: no split, expanded key or concatenation is
-    kept.
+    """SDPA's own CPU kernel, example by example, straight into one result: no split, expanded key
+    or concatenation is kept.
 
     One operation for torch.compile, which would unroll the loop over the examples of each pack.
 
@@ -41,7 +54,9 @@ def packed_attention_cpu(
     out, norms = _made(query)
     groups, lengths = query.shape[1] // key.shape[1], bounds.diff().tolist()
     inputs = (x.split(lengths, dim=2) for x in (query, key, value))
-    for place, norm, q, k, v in zip(out.split(lengths, dim=1), norms.split(lengths, dim=2), *inputs, strict=True):
+    for place, norm, q, k, v in zip(
+        out.split(lengths, dim=1), norms.split(lengths, dim=2), *inputs, strict=True
+    ):
         k, v, mask = repeat_heads(k, groups), repeat_heads(v, groups), window_bias(q, window)
         # The public SDPA does not return the logarithms of the sums, which the backward pass needs.
         made, made_norm = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -61,8 +76,10 @@ def _made(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op(
     "lit_sft::packed_attention_cpu_backward",
     mutates_args=(),
-    schema="(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor norms, Tensor bounds, float? scale, "
-    "int? window) -> (Tensor, Tensor, Tensor)",
+    schema=(
+        "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor norms, Tensor bounds,"
+        " float? scale, int? window) -> (Tensor, Tensor, Tensor)"
+    ),
 )
 def _backward_op(  # noqa: PLR0913 - as the schema has them
     grad: Tensor,
@@ -77,8 +94,12 @@ def _backward_op(  # noqa: PLR0913 - as the schema has them
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
     tensors = (*grads, grad.transpose(1, 2), query, key, value, out.transpose(1, 2), norms)
-    for *places, g, q, k, v, o, norm in zip(*(x.split(bounds.diff().tolist(), dim=2) for x in tensors), strict=True):
-        plain = q.dtype != torch.bfloat16 or q.shape[2] < SHORT or window_bias(q, window) is not None
+    for *places, g, q, k, v, o, norm in zip(
+        *(x.split(bounds.diff().tolist(), dim=2) for x in tensors), strict=True
+    ):
+        plain = (
+            q.dtype != torch.bfloat16 or q.shape[2] < SHORT or window_bias(q, window) is not None
+        )
         backward = _backward_by_kernel if plain else _backward_by_products
         for place, made in zip(places, backward(g, q, k, v, o, norm, scaling, window), strict=True):
             place.copy_(made)
@@ -86,7 +107,14 @@ def _backward_op(  # noqa: PLR0913 - as the schema has them
 
 
 def _backward_by_kernel(
-    g: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, norm: Tensor, scaling: float | None, window: int | None
+    g: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    norm: Tensor,
+    scaling: float | None,
+    window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One example by the kernel of SDPA."""
     groups = q.shape[1] // k.shape[1]
@@ -101,20 +129,31 @@ def _backward_by_kernel(
 
 
 def _backward_by_products(
-    g: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, norm: Tensor, scaling: float | None, _: int | None
+    g: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    norm: Tensor,
+    scaling: float | None,
+    _: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One example in bf16 by five matrix products, of which oneDNN makes twice as much as SDPA's kernel does of its own
-    (2.7 ms instead of 5.5 for 330 tokens, 9 heads of 64, two threads), as exactly: two more columns subtract
-    within the products, in fp32, what has to be subtracted from scores and gradients before they are rounded. Heads
+    """One example in bf16 by five matrix products, of which oneDNN makes twice as much as SDPA's
+    kernel does of its own (2.7 ms instead of 5.5 for 330 tokens, 9 heads of 64, two threads), as
+    exactly: two more columns subtract within the products, in fp32, what has to be subtracted from
+        scores and gradients before they are rounded. Heads
     that share a key are rows of one product.
     """
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     length, dim, heads = q.shape[2], q.shape[3], (k.shape[1], -1)
-    mean = torch.linalg.vecdot(g.float(), o.float())  # [1, H, L], what the softmax subtracts
-    queries = torch.cat([q, _in_two(norm / -scale)], -1)[0].unflatten(0, heads)  # [H_kv, groups, L, K + 2]
+    # [1, H, L], what the softmax subtracts.
+    mean = torch.linalg.vecdot(g.float(), o.float())
+    # [H_kv, groups, L, K + 2].
+    queries = torch.cat([q, _in_two(norm / -scale)], -1)[0].unflatten(0, heads)
     grads = torch.cat([g, _in_two(-mean)], -1)[0].unflatten(0, heads)
     ones = k.new_ones(k.shape[1], length, 2)
-    keys, values = torch.cat([k[0], ones], -1), torch.cat([v[0], ones], -1)  # [H_kv, L, K + 2]
+    # [H_kv, L, K + 2].
+    keys, values = torch.cat([k[0], ones], -1), torch.cat([v[0], ones], -1)
     dq = q.new_empty(q.shape[1:]).unflatten(0, heads)
     dk, dv = (k.new_zeros(k.shape[1:], dtype=torch.float32) for _ in range(2))
     for start in range(0, length, BLOCK):
@@ -136,7 +175,9 @@ def _in_two(x: Tensor) -> Tensor:
 
 
 @_backward_op.register_fake
-def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
@@ -160,7 +201,9 @@ def repeat_heads(x: Tensor, groups: int) -> Tensor:
 
 
 def window_bias(query: Tensor, sliding_window: int | None) -> Tensor | None:
-    """[L, L] 0 where attention is allowed, else -inf; None where plain causal attention is the same."""
+    """[L, L] 0 where attention is allowed, else -inf; None where plain causal attention is the
+    same.
+    """
     length = query.shape[2]
     if sliding_window is None or length <= sliding_window:
         return None

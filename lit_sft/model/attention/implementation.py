@@ -1,7 +1,8 @@
 """Which attention implementation a loaded model uses: read it, and change it.
 
-Every use of transformers' private `_attn_implementation` stands here. There is no public way to read the name, and the
-public `set_attn_implementation` skips models with attention code of their own.
+Every use of transformers' private `_attn_implementation` stands here. There is no public way to
+read the name, and the public `set_attn_implementation` skips models with attention code of their
+own.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ def set_attention(lm: PreTrainedModel, name: str) -> None:
         name: As transformers knows it. For `sdpa`, a model that does not support it gets `eager`.
     """
     if name == "sdpa":
-        # Asked for no name, transformers chooses sdpa where the model supports it, and eager otherwise.
+        # Asked for no name, transformers chooses sdpa where the model supports it, and eager
+        # otherwise.
         name = lm.get_correct_attn_implementation(None)
     lm.set_attn_implementation(name)
-    # Transformers leaves a model with attention code of its own unchanged. Such a model only reads the mask, and the
-    # masks follow this name.
+    # Transformers leaves a model with attention code of its own unchanged. Such a model only reads
+    # the mask, and the masks follow this name.
     lm.config._attn_implementation = name

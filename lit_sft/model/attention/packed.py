@@ -1,10 +1,11 @@
-"""Packed attention: examples that lie end to end in a row see only themselves, at the cost of the sum of their squares.
+"""Packed attention: examples that lie end to end in a row see only themselves, at the cost of the
+sum of their squares.
 
 Letters: B rows, H heads, T tokens, K head dimension, S examples.
 
     lengths 3 2        a b c d e
                      a x . . . .
-                     b x x . . .        one causal square per example; nothing outside the squares is computed
+                     b x x . . .        one causal square per example; nothing else is computed
                      c x x x . .
                      d . . . x .
                      e . . . x x
@@ -30,21 +31,25 @@ PACKED = "lit_sft_packed"
 
 
 def pack_kwargs(lengths: tuple[int, ...], device: torch.device) -> dict[str, Any]:
-    """Describes the S examples of a row to attention; the layers of a model hand these keyword arguments down.
+    """Describes the S examples of a row to attention; the layers of a model hand these keyword
+    arguments down.
 
-    The names are those of transformers, but for `cu_seq_lens_host`. The bounds are tensors, because torch.compile would
-    compile again for every new tuple of lengths.
+    The names are those of transformers, but for `cu_seq_lens_host`. The bounds are tensors, because
+    torch.compile would compile again for every new tuple of lengths.
 
     Args:
         lengths: Tokens of each example.
         device: Device of the model's inputs.
 
     Returns:
-        `cu_seq_lens_q` and `cu_seq_lens_k`: [S + 1] int32 on the device, where the examples begin, and the end.
-        `max_length_q` and `max_length_k`: length of the longest example. `cu_seq_lens_host`: the same bounds in host
-        memory, for attention that needs the lengths as numbers: to read them from a GPU, each layer would wait for it.
+        `cu_seq_lens_q` and `cu_seq_lens_k`: [S + 1] int32 on the device, where the examples begin,
+        and the end. `max_length_q` and `max_length_k`: length of the longest example.
+        `cu_seq_lens_host`: the same bounds in host memory, for attention that needs the lengths as
+            numbers: to read them from a GPU, each layer would wait for it.
     """
-    host_bounds = torch.tensor((0, *lengths), dtype=torch.int32, device="cpu").cumsum(0, dtype=torch.int32)
+    host_bounds = torch.tensor((0, *lengths), dtype=torch.int32, device="cpu").cumsum(
+        0, dtype=torch.int32
+    )
     bounds = host_bounds.to(device, non_blocking=True)
     longest = max(lengths)
     return {
@@ -71,7 +76,8 @@ def packed_attention(  # noqa: PLR0913
     cu_seq_lens_host: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention in transformers' interface; without `cu_seq_lens_q` (generation, say) it is the library's own SDPA.
+    """Attention in transformers' interface; without `cu_seq_lens_q` (generation, say) it is the
+    library's own SDPA.
 
     Args:
         module: The attention layer.
@@ -104,7 +110,8 @@ def packed_attention(  # noqa: PLR0913
             sliding_window=sliding_window,
             **kwargs,
         )
-    if torch.is_autocast_enabled(query.device.type):  # as autocast does for SDPA; rotary embeddings left fp32
+    if torch.is_autocast_enabled(query.device.type):
+        # As autocast does for SDPA; rotary embeddings left fp32.
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if flash_takes(query, value) and not dropout:
@@ -112,7 +119,9 @@ def packed_attention(  # noqa: PLR0913
         out = _varlen(query, key, value, max_length_q, cu_seq_lens_q, scaling, sliding_window)
     elif cpu_kernel.takes(query, value) and not dropout:
         kernel = "SDPA's CPU kernel"
-        out, _ = cpu_kernel.packed_attention_cpu(query, key, value, cu_seq_lens_q, scaling, sliding_window)
+        out, _ = cpu_kernel.packed_attention_cpu(
+            query, key, value, cu_seq_lens_q, scaling, sliding_window
+        )
     else:
         kernel = "SDPA, example by example"
         bounds = cu_seq_lens_q if cu_seq_lens_host is None else cu_seq_lens_host
@@ -129,7 +138,9 @@ def _tell(kernel: str, device: str, dtype: str, head_size: int) -> None:
 
 
 def flash_takes(query: Tensor, value: Tensor) -> bool:
-    """What torch's flash kernel computes: 16 bits, on NVIDIA GPUs from Ampere on, heads of one size up to 256."""
+    """What torch's flash kernel computes: 16 bits, on NVIDIA GPUs from Ampere on, heads of one size
+    up to 256.
+    """
     size = query.shape[-1]
     return (
         query.is_cuda
@@ -151,14 +162,17 @@ def _per_segment(
     scaling: float | None,
     sliding_window: int | None,
 ) -> Tensor:
-    """One call of SDPA per example: [1, H, T, K] -> [1, T, H, K]. For dropout, and fp32 on a GPU."""
+    """One call of SDPA per example: [1, H, T, K] -> [1, T, H, K]. For dropout, and fp32 on a
+    GPU.
+    """
     # Without a copy in host memory, this waits for the device.
     lengths = bounds.diff().tolist()
     groups = query.shape[1] // key.shape[1]
     parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
     outs = []
     for q, k, v in parts:
-        # With fewer heads of keys than of queries, torch 2.11 makes whole matrices of scores on a GPU.
+        # With fewer heads of keys than of queries, torch 2.11 makes whole matrices of scores on a
+        # GPU.
         k = cpu_kernel.repeat_heads(k, groups)
         v = cpu_kernel.repeat_heads(v, groups)
         mask = cpu_kernel.window_bias(q, sliding_window)
@@ -188,7 +202,9 @@ def _varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     # torch 2.11 takes heads that share a key without being told
-    shared: dict[str, Any] = {"enable_gqa": query.shape[1] != key.shape[1]} if _varlen_is_told() else {}
+    shared: dict[str, Any] = (
+        {"enable_gqa": query.shape[1] != key.shape[1]} if _varlen_is_told() else {}
+    )
     window = (-1 if sliding_window is None else sliding_window - 1, 0)
     out = varlen_attn(
         query[0].transpose(0, 1),
@@ -234,25 +250,29 @@ def register() -> None:
 
 
 def choose(config: Any, requested: str) -> str:
-    """The implementation for a model: what was asked for, or with `auto` packed attention where the scores allow it.
+    """The implementation for a model: what was asked for, or with `auto` packed attention where the
+    scores allow it.
 
     Args:
         config: The model's config.
         requested: `model.attn_implementation`.
 
     Returns:
-        A name for `attn_implementation`. Soft-capped scores are only exact in `eager`, with transformers' own mask for
-        packs.
+        A name for `attn_implementation`. Soft-capped scores are only exact in `eager`, with
+        transformers' own mask for packs.
     """
-    # SDPA asks cuDNN first on some GPUs, which takes up to half a second to make a plan for each new length:
-    # https://github.com/meta-pytorch/torchtune/issues/1652, https://github.com/modelscope/FunASR/issues/3704
+    # SDPA asks cuDNN first on some GPUs, which takes up to half a second to make a plan for each
+    # new length: https://github.com/meta-pytorch/torchtune/issues/1652,
+    # https://github.com/modelscope/FunASR/issues/3704
     torch.backends.cuda.enable_cudnn_sdp(False)
     if requested != "auto":
         return requested
     text_config = config.get_text_config()
-    if getattr(text_config, "attn_logit_softcapping", None) or text_config.model_type == "gpt_oss":  # capped, or sinks
+    if getattr(text_config, "attn_logit_softcapping", None) or text_config.model_type == "gpt_oss":
+        # Capped, or sinks.
         log.warning(
-            "%s needs scores that SDPA cannot compute: attention falls back to `eager`.", text_config.model_type
+            "%s needs scores that SDPA cannot compute: attention falls back to `eager`.",
+            text_config.model_type,
         )
         return "eager"
     register()

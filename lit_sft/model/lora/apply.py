@@ -24,8 +24,9 @@ def apply_lora(
 ) -> PeftModel:
     """Freezes the model and puts trainable fp32 adapters into it.
 
-    The random numbers depend on `seed` alone, and the caller's random state stays as it was. Activation checkpointing
-    must be the non-reentrant one: its gradients reach adapters over a frozen embedding without further preparation.
+    The random numbers depend on `seed` alone, and the caller's random state stays as it was.
+    Activation checkpointing must be the non-reentrant one: its gradients reach adapters over a
+    frozen embedding without further preparation.
 
     Args:
         model: The base, which may be quantized to 4 bits.
@@ -42,8 +43,10 @@ def apply_lora(
     peft_config = _peft_config(model, config, new_token_ids)
     try:
         with own_random_state(seed, devices_of(model)), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="fan_in_fan_out")  # peft corrects it by itself
-            warnings.filterwarnings("ignore", category=FutureWarning)  # between peft and transformers
+            # Peft corrects it by itself.
+            warnings.filterwarnings("ignore", message="fan_in_fan_out")
+            # Between peft and transformers.
+            warnings.filterwarnings("ignore", category=FutureWarning)
             adapted: Any = get_peft_model(model, peft_config)
     except ValueError as error:
         raise _refused(error) from error
@@ -59,12 +62,14 @@ def _peft_config(model: PreTrainedModel, config: LoraConfig, new_token_ids: Sequ
     if tied and targets.embeddings_among(model, config.target_modules):
         # One weight, adapted as two: merging would add both updates to it.
         raise UserError(
-            "model.lora.target_modules names the embedding or the head, which share one weight in this model; "
-            "put them into model.lora.modules_to_save instead"
+            "model.lora.target_modules names the embedding or the head, which share one weight in"
+            " this model; put them into model.lora.modules_to_save instead"
         )
     options = asdict(config)
     options["trainable_token_indices"] = targets.token_rows(model, config, new_token_ids)
-    options["ensure_weight_tying"] = tied and targets.embeddings_among(model, config.modules_to_save or [])
+    options["ensure_weight_tying"] = tied and targets.embeddings_among(
+        model, config.modules_to_save or []
+    )
     if config.target_modules == "all-linear":
         # Left to itself, peft would adapt routers and experts, which cannot be merged.
         options["target_modules"] = targets.all_linear(model)

@@ -27,7 +27,8 @@ def load_adapter(
     Args:
         model: The base; on the meta device it gets the modules and no values.
         path: The adapter directory.
-        base_name: What the user calls the base; the adapter's own word for it must end in the same name.
+        base_name: What the user calls the base; the adapter's own word for it must end in the same
+            name.
         trainable: Whether the adapter will be trained further.
 
     Raises:
@@ -38,7 +39,9 @@ def load_adapter(
 
     weights = Path(path) / "adapter_model.safetensors"
     if not is_adapter_dir(path) or not weights.is_file():
-        raise UserError(f"{path} is no adapter directory (adapter_config.json and adapter_model.safetensors)")
+        raise UserError(
+            f"{path} is no adapter directory (adapter_config.json and adapter_model.safetensors)"
+        )
     try:
         config = _read_config(path, base_name)
         with safe_open(weights, framework="pt") as file:
@@ -54,7 +57,10 @@ def load_adapter(
     # peft only warns where the model has a place that the file does not fill.
     expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
     if saved != expected:
-        raise UserError(f"the adapter {path} belongs to another base than {model.name_or_path}: its tensors differ")
+        raise UserError(
+            f"the adapter {path} belongs to another base than {model.name_or_path}: its tensors"
+            " differ"
+        )
     if trainable:
         train_in_fp32(adapted)
     return adapted
@@ -65,31 +71,39 @@ def _read_config(path: str, base_name: str | None) -> Any:
 
     config: Any = PeftConfig.from_pretrained(path)
     if config.peft_type != "LORA":
-        raise UserError(f"the adapter {path} is {config.peft_type.value}; only LoRA and its relatives are known")
+        raise UserError(
+            f"the adapter {path} is {config.peft_type.value}; only LoRA and its relatives are known"
+        )
     if base_name is not None:
         _check_base(path, config.base_model_name_or_path, base_name)
     return config
 
 
 def _around(model: PreTrainedModel, path: str, config: Any, trainable: bool) -> PeftModel:
-    """Peft's wrapper around the model, with the values of the directory where the model has values."""
+    """Peft's wrapper around the model, with the values of the directory where the model has
+    values.
+    """
     from peft import PeftModel, get_peft_model
 
     config.inference_mode = not trainable
     # peft draws start values before it reads the right ones.
     with own_random_state(0, devices_of(model)):
         if model.device.type == "meta":
-            # There is no place for values. They come from rank 0, which decomposes weights if start values need it.
+            # There is no place for values. They come from rank 0, which decomposes weights if start
+            # values need it.
             config.init_lora_weights = True
             return get_peft_model(model, config)  # type: ignore[return-value]
         return PeftModel.from_pretrained(model, path, is_trainable=trainable)
 
 
 def _check_base(path: str, recorded: str | None, base_name: str) -> None:
-    """Compares the last parts only: a model is copied to other folders, and a hub id becomes a folder of its name."""
+    """Compares the last parts only: a model is copied to other folders, and a hub id becomes a
+    folder of its name.
+    """
     recorded_last = Path(recorded or "").name.lower()
     if recorded_last and recorded_last != Path(base_name).name.lower():
         raise UserError(
-            f"the adapter {path} was trained over {recorded}, not over {base_name}: set model.model_name_or_path to "
-            "that; or if both are one model, correct base_model_name_or_path in its adapter_config.json"
+            f"the adapter {path} was trained over {recorded}, not over {base_name}: set"
+            " model.model_name_or_path to that; or if both are one model, correct"
+            " base_model_name_or_path in its adapter_config.json"
         )

@@ -21,25 +21,37 @@ class LoraConfig:
     lora_dropout: float = 0.0
     """Share of the inputs of an adapter that is dropped in training, in [0, 1)."""
     target_modules: str | list[str] = "all-linear"
-    """`all-linear`: every linear layer but the head; or names such as [q_proj, v_proj]; or one regular expression."""
+    """`all-linear`: every linear layer but the head; or names such as [q_proj, v_proj]; or one
+    regular expression.
+    """
     exclude_modules: str | list[str] | None = None
-    """Names, or one regular expression, of modules that are left out although `target_modules` names them."""
+    """Names, or one regular expression, of modules that are left out although `target_modules`
+    names them.
+    """
     modules_to_save: list[str] | None = None
-    """Modules that are trained whole and saved with the adapter, such as [embed_tokens, lm_head]."""
+    """Modules that are trained whole and saved with the adapter, such as [embed_tokens,
+    lm_head].
+    """
     layers_to_transform: list[int] | None = None
-    """Numbers of the decoder layers to adapt, from 0; all where null. Needs `target_modules` as a list."""
+    """Numbers of the decoder layers to adapt, from 0; all where null. Needs `target_modules` as a
+    list.
+    """
     rank_pattern: dict[str, int] = field(default_factory=dict)
     """Other ranks, by name or regular expression of the module: {down_proj: 32}."""
     alpha_pattern: dict[str, int] = field(default_factory=dict)
     """Likewise other values of `lora_alpha`."""
     trainable_token_indices: list[int] | None = None
-    """Ids of tokens whose embeddings are trained too, such as those of a chat template that the base never saw."""
+    """Ids of tokens whose embeddings are trained too, such as those of a chat template that the
+    base never saw.
+    """
     use_rslora: bool = False
     """Rank-stabilized scaling (arXiv:2312.03732)."""
     use_dora: bool = False
     """Direction and magnitude are trained apart (arXiv:2402.09353): better at low rank, slower."""
     init_lora_weights: bool | str = True
-    """true: random A, zero B. Or gaussian, orthogonal, olora, pissa (arXiv:2404.02948), pissa_niter_N (faster SVD)."""
+    """true: random A, zero B. Or gaussian, orthogonal, olora, pissa (arXiv:2404.02948),
+    pissa_niter_N (faster SVD).
+    """
 
     def __post_init__(self) -> None:
         self._check_numbers()
@@ -47,22 +59,37 @@ class LoraConfig:
 
     def _check_numbers(self) -> None:
         if self.r <= 0:
-            raise UserError(f"model.lora.r is {self.r}; set a rank of at least 1, or model.lora to null for no adapter")
+            raise UserError(
+                f"model.lora.r is {self.r}; set a rank of at least 1, or model.lora to null for no"
+                " adapter"
+            )
         if self.lora_alpha <= 0:
-            raise UserError(f"model.lora.lora_alpha is {self.lora_alpha}; set a positive number, often r or 2 * r")
+            raise UserError(
+                f"model.lora.lora_alpha is {self.lora_alpha}; set a positive number, often r or"
+                " 2 * r"
+            )
         if not 0 <= self.lora_dropout < 1:
-            raise UserError(f"model.lora.lora_dropout is {self.lora_dropout}; set a share from 0 to below 1")
+            raise UserError(
+                f"model.lora.lora_dropout is {self.lora_dropout}; set a share from 0 to below 1"
+            )
         for name in ("rank_pattern", "alpha_pattern"):
             if any(value <= 0 for value in getattr(self, name).values()):
-                raise UserError(f"model.lora.{name} is {getattr(self, name)}; every value must be at least 1")
+                raise UserError(
+                    f"model.lora.{name} is {getattr(self, name)}; every value must be at least 1"
+                )
 
     def _check_names(self) -> None:
         if not self.target_modules:
-            raise UserError("model.lora.target_modules is empty; set all-linear or a list of module names")
+            raise UserError(
+                "model.lora.target_modules is empty; set all-linear or a list of module names"
+            )
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
-            raise UserError("model.lora.layers_to_transform needs model.lora.target_modules as a list of module names")
+            raise UserError(
+                "model.lora.layers_to_transform needs model.lora.target_modules as a list of module"
+                " names"
+            )
         if isinstance(self.init_lora_weights, str) and not _INIT.fullmatch(self.init_lora_weights):
             raise UserError(
-                f"model.lora.init_lora_weights is {self.init_lora_weights!r}; set true, false, gaussian, orthogonal, "
-                "olora, pissa or pissa_niter_N"
+                f"model.lora.init_lora_weights is {self.init_lora_weights!r}; set true, false,"
+                " gaussian, orthogonal, olora, pissa or pissa_niter_N"
             )

@@ -1,4 +1,6 @@
-"""Adapters into the weights: merging, also out of a 4-bit base, and what that costs in precision."""
+"""Adapters into the weights: merging, also out of a 4-bit base, and what that costs in
+precision.
+"""
 
 from __future__ import annotations
 
@@ -20,16 +22,21 @@ log = logging.getLogger(__name__)
 
 
 @torch.no_grad()
-def merge(model: PeftModel, probe_ids: Tensor | None = None, trained: Tensor | None = None) -> PreTrainedModel:
+def merge(
+    model: PeftModel, probe_ids: Tensor | None = None, trained: Tensor | None = None
+) -> PreTrainedModel:
     """Adds the adapters to the weights and returns the plain model; `model` is used up.
 
-    The sums are made in fp32, one layer at a time, and rounded once to the type of the base. A 4-bit base has to become
-    bf16 first (`dequantized`): it cannot take up an update without being rounded to 4 bits once more.
+    The sums are made in fp32, one layer at a time, and rounded once to the type of the base. A
+    4-bit base has to become bf16 first (`dequantized`): it cannot take up an update without being
+    rounded to 4 bits once more.
 
     Args:
         model: An adapted model that is not quantized.
-        probe_ids: [B, T] token ids without padding; where given, the logits before and after must agree up to rounding.
-        trained: [B, T, V] logits of the model that was trained, where it is not `model` (see `dequantized`).
+        probe_ids: [B, T] token ids without padding; where given, the logits before and after must
+            agree up to rounding.
+        trained: [B, T, V] logits of the model that was trained, where it is not `model` (see
+            `dequantized`).
 
     Raises:
         UserError: The logits change by more than rounding explains.
@@ -56,8 +63,15 @@ def merge(model: PeftModel, probe_ids: Tensor | None = None, trained: Tensor | N
         error = merge_error(before, logits(merged, probe_ids))
         limit = 1e-4 if dtype == torch.float32 else 0.1
         if not error <= limit:
-            raise UserError(f"merging changes the logits by {error:.2g} of their size; rounding explains {limit:g}")
-        log.info("merged in %s: the logits differ by %.2g of their size", str(dtype).removeprefix("torch."), error)
+            raise UserError(
+                f"merging changes the logits by {error:.2g} of their size; rounding explains"
+                f" {limit:g}"
+            )
+        log.info(
+            "merged in %s: the logits differ by %.2g of their size",
+            str(dtype).removeprefix("torch."),
+            error,
+        )
     return merged
 
 
@@ -69,7 +83,8 @@ def merge_error(before: Tensor, after: Tensor) -> float:
 
 @torch.no_grad()
 def dequantized(model: PeftModel) -> PeftModel:
-    """The same adapters over the 4-bit base's values in the type they are computed in (bf16); `model` is used up.
+    """The same adapters over the 4-bit base's values in the type they are computed in (bf16);
+    `model` is used up.
 
     These are the weights that the adapters were trained over, and not those that were quantized.
     """
@@ -80,11 +95,16 @@ def dequantized(model: PeftModel) -> PeftModel:
     dtype = _base_dtype(model)
     base: Any = model.unload()
     base.dequantize(dtype)
-    for parameter in base.parameters():  # peft leaves what is trained whole in its place, in fp32
-        parameter.data = parameter.data.to(dtype)  # and not buffers: rotary frequencies in bf16 are others
-    config.init_lora_weights = True  # values that follow; other starts would change the base
+    for parameter in base.parameters():
+        # Peft leaves what is trained whole in its place, in fp32.
+        # And not buffers: rotary frequencies in bf16 are others.
+        parameter.data = parameter.data.to(dtype)
+    # Values that follow; other starts would change the base.
+    config.init_lora_weights = True
     with own_random_state(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="You are trying to modify a model with PEFT for a second time")
+        warnings.filterwarnings(
+            "ignore", message="You are trying to modify a model with PEFT for a second time"
+        )
         again: Any = get_peft_model(base, config)
     own = {name: p for name, p in again.named_parameters() if p.requires_grad}
     assert own.keys() == trained.keys()
@@ -94,7 +114,9 @@ def dequantized(model: PeftModel) -> PeftModel:
 
 
 def _base_dtype(model: nn.Module) -> torch.dtype:
-    return next(p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point())
+    return next(
+        p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point()
+    )
 
 
 @torch.no_grad()

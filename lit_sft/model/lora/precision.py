@@ -12,20 +12,27 @@ if TYPE_CHECKING:
 
 
 def train_in_fp32(model: PeftModel) -> None:
-    """Lifts the trained parameters of an adapted model to fp32; peft does so for its own matrices only."""
+    """Lifts the trained parameters of an adapted model to fp32; peft does so for its own matrices
+    only.
+    """
     from peft.utils import ModulesToSaveWrapper
 
     lift_trained(model)
     for wrapper in model.modules():
-        if isinstance(wrapper, ModulesToSaveWrapper) and wrapper.original_module.weight.dtype != torch.float32:
+        if (
+            isinstance(wrapper, ModulesToSaveWrapper)
+            and wrapper.original_module.weight.dtype != torch.float32
+        ):
             for module in wrapper.modules_to_save.values():
                 _cast_around(module, wrapper.original_module.weight.dtype)
 
 
 def lift_trained(model: nn.Module) -> None:
-    """Makes fp32 of the trained parameters that something has cast, as Lightning does with `bf16-true`."""
-    # The public `to` and `float` would cast what is frozen, too. `_apply`, on which they are built, chooses tensor by
-    # tensor; FSDP2 extends it, so that its shards follow the parameters.
+    """Makes fp32 of the trained parameters that something has cast, as Lightning does with
+    `bf16-true`.
+    """
+    # The public `to` and `float` would cast what is frozen, too. `_apply`, on which they are built,
+    # chooses tensor by tensor; FSDP2 extends it, so that its shards follow the parameters.
     model._apply(lambda tensor: tensor.float() if tensor.requires_grad else tensor)
 
 

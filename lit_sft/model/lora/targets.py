@@ -15,18 +15,28 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def token_rows(model: Any, config: LoraConfig, new_token_ids: Sequence[int]) -> dict[str, list[int]] | None:
-    """Which rows of which matrix are trained: of the embedding and, where it is another matrix, of the head.
+def token_rows(
+    model: Any, config: LoraConfig, new_token_ids: Sequence[int]
+) -> dict[str, list[int]] | None:
+    """Which rows of which matrix are trained: of the embedding and, where it is another matrix, of
+    the head.
 
-    A matrix that `modules_to_save` trains as a whole is left out. peft itself wraps the head where it is tied.
+    A matrix that `modules_to_save` trains as a whole is left out. peft itself wraps the head where
+    it is tied.
     """
     ids = sorted({*(config.trainable_token_indices or ()), *new_token_ids})
     rows = model.get_input_embeddings().weight.shape[0]
     if ids and not 0 <= ids[0] <= ids[-1] < rows:
         wrong = ids[0] if ids[0] < 0 else ids[-1]
-        raise UserError(f"model.lora.trainable_token_indices: there is no token {wrong}, only 0 to {rows - 1}")
+        raise UserError(
+            f"model.lora.trainable_token_indices: there is no token {wrong}, only 0 to {rows - 1}"
+        )
     tied = model.config.get_text_config().tie_word_embeddings
-    ends = [model.get_input_embeddings()] if tied else [model.get_input_embeddings(), model.get_output_embeddings()]
+    ends = (
+        [model.get_input_embeddings()]
+        if tied
+        else [model.get_input_embeddings(), model.get_output_embeddings()]
+    )
     names = [name for name, module in model.named_modules() if any(module is end for end in ends)]
     whole = config.modules_to_save or []
     if tied and embeddings_among(model, whole):
@@ -48,14 +58,19 @@ def check_names(model: PreTrainedModel, config: LoraConfig) -> None:
     layers = model.config.get_text_config().num_hidden_layers
     for number in config.layers_to_transform or []:
         if not 0 <= number < layers:
-            raise UserError(f"model.lora.layers_to_transform: there is no layer {number}, only 0 to {layers - 1}")
+            raise UserError(
+                f"model.lora.layers_to_transform: there is no layer {number}, only 0 to"
+                f" {layers - 1}"
+            )
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, key):
             _compiled(pattern, f"model.lora.{key}")
 
 
 def _check_modules(model: PreTrainedModel, wanted: str | list[str], key: str) -> None:
-    """Refuses one regular expression that matches no module, or a list in which a name is that of no module."""
+    """Refuses one regular expression that matches no module, or a list in which a name is that of
+    no module.
+    """
     from transformers.pytorch_utils import Conv1D
 
     names = [name for name, _ in model.named_modules()]
@@ -65,8 +80,14 @@ def _check_modules(model: PreTrainedModel, wanted: str | list[str], key: str) ->
     else:
         unknown = [name for name in wanted if not _is_among(name, names)]
     if unknown:
-        linear = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
-        raise UserError(f"{key}: no module is named {unknown[0]}; linear modules: {', '.join(sorted(linear))}")
+        linear = {
+            name.rpartition(".")[2]
+            for name, m in model.named_modules()
+            if isinstance(m, nn.Linear | Conv1D)
+        }
+        raise UserError(
+            f"{key}: no module is named {unknown[0]}; linear modules: {', '.join(sorted(linear))}"
+        )
 
 
 def _is_among(wanted: str, names: list[str]) -> bool:
@@ -75,7 +96,9 @@ def _is_among(wanted: str, names: list[str]) -> bool:
 
 
 def all_linear(model: Any) -> list[str]:
-    """Names of the linear layers that text passes through, but the head: as short as they can be."""
+    """Names of the linear layers that text passes through, but the head: as short as they can
+    be.
+    """
     from transformers.pytorch_utils import Conv1D
 
     read = {id(module) for module in model.get_decoder().modules()}
@@ -88,7 +111,9 @@ def all_linear(model: Any) -> list[str]:
 
 
 def embeddings_among(model: Any, wanted: str | list[str]) -> bool:
-    """Whether input or output embedding are among the named modules (`all-linear` leaves both out)."""
+    """Whether input or output embedding are among the named modules (`all-linear` leaves both
+    out).
+    """
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     names = [name for name, module in model.named_modules() if any(module is end for end in ends)]
     if isinstance(wanted, str):
