@@ -9,7 +9,7 @@ follows the options goes to both runs, for instance `--trainer.max_steps 10`. Th
 JSON object; for each format it has
 
 eval_loss    the mean over all tokens of the held-out rows, as trained. The formats have different
-             tokens, so this says how well each text is predicted and not which format answers better.
+             tokens, so this says how well each text is predicted, not which format answers better.
 answer_loss  the mean over the tokens of the answers, which are the same text in both.
 """
 

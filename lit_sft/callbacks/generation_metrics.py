@@ -67,14 +67,12 @@ class Evaluation(Callback):
             trainer.fit_loop.epoch_progress.current.completed = checkpoint["epoch"]
 
     @override
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         message = self._choose(trainer, pl_module, "val")
         options = pl_module.evaluation
-        scores = (
-            {f"val/{name}" for name in options.scores}
-            if options and not self.prompts["val"]
-            else set()
-        )  # type: ignore[union-attr]
+        scores: set[str] = set()
+        if options and not self.prompts["val"]:
+            scores = {f"val/{name}" for name in options.scores}
         if lost := scores & {_monitored(callback) for callback in trainer.callbacks}:  # type: ignore[attr-defined]
             raise UserError(f"{lost.pop()} is monitored, but {message}: monitor val/loss")
 

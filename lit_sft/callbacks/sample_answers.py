@@ -88,16 +88,17 @@ class Answers(Callback):
         if trainer.is_global_zero and self.columns.get("after"):
             console().print(answers_table(_questions(trainer), self.columns))
 
-    def _ask(self, trainer: L.Trainer, pl_module: L.LightningModule, column: str) -> None:
+    def _ask(self, trainer: L.Trainer, pl_module: Any, column: str) -> None:
         questions = _questions(trainer)
         if not questions:
             return
         answers = [""] * len(questions)
         datamodule = data_of(trainer)
-        batches = datamodule.prompt_batches(datamodule.data.questions(), pl_module.generation)  # type: ignore[arg-type]
-        for record in gathered(
-            [r for prompts in batches for r in records(prompts, pl_module.answer(prompts))]
-        ):  # type: ignore[operator]
+        batches = datamodule.prompt_batches(datamodule.data.questions(), pl_module.generation)
+        own: list[dict[str, Any]] = []
+        for prompts in batches:
+            own += records(prompts, pl_module.answer(prompts))
+        for record in gathered(own):
             answers[record["index"]] = record["prediction"]
         self.columns[column], self.asked_at = answers, trainer.global_step
         for logger in trainer.loggers:

@@ -82,10 +82,9 @@ class Throughput(StepCallback):
     @override
     def on_step_end(self, trainer: L.Trainer, pl_module: Any, batch: Any) -> None:
         _, targets, tokens, *_ = pl_module.window
-        seconds, waited = (
-            time.monotonic() - self.step_began,
-            trainer.train_dataloader.waited - self.waited,
-        )  # type: ignore[union-attr]
+        seconds = time.monotonic() - self.step_began
+        loader: Any = trainer.train_dataloader
+        waited = loader.waited - self.waited
         self.waited += waited
         self.num_tokens = tokens + self.num_tokens
         pl_module.log(

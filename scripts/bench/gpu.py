@@ -1,6 +1,6 @@
 """lit_sft beside TRL's SFTTrainer on one GPU: tokens per second, FLOPs utilization and memory.
 
-    python scripts/bench/gpu.py     # options: --cases 8b-lora, --only lit_sft, --compile, --venv DIR
+    python scripts/bench/gpu.py    # options: --cases 8b-lora, --only lit_sft, --compile, --venv DIR
     python scripts/bench/gpu.py --smoke --only lit_sft     # the same code on a CPU, in tiny shapes
 
 Qwen3-0.6B and Llama-3-8B with random weights, full and with LoRA, in bf16 autocast (trained weights
