@@ -17,6 +17,7 @@ TEST = [
     "pytest-timeout>=2.3",
     "ruff>=0.16,<0.18",  # its formatter decides how the code looks, and so whether a test passes
     "mypy>=2.4,<2.5",
+    "codespell>=2.4,<3",
     "import-linter>=2.5,<3",
     "setuptools>=70.1",  # a test builds the wheel without an environment of its own
 ]
@@ -33,7 +34,7 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["lit_sft", "lit_sft.*"]), "lit_sft.configs"],
     package_dir={"lit_sft.configs": "configs"},
-    package_data={"lit_sft.demo": ["model/*"], "lit_sft.configs": ["*.yaml"]},
+    package_data={"lit_sft.data": ["README.md"], "lit_sft.demo": ["model/*"], "lit_sft.configs": ["*.yaml"]},
     # Bounds are those that were tried. lightning 2.6.2 and 2.6.3 were withdrawn (supply chain:
     # Lightning #21691).
     install_requires=[

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parent.parent
+MISSPELT = "rec" + "ieve"
 TOOLS = {
     "lint": ["ruff", "check", "--no-cache"],
     "format": ["ruff", "format", "--check", "--no-cache"],
     "types": ["mypy"],
+    "spelling": ["codespell_lib"],
 }
 
 
@@ -31,6 +33,7 @@ def test_the_code_is_clean(tool):
     [
         ("lint", "import os\n", "F401"),
         ("format", "x=1\n", "would be reformatted"),
+        ("spelling", f"# a {MISSPELT} mistake\n", "==> receive"),
         ("types", "def f(number: int) -> str:\n    return number\n", "Incompatible return value"),
     ],
 )
@@ -38,6 +41,7 @@ def test_the_test_can_fail(tool, line, finding, tmp_path):
     path = tmp_path / "module.py"
     path.write_text(line)
     settings = REPOSITORY / "pyproject.toml"
-    done = run(*TOOLS[tool], "--config-file" if tool == "types" else "--config", settings, path)
+    option = {"types": "--config-file", "spelling": "--toml"}.get(tool, "--config")
+    done = run(*TOOLS[tool], option, settings, path)
     assert done.returncode != 0
     assert finding in done.stdout
