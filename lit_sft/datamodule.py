@@ -387,8 +387,7 @@ class SFTDataModule(L.LightningDataModule):
         return {"position": position, "data": self.data.fingerprint(self.packs["train"])}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Refuses data that does not fit the checkpoint. Its position is restored by
-        `data_position.restore`.
+        """Resumes at the position of the checkpoint; refuses data that does not fit it.
 
         Raises:
             UserError: The data is not that of the checkpoint, or validates on rows that it may be
@@ -396,6 +395,9 @@ class SFTDataModule(L.LightningDataModule):
         """
         if "train" in self.orders:
             self.data.check_same(state["data"], self.packs["train"])
+            # With our Checkpointer, `data_position.restore` follows and fits it to other batches.
+            epoch, steps = state["position"]
+            self.position = (epoch, steps)
         elif "train" in self.data.rows:
             self.data.check_split(state["data"])
 
