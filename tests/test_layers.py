@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from shape import is_private_touch
 
 REPOSITORY = Path(__file__).parent.parent
 ROOT = REPOSITORY / "lit_sft"
@@ -60,3 +61,31 @@ def test_packages_have_no_code_of_their_own():
         if len(statements) != 1 or not isinstance(statements[0], ast.Expr):
             with_code.append(str(path.relative_to(ROOT)))
     assert with_code == []
+
+
+PRIVATE = {
+    "lightning_internals.py": "Lightning and jsonargparse",
+    "callbacks/fail_together.py": "the store of torch's default process group",
+    "model/attention/cpu_kernel.py": "torch's operations for attention on a CPU",
+    "model/attention/implementation.py": "transformers' name of the attention in use",
+    "model/fused_layers.py": "hooks of a module, which a fused step would skip",
+    "model/lora/precision.py": "torch's cast that shards of a parameter follow",
+    "model/parallel.py": "transformers' list of decoder blocks, torch's mark of a compiled block",
+    "training/optim.py": "torch's multi-tensor product, and the mark of optimizers that unscale",
+}
+"""Files that touch private attributes of other libraries, and which. Each place says why."""
+
+
+def test_private_attributes_of_others_stand_in_few_files():
+    found = set()
+    for path in ROOT.rglob("*.py"):
+        if any(is_private_touch(node) for node in ast.walk(ast.parse(path.read_text()))):
+            found.add(str(path.relative_to(ROOT)))
+    assert found == set(PRIVATE)
+
+
+@pytest.mark.parametrize(
+    "line", ["trainer._checkpoint_connector", "from torch import _foreach_mul_", "f()._x"]
+)
+def test_a_private_attribute_is_found(line):
+    assert any(is_private_touch(node) for node in ast.walk(ast.parse(line)))
