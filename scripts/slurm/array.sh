@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The same recipe with several seeds, where jobs may be preempted at any time; each goes on by itself when it is its turn:
+# One recipe with several seeds, on a partition where jobs may be preempted. Each requeued job resumes its own run:
 #   sbatch --partition PREEMPTIBLE --array 1-5 scripts/slurm/array.sh CONFIG [--key value ...]
-# What the options mean is said in one_node.sh.
+# one_node.sh explains the options.
 #SBATCH --job-name=lit_sft
 #SBATCH --output=%x-%A_%a.out
 #SBATCH --open-mode=append
@@ -16,7 +16,7 @@
 set -euo pipefail
 export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 
-# A partition without grace time kills at once: what is lost then are the minutes since the last checkpoint. No
-# --ckpt_path: a job that is started again finds its own run. `resume.max_restarts` bounds how often.
+# Without grace time a preempted job is killed at once and loses the minutes since the last checkpoint. There is no
+# --ckpt_path, because a requeued job finds its own run. `resume.max_restarts` limits the number of restarts.
 srun --kill-on-bad-exit=1 python -m lit_sft fit --config "$1" \
     --trainer.devices 1 --seed_everything "$SLURM_ARRAY_TASK_ID" --checkpoint.every_n_minutes 10 "${@:2}"

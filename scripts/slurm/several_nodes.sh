@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Several nodes, the model sharded over all GPUs:  sbatch --nodes 4 scripts/slurm/several_nodes.sh CONFIG [--key value ...]
-# What the options mean is said in one_node.sh. Data cache and output must lie on a file system that all nodes share.
+# Several nodes, the model sharded over all GPUs:
+#   sbatch --nodes 4 scripts/slurm/several_nodes.sh CONFIG [--key value ...]
+# one_node.sh explains the options. Data cache and output must lie on a file system that all nodes share.
 #SBATCH --job-name=lit_sft
 #SBATCH --output=%x-%j.out
 #SBATCH --open-mode=append
@@ -13,7 +14,7 @@
 #SBATCH --signal=USR1@300
 set -euo pipefail
 export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
-# Ranks meet on the first node, at port 15000 + the last digits of the job id; MASTER_PORT is another.
 
+# Ranks meet on the first node, at port 15000 plus the last digits of the job id. Set MASTER_PORT to use another port.
 srun --kill-on-bad-exit=1 python -m lit_sft fit --config "$1" \
     --trainer.num_nodes "$SLURM_NNODES" --trainer.devices "$SLURM_NTASKS_PER_NODE" --trainer.strategy fsdp2 "${@:2}"
