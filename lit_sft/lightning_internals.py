@@ -14,7 +14,7 @@ from typing import Any
 
 import lightning as L
 from jsonargparse import ArgumentParser
-from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
@@ -196,20 +196,6 @@ def move_tensorboard_logger(logger: TensorBoardLogger, folder: Path) -> None:
     logger._root_dir = str(folder.parent.parent)
     logger._name = folder.parent.name
     logger._version = folder.name
-
-
-def replace_swap(averaging: WeightAveraging, swap: Callable[[L.LightningModule], None]) -> None:
-    """Makes `WeightAveraging` call `swap` when a validation begins and when it ends.
-
-    It swaps back before the callbacks that run at the end of a validation, and has no setting for
-    that.
-    """
-    averaging._swap_models = swap  # type: ignore[method-assign, assignment]
-
-
-def swap_models(averaging: WeightAveraging, module: L.LightningModule) -> None:
-    """Exchanges the weights of the module and their average, as `WeightAveraging` does it."""
-    WeightAveraging._swap_models(averaging, module)
 
 
 # ------------------------------------------------------------------ jsonargparse

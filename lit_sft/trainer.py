@@ -16,7 +16,6 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
-from lightning.pytorch.strategies import ModelParallelStrategy
 from typing_extensions import override
 
 from lit_sft.callbacks.checkpointer import Checkpointer
@@ -32,12 +31,10 @@ from lit_sft.callbacks.run_folder import KeepFolder, LeaveFolder, RunFolder
 from lit_sft.callbacks.sample_answers import Answers, FirstExample
 from lit_sft.callbacks.step_callback import is_between_steps
 from lit_sft.callbacks.throughput import Throughput
-from lit_sft.callbacks.weight_averaging import Averaging
 from lit_sft.checkpoint import io as checkpoint_io
 from lit_sft.checkpoint.io import CheckpointFiles
 from lit_sft.errors import UserError
 from lit_sft.memory_plan import needed_memory
-from lit_sft.module import SFTModule
 
 
 class SFTTrainer(L.Trainer):
@@ -81,15 +78,8 @@ class SFTTrainer(L.Trainer):
             if isinstance(callback, RunFolder):
                 callback.begin(self, has_steps=False)
             if isinstance(callback, HFExport) and not callback.is_done:
-                self._take_average()
                 callback.on_train_end(self, self.lightning_module)
         return results
-
-    def _take_average(self) -> None:
-        """Lets the model take the averaged weights, if there are any."""
-        for callback in self.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, WeightAveraging):
-                callback.on_train_end(self, self.lightning_module)
 
 
 def run_callbacks(
@@ -123,7 +113,6 @@ def run_callbacks(
         FirstExample(),
         Evaluation(),
         Answers(),
-        Averaging(),
         HFExport(),
         PredictionWriter(config.predict_output, ckpt_path),
         LastRow(),
@@ -140,61 +129,33 @@ def run_callbacks(
     return callbacks
 
 
-def own_callbacks(trainer: Any, model: SFTModule, dry: bool = False) -> list[Callback]:
+def own_callbacks(trainer: Any, dry: bool = False) -> list[Callback]:
     """The user's callbacks.
 
     Args:
         trainer: Settings of the trainer.
-        model: What is trained.
         dry: Without those that save or draw.
 
     Raises:
         UserError: One of them would do nothing, or could not go on after a stop.
     """
     callbacks = as_list(trainer.callbacks)
-    if any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks):
-        raise UserError(
-            "trainer.callbacks: StochasticWeightAveraging copies the module before its model is"
-            " built, and averages nothing: take lightning.pytorch.callbacks.EMAWeightAveraging"
-        )
+    for callback in callbacks:
+        if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
+            raise UserError(
+                f"trainer.callbacks: {type(callback).__name__} is not supported, weights are not"
+                " averaged: leave it out"
+            )
     if any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks):
         raise UserError(
             "trainer.callbacks: GradientAccumulationScheduler would change the batch of an"
             " optimizer step: leave it out, accumulation follows from data.global_batch_size"
         )
-    if any(isinstance(callback, WeightAveraging) for callback in callbacks):
-        _check_averaged(trainer, model)
     return [
         callback
         for callback in callbacks
         if not dry or not isinstance(callback, (Checkpoint, ProgressBar))
     ]
-
-
-def _check_averaged(trainer: Any, model: SFTModule) -> None:
-    """Refuses settings under which `WeightAveraging` would copy a model that has no weights yet,
-    save a part of it, or keep an average in 16 bits, which its small steps do not move.
-    """
-    if model.options.is_adapted or model.options.trainable is not None:
-        raise UserError(
-            "trainer.callbacks: WeightAveraging needs all weights in its checkpoints, which leave"
-            " out what is frozen: remove it, or set model.lora, model.adapter_name_or_path and"
-            " model.trainable to null"
-        )
-    for key, value, remedy in (
-        ("trainer.precision", str(trainer.precision), "bf16-mixed"),
-        ("model.dtype", model.options.dtype, "auto"),
-    ):
-        if value in ("bf16-true", "16-true", "bfloat16", "float16"):
-            raise UserError(
-                f"trainer.callbacks: WeightAveraging would keep its average in the 16 bits of {key}"
-                f" {value}, which are too few for it: set that to {remedy}"
-            )
-    if trainer.strategy == "fsdp2" or isinstance(trainer.strategy, ModelParallelStrategy):
-        raise UserError(
-            "trainer.callbacks: WeightAveraging does not take sharded weights: remove it, or set"
-            " trainer.strategy to ddp or auto"
-        )
 
 
 def as_list(value: Any) -> list[Any]:

@@ -270,6 +270,11 @@ class Checkpointer(StepCallback, Checkpoint):
     ) -> None:
         if trainer.state.fn != "fit" or not checkpoint.get(data_position.DATA_MODULE):
             return
+        if "averaging_state" in checkpoint:
+            raise UserError(
+                "the checkpoint holds averaged weights (WeightAveraging), which is not supported:"
+                " begin a new run (without --ckpt_path) from the exported weights"
+            )
         self.planned = checkpoint.get("total_steps")
         optim.check_same(pl_module.options.optimizer, checkpoint.get("optimizer"))  # type: ignore[union-attr, arg-type]
         # Early stopping would go on with the patience of the checkpoint.
