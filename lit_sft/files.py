@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from lit_sft.errors import UserError
+
 LONGEST = 255
 """Bytes of a file name; a text file that is longer holds something else."""
 
@@ -39,6 +41,21 @@ def atomic_write(path: Path, mode: str = "w", **options: Any) -> Iterator[IO[Any
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def check_not_removed(folder: Path) -> None:
+    """Refuses to write into the folder of a run that was removed while the run goes on.
+
+    Making it again would leave a run without its settings and its earlier checkpoints.
+
+    Raises:
+        UserError: The folder is not there.
+    """
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder} was removed during the run, and its checkpoints with it: start a new run"
+            " (without --ckpt_path)"
+        )
 
 
 def sync_folder(folder: Path) -> None:

@@ -27,7 +27,7 @@ from lit_sft.callbacks.nan_guard import Guard
 from lit_sft.callbacks.prediction_writer import PredictionWriter
 from lit_sft.callbacks.preemption import StopOnSignal
 from lit_sft.callbacks.progress import Lines, Progress, has_stopped_early
-from lit_sft.callbacks.run_folder import KeepFolder, LeaveFolder, RunFolder
+from lit_sft.callbacks.run_folder import LeaveFolder, RunFolder
 from lit_sft.callbacks.sample_answers import Answers, FirstExample
 from lit_sft.callbacks.step_callback import is_between_steps
 from lit_sft.callbacks.throughput import Throughput
@@ -105,7 +105,6 @@ def run_callbacks(
     callbacks: list[Callback] = [
         FailTogether(needed_memory),
         Guard(config.faults),
-        KeepFolder(folder),
         folder,
         checkpointer,
         Throughput(),

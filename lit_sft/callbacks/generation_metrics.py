@@ -190,7 +190,6 @@ def append(
         replaced: (stage, (first, last step)): lines of these are made again, and dropped; so is a
             last line that is torn.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     if replaced is not None and path.is_file():
         # A torn line may end within a character.
         text = path.read_text(encoding="utf-8", errors="replace")

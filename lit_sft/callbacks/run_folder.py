@@ -1,6 +1,4 @@
-"""The folder of a run: chosen when the run begins, made anew when somebody removes it, left when
-the run ends.
-"""
+"""The folder of a run: chosen and locked when the run begins, unlocked when it ends."""
 
 from __future__ import annotations
 
@@ -12,12 +10,10 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback, Checkpoint
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import distributed
 from typing_extensions import override
 
 from lit_sft.callbacks.checkpointer import Checkpointer
-from lit_sft.callbacks.step_callback import StepCallback
 from lit_sft.errors import UserError
 from lit_sft.ranks import global_rank
 from lit_sft.run import lock as run_lock
@@ -164,11 +160,6 @@ class RunFolder(Callback):
         if self.first_step is not None:
             run_loggers.drop_from(trainer.loggers, self.first_step)
 
-    def restore(self, folder: Path) -> None:
-        """Writes again what the folder held from the start."""
-        slurm.remember(folder)
-        self._write_config(folder)
-
     @override
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
@@ -178,40 +169,6 @@ class RunFolder(Callback):
     def _write_config(self, folder: Path) -> None:
         self.save_config(folder / CONFIG)
         self.config = (folder / CONFIG).read_text()
-
-
-class KeepFolder(StepCallback):
-    """Makes the run's folder anew where it was removed, before something is written into it:
-    TensorBoard would go on writing into a file that nobody can open.
-
-    Args:
-        run_folder: Writes again what the folder held from the start.
-    """
-
-    def __init__(self, run_folder: RunFolder) -> None:
-        self.run_folder = run_folder
-        self.folder: Path | None = None
-
-    @override
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # A collective call.
-        folder = trainer.log_dir
-        self.folder = None if folder is None or not trainer.is_global_zero else Path(folder)
-
-    @override
-    def on_step_end(self, trainer: L.Trainer, pl_module: Any, batch: Any) -> None:
-        if self.folder is None or (self.folder / CONFIG).exists():
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.run_folder.restore(self.folder)
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                # The writer opens a new file for the next event.
-                logger.experiment.close()
-        log.warning(
-            "%s was removed during the run: made anew, what TensorBoard had before is lost",
-            self.folder,
-        )
 
 
 class LeaveFolder(Checkpoint):

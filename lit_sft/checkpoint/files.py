@@ -141,8 +141,9 @@ def write_manifest(folder: Path) -> None:
 
 
 def clear(path: Path, is_folder: bool) -> None:
-    """Makes place for what is written aside; of a save that was killed nothing may be taken for a
-    part of this one.
+    """Makes room for a checkpoint that is written aside.
+
+    Parts that a killed save has left are removed, so that none is taken for a part of this one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if is_folder:

@@ -15,6 +15,7 @@ from typing_extensions import override
 from lit_sft.checkpoint import files, sharded
 from lit_sft.checkpoint.files import KeepPolicy
 from lit_sft.errors import UserError
+from lit_sft.files import check_not_removed
 
 
 class CheckpointFiles(TorchCheckpointIO):
@@ -61,9 +62,14 @@ class CheckpointFiles(TorchCheckpointIO):
             # A group of its own, on the CPU: a thread uses it while the ranks train with another.
             if self._group is None:
                 self._group = distributed.new_group(backend="gloo")
-        self._agree(
-            path, pieces, lambda: files.clear(path, is_folder=pieces is not None), only_first=True
-        )
+
+        def make_room() -> None:
+            # A checkpoint with a policy is ours, and lies in the folder of the run.
+            if policy is not None:
+                check_not_removed(path.parent.parent)
+            files.clear(path, is_folder=pieces is not None)
+
+        self._agree(path, pieces, make_room, only_first=True)
         if not self.async_save:
             self._write(checkpoint, pieces, path, policy)
             return

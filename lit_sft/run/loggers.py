@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from typing_extensions import override
 
-from lit_sft.files import atomic_write
+from lit_sft.files import atomic_write, check_not_removed
 
 
 class MetricsFile(ExperimentWriter):
@@ -46,10 +46,15 @@ class MetricsFile(ExperimentWriter):
 
     @override
     def save(self) -> None:
-        """Appends; rewrites where there is a new column, or no file that is ours."""
+        """Appends rows, or rewrites the file if it has a new column or is not ours yet.
+
+        Raises:
+            UserError: The folder of the run was removed.
+        """
         rows, self.metrics = self.metrics, []
         if not rows:
             return
+        check_not_removed(Path(self.metrics_file_path).parent)
         self.rows += rows
         # It may have been removed.
         is_there = self.is_ours and os.path.exists(self.metrics_file_path)
