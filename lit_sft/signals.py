@@ -25,7 +25,9 @@ ONE_PRESS = 0.5
 and this process passes on the one that the process has received already.
 """
 LAUNCHER = "LIT_SFT_LAUNCHER"
-"""Environment variable with the process id of the rank that Lightning's launcher runs in."""
+"""Environment variable in which each process passes its process id to the ranks that it starts. A
+rank that Lightning has launched finds its parent's id there.
+"""
 
 _pid = 0
 _received = 0
