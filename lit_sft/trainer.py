@@ -1,4 +1,4 @@
-"""The trainer: Lightning's, and the callbacks of a run in their order."""
+"""SFTTrainer, and the callbacks of a run in their order."""
 
 from __future__ import annotations
 
@@ -38,14 +38,12 @@ from lit_sft.memory_plan import needed_memory
 
 
 class SFTTrainer(L.Trainer):
-    """Lightning's Trainer, which stops at the end of an optimizer step and names the run's
-    folder.
-    """
+    """Lightning's Trainer, which only stops between optimizer steps and knows the run's folder."""
 
     @property
     @override
     def log_dir(self) -> str | None:
-        """The run's folder, whatever the loggers are; Lightning asks the first of them."""
+        """The run's folder. Lightning would ask the first logger, which may be a user's own."""
         for callback in self.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, RunFolder) and callback.is_known:
                 return str(callback.folder)
@@ -53,8 +51,9 @@ class SFTTrainer(L.Trainer):
 
     @property
     def should_stop(self) -> bool:
-        """Whether to stop (`trainer.max_time`, early stopping): at the end of an optimizer step,
-        and not within one.
+        """Whether training stops (`trainer.max_time`, early stopping, a callback).
+
+        Within an optimizer step it is false, so that the step is completed first.
         """
         within = self.training and self.accumulate_grad_batches > 1 and not is_between_steps(self)
         return self._should_stop and not within
@@ -67,8 +66,8 @@ class SFTTrainer(L.Trainer):
     def _run_stage(self) -> Any:
         """Runs the stage, and then exports a resumed run that has no step left.
 
-        Lightning calls no hook of training in such a run. It was killed after its last checkpoint,
-        or early stopping had ended it, and is still exported under the current settings.
+        Such a run was killed after its last checkpoint, or ended by early stopping. Lightning calls
+        no training hooks then.
         """
         if self.state.fn != "fit":
             return super()._run_stage()
@@ -89,15 +88,16 @@ def run_callbacks(
     files: CheckpointFiles,
     save_config: Callable[[Path], None],
 ) -> list[Callback]:
-    """Lists the callbacks of a run. Lightning calls them in this order, but those that save
-    checkpoints last.
+    """Lists the callbacks of a run.
+
+    Lightning calls them in this order, but moves those that subclass `Checkpoint` to the end.
 
     Args:
-        config: Settings of the command.
+        config: The settings of the command.
         ckpt_path: The checkpoint to resume from, or to evaluate.
-        is_fit: Whether it trains.
-        files: Writes the checkpoints.
-        save_config: Writes config.yaml.
+        is_fit: Whether the command is `fit`.
+        files: The plugin that writes checkpoints.
+        save_config: A function that writes config.yaml to a path.
     """
     first_step = checkpoint_io.saved_step(ckpt_path) if ckpt_path and is_fit else None
     checkpointer = Checkpointer(config.checkpoint, files)
@@ -129,14 +129,14 @@ def run_callbacks(
 
 
 def own_callbacks(trainer: Any, dry: bool = False) -> list[Callback]:
-    """The user's callbacks.
+    """Returns the callbacks that the user has set in `trainer.callbacks`.
 
     Args:
-        trainer: Settings of the trainer.
-        dry: Without those that save or draw.
+        trainer: The settings of the trainer.
+        dry: Whether to leave out callbacks that save checkpoints or draw progress bars.
 
     Raises:
-        UserError: One of them would do nothing, or could not go on after a stop.
+        UserError: A callback is not supported.
     """
     callbacks = as_list(trainer.callbacks)
     for callback in callbacks:
@@ -158,7 +158,7 @@ def own_callbacks(trainer: Any, dry: bool = False) -> list[Callback]:
 
 
 def as_list(value: Any) -> list[Any]:
-    """Makes a list of a setting that takes one thing, a list, or nothing."""
+    """Returns a setting as a list; it may be one value, a list, or None."""
     if value is None:
         return []
     return value if isinstance(value, list) else [value]

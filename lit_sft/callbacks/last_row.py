@@ -1,4 +1,4 @@
-"""The last row of metrics.csv, which a killed run may not have written."""
+"""Restores the last row of metrics.csv, which a killed run may not have written."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from lit_sft.run.loggers import AppendingCSVLogger
 
 
 class LastRow(StepCallback):
-    """Keeps in checkpoints the metrics that were logged last.
+    """Keeps the metrics that were logged last in the checkpoint.
 
-    The checkpoint of a step is written before its row of metrics. A run that is killed in between
-    gets the row when it resumes. Comes after all callbacks that log.
+    The checkpoint of a step is written before its row of metrics. If a run is killed in between,
+    the resumed run writes the row. This callback must come after all callbacks that log.
     """
 
     def __init__(self) -> None:
