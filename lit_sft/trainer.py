@@ -150,11 +150,9 @@ def own_callbacks(trainer: Any, dry: bool = False) -> list[Callback]:
             "trainer.callbacks: GradientAccumulationScheduler would change the batch of an"
             " optimizer step: leave it out, accumulation follows from data.global_batch_size"
         )
-    return [
-        callback
-        for callback in callbacks
-        if not dry or not isinstance(callback, (Checkpoint, ProgressBar))
-    ]
+    if dry:
+        return [each for each in callbacks if not isinstance(each, (Checkpoint, ProgressBar))]
+    return list(callbacks)
 
 
 def as_list(value: Any) -> list[Any]:

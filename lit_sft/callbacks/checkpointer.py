@@ -25,8 +25,10 @@ from lit_sft.training import optim
 
 log = logging.getLogger(__name__)
 
-LOOK, LOOK_SECONDS = 1 / 50, 10.0
-"""Time between two looks at the clock: a share of `every_n_minutes`, at most so many seconds."""
+LOOK = 1 / 50
+"""Time between two looks at the clock, as a share of `every_n_minutes`."""
+LOOK_SECONDS = 10.0
+"""Longest time between two looks at the clock."""
 
 
 @dataclass
@@ -68,7 +70,8 @@ class Checkpointer(StepCallback, Checkpoint):
     """
 
     def __init__(self, options: CheckpointOptions, files: CheckpointFiles) -> None:
-        self.options, self.files = options, files
+        self.options = options
+        self.files = files
         self.best_score: float | None = None
         self.best_step: int | None = None
         self.saved_step: int | None = None
@@ -91,7 +94,8 @@ class Checkpointer(StepCallback, Checkpoint):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        monitor, mode = self.options.monitor, self.options.mode
+        monitor = self.options.monitor
+        mode = self.options.mode
         # Older checkpoints do not hold `monitor` and `mode`.
         before = (state_dict.get("monitor", monitor), state_dict.get("mode", mode))
         if before == (monitor, mode):
@@ -134,7 +138,8 @@ class Checkpointer(StepCallback, Checkpoint):
                 "the best checkpoint so far, of step %s, is gone: the next validation is the best",
                 self.best_step,
             )
-            self.best_score = self.best_step = None
+            self.best_score = None
+            self.best_step = None
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -304,7 +309,8 @@ class Checkpointer(StepCallback, Checkpoint):
             self._write(trainer, checkpoint_files.path_of(folder, trainer.global_step))
         self.saved_step = trainer.global_step
         self.saved_at = time.monotonic()
-        self.improved = self.owed = False
+        self.improved = False
+        self.owed = False
 
     def _write(self, trainer: L.Trainer, path: Path) -> None:
         policy = checkpoint_files.KeepPolicy(

@@ -27,8 +27,10 @@ log = logging.getLogger(__name__)
 
 TABLE = "evaluation.jsonl"
 SETS = {"val": "validation", "test": "test"}
-SHOWN_ROWS, SHOWN_CHARACTERS = 16, 500
-"""Limits of the table in TensorBoard, which keeps every version of it."""
+SHOWN_ROWS = 16
+"""Most rows of the table in TensorBoard, which keeps every version of it."""
+SHOWN_CHARACTERS = 500
+"""Longest text in a cell of that table."""
 
 
 class Evaluation(Callback):
@@ -57,7 +59,8 @@ class Evaluation(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.before, self.num_validations = state_dict["before"], state_dict["num_validations"]
+        self.before = state_dict["before"]
+        self.num_validations = state_dict["num_validations"]
 
     @override
     def on_load_checkpoint(
@@ -121,7 +124,8 @@ class Evaluation(Callback):
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        (step, scores), steps = self.last, trainer.global_step
+        step, scores = self.last
+        steps = trainer.global_step
         when = "after" if step == steps else f"at step {step:,} of {steps:,}"
         for name, before in self.before.items():
             if name in scores:

@@ -41,12 +41,10 @@ class LastRow(StepCallback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         row = dict(self.row)
         step = int(row.pop("step", -1))
-        files = [
-            logger.experiment
-            for logger in trainer.loggers
-            if isinstance(logger, AppendingCSVLogger)
-        ]
-        if not row or not trainer.is_global_zero or not files or files[0].has(step, row.keys()):
+        loggers = [each for each in trainer.loggers if isinstance(each, AppendingCSVLogger)]
+        if not row or not loggers or not trainer.is_global_zero:
+            return
+        if loggers[0].experiment.has(step, row.keys()):
             return
         for logger in trainer.loggers:
             logger.log_metrics(row, step)

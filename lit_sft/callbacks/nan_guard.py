@@ -111,11 +111,13 @@ class Guard(StepCallback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.skipped, self.in_a_row = state_dict["skipped"], state_dict["in_a_row"]
+        self.skipped = state_dict["skipped"]
+        self.in_a_row = state_dict["in_a_row"]
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.trainer, pl_module.guard = trainer, self.inspect  # type: ignore[assignment]
+        self.trainer = trainer
+        pl_module.guard = self.inspect  # type: ignore[assignment]
 
     @override
     def on_train_batch_start(

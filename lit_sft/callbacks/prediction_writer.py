@@ -41,7 +41,8 @@ class PredictionWriter(Callback):
     """
 
     def __init__(self, output: str | None, ckpt_path: str | None) -> None:
-        self.output, self.ckpt_path = output, ckpt_path
+        self.output = output
+        self.ckpt_path = ckpt_path
         self.path = Path()
         self.head = ""
         """The first line of the parts."""
@@ -67,9 +68,9 @@ class PredictionWriter(Callback):
 
     @override
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        config, generation = pl_module.model.lm.config, pl_module.generation  # type: ignore[union-attr]
-        prompts = data_of(trainer).predict_prompts
-        check_room(prompts, generation.max_new_tokens, context_length(config))  # type: ignore[union-attr, arg-type]
+        max_new_tokens = pl_module.generation.max_new_tokens  # type: ignore[union-attr]
+        context = context_length(pl_module.model.lm.config)  # type: ignore[union-attr, arg-type]
+        check_room(data_of(trainer).predict_prompts, max_new_tokens, context)  # type: ignore[arg-type]
         self._part(trainer.global_rank).write_text(self.head, encoding="utf-8")
 
     @override

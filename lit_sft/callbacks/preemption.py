@@ -177,7 +177,8 @@ class StopOnSignal(StepCallback, Checkpoint):
             SystemExit: Always.
         """
         assert self.signal is not None
-        code, step = 128 + self.signal, trainer.global_step
+        code = 128 + self.signal
+        step = trainer.global_step
         if trainer.is_global_zero:
             saved = f"after step {step}, which is saved" if step else "before the first step"
             log.info("stopped by %s %s", self.signal.name, saved)

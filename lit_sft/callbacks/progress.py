@@ -24,7 +24,8 @@ NUMBERS_EVERY = 0.5
 """Seconds between two updates of the numbers beside the bar."""
 LINES_EVERY = 10.0
 """Seconds between two lines in a log."""
-LOSS, SPEED = "train/loss", "train/tokens_per_second"
+LOSS = "train/loss"
+SPEED = "train/tokens_per_second"
 
 
 class Progress(RichProgressBar):
@@ -110,7 +111,8 @@ class Lines(StepCallback):
         # Another bar than ours makes Lightning read numbers at every batch.
         bar = trainer.progress_bar_callback
         pl_module.in_bar = bar is not None and not isinstance(bar, Progress)  # type: ignore[assignment]
-        self.began, self.first_step = None, trainer.global_step
+        self.began = None
+        self.first_step = trainer.global_step
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, EarlyStopping):
                 # The checkpoint may hold the reason of an earlier stop.

@@ -68,7 +68,8 @@ class Answers(Callback):
         )
         if self.questions != list(_questions(trainer)):
             # A resumed run may have other questions.
-            self.columns, self.questions = {}, list(_questions(trainer))
+            self.columns = {}
+            self.questions = list(_questions(trainer))
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -99,7 +100,8 @@ class Answers(Callback):
             own += records(prompts, pl_module.answer(prompts))
         for record in gathered(own):
             answers[record["index"]] = record["prediction"]
-        self.columns[column], self.asked_at = answers, trainer.global_step
+        self.columns[column] = answers
+        self.asked_at = trainer.global_step
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
                 logger.experiment.add_text(

@@ -33,11 +33,16 @@ class Throughput(StepCallback):
     def __init__(self) -> None:
         self.num_tokens: torch.Tensor | float = 0.0
         self.cost: StepCost | None = None
-        self.step_began = self.waited = 0.0
+        self.step_began = 0.0
+        """Time at which the current optimizer step began."""
+        self.waited = 0.0
+        """Seconds that the loader had waited for batches when the current step began."""
         self.paused = True
         """Whether a validation or a save came after the last step. Its time does not count."""
-        self.tokens = self.squares = 0
-        """Tokens, and sum of squared lengths, of this rank in the current optimizer step."""
+        self.tokens = 0
+        """Tokens of this rank in the current optimizer step."""
+        self.squares = 0
+        """Sum of the squared lengths of the examples in the current step, on this rank."""
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -106,7 +111,9 @@ class Throughput(StepCallback):
             pl_module.log("train/tokens_per_second_min", speeds.min())
             pl_module.log("train/tokens_per_second_max", speeds.max())
             pl_module.log("train/data_wait_max", waits.max())
-        self.step_began, self.tokens, self.squares = time.monotonic(), 0, 0
+        self.step_began = time.monotonic()
+        self.tokens = 0
+        self.squares = 0
 
 
 def peak_memory(device: torch.device) -> int:

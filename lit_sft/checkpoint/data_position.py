@@ -89,7 +89,8 @@ def tell_other_validation(saved: Mapping[str, Any], now: Mapping[str, Any]) -> N
         saved: The result of `remember` in the checkpoint.
         now: The result of `remember` in this run.
     """
-    before, after = saved.get("validation"), now["validation"]
+    before = saved.get("validation")
+    after = now["validation"]
     if before and after and before != after:
         log.warning(
             "validation: other examples than before the checkpoint; the best score so far, which"

@@ -109,11 +109,10 @@ def _best_beside(last: Path) -> Path:
 def _warn_of_newer_runs(logs: Path, found: Path) -> None:
     """Warns of newer runs that are skipped because they stopped before their first save."""
     run = found.parent.parent
-    newer = [
-        folder.name
-        for folder in files.runs_below(logs)
-        if _is_newer_without_checkpoint(folder, found)
-    ]
+    newer = []
+    for folder in files.runs_below(logs):
+        if _is_newer_without_checkpoint(folder, found):
+            newer.append(folder.name)
     if newer:
         log.warning(
             "%s: no checkpoint yet, passed over for the older %s", ", ".join(sorted(newer)), run

@@ -91,7 +91,9 @@ class StoredTensor:
     """
 
     def __init__(self, shape: Sequence[int], dtype: torch.dtype, pieces: Sequence[Piece]) -> None:
-        self.shape, self.dtype, self.pieces = torch.Size(shape), dtype, pieces
+        self.shape = torch.Size(shape)
+        self.dtype = dtype
+        self.pieces = pieces
 
     def __getitem__(self, index: tuple[slice, ...]) -> Tensor:
         """Returns a region, given by one slice per dimension."""
@@ -232,7 +234,6 @@ class HostCopy:
     def _buffer(self, place: str, like: Tensor) -> Tensor:
         buffer = self.buffers.get(place)
         if buffer is None or buffer.shape != like.shape or buffer.dtype != like.dtype:
-            self.buffers[place] = buffer = torch.empty(
-                like.shape, dtype=like.dtype, pin_memory=like.is_cuda
-            )
+            buffer = torch.empty(like.shape, dtype=like.dtype, pin_memory=like.is_cuda)
+            self.buffers[place] = buffer
         return buffer

@@ -149,20 +149,20 @@ class FSDP2Strategy(ModelParallelStrategy):
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         assert self.lightning_module is not None
-        own, saved = self.lightning_module.state_dict(), checkpoint["state_dict"]
+        own = self.lightning_module.state_dict()
+        saved = checkpoint["state_dict"]
         for name in own.keys() & saved.keys():
             sharded.copy_into(own[name], saved[name])
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            parameters = [
-                parameter for group in optimizer.param_groups for parameter in group["params"]
-            ]
-            own = {
-                number: sharded.shard_like(parameters[number], values)
-                for number, values in state["state"].items()
-            }
+            parameters = []
+            for group in optimizer.param_groups:
+                parameters += group["params"]
+            own = {}
+            for number, values in state["state"].items():
+                own[number] = sharded.shard_like(parameters[number], values)
             optimizer.load_state_dict({**state, "state": own})
 
 

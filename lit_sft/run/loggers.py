@@ -105,10 +105,10 @@ def _read_rows(path: Path) -> list[dict[str, float]]:
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [
-        {key: _number(value) for key, value in row.items() if value not in ("", None)}
-        for row in csv.DictReader(line for line in lines if line.endswith("\n"))
-    ]
+    rows = []
+    for row in csv.DictReader(line for line in lines if line.endswith("\n")):
+        rows.append({key: _number(value) for key, value in row.items() if value not in ("", None)})
+    return rows
 
 
 def _number(text: str) -> float:

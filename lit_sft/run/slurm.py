@@ -77,7 +77,8 @@ def check_devices(trainer: L.Trainer, plugins: Iterable[Any]) -> None:
     """
     if not any(isinstance(plugin, SLURMEnvironment) for plugin in plugins):
         return
-    tasks, nodes = int(os.environ["SLURM_NTASKS"]), int(os.environ.get("SLURM_NNODES", 1))
+    tasks = int(os.environ["SLURM_NTASKS"])
+    nodes = int(os.environ.get("SLURM_NNODES", 1))
     if (tasks, nodes) != (trainer.num_devices * trainer.num_nodes, trainer.num_nodes):
         raise UserError(
             f"this SLURM job has {nodes} nodes with {tasks // nodes} tasks each, but"
@@ -212,9 +213,9 @@ def requeue(number: signal.Signals, max_restarts: int, has_stepped: bool) -> boo
     Returns:
         Whether the job is requeued, by us or by SLURM.
     """
-    job, own_id = job_id(), os.environ["SLURM_JOB_ID"]
+    job = job_id()
     assert job is not None
-    state = query(own_id)
+    state = query(os.environ["SLURM_JOB_ID"])
     if int(state.get("Restarts", 0)) > num_restarts():
         log.info("SLURM has requeued job %s already", job)
         return True
