@@ -105,7 +105,7 @@ class Guard(StepCallback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        # A checkpoint is never saved after a faulty step.
+        # Judge the latest step first, so that no checkpoint holds the result of a faulty one.
         self.judge()
         return {"skipped": self.skipped, "in_a_row": self.in_a_row}
 
