@@ -1,6 +1,4 @@
-"""The one way a file is written (aside, synced, renamed), and names that point to another file
-beside them.
-"""
+"""The one way a file is written (aside, synced, renamed), and links to a file beside them."""
 
 from __future__ import annotations
 
@@ -11,21 +9,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from lit_sft.errors import UserError
+
 LONGEST = 255
-"""Bytes of a file name; a text file that is longer holds something else."""
+"""Longest file name, in bytes. A longer text file is no link."""
 
 
 @contextmanager
 def atomic_write(path: Path, mode: str = "w", **options: Any) -> Iterator[IO[Any]]:
     """Opens a file that replaces `path` in one step when the block ends.
 
-    The content is written beside `path`, synced to the disk and renamed, so a reader or a crash
-    never meets a part of it. If the block raises, `path` stays as it was.
+    The content is written beside `path`, synced to disk and renamed, so no reader and no crash ever
+    sees a part of it. If the block raises, `path` stays as it was.
 
     Args:
-        path: File to write.
-        mode: `w` (UTF-8 unless `options` say otherwise) or `wb`.
-        options: Passed to `open`.
+        path: The file to write.
+        mode: `w` (UTF-8 unless `options` name another encoding) or `wb`.
+        options: Further arguments of `open`.
     """
     if "b" not in mode:
         options = {"encoding": "utf-8", **options}
@@ -41,8 +41,23 @@ def atomic_write(path: Path, mode: str = "w", **options: Any) -> Iterator[IO[Any
         raise
 
 
+def check_not_removed(folder: Path) -> None:
+    """Checks that the folder of a run still exists before the run writes into it.
+
+    A folder made again would hold a run without its config and its earlier checkpoints.
+
+    Raises:
+        UserError: The folder was removed.
+    """
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder} was removed during the run, and its checkpoints with it: start a new run"
+            " (without --ckpt_path)"
+        )
+
+
 def sync_folder(folder: Path) -> None:
-    """Makes the names of files in a folder survive a crash of the machine."""
+    """Syncs a folder to disk: the names of its files survive a crash of the machine."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -51,38 +66,40 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Makes everything in a folder survive a crash of the machine: the content of its files, and
-    their names.
-    """
+    """Syncs everything below a folder to disk: files and their names survive a crash."""
     for path in (*folder.rglob("*"), folder):
-        # The system syncs a file in the same way as a folder.
+        # `fsync` treats a file like a folder.
         sync_folder(path)
 
 
 def point(link: Path, name: str) -> None:
-    """Lets a name stand for another file in its folder, in one step; what bore that name before
-    goes.
+    """Points a link at another file in its folder, in one step.
+
+    Without symbolic links (Google Drive in Colab, some network mounts, exFAT) the link is a text
+    file that holds the name: frameworks that insist on a symbolic link fail there at the first save
+    (mosaicml/composer #2942, Lightning #18900).
 
     Args:
-        link: The name.
-        name: Of the other file.
+        link: The path of the link. A file or directory of that name is replaced.
+        name: The name that it points at, relative to its folder.
     """
     aside = link.with_name(f".{link.name}.tmp")
     aside.unlink(missing_ok=True)
     if link.is_dir() and not link.is_symlink():
-        # In a copy that was made of what links name.
+        # A copy that followed links (`rsync -L`) has a directory here.
         shutil.rmtree(link)
     try:
         aside.symlink_to(name)
     except OSError:
-        # Some network and FUSE mounts, exFAT.
         aside.write_text(name)
     os.replace(aside, link)
 
 
 def target(link: Path) -> str | None:
-    """What a name stands for, whether that is there or not; None where it is a file of its own, or
-    not there.
+    """Returns the name that a link points at, whether that exists or not.
+
+    None means that `link` does not exist, or is a file or directory of its own: a copy that
+    followed links (`rsync -L`) has the checkpoint itself here.
     """
     if link.is_symlink():
         return os.readlink(link)

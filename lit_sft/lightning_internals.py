@@ -1,8 +1,6 @@
-"""Every private attribute of Lightning and jsonargparse that the package touches, each in a
-function with the reason.
+"""The private attributes of Lightning and jsonargparse that the package uses, each with a reason.
 
-Whatever has a public way is not here. When a new release moves its internals, this is the file to
-change.
+Nothing here has a public way. When a release changes its internals, this is the file to change.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ from typing import Any
 
 import lightning as L
 from jsonargparse import ArgumentParser
-from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
@@ -25,7 +23,7 @@ from typing_extensions import override
 
 
 class _GivenCheckpoint(_CheckpointConnector):
-    """Resumes from the given checkpoint and from no other."""
+    """Resumes from the given checkpoint only."""
 
     @override
     def _select_ckpt_path(
@@ -35,10 +33,11 @@ class _GivenCheckpoint(_CheckpointConnector):
 
 
 def resume_only_from_given_checkpoint(trainer: L.Trainer) -> None:
-    """Makes the trainer take `ckpt_path` and nothing else.
+    """Makes the trainer resume from `ckpt_path` only.
 
-    Lightning also takes, without a word, what its own requeueing (`hpc_ckpt_*.ckpt`, Lightning
-    #13773) or an `OnExceptionCheckpoint` of another run has left below `trainer.default_root_dir`.
+    Otherwise Lightning silently prefers a checkpoint below `trainer.default_root_dir` that its own
+    requeueing (`hpc_ckpt_*.ckpt`, Lightning #13773) or an `OnExceptionCheckpoint` has left there,
+    even if it belongs to another run.
     """
     trainer._checkpoint_connector = _GivenCheckpoint(trainer)
 
@@ -46,32 +45,28 @@ def resume_only_from_given_checkpoint(trainer: L.Trainer) -> None:
 def dump_checkpoint(trainer: L.Trainer) -> dict[str, Any]:
     """Returns the whole state of a run. All ranks call it.
 
-    The public `trainer.save_checkpoint` ends with a barrier. When rank 0 cannot write the file, it
-    never gets there, and the other ranks wait for it (as in Lightning #20187). So the caller writes
-    the state, and then tells all ranks.
+    The public `trainer.save_checkpoint` ends with a barrier. If rank 0 cannot write the file, it
+    never reaches the barrier, and the other ranks wait for it (as in Lightning #20187). So the
+    caller writes the state, and then tells all ranks whether it succeeded.
     """
     return trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
 
 
 def saves_by_clock(callback: ModelCheckpoint) -> bool:
-    """Whether a `ModelCheckpoint` saves after an interval of time. It has no public attribute for
-    its intervals.
-    """
+    """Whether a `ModelCheckpoint` saves at intervals of time, which it does not tell publicly."""
     return callback._train_time_interval is not None
 
 
 def saves_at_epoch_end_only(callback: ModelCheckpoint) -> bool:
-    """Whether a `ModelCheckpoint` was told to save at the end of an epoch, and so not after a
-    validation.
-    """
+    """Whether a `ModelCheckpoint` saves at the end of an epoch only, and never in a validation."""
     return bool(callback._save_on_train_epoch_end)
 
 
 def mark_as_saved(callback: ModelCheckpoint, step: int) -> None:
-    """Tells a `ModelCheckpoint` that it has saved a step.
+    """Tells a `ModelCheckpoint` that it has saved this step already.
 
-    It does not restore that from a checkpoint. A resumed run would save the step that it resumes
-    from once more, in the middle of the next one.
+    It does not restore this from a checkpoint. A resumed run would save its first step once more,
+    in the middle of the next optimizer step.
     """
     callback._last_global_step_saved = step
 
@@ -80,8 +75,9 @@ def mark_as_saved(callback: ModelCheckpoint, step: int) -> None:
 
 
 def validation_is_due(trainer: L.Trainer) -> bool:
-    """Whether Lightning validates after the current batch. It asks itself by several settings, in
-    private.
+    """Whether Lightning validates after the current batch.
+
+    The answer depends on several settings, which only a private method of Lightning combines.
     """
     fetcher = trainer.fit_loop._data_fetcher
     assert fetcher is not None
@@ -89,45 +85,43 @@ def validation_is_due(trainer: L.Trainer) -> bool:
 
 
 def validates_by_clock(trainer: L.Trainer) -> bool:
-    """Whether `trainer.val_check_interval` is a time. `Trainer` keeps only numbers in its public
-    attribute.
-    """
+    """Whether `trainer.val_check_interval` is a time. The public attribute only holds numbers."""
     return trainer._val_check_time_interval is not None  # type: ignore[attr-defined]
 
 
 def begin_new_epoch(trainer: L.Trainer) -> None:
-    """Lets a resumed run begin an epoch, instead of ending the one that the checkpoint was saved at
-    the end of.
+    """Makes a run resumed at the end of an epoch begin the next epoch.
 
-    With `trainer.max_steps` Lightning counts a finished epoch as interrupted, and then ends the
-    next one at once (Lightning #19617). The public setter of `restarting` keeps the flag with
-    `max_steps`.
+    With `trainer.max_steps` Lightning takes the finished epoch for an interrupted one, and then
+    ends the next epoch at once (Lightning #19617). With `max_steps` the public setter of
+    `restarting` does not clear the flag.
     """
     trainer.fit_loop._restarting = False
     trainer.fit_loop.epoch_loop.restarting = False
 
 
 def logged_step(trainer: L.Trainer) -> int:
-    """Returns the step under which Lightning logs next, which is not `trainer.global_step`
-    (Lightning #11805).
+    """Returns the step that Lightning logs next, which is not `trainer.global_step`.
+
+    See Lightning #11805.
     """
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
 def set_logged_step(trainer: L.Trainer, step: int) -> None:
-    """Sets the step under which Lightning logs next. After some stops it restores one that is too
-    small or too large.
+    """Sets the step that Lightning logs next.
 
-    See Lightning #12274 and #19367.
+    After some stops Lightning restores a number that is too small or too large. See Lightning
+    #12274 and #19367.
     """
     trainer.fit_loop.epoch_loop._batches_that_stepped = step
 
 
 def metrics_to_log(trainer: L.Trainer) -> dict[str, float] | None:
-    """Returns the metrics that Lightning will log for the current batch; None if it logs nothing.
+    """Returns the metrics that Lightning logs for the current batch; None if it logs nothing.
 
-    The public `trainer.logged_metrics` also holds metrics of earlier steps, such as those of the
-    last validation.
+    The public `trainer.logged_metrics` also holds metrics of earlier steps, for instance those of
+    the last validation.
     """
     connector = trainer._logger_connector
     if not connector.should_update_logs:
@@ -138,9 +132,7 @@ def metrics_to_log(trainer: L.Trainer) -> dict[str, float] | None:
 def attach_datamodule(
     trainer: L.Trainer, module: L.LightningModule, datamodule: L.LightningDataModule
 ) -> None:
-    """Connects a data module outside of `fit` and its siblings, which do it for their own arguments
-    only.
-    """
+    """Attaches a data module to a trainer before `fit`, `validate`, `test` or `predict` does it."""
     trainer._data_connector.attach_datamodule(module, datamodule)
 
 
@@ -148,11 +140,11 @@ def attach_datamodule(
 
 
 def replace_signal_handling(trainer: L.Trainer, install: Callable[[], None]) -> None:
-    """Installs our signal handlers where Lightning would install its own.
+    """Replaces Lightning's handling of signals by our signal handlers.
 
     Lightning's handler runs a collective wherever the signal interrupts the program, and its loop
-    waits for the device in every forward pass to learn of a signal (Lightning #20806 and #21487).
-    There is no setting for either.
+    synchronizes with the device in every forward pass to ask for signals (Lightning #20806 and
+    #21487). No setting turns either off.
     """
     trainer._signal_connector.register_signal_handlers = install  # type: ignore[method-assign]
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _do_nothing  # type: ignore[method-assign]
@@ -163,10 +155,10 @@ def _do_nothing() -> None:
 
 
 def kill_launched_ranks(strategy: Strategy) -> None:
-    """Kills the ranks that this process has started, if Lightning's script launcher did that.
+    """Kills the ranks that Lightning's script launcher has started from this process.
 
-    A thread of the launcher polls the same list of processes, and kills this process when one of
-    them has failed (Lightning #18218). It ends by itself when the list is empty.
+    A thread of the launcher polls the list of these processes, and kills this process if one of
+    them has failed (Lightning #18218). The thread ends when the list is empty.
     """
     launcher = strategy.launcher
     if not isinstance(launcher, _SubprocessScriptLauncher):
@@ -178,10 +170,9 @@ def kill_launched_ranks(strategy: Strategy) -> None:
 
 
 def share_gradient_buckets(strategy: DDPStrategy) -> None:
-    """Lets gradients be views of DDP's buckets, which otherwise hold copies of them.
+    """Makes gradients views of DDP's buckets, which otherwise hold copies of them.
 
-    The strategies `ddp` and `auto` are made by Lightning, which takes arguments only where a user
-    makes the object.
+    Lightning makes the strategies `ddp` and `auto` itself, without a way to pass this argument.
     """
     strategy._ddp_kwargs.setdefault("gradient_as_bucket_view", True)
 
@@ -190,44 +181,27 @@ def share_gradient_buckets(strategy: DDPStrategy) -> None:
 
 
 def move_tensorboard_logger(logger: TensorBoardLogger, folder: Path) -> None:
-    """Makes a logger write into a folder that was chosen after it was made. It may be one of the
-    user's own.
-    """
+    """Sets the folder of a TensorBoard logger that exists already, perhaps a user's own."""
     logger._root_dir = str(folder.parent.parent)
     logger._name = folder.parent.name
     logger._version = folder.name
-
-
-def replace_swap(averaging: WeightAveraging, swap: Callable[[L.LightningModule], None]) -> None:
-    """Makes `WeightAveraging` call `swap` when a validation begins and when it ends.
-
-    It swaps back before the callbacks that run at the end of a validation, and has no setting for
-    that.
-    """
-    averaging._swap_models = swap  # type: ignore[method-assign, assignment]
-
-
-def swap_models(averaging: WeightAveraging, module: L.LightningModule) -> None:
-    """Exchanges the weights of the module and their average, as `WeightAveraging` does it."""
-    WeightAveraging._swap_models(averaging, module)
 
 
 # ------------------------------------------------------------------ jsonargparse
 
 
 def parser_actions(parser: ArgumentParser) -> list[Action]:
-    """The options of a parser.
+    """Returns the options of a parser.
 
-    Neither argparse nor jsonargparse lists them publicly. `get_defaults()` gives keys and defaults,
-    without the types that a key may take and without the keys of a group that is null.
+    Neither argparse nor jsonargparse lists them publicly. `get_defaults()` returns keys and
+    defaults, but no types, and no keys of a group that is null.
     """
     return parser._actions
 
 
 def option_type(action: Action) -> Any:
-    """The type that an option was added with; None for a group or a link.
+    """Returns the type hint of an option; None for a group or a link.
 
-    jsonargparse replaces `action.type` and keeps the type hint in a private attribute, which groups
-    do not have.
+    jsonargparse replaces `action.type`, and keeps the type hint in a private attribute.
     """
     return getattr(action, "_typehint", None)

@@ -1,4 +1,4 @@
-"""Which rank this process is, and how rank 0 tells the others.
+"""The rank of this process, and a broadcast from rank 0.
 
 The top of the file imports the standard library only: `signals` needs it before torch is imported.
 """
@@ -10,10 +10,12 @@ from typing import Any
 
 
 def global_rank() -> int:
-    """This process's rank before a process group exists, as launchers put it into the environment.
-    Where Lightning starts the ranks of several nodes, only whether it is the first.
+    """Returns the global rank from the environment, before a process group exists.
+
+    If Lightning starts the ranks on several nodes, the result only says whether this is rank 0: it
+    is 0 for rank 0 and positive for the others.
     """
-    # Whose SLURM_PROCID all ranks inherit.
+    # In an interactive SLURM shell all ranks inherit the shell's SLURM_PROCID.
     in_shell = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
     for variable in ("RANK",) if in_shell else ("RANK", "SLURM_PROCID"):
         if variable in os.environ:

@@ -1,9 +1,8 @@
-"""Signals become a flag, from the first line of the program on; the training loop acts on it
-between two steps.
+"""Signal handlers that set a flag, which the training loop reads between two optimizer steps.
 
-Only the standard library is imported here: a signal that comes while torch is being imported finds
-the handler. Ctrl-C, SIGTERM (`kill`, Kubernetes, SLURM's preemption and time limit) and SIGUSR1
-(SLURM's `--signal`) are taken.
+Handled are Ctrl-C (SIGINT), SIGTERM (`kill`, Kubernetes, SLURM's preemption and time limit) and
+SIGUSR1 (SLURM's `--signal`). Only the standard library is imported here, so that the handlers are
+installed before the slow import of torch.
 """
 
 from __future__ import annotations
@@ -20,13 +19,15 @@ from typing import NoReturn
 from lit_sft.ranks import global_rank
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""By urgency: where ranks got different ones, the last of them counts."""
+"""In order of urgency: if ranks receive different signals, the last one in this list counts."""
 ONE_PRESS = 0.5
-"""Seconds within which a second Ctrl-C is the first one again, passed on by a program in
-between.
+"""Seconds within which a second SIGINT counts as the same Ctrl-C. A launcher between the terminal
+and this process passes on the one that the process has received already.
 """
 LAUNCHER = "LIT_SFT_LAUNCHER"
-"""Holds the process id of the rank that started this one, if Lightning's launcher did."""
+"""Environment variable in which each process passes its process id to the ranks that it starts. A
+rank that Lightning has launched finds its parent's id there.
+"""
 
 _pid = 0
 _received = 0
@@ -34,8 +35,9 @@ _training = False
 
 
 def install() -> None:
-    """Takes the signals, for this process but not for those it forks; calling it again takes them
-    back.
+    """Installs the signal handlers in this process, but not in processes that it forks.
+
+    A further call installs them again, after a library has replaced them.
     """
     global _pid
     if not _pid:
@@ -50,47 +52,55 @@ def install() -> None:
 
 
 def installed() -> bool:
-    """Whether this process was started by our command line, and not by a notebook or a test."""
+    """Whether our command line started this process, and not a notebook or a test."""
     return _pid == os.getpid()
 
 
 def received() -> int:
-    """0, or 1 + the place in `SIGNALS` of the most urgent signal so far."""
+    """Returns 1 + the index in `SIGNALS` of the most urgent signal so far; 0 if there is none."""
     return _received
 
 
 def wait(for_training: bool) -> None:
-    """Whether signals wait for the training loop, which looks at the flag; else they end the
-    program.
+    """Sets whether signals wait for the training loop, or end the program at once.
+
+    Args:
+        for_training: Whether the training loop runs and reads the flag.
     """
     global _training
     _training = for_training
 
 
 def say(text: str) -> None:
-    """One line on stderr; unlike `print` it may interrupt another one. Only global rank 0
-    speaks.
+    """Writes one line to stderr, on global rank 0 only.
+
+    Unlike `print`, it is safe in a signal handler that interrupts another `print`.
     """
     if global_rank() == 0:
         os.write(2, f"{text}\n".encode())
 
 
 def shield_worker(worker_id: int = 0) -> None:
-    """Makes a data worker deaf to signals, except to its parent's: SLURM and Ctrl-C reach all
-    processes at once, and a run whose workers died first cannot be saved.
+    """Makes a data worker ignore all signals but its parent's SIGTERM.
+
+    SLURM and Ctrl-C signal all processes at once. If the workers ended first, the run could not
+    finish its step and save.
     """
     _leave_to_parent()
     Thread(target=_end_with_parents_word, daemon=True).start()
 
 
-# ------------------------------------------------------------------ the inside
+# ------------------------------------------------------------------ handlers
 
 
 def _note(number: int, frame: FrameType | None) -> None:
-    """The handler. Nothing is saved here, in the middle of anything."""
+    """Handles a signal: sets the flag, and ends the program unless it is training.
+
+    Nothing is saved here, because a signal may interrupt an optimizer step.
+    """
     global _received
     if os.getpid() != _pid:
-        # A process that has just been forked.
+        # A forked child has the handler until it blocks the signals.
         return
     _received = max(_received, 1 + SIGNALS.index(signal.Signals(number)))
     if _waits(number):
@@ -100,15 +110,20 @@ def _note(number: int, frame: FrameType | None) -> None:
 
 
 def _waits(number: int) -> bool:
-    """Whether a signal waits for the training loop. In a SLURM job it does so before training, too:
-    a job that ended now would count as failed, and not be requeued.
+    """Whether a signal waits for the training loop.
+
+    In a SLURM job it also waits before training starts: a job that ended now would count as failed
+    and would not be requeued.
     """
     in_job = "SLURM_JOB_ID" in os.environ and number != signal.SIGINT
     return _training or (in_job and (sys.argv[1:2] == ["fit"] or number == signal.SIGUSR1))
 
 
 def _launcher() -> int | None:
-    """The parent without which a rank has no business: Lightning's first rank, or torchrun."""
+    """Returns the process id of the launcher (Lightning's rank 0 or torchrun), or None.
+
+    A rank ends when its launcher is gone.
+    """
     parent = os.getppid()
     started_us = "TORCHELASTIC_RUN_ID" in os.environ or os.environ.get(LAUNCHER) == str(parent)
     os.environ[LAUNCHER] = str(os.getpid())
@@ -116,9 +131,10 @@ def _launcher() -> int | None:
 
 
 def _watch(inbox: int, launcher: int | None) -> NoReturn:
-    """A thread: it runs also while the main one waits in a collective for a rank that is gone,
-    where Python calls no handler. Ends the process on the second Ctrl-C, or when its launcher was
-    killed.
+    """Ends the process on the second Ctrl-C, or when its launcher was killed.
+
+    This is a thread, because Python calls no signal handler while the main thread waits in a
+    collective.
     """
     first = float("inf")
     while True:
@@ -135,13 +151,15 @@ def _watch(inbox: int, launcher: int | None) -> NoReturn:
 
 
 def _leave_to_parent() -> None:
-    # Inherited: the parent would count a child's signals as its own.
+    """Blocks the signals in a forked child."""
+    # The inherited pipe would report the child's signals to the parent.
     signal.set_wakeup_fd(-1)
-    # A mask, as torch sets its own handlers in data workers.
+    # Blocked instead of handled, because torch installs its own handlers in data workers.
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
 
 def _end_with_parents_word() -> None:
+    """Ends this data worker when its parent sends SIGTERM."""
     parent = os.getppid()
     while True:
         info = signal.sigwaitinfo(SIGNALS)

@@ -1,4 +1,4 @@
-"""The trainer: Lightning's, and the callbacks of a run in their order."""
+"""SFTTrainer, and the callbacks of a run in their order."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
-from lightning.pytorch.strategies import ModelParallelStrategy
 from typing_extensions import override
 
 from lit_sft.callbacks.checkpointer import Checkpointer
@@ -28,27 +27,23 @@ from lit_sft.callbacks.nan_guard import Guard
 from lit_sft.callbacks.prediction_writer import PredictionWriter
 from lit_sft.callbacks.preemption import StopOnSignal
 from lit_sft.callbacks.progress import Lines, Progress, has_stopped_early
-from lit_sft.callbacks.run_folder import KeepFolder, LeaveFolder, RunFolder
+from lit_sft.callbacks.run_folder import LeaveFolder, RunFolder
 from lit_sft.callbacks.sample_answers import Answers, FirstExample
 from lit_sft.callbacks.step_callback import is_between_steps
 from lit_sft.callbacks.throughput import Throughput
-from lit_sft.callbacks.weight_averaging import Averaging
 from lit_sft.checkpoint import io as checkpoint_io
 from lit_sft.checkpoint.io import CheckpointFiles
 from lit_sft.errors import UserError
 from lit_sft.memory_plan import needed_memory
-from lit_sft.module import SFTModule
 
 
 class SFTTrainer(L.Trainer):
-    """Lightning's Trainer, which stops at the end of an optimizer step and names the run's
-    folder.
-    """
+    """Lightning's Trainer, which only stops between optimizer steps and knows the run's folder."""
 
     @property
     @override
     def log_dir(self) -> str | None:
-        """The run's folder, whatever the loggers are; Lightning asks the first of them."""
+        """The run's folder. Lightning would ask the first logger, which may be a user's own."""
         for callback in self.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, RunFolder) and callback.is_known:
                 return str(callback.folder)
@@ -56,8 +51,9 @@ class SFTTrainer(L.Trainer):
 
     @property
     def should_stop(self) -> bool:
-        """Whether to stop (`trainer.max_time`, early stopping): at the end of an optimizer step,
-        and not within one.
+        """Whether training stops (`trainer.max_time`, early stopping, a callback).
+
+        Within an optimizer step it is false, so that the step is completed first.
         """
         within = self.training and self.accumulate_grad_batches > 1 and not is_between_steps(self)
         return self._should_stop and not within
@@ -70,8 +66,8 @@ class SFTTrainer(L.Trainer):
     def _run_stage(self) -> Any:
         """Runs the stage, and then exports a resumed run that has no step left.
 
-        Lightning calls no hook of training in such a run. It was killed after its last checkpoint,
-        or early stopping had ended it, and is still exported under the current settings.
+        Such a run was killed after its last checkpoint, or ended by early stopping. Lightning calls
+        no training hooks then.
         """
         if self.state.fn != "fit":
             return super()._run_stage()
@@ -81,15 +77,8 @@ class SFTTrainer(L.Trainer):
             if isinstance(callback, RunFolder):
                 callback.begin(self, has_steps=False)
             if isinstance(callback, HFExport) and not callback.is_done:
-                self._take_average()
                 callback.on_train_end(self, self.lightning_module)
         return results
-
-    def _take_average(self) -> None:
-        """Lets the model take the averaged weights, if there are any."""
-        for callback in self.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, WeightAveraging):
-                callback.on_train_end(self, self.lightning_module)
 
 
 def run_callbacks(
@@ -99,15 +88,16 @@ def run_callbacks(
     files: CheckpointFiles,
     save_config: Callable[[Path], None],
 ) -> list[Callback]:
-    """Lists the callbacks of a run. Lightning calls them in this order, but those that save
-    checkpoints last.
+    """Lists the callbacks of a run.
+
+    Lightning calls them in this order, but moves those that subclass `Checkpoint` to the end.
 
     Args:
-        config: Settings of the command.
+        config: The settings of the command.
         ckpt_path: The checkpoint to resume from, or to evaluate.
-        is_fit: Whether it trains.
-        files: Writes the checkpoints.
-        save_config: Writes config.yaml.
+        is_fit: Whether the command is `fit`.
+        files: The plugin that writes checkpoints.
+        save_config: A function that writes config.yaml to a path.
     """
     first_step = checkpoint_io.saved_step(ckpt_path) if ckpt_path and is_fit else None
     checkpointer = Checkpointer(config.checkpoint, files)
@@ -115,7 +105,6 @@ def run_callbacks(
     callbacks: list[Callback] = [
         FailTogether(needed_memory),
         Guard(config.faults),
-        KeepFolder(folder),
         folder,
         checkpointer,
         Throughput(),
@@ -123,7 +112,6 @@ def run_callbacks(
         FirstExample(),
         Evaluation(),
         Answers(),
-        Averaging(),
         HFExport(),
         PredictionWriter(config.predict_output, ckpt_path),
         LastRow(),
@@ -140,65 +128,35 @@ def run_callbacks(
     return callbacks
 
 
-def own_callbacks(trainer: Any, model: SFTModule, dry: bool = False) -> list[Callback]:
-    """The user's callbacks.
+def own_callbacks(trainer: Any, dry: bool = False) -> list[Callback]:
+    """Returns the callbacks that the user has set in `trainer.callbacks`.
 
     Args:
-        trainer: Settings of the trainer.
-        model: What is trained.
-        dry: Without those that save or draw.
+        trainer: The settings of the trainer.
+        dry: Whether to leave out callbacks that save checkpoints or draw progress bars.
 
     Raises:
-        UserError: One of them would do nothing, or could not go on after a stop.
+        UserError: A callback is not supported.
     """
     callbacks = as_list(trainer.callbacks)
-    if any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks):
-        raise UserError(
-            "trainer.callbacks: StochasticWeightAveraging copies the module before its model is"
-            " built, and averages nothing: take lightning.pytorch.callbacks.EMAWeightAveraging"
-        )
+    for callback in callbacks:
+        if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
+            raise UserError(
+                f"trainer.callbacks: {type(callback).__name__} is not supported, weights are not"
+                " averaged: leave it out"
+            )
     if any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks):
         raise UserError(
             "trainer.callbacks: GradientAccumulationScheduler would change the batch of an"
             " optimizer step: leave it out, accumulation follows from data.global_batch_size"
         )
-    if any(isinstance(callback, WeightAveraging) for callback in callbacks):
-        _check_averaged(trainer, model)
-    return [
-        callback
-        for callback in callbacks
-        if not dry or not isinstance(callback, (Checkpoint, ProgressBar))
-    ]
-
-
-def _check_averaged(trainer: Any, model: SFTModule) -> None:
-    """Refuses settings under which `WeightAveraging` would copy a model that has no weights yet,
-    save a part of it, or keep an average in 16 bits, which its small steps do not move.
-    """
-    if model.options.is_adapted or model.options.trainable is not None:
-        raise UserError(
-            "trainer.callbacks: WeightAveraging needs all weights in its checkpoints, which leave"
-            " out what is frozen: remove it, or set model.lora, model.adapter_name_or_path and"
-            " model.trainable to null"
-        )
-    for key, value, remedy in (
-        ("trainer.precision", str(trainer.precision), "bf16-mixed"),
-        ("model.dtype", model.options.dtype, "auto"),
-    ):
-        if value in ("bf16-true", "16-true", "bfloat16", "float16"):
-            raise UserError(
-                f"trainer.callbacks: WeightAveraging would keep its average in the 16 bits of {key}"
-                f" {value}, which are too few for it: set that to {remedy}"
-            )
-    if trainer.strategy == "fsdp2" or isinstance(trainer.strategy, ModelParallelStrategy):
-        raise UserError(
-            "trainer.callbacks: WeightAveraging does not take sharded weights: remove it, or set"
-            " trainer.strategy to ddp or auto"
-        )
+    if dry:
+        return [each for each in callbacks if not isinstance(each, (Checkpoint, ProgressBar))]
+    return list(callbacks)
 
 
 def as_list(value: Any) -> list[Any]:
-    """Makes a list of a setting that takes one thing, a list, or nothing."""
+    """Returns a setting as a list; it may be one value, a list, or None."""
     if value is None:
         return []
     return value if isinstance(value, list) else [value]

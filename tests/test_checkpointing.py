@@ -39,7 +39,9 @@ def sharded(path):
 
 
 def place(tmp_path, step=1, version=0):
-    return files.path_of(tmp_path / f"version_{version}", step)
+    run = tmp_path / f"version_{version}"
+    run.mkdir(parents=True, exist_ok=True)
+    return files.path_of(run, step)
 
 
 # ------------------------------------------------------------------ shards

@@ -340,17 +340,15 @@ def at_step_2(monkeypatch):
     return set_up
 
 
-def test_the_log_folder_is_removed(place, tmp_path, at_step_2):
-    """It is made anew; what follows is logged, saved and exported."""
+@pytest.mark.parametrize("log_every", [1, 1000])
+def test_the_log_folder_is_removed(log_every, place, tmp_path, at_step_2, capsys):
+    """The next row of metrics.csv, or the next checkpoint, ends the run; no half folder is made."""
     root = tmp_path / "runs"
     at_step_2(lambda trainer: shutil.rmtree(version(root)))
-    with log_lines() as lines:
-        fit(*place[1:], root)
-    assert any("was removed during the run" in line for line in lines)
-    assert len(scalars(root, "train/loss")) == ROWS // 4  # the rows before come back
-    names = {path.name.split(".")[0] for path in version(root).iterdir()}
-    assert {"config", "metrics", "events", "checkpoints", "hf"} <= names
-    assert max(checkpoints(root)) == ROWS // 4
+    args = arguments(*place[1:], root, **PLAIN, trainer__log_every_n_steps=log_every)
+    line = refused(capsys, "fit", args)
+    assert f"{version(root)} was removed during the run" in line
+    assert not version(root).exists() and not version(root, 1).exists()
 
 
 def test_a_data_worker_is_killed(place, tmp_path, at_step_2, capsys):

@@ -11,7 +11,6 @@ import socket
 import sys
 
 import pytest
-from lightning.pytorch.callbacks import Callback
 from running import arguments, chat_rows, run, scalars, version, write_rows
 from terminal import log_lines
 from tiny import save_tiny
@@ -295,25 +294,6 @@ def test_a_refused_resume_does_not_take_a_waiting_jobs_run(place, root, tmp_path
         [*settings(place, root), "--ckpt_path=last"], tmp_path / "out", SLURM_JOB_ID="88"
     )
     assert code == 0 and "no step is left" in said and mark.read_text() == "77 0 version_0\n"
-
-
-def test_the_mark_of_a_job_comes_back_with_the_folder(place, tmp_path):
-    code, said = in_a_job(
-        settings(place, tmp_path / "runs", trainer__callbacks=[REMOVES]), tmp_path / "out"
-    )
-    assert code == 0 and "was removed during the run" in said, said
-    assert (version(tmp_path / "runs") / "slurm_job").read_text() == "77 0 version_0\n"
-
-
-class Remove(Callback):
-    """Removes the run's folder before the third step."""
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.global_step == 2 and not trainer.fit_loop._should_accumulate():
-            shutil.rmtree(trainer.log_dir, ignore_errors=True)
-
-
-REMOVES = {"class_path": "test_going_back.Remove"}
 
 
 def test_leftovers_of_lightnings_requeueing_are_left_alone(place, tmp_path):

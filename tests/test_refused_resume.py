@@ -8,12 +8,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from running import REPOSITORY, arguments, chat_rows, environment, run, scalars, version, write_rows
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from terminal import log_lines, refused
 from tiny import save_tiny, tiny_llama
 
 from lit_sft.checkpoint.data_position import check_same
+from lit_sft.checkpoint.io import read_checkpoint
 from lit_sft.datamodule import SFTDataModule
 from lit_sft.errors import UserError
 from lit_sft.run.loggers import MetricsFile
@@ -93,6 +95,19 @@ def test_nothing_is_changed(step, options, said, place, root, capsys):
     )
     assert contents(root) == before and curves(root) == drawn
     assert len(drawn["train/loss"]) == 6 and not version(root, 1).exists()
+
+
+def test_averaged_weights_are_refused(place, root, capsys):
+    """A checkpoint of Lightning's `WeightAveraging` holds the average in `state_dict`."""
+    path = version(root) / "checkpoints" / "step=000006.ckpt"
+    averaged = {**read_checkpoint(path), "averaging_state": {}}
+    # Its tensors are mapped from the file.
+    path.unlink()
+    torch.save(averaged, path)
+    before = contents(root)
+    line = refused(capsys, "fit", settings(place, root, 6, trainer__max_epochs=3))
+    assert line.startswith("the checkpoint holds averaged weights")
+    assert contents(root) == before
 
 
 def test_what_fails_before_the_first_batch_changes_nothing(place, root, capsys, monkeypatch):

@@ -167,17 +167,13 @@ def test_killed_twice(place, uninterrupted, tmp_path):
     assert_same_run(root, uninterrupted())
 
 
-EMA = {"trainer__callbacks": [{"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging"}]}
-
-
-@pytest.mark.parametrize("options", [{}, EMA], ids=["plain", "averaged"])
-def test_killed_in_the_final_export(options, place, uninterrupted, tmp_path):
+def test_killed_in_the_final_export(place, uninterrupted, tmp_path):
     """There is no step left; `hf/` is written all the same, and what the export left half-way is
     gone.
     """
     root = tmp_path / "runs"
     process = multiprocessing.get_context(START).Process(
-        target=_run_until_exported, args=(place, root, options)
+        target=_run_until_exported, args=(place, root)
     )
     process.start()
     process.join(120)
@@ -185,12 +181,12 @@ def test_killed_in_the_final_export(options, place, uninterrupted, tmp_path):
     assert not (version(root) / "hf").exists() and list(
         version(root).glob(".hf.*/new/model.safetensors")
     )
-    assert resume(place, root, **options) == 10
-    assert_same_run(root, uninterrupted(**options))
-    assert_same_export(root, uninterrupted(**options))
+    assert resume(place, root) == 10
+    assert_same_run(root, uninterrupted())
+    assert_same_export(root, uninterrupted())
 
 
-def _run_until_exported(place, root, options):
+def _run_until_exported(place, root):
     rename = os.rename
 
     def renamed(source, target):
@@ -199,7 +195,7 @@ def _run_until_exported(place, root, options):
         rename(source, target)
 
     os.rename = renamed
-    fit(place, root, **options)
+    fit(place, root)
 
 
 def assert_same_export(root, expected):

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections import defaultdict
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -32,7 +31,6 @@ from lit_sft.cli import main as main_module
 from lit_sft.cli import terminal_log
 from lit_sft.data.sampler import StepOrder
 from lit_sft.errors import UserError
-from lit_sft.module import SFTModule
 from lit_sft.run import slurm
 from lit_sft.training.optim import restored
 
@@ -487,83 +485,19 @@ def test_fp16_weights_are_not_trained_by_an_eps_of_0(place, tmp_path, capsys):
         assert len(scalars(tmp_path / name, "train/loss")) == 2
 
 
-def test_averages_of_weights(place, tmp_path, capsys):
-    """Lightning's older callback copies the module before its model is built."""
-    kind = "lightning.pytorch.callbacks.StochasticWeightAveraging"
-    own = [{"class_path": kind, "init_args": {"swa_lrs": 0.01}}]
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("EMAWeightAveraging", {}),
+        ("WeightAveraging", {}),
+        ("StochasticWeightAveraging", {"swa_lrs": 0.01}),
+    ],
+)
+def test_averages_of_weights_are_refused(name, options, place, tmp_path, capsys):
+    own = [{"class_path": f"lightning.pytorch.callbacks.{name}", "init_args": options}]
     for command in ("fit", "doctor"):
         line = refused(capsys, command, settings(place, tmp_path / "runs", trainer__callbacks=own))
-        assert (
-            line.startswith("trainer.callbacks: StochasticWeightAveraging ")
-            and "EMAWeightAveraging" in line
-        )
-    own[0] = {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging"}
-    args = settings(
-        place, tmp_path / "runs", trainer__callbacks=own, trainer__precision="bf16-true"
-    )
-    assert "set that to bf16-mixed" in refused(capsys, "fit", args)
-    args = settings(place, tmp_path / "runs", trainer__callbacks=own, model__dtype="bfloat16")
-    assert "model.dtype bfloat16, which are too few for it" in refused(capsys, "fit", args)
-    args = settings(place, tmp_path / "runs", trainer__callbacks=own, model__trainable=["layers"])
-    assert "leave out what is frozen" in refused(capsys, "fit", args)
-    for name in ("none", "ema"):
-        run(
-            "fit",
-            settings(place, tmp_path / name, trainer__callbacks=own if name == "ema" else None),
-        )
-    folders = [Path(place[0]), *(version(tmp_path / name) / "hf" for name in ("none", "ema"))]
-    start, plain, averaged = (load_file(folder / "model.safetensors") for folder in folders)
-    moved = [
-        sum(float((end[name] - start[name]).abs().sum()) for name in start)
-        for end in (plain, averaged)
-    ]
-    assert 0 < moved[1] < moved[0] / 2
-
-
-def test_an_average_is_validated_and_stays(place, tmp_path, capsys, monkeypatch):
-    """The loss and the answers of a validation are of the same weights; a resume without the
-    average is refused.
-    """
-    asked = defaultdict(set)
-
-    def spied(name):
-        real = getattr(SFTModule, name)
-
-        def spy(self, *args, **kwargs):
-            weights = sum(float(parameter.double().abs().sum()) for parameter in self.parameters())
-            asked[name, self.trainer.global_step].add(weights)
-            return real(self, *args, **kwargs)
-
-        return spy
-
-    for name in ("training_step", "validation_step", "answer"):
-        monkeypatch.setattr(SFTModule, name, spied(name))
-    own = [
-        {
-            "class_path": "lightning.pytorch.callbacks.EMAWeightAveraging",
-            "init_args": {"decay": 0.5},
-        }
-    ]
-    more = {
-        "data__val_size": 4,
-        "data__questions": ["hi"],
-        "model__evaluation": {"metrics": ["exact_match"]},
-    }
-    args = settings(place, tmp_path / "runs", trainer__max_epochs=2, **more)
-    run("fit", [*args, f"--trainer.callbacks={json.dumps(own)}"])
-    for step in (4, 8):
-        assert (
-            asked["validation_step", step] == asked["answer", step]
-            and len(asked["answer", step]) == 1
-        )
-    assert asked["validation_step", 4].isdisjoint(asked["training_step", 4])
-    assert "holds averaged weights" in refused(
-        capsys, "fit", [*args, "--trainer.max_epochs=3", "--ckpt_path=last"]
-    )
-    line = refused(
-        capsys, "fit", [*args, "--trainer.strategy=fsdp2", f"--trainer.callbacks={json.dumps(own)}"]
-    )
-    assert line.startswith("trainer.callbacks: WeightAveraging does not take sharded weights")
+        assert line.startswith(f"trainer.callbacks: {name} is not supported")
 
 
 def test_doctor_leaves_out_callbacks_that_save(place, tmp_path, capsys):

@@ -139,7 +139,6 @@ def assert_same_run(root, expected):
 
 # ------------------------------------------------------------------ bit for bit
 
-EMA = {"trainer__callbacks": [{"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging"}]}
 PLACES = {
     "within a window": ("on_train_batch_start", 3, 5, {}),
     "at the end of a step": ("on_train_batch_end", 4, 1, {}),
@@ -156,8 +155,6 @@ PLACES = {
         2,
         {"trainer__limit_train_batches": 12},
     ),
-    "in the validation of an average": ("on_validation_batch_end", 5, 3, EMA),
-    "within the epoch, with an average": ("on_train_batch_start", 3, 1, EMA),
     "without a validation": ("on_train_batch_start", 4, 1, {"data__val_size": None}),
 }
 

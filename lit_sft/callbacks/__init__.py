@@ -1,1 +1,1 @@
-"""What happens around the training loop; one file per concern."""
+"""Callbacks around the training loop, one file per concern."""

@@ -1,4 +1,4 @@
-"""When checkpoints are saved, and where a run that goes on from one stands."""
+"""When checkpoints are saved, and what is restored when a run resumes."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ from lit_sft.training import optim
 
 log = logging.getLogger(__name__)
 
-LOOK, LOOK_SECONDS = 1 / 50, 10.0
-"""Between two looks at the clock: a share of `every_n_minutes`, and the most seconds."""
+LOOK = 1 / 50
+"""Time between two looks at the clock, as a share of `every_n_minutes`."""
+LOOK_SECONDS = 10.0
+"""Longest time between two looks at the clock."""
 
 
 @dataclass
 class CheckpointOptions:
-    """When checkpoints are saved and how many are kept. One is always saved at the end of an epoch
-    and of the run.
-    """
+    """When checkpoints are saved, besides the end of epoch and run, and how many are kept."""
 
     every_n_train_steps: int | None = None
-    """Also after every n optimizer steps."""
+    """Also save after every n optimizer steps."""
     every_n_minutes: float | None = 30
-    """Also when this much time has gone by since the last one."""
+    """Also save when this many minutes have passed since the last checkpoint."""
     keep_last: int = 2
-    """Newest checkpoints that are kept, besides the best."""
+    """How many of the newest checkpoints are kept, besides the best."""
     monitor: str = "val/loss"
-    """Scalar by which the best checkpoint is chosen, where it is logged."""
+    """Scalar by which the best checkpoint is chosen, if it is logged."""
     mode: Literal["min", "max"] = "min"
     """Whether smaller or larger is better."""
     async_save: bool = False
@@ -60,27 +60,32 @@ class CheckpointOptions:
 
 
 class Checkpointer(StepCallback, Checkpoint):
-    """Saves between optimizer steps; keeps the newest few and the best, with `last.ckpt` and
-    `best.ckpt` as links to them.
+    """Saves checkpoints between optimizer steps, and keeps the newest few and the best.
+
+    The links `last.ckpt` and `best.ckpt` point at the newest and the best checkpoint.
 
     Args:
-        options: When and how many.
-        files: What writes them; also the trainer's plugin.
+        options: When checkpoints are saved, and how many are kept.
+        files: Writes the checkpoints; it is the trainer's checkpoint plugin, too.
     """
 
     def __init__(self, options: CheckpointOptions, files: CheckpointFiles) -> None:
-        self.options, self.files = options, files
+        self.options = options
+        self.files = files
         self.best_score: float | None = None
         self.best_step: int | None = None
         self.saved_step: int | None = None
         self.saved_at = time.monotonic()
-        self.looked, self.next_look = (0, time.monotonic()), 0
-        """Step and time of the last look at the clock, and the step of the next."""
+        self.looked = (0, time.monotonic())
+        """Step and time of the last look at the clock."""
+        self.next_look = 0
+        """Step of the next look at the clock."""
         self.improved = False
+        """Whether the last validation is the best so far, and not yet saved."""
         self.owed = False
-        """A save is due, but a validation comes first."""
+        """Whether a save is due that waits for a validation."""
         self.planned: int | None = None
-        """Optimizer steps of the whole run, as the checkpoint has it."""
+        """Number of optimizer steps that the run planned when the checkpoint was saved."""
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -89,8 +94,9 @@ class Checkpointer(StepCallback, Checkpoint):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        monitor, mode = self.options.monitor, self.options.mode
-        # An older checkpoint does not say what the best was chosen by.
+        monitor = self.options.monitor
+        mode = self.options.mode
+        # Older checkpoints do not hold `monitor` and `mode`.
         before = (state_dict.get("monitor", monitor), state_dict.get("mode", mode))
         if before == (monitor, mode):
             self.best_score = state_dict["best_score"]
@@ -103,19 +109,19 @@ class Checkpointer(StepCallback, Checkpoint):
             )
 
     def resume_from(self, trainer: L.Trainer, path: Path, step: int, run_folder: Path) -> None:
-        """Points last.ckpt at the checkpoint that a run resumes from, and forgets a best score
-        without a checkpoint.
+        """Points last.ckpt at the checkpoint that a run resumes from.
 
-        All ranks call it, when everything is restored.
+        Also forgets the best score if its checkpoint is gone. All ranks call it, after everything
+        is restored.
 
         Args:
             trainer: The trainer.
             path: The checkpoint.
             step: Its step.
-            run_folder: What the run writes into; the checkpoint may be from elsewhere.
+            run_folder: The folder of the run. The checkpoint may lie outside of it.
 
         Raises:
-            UserError: The folder could not be written; on all ranks.
+            UserError: The folder cannot be written; raised on all ranks.
         """
         has_best = False
         error: UserError | None = None
@@ -132,7 +138,8 @@ class Checkpointer(StepCallback, Checkpoint):
                 "the best checkpoint so far, of step %s, is gone: the next validation is the best",
                 self.best_step,
             )
-            self.best_score = self.best_step = None
+            self.best_score = None
+            self.best_step = None
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -144,20 +151,22 @@ class Checkpointer(StepCallback, Checkpoint):
         for other in trainer.checkpoint_callbacks:
             if isinstance(other, ModelCheckpoint):
                 lightning_internals.mark_as_saved(other, trainer.global_step)
-        self.looked, self.next_look = (trainer.global_step, time.monotonic()), trainer.global_step
+        self.looked = (trainer.global_step, time.monotonic())
+        self.next_look = trainer.global_step
         if trainer.ckpt_path is not None:
             self._report_optimizer(trainer)
 
     def _report_optimizer(self, trainer: L.Trainer) -> None:
-        """Says which settings of the optimizer are the checkpoint's, and that the schedule is the
-        config's.
+        """Logs which optimizer settings come from the checkpoint, and how the schedule changes.
+
+        The learning rate schedule always follows the current config.
         """
         others = optim.restored(trainer.optimizers[0])
         if others:
             log.warning("model.optimizer goes on as in the checkpoint: %s", "; ".join(others))
         before, now = optim.restore_lr(trainer.lr_scheduler_configs[0].scheduler)  # type: ignore[arg-type]
         steps = data_of(trainer).total_steps
-        # An older checkpoint does not say how many steps were planned.
+        # Older checkpoints do not hold the planned number of steps.
         is_other_plan = self.planned not in (None, steps)
         if before != now or is_other_plan:
             was = f" ({self.planned:,} in the checkpoint)" if is_other_plan else ""
@@ -182,12 +191,12 @@ class Checkpointer(StepCallback, Checkpoint):
 
     @override
     def on_step_end(self, trainer: L.Trainer, pl_module: Any, batch: Any) -> None:
-        # The last step of an epoch is saved when the epoch ends.
+        # After the last step of an epoch, `on_train_epoch_end` saves.
         if trainer.is_last_batch:
             return
         if self._is_due(trainer):
             self.owed = True
-        # A validation comes first: resumed from a checkpoint before it, the run would leave it out.
+        # Validate first: a run that resumes from a checkpoint would skip a validation due at it.
         if self.owed and not lightning_internals.validation_is_due(trainer):
             self.save(trainer)
 
@@ -199,10 +208,10 @@ class Checkpointer(StepCallback, Checkpoint):
         return minutes is not None and self._is_late(trainer, 60 * minutes)
 
     def _is_late(self, trainer: L.Trainer, seconds: float) -> bool:
-        """Whether the last save is that long ago, the same on all ranks.
+        """Whether the last save is older than this; the same answer on all ranks.
 
-        Ranks that ask each other stop a GPU. So they look at the clock seldom (`LOOK`), at steps
-        that follow from the slowest rank.
+        The ranks agree by a collective that synchronizes a GPU. So they look at the clock rarely
+        (see `LOOK`), at steps that all of them compute from the slowest rank.
         """
         step = trainer.global_step
         if step < self.next_look:
@@ -239,7 +248,9 @@ class Checkpointer(StepCallback, Checkpoint):
     def _is_best(self, score: float) -> bool:
         if self.best_score is None:
             return True
-        return score < self.best_score if self.options.mode == "min" else score > self.best_score
+        if self.options.mode == "min":
+            return score < self.best_score
+        return score > self.best_score
 
     @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -270,29 +281,36 @@ class Checkpointer(StepCallback, Checkpoint):
     ) -> None:
         if trainer.state.fn != "fit" or not checkpoint.get(data_position.DATA_MODULE):
             return
+        if "averaging_state" in checkpoint:
+            raise UserError(
+                "the checkpoint holds averaged weights (WeightAveraging), which is not supported:"
+                " begin a new run (without --ckpt_path) from the exported weights"
+            )
         self.planned = checkpoint.get("total_steps")
         optim.check_same(pl_module.options.optimizer, checkpoint.get("optimizer"))  # type: ignore[union-attr, arg-type]
-        # Early stopping would go on with the patience of the checkpoint.
+        # The config decides the patience, and not the state in the checkpoint.
         for stop in trainer.early_stopping_callbacks:
             checkpoint["callbacks"].get(stop.state_key, {}).update(patience=stop.patience)
         data_position.restore(checkpoint, trainer)
 
     def save(self, trainer: L.Trainer) -> None:
-        """Saves the state of this step, then drops what is no longer kept. All ranks call it,
-        between two steps.
+        """Saves a checkpoint of this step, and removes those no longer kept.
+
+        All ranks call it, between two optimizer steps.
 
         Raises:
-            UserError: It could not be written; on all ranks.
+            UserError: The checkpoint could not be written; raised on all ranks.
         """
         folder = Path(trainer.strategy.broadcast(str(trainer.log_dir)))
         if self.improved:
-            # A validation by the clock, within a step, is saved after the step.
+            # After a validation by the clock, within a step, the best step is this later one.
             self.best_step = trainer.global_step
         if self.saved_step != trainer.global_step or self.improved:
             self._write(trainer, checkpoint_files.path_of(folder, trainer.global_step))
         self.saved_step = trainer.global_step
         self.saved_at = time.monotonic()
-        self.improved = self.owed = False
+        self.improved = False
+        self.owed = False
 
     def _write(self, trainer: L.Trainer, path: Path) -> None:
         policy = checkpoint_files.KeepPolicy(
@@ -309,16 +327,18 @@ class Checkpointer(StepCallback, Checkpoint):
             raise error
 
     def save_and_wait(self, trainer: L.Trainer) -> None:
-        """Saves, for a run that is about to leave: the checkpoint is on disk when this returns. All
-        ranks call it.
-        """
+        """Saves a checkpoint that is on disk when this returns. All ranks call it."""
         self.save(trainer)
         self.files.wait()
 
 
 def _refuse_saves_within_a_step(trainer: L.Trainer) -> None:
-    """Refuses callbacks of the user's that would save between the micro-batches of an optimizer
-    step, where no position and no gradients are kept.
+    """Refuses a user's `ModelCheckpoint` that would save within an optimizer step.
+
+    A checkpoint holds neither the position between micro-batches nor their gradients.
+
+    Raises:
+        UserError: There is such a callback.
     """
     for callback in trainer.checkpoint_callbacks:
         if not isinstance(callback, ModelCheckpoint):

@@ -1,4 +1,4 @@
-"""A failure on one rank ends all of them, in seconds, and is told once."""
+"""Ends all ranks within seconds if one of them fails, and reports the failure once."""
 
 from __future__ import annotations
 
@@ -20,26 +20,25 @@ from lit_sft.datamodule import data_of
 from lit_sft.model.memory_estimate import MemoryEstimate
 
 KEY = "lit_sft/failures"
-"""Counts, in the store that all ranks met at, those that have failed."""
+"""Key in the process group's store: how many ranks have failed."""
 POLL_SECONDS = 2.0
 GRACE_SECONDS = 10.0
-"""In which a rank may notice by itself that another has failed; gloo does, NCCL waits for its
-time-out.
+"""Time for a rank to notice by itself that another has failed, as it does with gloo. With NCCL it
+would wait for the time-out.
 """
 TEARDOWN_SECONDS = 45
-"""In which a rank that failed may clean up."""
+"""Time for a failed rank to clean up."""
 
 
 class FailTogether(Callback):
-    """Tells why a run fails, on the rank that failed first, and ends the ranks that would wait for
-    it.
+    """Reports why a run fails, on the rank that failed first, and ends the other ranks.
 
-    The collective time-out (Lightning's 30 minutes) is left as it is: a rank may have to wait for
-    another that writes a large model. Instead a thread of each rank looks every two seconds whether
-    one has failed.
+    The time-out of collectives (30 minutes in Lightning) stays, because a rank may have to wait for
+    another that writes a large model. Instead a thread of each rank asks every two seconds whether
+    another rank has failed.
 
     Args:
-        needed_memory: (trainer, module, datamodule) -> the estimate of `doctor`.
+        needed_memory: Takes (trainer, module, datamodule) and returns the estimate of `doctor`.
     """
 
     def __init__(self, needed_memory: Callable[..., MemoryEstimate]) -> None:
@@ -50,7 +49,7 @@ class FailTogether(Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.ended.clear()
         if trainer.world_size > 1:
-            # torch has no public access to the store that all ranks met at.
+            # torch has no public access to the store of the default process group.
             threading.Thread(target=self._watch, args=(_get_default_store(),), daemon=True).start()
 
     @override
@@ -58,7 +57,7 @@ class FailTogether(Callback):
         self.ended.set()
 
     def _watch(self, shared: Any) -> None:
-        # A connection of its own: one that waits would block this thread, too.
+        # Its own connection: a call that waits on the shared one would block this thread.
         store = shared.clone()
         while not self.ended.wait(POLL_SECONDS):
             if _num_failed(store):
@@ -71,11 +70,11 @@ class FailTogether(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
         if not isinstance(exception, Exception):
-            # A signal: all ranks get it, or are told.
+            # A signal. All ranks receive it, or learn of it.
             self.ended.set()
             return
         if trainer.world_size > 1:
-            # A clean-up that waits for the others ends, too.
+            # Ends this rank if its clean-up waits for other ranks.
             faulthandler.dump_traceback_later(
                 TEARDOWN_SECONDS, exit=True, file=open(os.devnull, "w")
             )
@@ -90,40 +89,32 @@ class FailTogether(Callback):
             lightning_internals.kill_launched_ranks(trainer.strategy)
 
     def _memory_advice(self, trainer: L.Trainer, pl_module: L.LightningModule) -> str:
-        """Which settings take less memory, of those that are not at their least."""
+        """Returns which settings would lower the memory that a step needs."""
         datamodule = data_of(trainer)
         if "train" not in datamodule.data.caches:
-            # No training step: answers or a validation.
+            # There is no training step: the command generates answers or validates.
             return (
                 "lower data.micro_batch_size or model.generation.max_new_tokens, or shorten the"
                 " prompts"
             )
         data: Any = datamodule.options
         model: Any = pl_module.options
-        knobs = [
-            (
-                f"lower data.micro_batch_size ({data.micro_batch_size})"
-                if data.micro_batch_size > 1
-                else ""
-            ),
-            f"lower data.max_length ({data.max_length})",
-            (
-                ""
-                if model.gradient_checkpointing in (True, "full")
-                else "set model.gradient_checkpointing to true"
-            ),
-            "set model.lora" if model.lora is None else "",
-            "set trainer.strategy to fsdp2 on more devices" if trainer.world_size == 1 else "",
-        ]
-        expected = self.needed_memory(trainer, pl_module, datamodule).total / 2**30
-        return (
-            f"`doctor` expects {expected:.2f} GiB for a step; to need less,"
-            f" {', '.join(filter(None, knobs))}"
-        )
+        remedies = []
+        if data.micro_batch_size > 1:
+            remedies.append(f"lower data.micro_batch_size ({data.micro_batch_size})")
+        remedies.append(f"lower data.max_length ({data.max_length})")
+        if model.gradient_checkpointing not in (True, "full"):
+            remedies.append("set model.gradient_checkpointing to true")
+        if model.lora is None:
+            remedies.append("set model.lora")
+        if trainer.world_size == 1:
+            remedies.append("set trainer.strategy to fsdp2 on more devices")
+        gib = self.needed_memory(trainer, pl_module, datamodule).total / 2**30
+        return f"`doctor` expects {gib:.2f} GiB for a step; to need less, {', '.join(remedies)}"
 
 
 def _num_failed(store: Any) -> int:
-    """Ranks that have failed; 1 also where the store is gone, and with it the rank that kept it."""
+    """Returns the number of failed ranks; 1 if the store is gone with the rank that kept it."""
     try:
         return int(store.add(KEY, 0))
     except RuntimeError:
@@ -131,22 +122,31 @@ def _num_failed(store: Any) -> int:
 
 
 def _is_first(error: Exception, rank: int) -> bool:
-    """Whether no other rank has told of a failure. One that only lost another waits for what that
-    has to say.
+    """Whether no other rank has reported a failure before this one.
+
+    A rank that only lost its connection to another waits for the report of that rank.
+
+    Args:
+        error: The failure of this rank.
+        rank: The global rank of this process.
     """
     if not dist.is_initialized():
-        # It failed before the ranks met: nobody can be asked.
+        # There is no process group yet, so there is no other rank to ask.
         return True
     store = _get_default_store()
     lost = errors.is_lost_rank(error)
-    # What all ranks find is told by rank 0.
-    wait = time.monotonic() + (5 if lost else 1 if rank else 0)
+    if lost:
+        seconds = 5
+    else:
+        # If all ranks fail alike, rank 0 is the first to report.
+        seconds = 1 if rank else 0
+    deadline = time.monotonic() + seconds
     try:
-        while time.monotonic() < wait:
+        while time.monotonic() < deadline:
             if store.add(KEY, 0):
                 return False
             time.sleep(0.1)
         return bool(store.add(KEY, 1) == 1)
     except RuntimeError:
-        # Rank 0 keeps the store: it was killed.
+        # The store is gone, because rank 0, which keeps it, was killed.
         return lost and dist.get_node_local_rank(fallback_rank=0) in (0, 1)

@@ -1,4 +1,4 @@
-"""Answers to held-out prompts at validation and test: their scores, and the table of them."""
+"""Scores generated answers at validation and test, and writes them to a table."""
 
 from __future__ import annotations
 
@@ -27,12 +27,16 @@ log = logging.getLogger(__name__)
 
 TABLE = "evaluation.jsonl"
 SETS = {"val": "validation", "test": "test"}
-SHOWN_ROWS, SHOWN_CHARACTERS = 16, 500
-"""Of the table in TensorBoard, which keeps every version of it."""
+SHOWN_ROWS = 16
+"""Most rows of the table in TensorBoard, which keeps every version of it."""
+SHOWN_CHARACTERS = 500
+"""Longest text in a cell of that table."""
 
 
 class Evaluation(Callback):
-    """Answers some rows of the validation (test) set greedily and logs `val/<score>`; before
+    """Answers prompts of the validation (test) set greedily, and logs their scores.
+
+    They are logged as `val/<score>` and `test/<score>`. The validation prompts are answered before
     training, too.
     """
 
@@ -40,13 +44,14 @@ class Evaluation(Callback):
         self.before: dict[str, float] = {}
         """Scores before training."""
         self.last: tuple[int, dict[str, float]] = (0, {})
-        """The step of the newest validation with answers, and its scores."""
+        """The step of the latest validation with answers, and its scores."""
         self.num_validations = 0
         self.step = 0
-        """Of the checkpoint that is evaluated."""
+        """The step of the checkpoint that is evaluated."""
         self.prompts: dict[str, list[Prompt]] = {}
+        """The prompts of each stage (`val`, `test`)."""
         self.is_clean = False
-        """Whether rows of the table that a resumed run makes again were dropped."""
+        """Whether the rows that a resumed run writes again are dropped from the table."""
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -54,7 +59,8 @@ class Evaluation(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.before, self.num_validations = state_dict["before"], state_dict["num_validations"]
+        self.before = state_dict["before"]
+        self.num_validations = state_dict["num_validations"]
 
     @override
     def on_load_checkpoint(
@@ -62,7 +68,7 @@ class Evaluation(Callback):
     ) -> None:
         self.step = checkpoint["global_step"]
         if trainer.state.fn != "fit":
-            # Where Lightning logs: beside what the run found for this checkpoint, not at 0.
+            # Log at the step of the checkpoint instead of 0, beside the metrics of the run.
             lightning_internals.set_logged_step(trainer, max(0, self.step - 1))
             trainer.fit_loop.epoch_progress.current.completed = checkpoint["epoch"]
 
@@ -96,18 +102,19 @@ class Evaluation(Callback):
         if not self.prompts["val"] or trainer.sanity_checking:
             return
         fitting = trainer.state.fn == "fit"
-        if fitting:
-            if self.num_validations % pl_module.evaluation.every_n_validations:  # type: ignore[union-attr, operator]
-                self.num_validations += 1
-                for name in self.before:
-                    # Else early stopping takes an old score for one that did not improve.
-                    trainer.callback_metrics.pop(name, None)
-                return
+        every_n_validations: int = pl_module.evaluation.every_n_validations  # type: ignore[union-attr, assignment]
+        if fitting and self.num_validations % every_n_validations:
+            self.num_validations += 1
+            # Otherwise early stopping would take the old score for one that did not improve.
+            for name in self.before:
+                trainer.callback_metrics.pop(name, None)
+            return
         step = trainer.global_step if fitting else self.step
         scores = self._evaluate(trainer, pl_module, "val", step)
         self.last = (step, scores)
-        # Not sooner: a signal may end the run in it, which then repeats it.
-        self.num_validations += fitting
+        # Counted after the answers: a signal may stop the run in them, and then they are repeated.
+        if fitting:
+            self.num_validations += 1
         pl_module.log_dict(scores, prog_bar=True)
 
     @override
@@ -117,7 +124,8 @@ class Evaluation(Callback):
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        (step, scores), steps = self.last, trainer.global_step
+        step, scores = self.last
+        steps = trainer.global_step
         when = "after" if step == steps else f"at step {step:,} of {steps:,}"
         for name, before in self.before.items():
             if name in scores:
@@ -126,10 +134,12 @@ class Evaluation(Callback):
                 )
 
     def _choose(self, trainer: Any, module: Any, stage: str) -> str:
-        """Chooses the prompts of a stage once, before the first step or batch, and returns what was
-        told about them.
+        """Chooses the prompts of a stage once, before its first batch.
 
-        A prompt or a metric that cannot be used is known at once.
+        So a prompt or metric that cannot be used is reported before training, and not after it.
+
+        Returns:
+            The warning that was logged, or an empty text.
         """
         if stage in self.prompts:
             return ""
@@ -139,17 +149,19 @@ class Evaluation(Callback):
         self.prompts[stage] = []
         if options is not None and SETS[stage] in data.rows:
             asked = data.asked(data.rows[SETS[stage]], options.num_samples, skip=True)
-            key, most = f"data.{SETS[stage]}", module.generation.max_new_tokens
+            key = f"data.{SETS[stage]}"
+            max_new_tokens = module.generation.max_new_tokens
             kept, message = choose_prompts(
-                asked, options, key, most, context_length(module.model.lm.config)
+                asked, options, key, max_new_tokens, context_length(module.model.lm.config)
             )
             self.prompts[stage] = kept
-            for line in filter(None, (message, too_long_to_match(kept, key, most))):
-                log.warning(line)
+            for line in (message, too_long_to_match(kept, key, max_new_tokens)):
+                if line:
+                    log.warning(line)
         return message
 
     def _evaluate(self, trainer: Any, module: Any, stage: str, step: int) -> dict[str, float]:
-        """Scores by the names under which they are logged; the table is written."""
+        """Answers the prompts of a stage, writes the table, and returns the scores to log."""
         greedy = GenerationOptions(max_new_tokens=module.generation.max_new_tokens)
         batches = data_of(trainer).prompt_batches(self.prompts[stage], greedy)
 
@@ -159,12 +171,14 @@ class Evaluation(Callback):
             return answers
 
         scores, table = evaluate(batches, answer, module.evaluation)
-        # A collective call.
+        # `log_dir` is a collective call, so it comes before the condition.
         folder = trainer.log_dir
         if trainer.is_global_zero and folder is not None:
             rows = [{"step": step, "stage": stage, **row} for row in table]
-            again = (step, math.inf if trainer.state.fn == "fit" else step)
-            append(Path(folder) / TABLE, rows, None if self.is_clean else (stage, again))
+            # A resumed run repeats all later steps, an evaluation only its own step.
+            last_step = math.inf if trainer.state.fn == "fit" else step
+            replaced = None if self.is_clean else (stage, (step, last_step))
+            append(Path(folder) / TABLE, rows, replaced)
             self.is_clean = True
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
@@ -173,28 +187,26 @@ class Evaluation(Callback):
 
 
 def _monitored(callback: Callback) -> str | None:
-    """The scalar that a callback follows: early stopping, and what keeps the best checkpoint."""
-    return getattr(callback, "monitor", None) or getattr(
-        getattr(callback, "options", None), "monitor", None
-    )
+    """Returns the scalar that early stopping or a checkpoint callback monitors."""
+    options = getattr(callback, "options", None)
+    return getattr(callback, "monitor", None) or getattr(options, "monitor", None)
 
 
 def append(
     path: Path, rows: list[dict[str, Any]], replaced: tuple[str, tuple[int, float]] | None
 ) -> None:
-    """Adds lines to the table.
+    """Appends rows to the table.
 
     Args:
-        path: JSON lines.
-        rows: What is added.
-        replaced: (stage, (first, last step)): lines of these are made again, and dropped; so is a
-            last line that is torn.
+        path: The file, JSON lines.
+        rows: The new rows.
+        replaced: (stage, (first step, last step)) of older rows to drop, because they are written
+            again. With it, a torn last line is dropped, too.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     if replaced is not None and path.is_file():
-        # A torn line may end within a character.
+        # A torn line may end in the middle of a character.
         text = path.read_text(encoding="utf-8", errors="replace")
-        # `splitlines` splits at more than that.
+        # `splitlines` would also split at line separators within a text.
         whole = text.split("\n")[:-1]
         kept = [f"{line}\n" for line in whole if not _is_replaced(json.loads(line), *replaced)]
         with atomic_write(path) as file:
@@ -208,7 +220,7 @@ def _is_replaced(row: dict[str, Any], stage: str, steps: tuple[int, float]) -> b
 
 
 def markdown(table: list[dict[str, Any]]) -> str:
-    """Prompt, answer and reference of the first rows, cut where they are long."""
+    """Returns the first rows as a Markdown table, with long texts cut."""
     shown = table[:SHOWN_ROWS]
     columns = {title: [_cut(row.get(key, "")) for row in shown] for title, key in _COLUMNS.items()}
     return answers_markdown([_cut(row["prompt"]) for row in shown], columns)

@@ -1,4 +1,4 @@
-"""The Hugging Face directory that a run leaves behind."""
+"""Exports a Hugging Face directory at the end of a run."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class HFExport(Callback):
         state = full_state_dict(pl_module.model) if sharded else None  # type: ignore[arg-type]
         folder = Path(trainer.strategy.broadcast(str(trainer.log_dir))) / HF_FOLDER
         if trainer.is_global_zero:
+            # Remains of a killed export.
             for left in folder.parent.glob(f".{HF_FOLDER}.*"):
-                # Of an export that was killed.
                 shutil.rmtree(left, ignore_errors=True)
             pl_module.export(folder, state)  # type: ignore[operator]
             log.info("exported: %s", os.path.relpath(folder))

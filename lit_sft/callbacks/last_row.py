@@ -1,4 +1,4 @@
-"""The last row of metrics.csv, which a killed run may not have written."""
+"""Restores the last row of metrics.csv, which a killed run may not have written."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from lit_sft.run.loggers import AppendingCSVLogger
 
 
 class LastRow(StepCallback):
-    """Keeps in checkpoints the metrics that were logged last.
+    """Keeps the metrics that were logged last in the checkpoint.
 
-    The checkpoint of a step is written before its row of metrics. A run that is killed in between
-    gets the row when it resumes. Comes after all callbacks that log.
+    The checkpoint of a step is written before its row of metrics. If a run is killed in between,
+    the resumed run writes the row. This callback must come after all callbacks that log.
     """
 
     def __init__(self) -> None:
@@ -41,12 +41,10 @@ class LastRow(StepCallback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         row = dict(self.row)
         step = int(row.pop("step", -1))
-        files = [
-            logger.experiment
-            for logger in trainer.loggers
-            if isinstance(logger, AppendingCSVLogger)
-        ]
-        if not row or not trainer.is_global_zero or not files or files[0].has(step, row.keys()):
+        loggers = [each for each in trainer.loggers if isinstance(each, AppendingCSVLogger)]
+        if not row or not loggers or not trainer.is_global_zero:
+            return
+        if loggers[0].experiment.has(step, row.keys()):
             return
         for logger in trainer.loggers:
             logger.log_metrics(row, step)

@@ -1,5 +1,10 @@
-"""Optimizer steps whose loss or gradient is no number: the run stops, or leaves a few out, before
-weights change.
+"""Stops the run, or skips the step, before a loss or gradient that is not finite changes weights.
+
+On a GPU the host reads the loss and gradient norm of a step one step later, when they have long
+arrived. To read them within the step would synchronize the device between the backward pass and the
+optimizer, and nothing of the next micro-batch could be queued meanwhile. A fused optimizer makes
+the delay safe: it skips the step by itself if its `found_inf` is set on the device (torch made this
+for gradient scalers). Every other optimizer, and the CPU, is judged within the step.
 """
 
 from __future__ import annotations
@@ -23,9 +28,9 @@ from lit_sft.errors import UserError
 log = logging.getLogger(__name__)
 
 RANKS_AGREE = 1e-3
-"""Relative difference of gradient norms that rounding may make on devices of different kinds."""
+"""Relative difference between the gradient norms of ranks that rounding can explain."""
 SHOWN_BATCHES = 8
-"""Micro-batches whose rows are named for a step; of more, only the number is told."""
+"""Most micro-batches of a step whose rows a message names; further ones are only counted."""
 
 
 @dataclass
@@ -33,11 +38,9 @@ class FaultOptions:
     """What happens at an optimizer step whose loss or gradient norm is NaN or infinite."""
 
     skip_steps: int = 0
-    """Such steps that may follow each other, each left out and counted; one more stops the run. 0:
-    the first does.
-    """
+    """How many such steps in a row are skipped. One more stops the run; 0 stops at the first."""
     grad_norm_limit: float | None = None
-    """Gradient norm, before clipping, above which a step counts as one of them. null: none."""
+    """Gradient norm, before clipping, above which a step counts as faulty, too; null: no limit."""
 
     def __post_init__(self) -> None:
         if self.skip_steps < 0:
@@ -50,7 +53,7 @@ class FaultOptions:
 
 
 class MicroBatch(NamedTuple):
-    """One forward pass of the step."""
+    """One forward pass of an optimizer step."""
 
     rank: int
     rows: tuple[int, ...]
@@ -58,62 +61,63 @@ class MicroBatch(NamedTuple):
 
 
 class Step(NamedTuple):
-    """An optimizer step whose numbers are on their way from the device."""
+    """An optimizer step whose numbers are being copied from the device."""
 
     number: int
     batches: list[MicroBatch]
-    """Of this rank."""
+    """The micro-batches of this rank."""
     numbers: Tensor
-    """[3] on the host: loss, gradient norm, and by which share of their mean the norms of the step
-    before differ.
+    """[3] on the host: the loss, the gradient norm, and the relative deviation between the ranks'
+    gradient norms of the step before.
     """
     arrived: torch.cuda.Event | None
-    """Reached by the device when `numbers` can be read."""
+    """Recorded after the copy; None on a CPU, where `numbers` can be read at once."""
 
 
 class Guard(StepCallback):
-    """Looks at the loss and the gradient norm of every step, which are the same on all ranks,
-    before weights change.
+    """Checks the loss and the gradient norm of every step; both are the same on all ranks.
 
-    To look, the host waits for the device; its next step is not prepared meanwhile. A fused
-    optimizer can leave a step out by itself (`found_inf`, made for gradient scalers), so that the
-    host may look one step later: it does so on a GPU, and always before a checkpoint is saved.
+    It also checks that the ranks have the same gradient norm. If gradients are no longer reduced
+    (DDP loses its hooks when a parameter is replaced, or changes its dtype for a while), every rank
+    would train alone. The norms travel with the loss of the next step, so this costs no
+    communication of its own.
 
-    That the norm is the same on all ranks is looked at, too: where gradients are not reduced any
-    more (DDP loses its hooks when a parameter is replaced, or gets another type for a while), every
-    rank would train alone. Norms are summed over ranks with the loss of the next step, so this
-    costs no message of its own.
+    A step is always judged before a checkpoint of it is saved.
 
     Args:
-        options: When to stop.
+        options: When to skip a step, and when to stop.
     """
 
     def __init__(self, options: FaultOptions) -> None:
         self.options = options
         self.skipped = 0
-        """Steps left out in all."""
+        """All steps that were skipped."""
         self.in_a_row = 0
+        """Skipped steps since the last good one."""
         self.batches: list[MicroBatch] = []
         self.step: Step | None = None
-        """One that is not yet judged."""
+        """The latest step, until it is judged."""
         self.norm: Tensor | None = None
-        """Of the step before, as this rank has it."""
+        """The gradient norm of the step before, on this rank."""
         self.agree = RANKS_AGREE
+        """Relative difference of norms that is accepted; larger for a dtype with less precision."""
         self.trainer: L.Trainer | None = None
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        # Nothing is saved that stands on a wrong step.
+        # Judge the latest step first, so that no checkpoint holds the result of a faulty one.
         self.judge()
         return {"skipped": self.skipped, "in_a_row": self.in_a_row}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.skipped, self.in_a_row = state_dict["skipped"], state_dict["in_a_row"]
+        self.skipped = state_dict["skipped"]
+        self.in_a_row = state_dict["in_a_row"]
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.trainer, pl_module.guard = trainer, self.inspect  # type: ignore[assignment]
+        self.trainer = trainer
+        pl_module.guard = self.inspect  # type: ignore[assignment]
 
     @override
     def on_train_batch_start(
@@ -137,33 +141,29 @@ class Guard(StepCallback):
             pl_module.window[3:] = torch.stack([self.norm, self.norm.square()])  # type: ignore[index, operator, assignment]
 
     def inspect(self, optimizer: Optimizer, window: Tensor, norm: Tensor) -> None:
-        """Called when the gradients of a step are final.
+        """Checks a step; the module calls it when the gradients are final.
 
         Args:
-            optimizer: Is about to step.
-            window: [5] over all ranks: loss sum, targets, tokens, sum and sum of squares of the
-                norms before.
-            norm: [] of the gradients over all ranks, before clipping.
+            optimizer: The optimizer, which is about to step.
+            window: [5] Sums over all ranks: losses, targets, tokens, and the gradient norms of the
+                step before and their squares.
+            norm: [] The norm of the reduced gradients, before clipping.
 
         Raises:
-            UserError: This step, or the one before it, is wrong, and may not be left out.
+            UserError: This step or the one before it is faulty and may not be skipped.
         """
         assert self.trainer is not None
         self.agree = max(RANKS_AGREE, torch.finfo(norm.dtype).eps)
-        # That of offloaded gradients is on the CPU.
+        # The norm of offloaded gradients is on the CPU.
         norm = norm.to(window.device).double()
         mean, square = window[3:] / self.trainer.world_size
-        # Their deviation, the same on all ranks.
+        # The relative standard deviation of the norms, the same on all ranks.
         apart = (square - mean.square()).clamp(min=0).sqrt() / mean
         self.norm = norm
         self.judge()
+        # A gradient scaler finds its scale by infinite gradients, and skips their steps itself.
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
-            norm = norm.nan_to_num(
-                0,
-                0,
-                0,
-                # A scaler finds its scale by infinite gradients, which it leaves out itself.
-            )
+            norm = norm.nan_to_num(nan=0, posinf=0, neginf=0)
         numbers = torch.stack([window[0] / window[1].clamp(min=1), norm, apart])
         deferred = _can_defer(optimizer, numbers)
         if deferred:
@@ -171,7 +171,7 @@ class Guard(StepCallback):
             optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
         self.step = _on_its_way(self.trainer.global_step + 1, self.batches, numbers)
         if not deferred and self.judge():
-            # Without gradients an optimizer changes neither weights nor state.
+            # Without gradients the optimizer changes neither weights nor its state.
             optimizer.zero_grad(set_to_none=True)
 
     @property
@@ -179,8 +179,15 @@ class Guard(StepCallback):
         return math.inf if self.options.grad_norm_limit is None else self.options.grad_norm_limit
 
     def judge(self) -> bool:
-        """Looks at the step that was not yet judged: whether it is left out. The same on all
-        ranks.
+        """Reads the numbers of the latest step, if that is not done yet.
+
+        All ranks call it, and get the same result.
+
+        Returns:
+            Whether the step is skipped.
+
+        Raises:
+            UserError: The step is faulty and may not be skipped, or the ranks' gradients differ.
         """
         step, self.step = self.step, None
         if step is None:
@@ -199,12 +206,9 @@ class Guard(StepCallback):
             return False
         assert self.trainer is not None
         self.in_a_row += 1
-        above = (
-            f", above faults.grad_norm_limit {self._limit:g}"
-            if self._limit < norm < math.inf
-            else ""
-        )
-        what = f"step {step.number}: the loss is {loss:g}, the gradient norm {norm:g}{above}"
+        what = f"step {step.number}: the loss is {loss:g}, the gradient norm {norm:g}"
+        if self._limit < norm < math.inf:
+            what += f", above faults.grad_norm_limit {self._limit:g}"
         places = _places(self.trainer, step.batches)
         if self.in_a_row > self.options.skip_steps:
             before = f" after {self.in_a_row - 1} that were left out" if self.in_a_row > 1 else ""
@@ -229,7 +233,7 @@ class Guard(StepCallback):
 
 
 def _can_defer(optimizer: Optimizer, numbers: Tensor) -> bool:
-    """Whether the optimizer can leave a step out before the host has looked at it."""
+    """Whether the optimizer skips a faulty step by itself, so that the host may judge it later."""
     parameters = (p for group in optimizer.param_groups for p in group["params"])
     return (
         numbers.is_cuda
@@ -239,6 +243,7 @@ def _can_defer(optimizer: Optimizer, numbers: Tensor) -> bool:
 
 
 def _on_its_way(number: int, batches: list[MicroBatch], numbers: Tensor) -> Step:
+    """Starts to copy the numbers of a step to the host."""
     if not numbers.is_cuda:
         return Step(number, batches, numbers, None)
     host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
@@ -249,31 +254,50 @@ def _on_its_way(number: int, batches: list[MicroBatch], numbers: Tensor) -> Step
 
 
 def _places(trainer: L.Trainer, batches: list[MicroBatch]) -> str:
-    """The rows of the micro-batches whose loss is wrong, on all ranks, or of all micro-batches if
-    none is; and a weight that is wrong itself, if there is one. All ranks call it.
+    """Describes where a faulty step comes from. All ranks call it.
+
+    It names the rows of the micro-batches on all ranks whose loss is not finite, or of all
+    micro-batches if every loss is finite. It also names a weight that is not finite itself.
+
+    Args:
+        trainer: The trainer.
+        batches: The micro-batches of this rank.
     """
-    here = [
-        batch._replace(loss=float(batch.loss))
-        for batch in batches
-        if any(row >= 0 for row in batch.rows)
-    ]
+    here = []
+    for batch in batches:
+        # A rank without rows in this step runs a filler, whose row is -1.
+        if any(row >= 0 for row in batch.rows):
+            here.append(batch._replace(loss=float(batch.loss)))
     parts: list[Any] = [(here, _wrong_weight(trainer))]
     if trainer.world_size > 1:
         parts *= trainer.world_size
         torch.distributed.all_gather_object(parts, parts[0])
     everywhere = [batch for part, _ in parts for batch in part]
-    wrong = [batch for batch in everywhere if not math.isfinite(batch.loss)] or everywhere
+    not_finite = [batch for batch in everywhere if not math.isfinite(batch.loss)]
+    text = _describe(trainer, not_finite or everywhere)
+    for _, weight in parts:
+        if weight:
+            return f"{text}; the weight {weight} is not finite itself"
+    return text
+
+
+def _describe(trainer: L.Trainer, batches: list[MicroBatch]) -> str:
+    """Names the rows of micro-batches, and the ranks that had them."""
     rows = data_of(trainer).data.rows["train"]
     texts = []
-    for batch in wrong[:SHOWN_BATCHES]:
-        named = ", ".join(dict.fromkeys(rows.where(row) for row in batch.rows if row >= 0))
-        texts.append(f"{f'rank {batch.rank}: ' if trainer.world_size > 1 else ''}{named}")
-    more = f" and {len(wrong) - SHOWN_BATCHES} more" if len(wrong) > SHOWN_BATCHES else ""
-    weight = next((f"; the weight {name} is not finite itself" for _, name in parts if name), "")
-    return f"the batch{'es' if len(wrong) > 1 else ''} of {'; of '.join(texts)}{more}{weight}"
+    for batch in batches[:SHOWN_BATCHES]:
+        # Each place once, in order.
+        places = dict.fromkeys(rows.where(row) for row in batch.rows if row >= 0)
+        rank = f"rank {batch.rank}: " if trainer.world_size > 1 else ""
+        texts.append(rank + ", ".join(places))
+    noun = "batches" if len(batches) > 1 else "batch"
+    num_more = len(batches) - SHOWN_BATCHES
+    more = f" and {num_more} more" if num_more > 0 else ""
+    return f"the {noun} of {'; of '.join(texts)}{more}"
 
 
 def _wrong_weight(trainer: L.Trainer) -> str | None:
+    """Returns the name of the first weight that is not finite on this rank; None if all are."""
     for name, parameter in trainer.lightning_module.named_parameters():
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         if not bool(local.isfinite().all()):

@@ -1,4 +1,4 @@
-"""The file that `predict` writes."""
+"""Writes the file of `predict`."""
 
 from __future__ import annotations
 
@@ -28,28 +28,28 @@ PREDICTIONS = "predictions.jsonl"
 
 
 class PredictionWriter(Callback):
-    """Writes predictions as JSON lines: input order, every row exactly once, whatever the number of
-    ranks.
+    """Writes predictions as JSON lines: each row once, in input order, for any number of ranks.
 
-    Until all are there they lie beside the file in parts, one per rank, whose first line says of
-    which prompts and settings they are. A predict that is run again after it was stopped takes over
-    the rows of such parts.
+    Until the end every rank writes a part beside the file. The first line of a part identifies
+    prompts and settings. If `predict` is stopped and run again, it takes over the rows of parts
+    with the same first line.
 
     Args:
-        output: File to write; None is `predictions.jsonl` in the run's folder.
-        ckpt_path: The checkpoint that answers, if one does; Lightning knows it only when it is
-            restored.
+        output: The file to write; None is `predictions.jsonl` in the run's folder.
+        ckpt_path: The checkpoint that answers, or None. Lightning only knows it when it is
+            restored, which is too late here.
     """
 
     def __init__(self, output: str | None, ckpt_path: str | None) -> None:
-        self.output, self.ckpt_path = output, ckpt_path
+        self.output = output
+        self.ckpt_path = ckpt_path
         self.path = Path()
         self.head = ""
-        """First line of the parts."""
+        """The first line of the parts."""
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Finds what an earlier run has left, before the prompts are dealt."""
+        """Takes over the parts of an earlier `predict`, before prompts are dealt to the ranks."""
         if stage != "predict":
             return
         self.path = Path(
@@ -68,9 +68,9 @@ class PredictionWriter(Callback):
 
     @override
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        config, generation = pl_module.model.lm.config, pl_module.generation  # type: ignore[union-attr]
-        prompts = data_of(trainer).predict_prompts
-        check_room(prompts, generation.max_new_tokens, context_length(config))  # type: ignore[union-attr, arg-type]
+        max_new_tokens = pl_module.generation.max_new_tokens  # type: ignore[union-attr]
+        context = context_length(pl_module.model.lm.config)  # type: ignore[union-attr, arg-type]
+        check_room(data_of(trainer).predict_prompts, max_new_tokens, context)  # type: ignore[arg-type]
         self._part(trainer.global_rank).write_text(self.head, encoding="utf-8")
 
     @override
@@ -114,8 +114,10 @@ class PredictionWriter(Callback):
         return sorted(self.path.parent.glob(f".{glob.escape(self.path.name)}.part*"))
 
     def _take_over(self, num_prompts: int) -> set[int]:
-        """Gathers the rows that were left in parts, of however many ranks, in one; which rows these
-        are.
+        """Gathers the rows of earlier parts in one part, and returns their indices.
+
+        Args:
+            num_prompts: The number of all prompts.
         """
         parts = self._parts()
         lines = self._lines(parts)
@@ -130,20 +132,21 @@ class PredictionWriter(Callback):
             with atomic_write(self._part("s")) as file:
                 file.writelines((self.head, *lines.values()))
         for part in parts:
-            # Their rows are in the new part, which was written first.
+            # The new part, which is written first, holds their rows.
             if part != self._part("s") or not lines:
                 part.unlink()
         return set(lines)
 
     def _lines(self, parts: Iterable[Path]) -> dict[int, str]:
-        """Whole lines of these prompts and settings by index; what a kill has torn is left out."""
+        """Returns the lines of parts with our first line, by index, without torn last lines."""
         found: dict[int, str] = {}
         for part in parts:
-            head, *lines = part.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] or [
-                ""
-            ]
-            if head + "\n" == self.head:
-                found |= {json.loads(line)["index"]: line + "\n" for line in lines}
+            text = part.read_text(encoding="utf-8", errors="replace")
+            whole_lines = text.split("\n")[:-1]
+            if not whole_lines or whole_lines[0] + "\n" != self.head:
+                continue
+            for line in whole_lines[1:]:
+                found[json.loads(line)["index"]] = line + "\n"
         return found
 
 

@@ -1,6 +1,4 @@
-"""A run that a signal ends: all ranks save at the same step and leave together; a SLURM job is
-requeued.
-"""
+"""Ends a run on a signal: all ranks save at the same step and exit; a SLURM job is requeued."""
 
 from __future__ import annotations
 
@@ -22,29 +20,33 @@ from lit_sft.run import slurm
 log = logging.getLogger(__name__)
 
 IN_VALIDATION = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
-"""Lightning's counters of a validation that was stopped; with none of its batches done, it is
-repeated as a whole.
-"""
+"""Lightning's counters of a validation without a finished batch. A resumed run repeats it whole."""
 
 
 class StopOnSignal(StepCallback, Checkpoint):
-    """Looks at the flag of `signals` between two optimizer steps, and between the batches of a
-    validation; when any rank has it, all save, and leave together. As a `Checkpoint`, it is called
-    after all other callbacks.
+    """Saves and exits on all ranks if any of them has received a signal.
+
+    It reads the flag of `signals` between two optimizer steps, and between the batches of a
+    validation. As a `Checkpoint` it is called after all other callbacks.
 
     Args:
-        checkpointer: Saves, on all ranks.
-        max_restarts: A SLURM job is not requeued more often.
+        checkpointer: Saves the checkpoint.
+        max_restarts: Most restarts of a SLURM job.
     """
 
     def __init__(self, checkpointer: Checkpointer, max_restarts: int) -> None:
         self.checkpointer = checkpointer
         self.max_restarts = max_restarts
         self.signal: signal.Signals | None = None
-        """What all ranks know."""
-        self.is_saved = self.in_validation = False
+        """The signal that all ranks know of."""
+        self.is_saved = False
+        """Whether a checkpoint is saved, and the run exits before the next step."""
+        self.in_validation = False
+        """Whether the checkpoint is saved within a validation."""
         self.first_step = 0
+        """The step that this start of the run began at."""
         self.pending: tuple[torch.Tensor, torch.cuda.Event] | None = None
+        """The latest flag of all ranks on its way from a GPU, and the event after its copy."""
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -56,7 +58,7 @@ class StopOnSignal(StepCallback, Checkpoint):
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if signals.installed():
-            # A library may have taken them.
+            # A library may have replaced the handlers.
             signals.install()
             signals.wait(for_training=True)
         self.first_step = trainer.global_step
@@ -67,8 +69,8 @@ class StopOnSignal(StepCallback, Checkpoint):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        # Exit here and not in `on_step_end`: Lightning logs the metrics of a step after it.
         if self.is_saved:
-            # Not sooner: by now the numbers of the last step are logged.
             self._leave(trainer)
 
     @override
@@ -98,10 +100,10 @@ class StopOnSignal(StepCallback, Checkpoint):
     @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if _is_over(trainer):
-            # What is left is saved; it is finished.
+            # The run is about to end: let it finish its save and export.
             signals.wait(for_training=False)
         elif self._look(trainer):
-            # Is saved; but it may still be on its way to the disk.
+            # `Checkpointer` has saved, but its thread may still be writing.
             self.checkpointer.save_and_wait(trainer)
             self._leave(trainer)
 
@@ -115,36 +117,35 @@ class StopOnSignal(StepCallback, Checkpoint):
     ) -> None:
         if self.in_validation:
             progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
-            progress["total"], progress["current"] = (
-                dict(IN_VALIDATION),
-                dict.fromkeys(IN_VALIDATION, 0),
-            )
+            progress["total"] = dict(IN_VALIDATION)
+            progress["current"] = dict.fromkeys(IN_VALIDATION, 0)
 
     def _stop_within(self, trainer: L.Trainer) -> None:
-        """Where a validation, or the answers before the first step, can be given up; it is repeated
-        from its start.
+        """Exits within a validation, or within the answers before the first step.
+
+        A resumed run repeats them from their start.
         """
         if trainer.state.fn != "fit" or trainer.sanity_checking or not self._look(trainer):
             return
+        # A validation by the clock runs within an optimizer step, where nothing can be saved.
         if trainer.validating and not is_between_steps(trainer):
-            # One by the clock, within a step: nothing can be saved before that ends.
             return
+        # Before the first step there is nothing to save.
         if trainer.validating:
-            # Else these are the answers before the first step.
             self.in_validation = True
             self.checkpointer.save_and_wait(trainer)
         self._leave(trainer)
 
     def _look(self, trainer: L.Trainer) -> bool:
-        """Whether a signal reached any rank. All of them ask at the same points of the run.
+        """Whether any rank has received a signal. All ranks call it at the same points of the run.
 
-        On a GPU the answer is that to the last question but one: to wait for the device would cost
-        more than to go one step further.
+        On a GPU it uses the flag of the call before: to read the newest one would synchronize the
+        device.
         """
         flag = signals.received() if signals.installed() else 0
         if trainer.world_size > 1:
             device = trainer.strategy.root_device
-            # A copy would wait for the device.
+            # `full` makes the tensor on the device. A copy from the host would synchronize it.
             flags = torch.full((1,), flag, dtype=torch.int32, device=device)
             dist.all_reduce(flags, dist.ReduceOp.MAX)
             flag = int(flags) if device.type != "cuda" else self._one_look_ago(flags)
@@ -153,6 +154,7 @@ class StopOnSignal(StepCallback, Checkpoint):
         return self.signal is not None
 
     def _one_look_ago(self, flags: torch.Tensor) -> int:
+        """Starts to copy a flag to the host, and returns the flag of the call before."""
         before = self.pending
         copy = torch.empty(1, dtype=flags.dtype, pin_memory=True)
         copy.copy_(flags, non_blocking=True)
@@ -161,15 +163,22 @@ class StopOnSignal(StepCallback, Checkpoint):
         self.pending = (copy, event)
         if before is None:
             return 0
-        before[1].synchronize()
-        return int(before[0])
+        flag, copied = before
+        copied.synchronize()
+        return int(flag)
 
     def _leave(self, trainer: L.Trainer) -> NoReturn:
-        """Ends this rank; only the first one's exit code tells, as a launcher ends all ranks when
-        any of them fails.
+        """Exits this rank, after requeueing a SLURM job.
+
+        Only rank 0 exits with a code other than 0: a launcher kills all ranks when one of them
+        fails.
+
+        Raises:
+            SystemExit: Always.
         """
         assert self.signal is not None
-        code, step = 128 + self.signal, trainer.global_step
+        code = 128 + self.signal
+        step = trainer.global_step
         if trainer.is_global_zero:
             saved = f"after step {step}, which is saved" if step else "before the first step"
             log.info("stopped by %s %s", self.signal.name, saved)
@@ -177,15 +186,17 @@ class StopOnSignal(StepCallback, Checkpoint):
                 log.info("go on with the same command and --ckpt_path last")
             elif self.signal != signal.SIGINT:
                 has_stepped = step > self.first_step
-                code = 0 if slurm.requeue(self.signal, self.max_restarts, has_stepped) else code
-        # A rank that left sooner would take the first one with it.
+                if slurm.requeue(self.signal, self.max_restarts, has_stepped):
+                    code = 0
+        # A rank that exits earlier could end rank 0 before it is done.
         trainer.strategy.barrier("leave")
         raise SystemExit(code if trainer.is_global_zero else 0)
 
 
 def _is_over(trainer: L.Trainer) -> bool:
-    """Whether the epoch that ends is the last. Not `fit_loop.done`, which rewrites the number of
-    the epoch.
+    """Whether the epoch that ends is the last one.
+
+    Lightning's `fit_loop.done` cannot be asked, because it changes the number of the epoch.
     """
     loop = trainer.fit_loop
     epochs: int = loop.epoch_progress.current.processed  # type: ignore[attr-defined]

@@ -1,6 +1,4 @@
-"""What a terminal shows of a training: Lightning's bar, which stops no device at every batch; in a
-log, lines.
-"""
+"""Shows the progress of training: a bar on a terminal, lines in a log."""
 
 from __future__ import annotations
 
@@ -23,31 +21,34 @@ from lit_sft.datamodule import data_of
 log = logging.getLogger(__name__)
 
 NUMBERS_EVERY = 0.5
-"""Seconds."""
+"""Seconds between two updates of the numbers beside the bar."""
 LINES_EVERY = 10.0
-"""Seconds."""
-LOSS, SPEED = "train/loss", "train/tokens_per_second"
+"""Seconds between two lines in a log."""
+LOSS = "train/loss"
+SPEED = "train/tokens_per_second"
 
 
 class Progress(RichProgressBar):
-    """Shows new numbers twice a second at most: to read one, the host waits until a GPU has done
-    all that it was given, and meanwhile gives it nothing. The bar itself moves with every batch.
+    """Lightning's progress bar, which reads new numbers at most twice a second.
+
+    To read a number, the host waits for a GPU to finish all queued work, and queues nothing
+    meanwhile. The bar itself moves with every batch.
     """
 
     shown = 0.0
-    """When numbers were read last."""
+    """Time at which numbers were read last."""
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         from transformers.utils import logging as transformers_logging
 
-        # The export's would be drawn across this one.
+        # transformers' bar during the export would be drawn across this one.
         transformers_logging.disable_progress_bar()
         super().on_train_start(trainer, pl_module)
 
     @override
     def configure_columns(self, trainer: L.Trainer) -> list[Any]:
-        """One line: of all columns only the bar gives way."""
+        """Keeps everything in one line: on a narrow terminal only the bar itself shrinks."""
         columns = super().configure_columns(trainer)
         for column in [*columns, self._metric_component]:
             if not isinstance(column, BarColumn):
@@ -56,9 +57,7 @@ class Progress(RichProgressBar):
 
     @override
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        """Two numbers, for which 80 columns have place. What a validation found is told in a
-        line.
-        """
+        """Returns the two numbers that fit into 80 columns; `Lines` logs those of a validation."""
         metrics = trainer.callback_metrics
         shown: dict[str, Any] = {}
         if LOSS in metrics:
@@ -76,14 +75,16 @@ class Progress(RichProgressBar):
 
     @staticmethod
     def is_wanted(trainer: Any) -> bool:
-        """Whether the settings of a trainer ask for a bar and bring none of their own."""
+        """Whether our bar is shown: it is not turned off, and the user has set no other bar.
+
+        Args:
+            trainer: The settings of the trainer.
+        """
+        if trainer.get("enable_progress_bar") is False:
+            return False
         own = trainer.get("callbacks") or []
-        bars = [
-            callback
-            for callback in (own if isinstance(own, list) else [own])
-            if isinstance(callback, ProgressBar)
-        ]
-        return trainer.get("enable_progress_bar") is not False and not bars
+        callbacks = own if isinstance(own, list) else [own]
+        return not any(isinstance(callback, ProgressBar) for callback in callbacks)
 
 
 def _unwrapped_column() -> Column:
@@ -91,33 +92,38 @@ def _unwrapped_column() -> Column:
 
 
 class Lines(StepCallback):
-    """Says how training goes: every ten seconds at most where there is no bar or it cannot be
-    drawn, as in the log of a job; what a validation found, which a bar would overwrite; and why it
-    ended early.
+    """Logs the progress of training in lines.
+
+    Without a bar, as in the log of a job, there is a line at most every ten seconds. The scores of
+    a validation, and the reason of an early stop, are always logged, because a bar would overwrite
+    them.
     """
 
     def __init__(self) -> None:
         self.began: float | None = None
+        """Time at which the first batch started."""
         self.last = 0.0
+        """Time of the last line."""
         self.first_step = 0
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # For another one than ours Lightning reads numbers at every batch.
+        # Another bar than ours makes Lightning read numbers at every batch.
         bar = trainer.progress_bar_callback
         pl_module.in_bar = bar is not None and not isinstance(bar, Progress)  # type: ignore[assignment]
-        self.began, self.first_step = None, trainer.global_step
+        self.began = None
+        self.first_step = trainer.global_step
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, EarlyStopping):
-                # The checkpoint brings the reason of an earlier stop.
+                # The checkpoint may hold the reason of an earlier stop.
                 callback.stopping_reason = EarlyStoppingReason.NOT_STOPPED
 
     @override
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        # Measured from here, because answers are generated before the first batch.
         if self.began is None:
-            # Now, and not before the answers that come first.
             self.began = self.last = time.monotonic()
 
     @override
@@ -132,9 +138,8 @@ class Lines(StepCallback):
             return
         assert self.began is not None
         self.last = now
-        left = timedelta(
-            seconds=round((now - self.began) / max(1, step - self.first_step) * (steps - step))
-        )
+        seconds_per_step = (now - self.began) / max(1, step - self.first_step)
+        left = timedelta(seconds=round(seconds_per_step * (steps - step)))
         numbers = trainer.callback_metrics
         log.info(
             "step %s of %s: loss %.4f, %s tokens/s, %s left",
@@ -143,39 +148,39 @@ class Lines(StepCallback):
 
     @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        found = {
-            name: value
-            for name, value in trainer.callback_metrics.items()
-            if name.startswith("val/")
-        }
-        if trainer.state.fn == "fit" and not trainer.sanity_checking and found:
-            values = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
-            log.info("step %s: %s", f"{trainer.global_step:,}", values)
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        found = []
+        for name, value in trainer.callback_metrics.items():
+            if name.startswith("val/"):
+                found.append(f"{name} {value:.4f}")
+        if found:
+            log.info("step %s: %s", f"{trainer.global_step:,}", ", ".join(found))
 
     @override
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Not for signals, which end a run sooner, nor for failures."""
+        """Logs why training stopped early. Lightning skips this hook after signals and failures."""
         step, steps = trainer.global_step, data_of(trainer).total_steps
         if trainer.is_global_zero and trainer.should_stop and step < steps:
             log.info("stopped at step %s of %s: %s", f"{step:,}", f"{steps:,}", _why(trainer))
 
 
 def has_stopped_early(trainer: L.Trainer) -> bool:
-    """Whether early stopping has no patience left, before the first step: it asks at a validation
-    only, and a resumed run would go on to the next one. Its callback gets the reason, which the
-    last line tells.
+    """Whether early stopping had no patience left in the checkpoint of a resumed run.
+
+    Early stopping only decides after a validation, so a run that it has ended would train on until
+    the next validation. The reason is set in its callback, for the last line of the log.
     """
     stopped = False
     for callback in trainer.early_stopping_callbacks:
         if callback.wait_count >= max(1, callback.patience):
-            callback.stopping_reason, stopped = EarlyStoppingReason.PATIENCE_EXHAUSTED, True
+            callback.stopping_reason = EarlyStoppingReason.PATIENCE_EXHAUSTED
+            stopped = True
     return stopped
 
 
 def _why(trainer: L.Trainer) -> str:
-    """Which callback has asked for a stop; Lightning says it where only its own messages are
-    read.
-    """
+    """Returns which callback stopped training, and why. Lightning only logs it as a message."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     if any((timer.time_remaining() or 0) < 0 for timer in callbacks if isinstance(timer, Timer)):
         return "trainer.max_time is over (it counts earlier starts, too)"
@@ -189,15 +194,13 @@ def _why(trainer: L.Trainer) -> str:
 
 
 def _why_early(callback: EarlyStopping) -> str:
-    count = callback.wait_count
+    """Returns why early stopping stopped training."""
     if callback.stopping_reason == EarlyStoppingReason.PATIENCE_EXHAUSTED:
-        return (
-            f"{callback.monitor} did not improve for {count} validation{'s' if count > 1 else ''}"
-        )
+        count = callback.wait_count
+        validations = "validations" if count > 1 else "validation"
+        return f"{callback.monitor} did not improve for {count} {validations}"
     if callback.stopping_reason == EarlyStoppingReason.NON_FINITE_METRIC:
         return f"{callback.monitor} is not finite"
     is_reached = callback.stopping_reason == EarlyStoppingReason.STOPPING_THRESHOLD
-    return (
-        f"{callback.monitor} is past EarlyStopping's"
-        f" {'stopping' if is_reached else 'divergence'}_threshold"
-    )
+    threshold = "stopping_threshold" if is_reached else "divergence_threshold"
+    return f"{callback.monitor} is past EarlyStopping's {threshold}"

@@ -1,6 +1,4 @@
-"""The folder of a run: chosen when the run begins, made anew when somebody removes it, left when
-the run ends.
-"""
+"""The folder of a run: chosen and locked when the run begins, unlocked when it ends."""
 
 from __future__ import annotations
 
@@ -12,12 +10,10 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback, Checkpoint
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import distributed
 from typing_extensions import override
 
 from lit_sft.callbacks.checkpointer import Checkpointer
-from lit_sft.callbacks.step_callback import StepCallback
 from lit_sft.errors import UserError
 from lit_sft.ranks import global_rank
 from lit_sft.run import lock as run_lock
@@ -29,15 +25,15 @@ log = logging.getLogger(__name__)
 
 
 class RunFolder(Callback):
-    """Chooses the run's folder on rank 0, tells the others, and writes config.yaml into it. A
-    resumed run leaves what is there as it is until everything is restored and checked.
+    """Chooses the run's folder on rank 0, tells the other ranks, and writes config.yaml into it.
+
+    A resumed run changes nothing in its folder until everything is restored and checked.
 
     Args:
-        ckpt_path: The checkpoint that the run goes on from, or that it evaluates; its folder is
-            used.
-        first_step: The step that a resumed run starts with.
-        save_config: Writes the configuration to a path.
-        checkpointer: Makes the checkpoint the last of the folder.
+        ckpt_path: The checkpoint to resume from or to evaluate; the run uses its folder.
+        first_step: The step that a resumed run starts at.
+        save_config: A function that writes the config to a path.
+        checkpointer: Points last.ckpt at the checkpoint to resume from.
     """
 
     def __init__(
@@ -53,19 +49,25 @@ class RunFolder(Callback):
         self.checkpointer = checkpointer
         self.folder: Path | None = None
         self.is_known = False
-        """Whether all ranks have it."""
+        """Whether all ranks know the folder."""
         self.refusal: UserError | None = None
-        """Why rank 0 did not get the folder, before it could tell the others."""
+        """Why rank 0 did not get the folder, until it can tell the other ranks."""
         self.config = ""
+        """The text of config.yaml, for checkpoints."""
         self.has_begun = False
 
     def claim(self, trainer: L.Trainer, stage: str) -> None:
-        """Chooses the folder on rank 0, and locks it where it is trained in; before `trainer.fit`,
-        which opens the loggers before any callback is asked.
+        """Chooses the folder on rank 0, and locks it for training.
+
+        It is called before `trainer.fit`, which opens the loggers before it calls any callback.
+
+        Args:
+            trainer: The trainer.
+            stage: The command, such as `fit`.
 
         Raises:
-            UserError: Another run trains in it. With several ranks `setup` raises that, on all of
-                them.
+            UserError: Another run trains in the folder. With several ranks `setup` raises it, on
+                all of them.
         """
         if global_rank() > 0:
             return
@@ -78,7 +80,7 @@ class RunFolder(Callback):
             if trainer.num_devices * trainer.num_nodes == 1:
                 raise
             self.refusal = error
-            # Which would write into it.
+            # The loggers would write into the folder of the other run.
             trainer.loggers = []
             return
         if stage == "fit" and not (folder / CONFIG).exists():
@@ -103,10 +105,10 @@ class RunFolder(Callback):
             use_folder(trainer.loggers, folder)
 
     def _check_same_checkpoint(self, trainer: L.Trainer) -> None:
-        """Each rank has looked for it by itself.
+        """Checks that all ranks have found the same checkpoint; each has searched by itself.
 
         Raises:
-            UserError: They have found different ones; on all ranks.
+            UserError: The ranks have found different checkpoints; raised on all ranks.
         """
         if trainer.world_size == 1:
             return
@@ -122,7 +124,7 @@ class RunFolder(Callback):
                 )
 
     def _checkpoint_name(self) -> str:
-        """The checkpoint without the folders above its run, which may be others on each node."""
+        """Returns the checkpoint's path below `lightning_logs`, as paths may differ by node."""
         if self.ckpt_path is None:
             return "no checkpoint"
         path = Path(self.ckpt_path).absolute()
@@ -135,14 +137,15 @@ class RunFolder(Callback):
         self.begin(trainer)
 
     def begin(self, trainer: L.Trainer, has_steps: bool = True) -> None:
-        """From here on the folder is that of this run: its settings, no log of what it does again,
-        no later checkpoint. Once, when the checkpoint is restored: other data, another model or
-        another optimizer would have been refused by now. All ranks call it.
+        """Makes the folder that of the resumed run, once everything is restored and checked.
+
+        Later checkpoints are set aside, rows of metrics that will be logged again are dropped, and
+        config.yaml is written. All ranks call it; further calls do nothing.
 
         Args:
-            trainer: Of the run.
-            has_steps: Whether there is a step left; else the folder keeps the settings that its
-                steps were made with.
+            trainer: The trainer.
+            has_steps: Whether a step is left. If not, the folder keeps the config that its steps
+                were made with.
         """
         if self.has_begun or self.folder is None:
             return
@@ -151,8 +154,8 @@ class RunFolder(Callback):
             if trainer.is_global_zero:
                 suffix = "" if has_steps else "; no step is left"
                 log.info("resumed %s at step %s%s", self.ckpt_path, self.first_step, suffix)
-            # Before the job is written down: started again, it would take the last checkpoint of
-            # this folder.
+            # This comes before `slurm.remember`: a requeued job that is marked in this folder
+            # resumes from its last.ckpt.
             self.checkpointer.resume_from(
                 trainer, Path(self.ckpt_path), self.first_step, self.folder
             )
@@ -163,11 +166,6 @@ class RunFolder(Callback):
             self._write_config(self.folder)
         if self.first_step is not None:
             run_loggers.drop_from(trainer.loggers, self.first_step)
-
-    def restore(self, folder: Path) -> None:
-        """Writes again what the folder held from the start."""
-        slurm.remember(folder)
-        self._write_config(folder)
 
     @override
     def on_save_checkpoint(
@@ -180,46 +178,11 @@ class RunFolder(Callback):
         self.config = (folder / CONFIG).read_text()
 
 
-class KeepFolder(StepCallback):
-    """Makes the run's folder anew where it was removed, before something is written into it:
-    TensorBoard would go on writing into a file that nobody can open.
-
-    Args:
-        run_folder: Writes again what the folder held from the start.
-    """
-
-    def __init__(self, run_folder: RunFolder) -> None:
-        self.run_folder = run_folder
-        self.folder: Path | None = None
-
-    @override
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # A collective call.
-        folder = trainer.log_dir
-        self.folder = None if folder is None or not trainer.is_global_zero else Path(folder)
-
-    @override
-    def on_step_end(self, trainer: L.Trainer, pl_module: Any, batch: Any) -> None:
-        if self.folder is None or (self.folder / CONFIG).exists():
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.run_folder.restore(self.folder)
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                # The writer opens a new file for the next event.
-                logger.experiment.close()
-        log.warning(
-            "%s was removed during the run: made anew, what TensorBoard had before is lost",
-            self.folder,
-        )
-
-
 class LeaveFolder(Checkpoint):
-    """Unlocks the run's folder when nothing is written into it any more: as a `Checkpoint`, it is
-    called last.
+    """Unlocks the run's folder after the last write. As a `Checkpoint` it is called last.
 
     Args:
-        run_folder: Knows the folder once it is chosen; on rank 0, where it was locked.
+        run_folder: Knows the folder, which rank 0 has locked.
     """
 
     def __init__(self, run_folder: RunFolder) -> None:

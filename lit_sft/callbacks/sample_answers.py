@@ -1,6 +1,4 @@
-"""What people read: the first training example, and the answers to `data.questions` before and
-after.
-"""
+"""Shows the first training example, and answers to `data.questions` before and after training."""
 
 from __future__ import annotations
 
@@ -22,7 +20,7 @@ from lit_sft.model.generate import context_length
 
 
 class FirstExample(Callback):
-    """Shows the first training example before step 1, its trained tokens coloured."""
+    """Shows the first training example before step 1, with its trained tokens coloured."""
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -45,8 +43,9 @@ class Answers(Callback):
     def __init__(self) -> None:
         self.columns: dict[str, list[str]] = {}
         self.questions: list[str] = []
-        """Those that `before` answers."""
+        """The questions that the column `before` answers."""
         self.asked_at: int | None = None
+        """The step of the latest answers."""
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -60,7 +59,7 @@ class Answers(Callback):
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        # A question that is too long is found now, and not when the run is over.
+        # Refuse a question that is too long now, and not at the end of the run.
         questions = data_of(trainer).data.questions()
         check_room(
             questions,
@@ -68,8 +67,9 @@ class Answers(Callback):
             context_length(pl_module.model.lm.config),
         )
         if self.questions != list(_questions(trainer)):
-            # A resumed run may ask others.
-            self.columns, self.questions = {}, list(_questions(trainer))
+            # A resumed run may have other questions.
+            self.columns = {}
+            self.questions = list(_questions(trainer))
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -100,7 +100,8 @@ class Answers(Callback):
             own += records(prompts, pl_module.answer(prompts))
         for record in gathered(own):
             answers[record["index"]] = record["prediction"]
-        self.columns[column], self.asked_at = answers, trainer.global_step
+        self.columns[column] = answers
+        self.asked_at = trainer.global_step
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
                 logger.experiment.add_text(

@@ -1,6 +1,4 @@
-"""A hook that is called once per optimizer step, where Lightning's are called once per
-micro-batch.
-"""
+"""A hook that is called once per optimizer step; Lightning's are called once per micro-batch."""
 
 from __future__ import annotations
 
@@ -12,10 +10,10 @@ from typing_extensions import override
 
 
 def is_between_steps(trainer: L.Trainer) -> bool:
-    """Whether the newest micro-batch was the last one of its optimizer step.
+    """Whether the latest micro-batch was the last of its optimizer step.
 
-    Lightning steps after every `accumulate_grad_batches` micro-batches, and after the last one of
-    an epoch.
+    Lightning makes an optimizer step after every `accumulate_grad_batches` micro-batches, and after
+    the last micro-batch of an epoch.
     """
     progress = trainer.fit_loop.epoch_loop.batch_progress
     num_batches = progress.current.ready
@@ -27,10 +25,10 @@ class StepCallback(Callback):
     """A callback with `on_step_end`, which Lightning lacks."""
 
     def on_step_end(self, trainer: L.Trainer, pl_module: Any, batch: Any) -> None:
-        """Called when an optimizer step has ended, also one that left the weights as they were.
+        """Called after an optimizer step, also after one that was skipped.
 
         Args:
-            trainer: The trainer; its `global_step` has counted the step.
+            trainer: The trainer; its `global_step` already counts the step.
             pl_module: The module.
             batch: The last micro-batch of the step.
         """

@@ -1,6 +1,4 @@
-"""How fast training goes, and what it takes: logged with every optimizer step, without waiting for
-the device.
-"""
+"""Logs speed and memory of every optimizer step, without waiting for the device."""
 
 from __future__ import annotations
 
@@ -17,27 +15,34 @@ from lit_sft.training.flops import StepCost, peak_flops, step_cost
 
 
 class Throughput(StepCallback):
-    """Logs speed and memory of the optimizer step that ended.
+    """Logs speed and memory after each optimizer step.
 
-    `train/tokens_per_second`: of all ranks, validation and saving left out;
-    `train/trained_tokens_per_second`: those with a loss; `train/num_tokens`: since the run began;
-    `train/mfu`: share of the devices' peak that the model's own operations make up;
-    `train/data_wait`: share of the step before its batches were there; `train/peak_memory_gb`: of
-    the device, or of the process on a CPU. With several ranks, `train/tokens_per_second_min` and
-    `_max`: of the ranks with the fewest and the most tokens, and `train/data_wait_max`: of the one
-        that waited longest, at the steps that are logged.
+    - `train/tokens_per_second`: tokens of all ranks, without the time of validations and saves
+    - `train/trained_tokens_per_second`: the same for tokens with a loss
+    - `train/num_tokens`: tokens of all ranks since the run began, resumes included
+    - `train/mfu`: model FLOPs utilization, as a share of the peak of all devices
+    - `train/data_wait`: share of the step's time that this rank waited for batches
+    - `train/peak_memory_gb`: peak memory of the device, or of the process on a CPU, in 1e9 bytes
+
+    With several ranks, at the steps that are logged:
+
+    - `train/tokens_per_second_min`, `train/tokens_per_second_max`: the slowest and fastest rank
+    - `train/data_wait_max`: the rank that waited longest
     """
 
     def __init__(self) -> None:
         self.num_tokens: torch.Tensor | float = 0.0
         self.cost: StepCost | None = None
-        self.step_began = self.waited = 0.0
+        self.step_began = 0.0
+        """Time at which the current optimizer step began."""
+        self.waited = 0.0
+        """Seconds that the loader had waited for batches when the current step began."""
         self.paused = True
-        """Something else than training has happened since the last step: its time is not the next
-        one's.
-        """
-        self.tokens = self.squares = 0
-        """Of this rank, in the running optimizer step."""
+        """Whether a validation or a save came after the last step. Its time does not count."""
+        self.tokens = 0
+        """Tokens of this rank in the current optimizer step."""
+        self.squares = 0
+        """Sum of the squared lengths of the examples in the current step, on this rank."""
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -69,10 +74,10 @@ class Throughput(StepCallback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         waited = trainer.train_dataloader.waited  # type: ignore[union-attr]
-        # A loader that was made anew begins at 0.
+        # A new loader counts from 0.
         self.waited = min(self.waited, waited)
+        # With tokens, the pause was a validation by the clock, within an optimizer step.
         if self.paused and not self.tokens:
-            # Else it was within a step, for a validation by the clock.
             self.step_began = time.monotonic() - (waited - self.waited)
         self.paused = False
         if batch["rows"][0] >= 0:
@@ -92,11 +97,11 @@ class Throughput(StepCallback):
         )
         pl_module.log("train/trained_tokens_per_second", (targets / seconds).float())
         pl_module.log("train/num_tokens", torch.as_tensor(self.num_tokens).double())
-        # Lightning would copy plain numbers to the device, and wait for it.
+        # Tensors, because Lightning would copy plain numbers to the device and wait for it.
         pl_module.log("train/data_wait", torch.tensor(waited / seconds))
         pl_module.log("train/peak_memory_gb", torch.tensor(peak_memory(pl_module.device) / 1e9))
         assert self.cost is not None
-        # Squares of this rank stand for those of the others.
+        # Assumes that the other ranks have the same sum of squared lengths.
         operations = self.cost.of(tokens, targets, self.squares * trainer.world_size)
         pl_module.log("train/mfu", torch.as_tensor(operations / (seconds * self.peak)).float())
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -106,11 +111,13 @@ class Throughput(StepCallback):
             pl_module.log("train/tokens_per_second_min", speeds.min())
             pl_module.log("train/tokens_per_second_max", speeds.max())
             pl_module.log("train/data_wait_max", waits.max())
-        self.step_began, self.tokens, self.squares = time.monotonic(), 0, 0
+        self.step_began = time.monotonic()
+        self.tokens = 0
+        self.squares = 0
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes that were ever in use: allocated on a GPU, resident of the process on a CPU."""
+    """Returns peak memory in bytes: allocated on a GPU, resident in the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return memory_estimate.resident(peak=True)

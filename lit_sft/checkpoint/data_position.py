@@ -1,5 +1,7 @@
-"""Whether a run goes on with the data of its checkpoint, and where: what is remembered, and what
-differs, by name.
+"""The position of a run in its data, and the check that a resumed run has the same data.
+
+A checkpoint holds hashes of its data and the settings behind them, so that an error can name the
+setting that differs.
 """
 
 from __future__ import annotations
@@ -20,9 +22,9 @@ from lit_sft.settings import DataConfig
 log = logging.getLogger(__name__)
 
 DATA_MODULE = "SFTDataModule"
-"""Key under which Lightning keeps the state of the data module in a checkpoint."""
+"""Key of the data module's state in a checkpoint of Lightning."""
 ORDER = ("packing", "global_batch_size", "seed")
-"""Settings that decide the order of the examples, besides what shares a pack."""
+"""Settings that decide the order of the examples, besides the packs."""
 
 
 def remember(
@@ -31,13 +33,12 @@ def remember(
     caches: Mapping[str, ExampleCache],
     packs: Packs,
 ) -> dict[str, Any]:
-    """What a checkpoint keeps of the data: hashes, and by the names of the settings all that
-    decides the examples.
+    """Returns what a checkpoint keeps about its data: hashes, and the settings by name.
 
     Args:
-        settings: `Preparation.identity` of the training set; what stands beside its `renderer`
-            wins.
-        options: Of the data module.
+        settings: `Preparation.identity` of the training set. Its own keys take precedence over
+            those of its `renderer`.
+        options: The settings of the data module.
         caches: The tokenized training set, and the validation set if there is one.
         packs: Which training examples share a row.
     """
@@ -52,25 +53,26 @@ def remember(
 
 
 def check_same(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuses to go on with other examples, or in another order, than those of a checkpoint.
+    """Checks that a resumed run has the examples of its checkpoint, in the same order.
 
     Args:
-        saved: What `remember` returned then; what an older checkpoint lacks counts as equal.
-        now: What it returns now.
+        saved: The result of `remember` in the checkpoint. An entry that an older checkpoint lacks
+            counts as equal.
+        now: The result of `remember` in this run.
 
     Raises:
-        UserError: Says which setting differs.
+        UserError: Something differs; the message names the setting.
     """
     changed = _differences(saved["order"], now["order"])
     if saved["examples"] != now["examples"]:
-        changed += _differences(saved["settings"], now["settings"]) or [
-            "the tokens themselves, by no setting"
-        ]
+        by_settings = _differences(saved["settings"], now["settings"])
+        changed += by_settings or ["the tokens themselves, by no setting"]
     elif saved.get("packs", now["packs"]) != now["packs"]:
-        length = _differences(
-            *({"max_length": data["settings"]["max_length"]} for data in (saved, now))
-        )
-        changed += length or ([] if changed else ["which examples share a row, by no setting"])
+        before = {"max_length": saved["settings"]["max_length"]}
+        length = _differences(before, {"max_length": now["settings"]["max_length"]})
+        changed += length
+        if not changed:
+            changed.append("which examples share a row, by no setting")
     if changed:
         raise UserError(
             "the checkpoint was made with other examples or in another order:"
@@ -79,10 +81,16 @@ def check_same(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
 
 
 def tell_other_validation(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Warns where losses before and after the checkpoint are of different rows, between which the
-    best is chosen.
+    """Warns if the validation set differs from that of the checkpoint.
+
+    The best checkpoint would be chosen between losses of different rows.
+
+    Args:
+        saved: The result of `remember` in the checkpoint.
+        now: The result of `remember` in this run.
     """
-    before, after = saved.get("validation"), now["validation"]
+    before = saved.get("validation")
+    after = now["validation"]
     if before and after and before != after:
         log.warning(
             "validation: other examples than before the checkpoint; the best score so far, which"
@@ -91,15 +99,14 @@ def tell_other_validation(saved: Mapping[str, Any], now: Mapping[str, Any]) -> N
 
 
 def check_split(saved: Mapping[str, Any], rows: str) -> None:
-    """Refuses to split the validation rows off other rows than those the checkpoint was trained on
-    the rest of.
+    """Checks that `data.val_size` splits off the rows that it split off for the checkpoint.
 
     Args:
-        saved: What `remember` returned then.
-        rows: Fingerprint of the training rows that are left now.
+        saved: The result of `remember` in the checkpoint.
+        rows: Fingerprint of the training rows after the split.
 
     Raises:
-        UserError: Some of the rows to evaluate on may have been trained.
+        UserError: The rows differ, so the checkpoint may be trained on some validation rows.
     """
     if _differences(saved["settings"], _readable({"rows": rows})):
         raise UserError(
@@ -112,8 +119,9 @@ def check_split(saved: Mapping[str, Any], rows: str) -> None:
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands between two optimizer steps, whatever the number of ranks and the size of
-    a micro-batch.
+    """The position between two optimizer steps.
+
+    It depends neither on the number of ranks nor on the size of a micro-batch.
     """
 
     epoch: int
@@ -128,11 +136,12 @@ class Position:
     ) -> Position:
         """Reads the position of a checkpoint.
 
-        An epoch that has got so short that it is over counts as done. But a checkpoint that was
-        saved in a validation stays in its epoch, so that the validation comes first.
+        If the epoch is shorter now, so that it has ended by this position, the next epoch begins.
+        But a checkpoint saved during a validation stays in its epoch, so that the validation is
+        repeated first.
 
         Args:
-            checkpoint: A checkpoint that has a position.
+            checkpoint: A checkpoint with a position.
             order: The order of the training set.
             limit_train_batches: `trainer.limit_train_batches`.
         """
@@ -148,11 +157,12 @@ class Position:
     def count_batches(
         self, loops: dict[str, Any], order: StepOrder, limit_train_batches: int | float
     ) -> None:
-        """Rewrites the micro-batch counters in the state of Lightning's loops. Differences between
-        them are kept.
+        """Rewrites the counters of micro-batches in the state of Lightning's loops.
+
+        The differences between the counters are kept.
 
         Args:
-            loops: State of the fit loop.
+            loops: State of the fit loop; it is changed.
             order: The order of the training set.
             limit_train_batches: `trainer.limit_train_batches`.
         """
@@ -163,13 +173,12 @@ class Position:
         _shift(progress["total"], ready=self.epoch * per_epoch + batches)
 
     def count_epochs(self, loops: dict[str, Any]) -> None:
-        """Rewrites the epoch counters in the state of Lightning's loops, to those of an epoch that
-        goes on.
+        """Rewrites the epoch counters in the state of Lightning's loops to an unfinished epoch.
 
-        `trainer.max_steps` ends an epoch early, and Lightning has counted it as done.
+        `trainer.max_steps` may have ended the epoch early, and then Lightning counts it as done.
 
         Args:
-            loops: State of the fit loop.
+            loops: State of the fit loop; it is changed.
         """
         for counters in loops["epoch_progress"].values():
             counters["processed"] = counters["started"] - (1 if self.steps else 0)
@@ -177,15 +186,14 @@ class Position:
 
 
 def restore(checkpoint: Mapping[str, Any], trainer: Any) -> None:
-    """Lets a run go on where its checkpoint stands: the data module and the counters of Lightning's
-    loops.
+    """Restores the position of a checkpoint in the data module and in Lightning's loops.
 
-    Lightning counts micro-batches, and an optimizer step may have another number of them than it
-    had then.
+    Lightning counts micro-batches, but the number of micro-batches per optimizer step may have
+    changed since the checkpoint was saved.
 
     Args:
-        checkpoint: Its `loops` are changed, before Lightning reads them.
-        trainer: Its data module gets the position.
+        checkpoint: The checkpoint. Its `loops` are changed before Lightning reads them.
+        trainer: The trainer, whose data module gets the position.
     """
     datamodule = trainer.datamodule
     order = datamodule.orders["train"]
@@ -206,17 +214,17 @@ def _shift(counters: dict[str, int], ready: int) -> None:
 
 
 def _readable(parts: Mapping[str, Any]) -> dict[str, str]:
-    """Settings as short texts: long ones are hashed."""
-    texts = {
-        key: json.dumps(value, sort_keys=True, ensure_ascii=False) for key, value in parts.items()
-    }
-    return {
-        key: text if len(text) <= 80 else "#" + hashlib.sha256(text.encode()).hexdigest()[:12]
-        for key, text in texts.items()
-    }
+    """Returns settings as short texts, in which a hash replaces a long value."""
+    texts = {}
+    for key, value in parts.items():
+        text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+        if len(text) > 80:
+            text = "#" + hashlib.sha256(text.encode()).hexdigest()[:12]
+        texts[key] = text
+    return texts
 
 
 def _differences(saved: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """What differs of all that both know, as `max_length (2048, now 1024)`."""
+    """Lists the settings in both that differ, such as `max_length (2048, now 1024)`."""
     changed = [key for key in sorted(saved.keys() & now.keys()) if saved[key] != now[key]]
     return [f"{key} ({saved[key]}, now {now[key]})" for key in changed]

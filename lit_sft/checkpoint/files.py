@@ -1,5 +1,6 @@
-"""Checkpoints on disk: a file, or a directory of parts and a manifest. Their names, how they are
-written, and which are kept.
+"""Checkpoints on disk: their names, how they are written, and which are kept.
+
+A checkpoint is one file, or a directory with one part per rank and a manifest.
 """
 
 from __future__ import annotations
@@ -31,22 +32,22 @@ STATE = "state.pt"
 PART = "part-{}.pt"
 MANIFEST = "manifest.json"
 LATER = ".{}.later"
-"""A checkpoint of what a run did after the one that it went back to; the next save removes it."""
+"""Name of a later checkpoint when a run resumes from an earlier one. The next save removes it."""
 
 
 def path_of(run_folder: Path, step: int) -> Path:
-    """Where the checkpoint of an optimizer step lies."""
+    """Returns the path of the checkpoint of an optimizer step."""
     return run_folder / FOLDER / f"step={step:06d}.ckpt"
 
 
 def step_of(path: Path) -> int | None:
-    """The number of optimizer steps in a checkpoint's name."""
+    """Returns the optimizer step in the name of a checkpoint; None for another name."""
     name = path.resolve().stem
     return int(name.removeprefix("step=")) if name.startswith("step=") else None
 
 
 def aside(path: Path) -> Path:
-    """The name under which a checkpoint is written before it is complete; the same on all ranks."""
+    """Returns the temporary path that a checkpoint is written to, the same on all ranks."""
     return path.with_name(f".{path.name}.tmp")
 
 
@@ -54,12 +55,12 @@ def aside(path: Path) -> Path:
 
 
 def runs_below(logs: Path) -> list[Path]:
-    """Folders with the names that runs get, and not what somebody has copied or renamed."""
+    """Returns the folders `version_N`; copies and folders with other names are left out."""
     return [path for path in logs.glob("version_*") if re.fullmatch(r"version_\d+", path.name)]
 
 
 def checkpoints_of(run: Path) -> list[Path]:
-    """The checkpoints of a run, and one of the user's if the run went back to that."""
+    """Returns the checkpoints of a run, and one of the user's if `last.ckpt` points at it."""
     ours = [path for path in own_checkpoints(run / FOLDER) if not path.is_symlink()]
     last = last_of(run)
     if last is None or last in ours or not last.exists():
@@ -68,28 +69,26 @@ def checkpoints_of(run: Path) -> list[Path]:
 
 
 def last_of(run: Path) -> Path | None:
-    """The checkpoint that the link `last.ckpt` of a run names, whether it exists or not."""
+    """Returns the checkpoint that `last.ckpt` of a run points at, whether it exists or not."""
     name = files.target(run / FOLDER / LAST)
     return None if name is None else Path(os.path.normpath(run / FOLDER / name))
 
 
 def own_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints that we have written into a folder, and not those of a `ModelCheckpoint` of the
-    user's.
-    """
-    return [
-        path for path in folder.glob("step=*.ckpt") if re.fullmatch(r"step=\d{6,}\.ckpt", path.name)
-    ]
+    """Returns the checkpoints of `Checkpointer`, without those of a user's `ModelCheckpoint`."""
+    named_alike = folder.glob("step=*.ckpt")
+    return [path for path in named_alike if re.fullmatch(r"step=\d{6,}\.ckpt", path.name)]
 
 
 def newest_first(paths: Iterable[Path]) -> list[Path]:
-    """Sorts by time; of equal times by name."""
+    """Sorts by time of modification, and by name if times are equal."""
     return sorted(paths, key=lambda path: (modified(path), path.name), reverse=True)
 
 
 def modified(path: Path) -> int:
-    """Time of the last change in nanoseconds; 0 if the file is gone, as another run may remove one
-    at any time.
+    """Returns the time of modification in nanoseconds; 0 if the file is gone.
+
+    Another run may remove its checkpoints at any time.
     """
     try:
         return path.stat().st_mtime_ns
@@ -102,7 +101,10 @@ def modified(path: Path) -> int:
 
 @contextmanager
 def reported(path: Path) -> Iterator[None]:
-    """Tells in one line that a checkpoint could not be written.
+    """Turns errors while writing a checkpoint into an error of one line.
+
+    Args:
+        path: The checkpoint.
 
     Raises:
         UserError: The disk is full, or cannot be written for another reason.
@@ -112,7 +114,7 @@ def reported(path: Path) -> Iterator[None]:
     except OSError as error:
         raise _not_written(path, str(error.strerror)) from error
     except RuntimeError as error:
-        # Torch's writer reports a full disk this way.
+        # This is how torch's writer reports a full disk.
         if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
             raise
         raise _not_written(path, "is the disk full?") from error
@@ -125,7 +127,7 @@ def _not_written(path: Path, reason: str) -> UserError:
 
 
 def write(value: Any, path: Path) -> None:
-    """Writes tensors and plain values, and waits until the disk has them."""
+    """Writes tensors and plain values to a file, and syncs it to disk."""
     with path.open("wb") as file:
         torch.save(value, file)
         file.flush()
@@ -133,7 +135,7 @@ def write(value: Any, path: Path) -> None:
 
 
 def write_manifest(folder: Path) -> None:
-    """Lists the parts and their sizes; a directory without it is not complete."""
+    """Lists the parts and their sizes. A directory without a manifest is not complete."""
     sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     with files.atomic_write(folder / MANIFEST) as file:
         json.dump({"files": sizes}, file, indent=2)
@@ -141,8 +143,9 @@ def write_manifest(folder: Path) -> None:
 
 
 def clear(path: Path, is_folder: bool) -> None:
-    """Makes place for what is written aside; of a save that was killed nothing may be taken for a
-    part of this one.
+    """Makes room for a checkpoint that is written aside.
+
+    Parts that a killed save has left are removed, so that none is taken for a part of this one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if is_folder:
@@ -151,28 +154,32 @@ def clear(path: Path, is_folder: bool) -> None:
 
 
 def put_in_place(path: Path) -> None:
-    """Gives what was written aside its name. What bears that name already, from a run that went
-    another way, goes.
+    """Gives a checkpoint that was written aside its name.
+
+    It replaces a checkpoint of the same step, which a run may have left that was resumed from an
+    earlier one.
     """
-    if aside(path).is_dir():
+    is_folder = aside(path).is_dir()
+    if is_folder:
         write_manifest(aside(path))
-    if path.is_dir() or path.exists() and aside(path).is_dir():
-        # Only a file can be replaced in one step.
+    # Only a file can replace a file in one step.
+    if path.is_dir() or (path.exists() and is_folder):
         remove(path)
     os.replace(aside(path), path)
     files.sync_folder(path.parent)
 
 
 def remove(path: Path) -> None:
-    """Removes a file or a directory; of a directory that is killed half-way no part bears the old
-    name.
+    """Removes a file or a directory.
+
+    A directory is renamed first, so that a kill never leaves half of one under its old name.
     """
     if path.is_dir() and not path.is_symlink():
-        # A name that `keep` clears away.
+        # `keep` removes what is left under this name.
         doomed = path.with_name(f".{path.name.removeprefix('.')}.old")
         shutil.rmtree(doomed, ignore_errors=True)
+        # Another rank may have renamed it already.
         with suppress(FileNotFoundError):
-            # Another rank was faster.
             os.replace(path, doomed)
         shutil.rmtree(doomed, ignore_errors=True)
     else:
@@ -184,7 +191,7 @@ def remove(path: Path) -> None:
 
 @dataclass(frozen=True)
 class KeepPolicy:
-    """What becomes of the other checkpoints of a run when one is complete."""
+    """Which other checkpoints of a run are kept when a new one is complete."""
 
     is_best: bool
     """Whether the new checkpoint is the best so far."""
@@ -193,8 +200,11 @@ class KeepPolicy:
 
 
 def keep(path: Path, policy: KeepPolicy) -> None:
-    """Points the links to a checkpoint that is complete, then removes those that are no longer
-    kept.
+    """Points the links at a complete checkpoint, and then removes those no longer kept.
+
+    Args:
+        path: The complete checkpoint.
+        policy: Whether it is the best, and how many are kept.
     """
     folder = path.parent
     _make_newest(path)
@@ -205,8 +215,7 @@ def keep(path: Path, policy: KeepPolicy) -> None:
     for other in newest_first(own_checkpoints(folder))[policy.keep_last :]:
         if other.name not in kept:
             remove(other)
-    # What is left of saves that were killed, and checkpoints that were set aside when the run went
-    # back.
+    # Remains of killed saves, and checkpoints that `go_back` has set aside.
     for left in folder.glob(".step=*"):
         remove(left)
 
@@ -215,20 +224,25 @@ def go_back(path: Path, step: int, best_step: int | None) -> bool:
     """Points last.ckpt at the checkpoint that a run resumes from.
 
     Otherwise a crash before the next save would resume the abandoned branch. Later checkpoints are
-    set aside until that save is complete. If this is killed half-way, the next start does the rest.
+    set aside until that save is complete. If this is killed half-way, the next start completes it.
 
     Args:
-        path: The checkpoint.
+        path: The checkpoint to resume from.
         step: Its step.
-        best_step: Step of the best by then. Whether `best.ckpt` names that now is returned; else
-            there is none.
+        best_step: The step of the best checkpoint so far, as `path` knows it.
+
+    Returns:
+        Whether `best.ckpt` now points at that best checkpoint; otherwise there is no `best.ckpt`.
+
+    Raises:
+        UserError: The folder cannot be written.
     """
     folder = path.parent.parent / FOLDER
     with reported(path):
         if path.name not in (LAST, BEST) and last_of(path.parent.parent) != path:
             files.point(folder / LAST, os.path.relpath(path, folder))
+        # A checkpoint of another user keeps its time.
         with suppress(PermissionError):
-            # Another user's.
             _make_newest(path)
         has_best = _restore_best(folder, step, best_step)
         later = [other for other in own_checkpoints(folder) if (step_of(other) or 0) > step]
@@ -246,8 +260,15 @@ def go_back(path: Path, step: int, best_step: int | None) -> bool:
 
 
 def _restore_best(folder: Path, step: int, best_step: int | None) -> bool:
-    """Points `best.ckpt` to the best checkpoint by then, or removes it. Whether it names that is
-    returned.
+    """Points `best.ckpt` at the best checkpoint up to a step, or removes the link.
+
+    Args:
+        folder: The folder of the checkpoints.
+        step: The step to resume from.
+        best_step: The step of the best checkpoint so far; None if it is not known.
+
+    Returns:
+        Whether `best.ckpt` points at a checkpoint that still exists.
     """
     link = folder / BEST
     named = files.target(link)
@@ -266,8 +287,10 @@ def _restore_best(folder: Path, step: int, best_step: int | None) -> bool:
 
 
 def _make_newest(path: Path) -> None:
-    """Makes a checkpoint newer than all others of all runs, also where the clock was turned back
-    meanwhile.
+    """Makes a checkpoint newer than those of all runs, so that `--ckpt_path last` finds it.
+
+    The clock alone does not ensure that: it may have been turned back, and a run may resume from an
+    old checkpoint.
     """
     run = path.parent.parent
     latest = 0
@@ -283,10 +306,10 @@ def _make_newest(path: Path) -> None:
 
 
 def read(path: Path) -> Any:
-    """Tensors and plain values, mapped from the file; never runs code.
+    """Reads tensors and plain values, mapped from the file. It never runs code of the file.
 
     Raises:
-        UserError: It holds something else.
+        UserError: The file holds something else.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -298,10 +321,10 @@ def read(path: Path) -> Any:
 
 
 def check(path: Path) -> None:
-    """Refuses a checkpoint that is not there or not complete.
+    """Checks that a checkpoint exists and is complete.
 
     Raises:
-        UserError: See above.
+        UserError: It does not exist, or it is damaged.
     """
     if not path.exists():
         raise UserError(f"--ckpt_path {path}: there is no such checkpoint")
@@ -313,8 +336,10 @@ def check(path: Path) -> None:
 
 
 def is_intact(path: Path) -> bool:
-    """Whether a checkpoint is complete and unchanged: torch writes zip files, whose directory is at
-    the end and names all checksums; the manifest of a sharded one names all parts and their sizes.
+    """Whether a checkpoint is complete and unchanged.
+
+    torch writes zip files: the directory at their end holds a checksum of every entry. The manifest
+    of a sharded checkpoint lists all parts with their sizes.
     """
     try:
         if not path.is_dir():
@@ -332,7 +357,7 @@ def is_intact(path: Path) -> bool:
 
 @lru_cache
 def _checksums_hold(path: Path, modified: int, size: int) -> bool:
-    """Of one zip file, read once in a process as long as it does not change."""
+    """Whether the checksums of a zip file hold. The result is cached until the file changes."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None

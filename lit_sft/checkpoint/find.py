@@ -1,4 +1,4 @@
-"""Which checkpoint `--ckpt_path` means."""
+"""Finds the checkpoint that `--ckpt_path` names."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ log = logging.getLogger(__name__)
 
 
 def find_checkpoint(ckpt_path: str | None, logs: Path, subcommand: str) -> str | None:
-    """Returns the path of the checkpoint that is meant.
+    """Returns the path of the checkpoint to resume from or to evaluate.
 
     Args:
-        ckpt_path: A checkpoint or the folder of a run; `last` for the newest intact checkpoint of
-            all runs; `best`, but for `fit`, for the best one of the run that holds it.
-        logs: `lightning_logs`.
-        subcommand: The command. With `last`, `fit` starts anew where there is no checkpoint, and
-            gets None.
+        ckpt_path: The path of a checkpoint or of a run's folder. `last` is the newest intact
+            checkpoint of all runs, `best` the best checkpoint of the same run (not for `fit`).
+        logs: The folder `lightning_logs`.
+        subcommand: The command.
+
+    Returns:
+        The path. None if `ckpt_path` is None, or if it is `last`, there is no checkpoint, and
+        `fit` starts a new run.
 
     Raises:
         UserError: There is no such checkpoint.
@@ -61,15 +64,14 @@ def _find_by_path(ckpt_path: str) -> Path:
 
 
 def find_last(logs: Path, run: str | None = None) -> Path | None:
-    """Returns the last intact checkpoint of the newest run, or of one run. Torn ones are passed
-    over with a warning.
+    """Returns the last intact checkpoint of the newest run, or of one run.
 
-    In a run the link `last.ckpt` says which was the last, as the files of a copied folder may have
-    other times.
+    Torn checkpoints are skipped with a warning. Within a run `last.ckpt` decides and not the time,
+    because a copy of a folder may have lost the times of its files.
 
     Args:
-        logs: `lightning_logs`.
-        run: Name of a run's folder; None for all of them.
+        logs: The folder `lightning_logs`.
+        run: Name of a run's folder; None searches all runs.
     """
     run_of: dict[Path, Path] = {}
     for folder in [logs / run] if run else files.runs_below(logs):
@@ -86,8 +88,13 @@ def find_last(logs: Path, run: str | None = None) -> Path | None:
 
 
 def _best_beside(last: Path) -> Path:
-    """The best checkpoint of a run. Its last one may be a file of the user's, in a folder beside
-    ours.
+    """Returns the best checkpoint of the run that a checkpoint belongs to.
+
+    Args:
+        last: A checkpoint of the run. It may be a user's file in another folder of the run.
+
+    Raises:
+        UserError: The run has no intact best checkpoint.
     """
     folder = last.parent.parent / files.FOLDER
     name = target(folder / files.BEST)
@@ -100,15 +107,12 @@ def _best_beside(last: Path) -> Path:
 
 
 def _warn_of_newer_runs(logs: Path, found: Path) -> None:
-    """Says which newer runs are passed over, because they were stopped before they saved
-    anything.
-    """
+    """Warns of newer runs that are skipped because they stopped before their first save."""
     run = found.parent.parent
-    newer = [
-        folder.name
-        for folder in files.runs_below(logs)
-        if _is_newer_without_checkpoint(folder, found)
-    ]
+    newer = []
+    for folder in files.runs_below(logs):
+        if _is_newer_without_checkpoint(folder, found):
+            newer.append(folder.name)
     if newer:
         log.warning(
             "%s: no checkpoint yet, passed over for the older %s", ", ".join(sorted(newer)), run

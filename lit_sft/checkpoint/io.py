@@ -1,4 +1,4 @@
-"""How checkpoints are written (aside, synced, renamed) and read."""
+"""Writes checkpoints atomically (aside, synced, renamed), and reads them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,17 @@ from typing_extensions import override
 from lit_sft.checkpoint import files, sharded
 from lit_sft.checkpoint.files import KeepPolicy
 from lit_sft.errors import UserError
+from lit_sft.files import check_not_removed
 
 
 class CheckpointFiles(TorchCheckpointIO):
-    """How Lightning writes and reads checkpoints. A state that is spread over ranks becomes a
-    directory with a part of each, everything else one file.
+    """Lightning's plugin that writes and reads checkpoints.
+
+    A state that is sharded over ranks becomes a directory with one part per rank. Any other state
+    becomes one file.
 
     Args:
-        async_save: Write in a thread, from a copy in host memory, while training goes on.
+        async_save: Write in a thread, from a copy in host memory, while training continues.
     """
 
     def __init__(self, async_save: bool = False) -> None:
@@ -39,18 +42,18 @@ class CheckpointFiles(TorchCheckpointIO):
         path: str | os.PathLike,
         storage_options: KeepPolicy | None = None,
     ) -> None:
-        """Saves; on rank 0 only, or on all ranks where the state is sharded.
+        """Saves a checkpoint. Rank 0 calls it, or all ranks if the state is sharded.
 
         Args:
-            checkpoint: Tensors and plain values; DTensors are what is sharded.
-            path: File or directory to write.
-            storage_options: What becomes of the other checkpoints of the run, once this one is
-                complete. Lightning passes the argument on from the call that saves. A
-                `ModelCheckpoint` of the user's passes None, and removes nothing of ours; an
-                attribute of this object would hold for its saves, too.
+            checkpoint: Tensors and plain values; DTensors are sharded.
+            path: The file or directory to write.
+            storage_options: Which other checkpoints of the run are kept. Lightning passes it on
+                from the call that saves. It is None for a user's `ModelCheckpoint`, whose saves
+                remove none of our checkpoints; an attribute of this object would apply to its
+                saves, too.
 
         Raises:
-            UserError: It could not be written, or (in a thread) the one before it.
+            UserError: This checkpoint could not be written, or (with `async_save`) the one before.
         """
         self.wait()
         path = Path(path)
@@ -58,12 +61,17 @@ class CheckpointFiles(TorchCheckpointIO):
         pieces = None
         if sharded.is_sharded(checkpoint):
             checkpoint, pieces = sharded.split(checkpoint)
-            # A group of its own, on the CPU: a thread uses it while the ranks train with another.
+            # The thread needs its own group (on the CPU), because training uses the default one.
             if self._group is None:
                 self._group = distributed.new_group(backend="gloo")
-        self._agree(
-            path, pieces, lambda: files.clear(path, is_folder=pieces is not None), only_first=True
-        )
+
+        def make_room() -> None:
+            # Only our own checkpoints have a policy. They lie in the folder of the run.
+            if policy is not None:
+                check_not_removed(path.parent.parent)
+            files.clear(path, is_folder=pieces is not None)
+
+        self._agree(path, pieces, make_room, only_first=True)
         if not self.async_save:
             self._write(checkpoint, pieces, path, policy)
             return
@@ -74,19 +82,19 @@ class CheckpointFiles(TorchCheckpointIO):
         self._thread.start()
 
     def wait(self) -> None:
-        """Until nothing is being written any more.
+        """Waits until the thread has written its checkpoint.
 
         Raises:
-            UserError: It could not be written.
+            UserError: The checkpoint could not be written.
         """
         self.teardown()
         self.check()
 
     def check(self) -> None:
-        """Notices, without waiting, that what was written in the thread has failed.
+        """Raises the error of the thread, if it has failed; does not wait for it.
 
         Raises:
-            UserError: It has.
+            UserError: The checkpoint could not be written.
         """
         error, self._error = self._error, None
         if error is not None:
@@ -94,7 +102,7 @@ class CheckpointFiles(TorchCheckpointIO):
 
     @override
     def teardown(self) -> None:
-        """Ends with the run, whatever became of it."""
+        """Waits for the thread, and ignores its errors."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -137,8 +145,17 @@ class CheckpointFiles(TorchCheckpointIO):
     def _agree(
         self, path: Path, pieces: Any, act: Callable[[], None], only_first: bool = False
     ) -> None:
-        """Acts; where the state is sharded, on each rank (or the first), and raises on all of them
-        if one failed.
+        """Runs an action, and raises on all ranks if it fails on one of them.
+
+        Args:
+            path: The checkpoint, for messages.
+            pieces: This rank's part of a sharded state; None if the state is not sharded. Then
+                nothing is communicated.
+            act: The action.
+            only_first: Run it on rank 0 only.
+
+        Raises:
+            UserError: The action failed.
         """
         error = None
         try:
@@ -164,11 +181,12 @@ class CheckpointFiles(TorchCheckpointIO):
 
 
 def open_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
-    """A checkpoint whose tensors stay in their files until they are used: `tensor[slices]` reads a
-    part of one.
+    """Opens a checkpoint; its tensors stay in their files until they are used.
+
+    `tensor[slices]` reads a part of a sharded tensor.
 
     Raises:
-        UserError: It is not there, torn, or holds something else than tensors and plain values.
+        UserError: It does not exist, is torn, or holds more than tensors and plain values.
     """
     path = Path(path)
     files.check(path)
@@ -182,24 +200,24 @@ def open_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def read_checkpoint(path: str | os.PathLike, without: tuple[str, ...] = ()) -> dict[str, Any]:
-    """A whole checkpoint on the CPU, whatever number of ranks wrote it.
+    """Reads a whole checkpoint to the CPU, whatever number of ranks has written it.
 
     Args:
         path: A file or a directory.
-        without: Entries that are not read.
+        without: Top-level entries to leave out.
 
     Raises:
-        UserError: It is not there, torn, or holds something else than tensors and plain values.
+        UserError: It does not exist, is torn, or holds more than tensors and plain values.
     """
     checkpoint = open_checkpoint(path)
     return sharded.whole({key: value for key, value in checkpoint.items() if key not in without})
 
 
 def saved_step(path: str | os.PathLike) -> int:
-    """The optimizer steps in a checkpoint, whatever its name.
+    """Returns the optimizer step of a checkpoint, read from its content and not from its name.
 
     Raises:
-        UserError: It is not there, torn, or another kind of file.
+        UserError: It does not exist, is torn, or is another kind of file.
     """
     step = open_checkpoint(path).get("global_step")
     if step is None:

@@ -1,9 +1,9 @@
-"""A state that is sharded over ranks: split into what each rank holds, and joined again for any
-number of ranks.
+"""Splits a state that is sharded over ranks into parts, and joins them for any number of ranks.
 
-A checkpoint is a tree of dicts and lists with tensors and plain values as leaves. Splitting it
-gives the same tree on every rank, with an empty (meta) tensor of the whole shape in place of each
-sharded one, and this rank's pieces of those by their place in the tree.
+A checkpoint is a tree of dicts and lists whose leaves are tensors and plain values. `split` returns
+two things. The first is the same tree on every rank, in which a meta tensor of the full shape
+replaces each sharded tensor. The second is the pieces of this rank, by their place in the tree.
+
 torch.distributed.checkpoint does the same, but its index is a pickle, and reading a pickle can run
 code.
 """
@@ -21,17 +21,17 @@ from torch.distributed.tensor import DTensor
 from lit_sft.errors import UserError
 
 Piece = tuple[list[int], Tensor]
-"""Where it begins in the whole tensor (one number for each dimension), and its values."""
+"""The offset of a piece in the whole tensor (one number per dimension), and its values."""
 
 
 def map_leaves(function: Callable[[str, Any], Any], tree: Any, place: str = "") -> Any:
-    """A tree of the same form.
+    """Returns a tree of the same form with new leaves.
 
     Args:
-        function: (place in the tree such as `optimizer_states/0/state/3/exp_avg`, leaf) to the new
-            leaf.
-        tree: Dicts, lists and tuples (which become lists) of leaves.
-        place: Of the tree itself.
+        function: Takes the place of a leaf (`optimizer_states/0/state/3/exp_avg`) and the leaf, and
+            returns the new leaf.
+        tree: Dicts, lists and tuples of leaves. Tuples become lists.
+        place: The place of `tree` itself.
     """
     if isinstance(tree, dict):
         return {key: map_leaves(function, item, f"{place}/{key}") for key, item in tree.items()}
@@ -41,14 +41,14 @@ def map_leaves(function: Callable[[str, Any], Any], tree: Any, place: str = "") 
 
 
 def is_sharded(tree: Any) -> bool:
-    """Whether ranks hold different parts of it."""
+    """Whether a tree holds a tensor that is sharded over ranks."""
     found = []
     map_leaves(lambda place, leaf: found.append(place) if isinstance(leaf, DTensor) else None, tree)
     return bool(found)
 
 
 def split(tree: Any) -> tuple[Any, dict[str, Piece]]:
-    """The tree with meta tensors in place of sharded ones, and this rank's pieces of them."""
+    """Replaces sharded tensors by meta tensors, and returns this rank's pieces of them, too."""
     pieces: dict[str, Piece] = {}
 
     def leaf(place: str, value: Any) -> Any:
@@ -63,43 +63,47 @@ def split(tree: Any) -> tuple[Any, dict[str, Piece]]:
 
 
 def local_offset(tensor: DTensor) -> list[int]:
-    """Where this rank's part begins in each dimension. torch has no public function for it."""
+    """Returns the offset of this rank's part in each dimension.
+
+    torch has no public function for it.
+    """
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    return list(
-        compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)[
-            1
-        ]
+    _, offset = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
     )
+    return list(offset)
 
 
 def _is_first_copy(tensor: DTensor) -> bool:
-    """Of the ranks that hold the same part, one writes it."""
+    """Whether this rank writes its part: of the ranks that hold the same part, one does."""
     coordinates: Sequence[int] = tensor.device_mesh.get_coordinate() or ()
     return all(p.is_shard() or c == 0 for p, c in zip(tensor.placements, coordinates, strict=True))
 
 
 class StoredTensor:
-    """A tensor whose pieces lie in files; indexing reads only what is asked for.
+    """A tensor whose pieces lie in files. Indexing reads only the region that is asked for.
 
     Args:
-        shape: Of the whole.
-        dtype: Of the whole.
-        pieces: Without overlap, together the whole.
+        shape: Shape of the whole tensor.
+        dtype: Its dtype.
+        pieces: Pieces without overlap that make up the whole tensor.
     """
 
     def __init__(self, shape: Sequence[int], dtype: torch.dtype, pieces: Sequence[Piece]) -> None:
-        self.shape, self.dtype, self.pieces = torch.Size(shape), dtype, pieces
+        self.shape = torch.Size(shape)
+        self.dtype = dtype
+        self.pieces = pieces
 
     def __getitem__(self, index: tuple[slice, ...]) -> Tensor:
-        """The region between start and stop of each dimension."""
+        """Returns a region, given by one slice per dimension."""
         ranges = [range(length)[part] for length, part in zip(self.shape, index, strict=True)]
         result = torch.empty([len(r) for r in ranges], dtype=self.dtype)
         for offset, values in self.pieces:
             target, source = [], []
             for wanted, start, length in zip(ranges, offset, values.shape, strict=True):
                 first = max(wanted.start, start)
-                # Where the piece does not touch the region, the slice is empty.
+                # If the piece lies outside of the region, the slice is empty.
                 end = max(first, min(wanted.stop, start + length))
                 target.append(slice(first - wanted.start, end - wanted.start))
                 source.append(slice(first - start, end - start))
@@ -107,15 +111,19 @@ class StoredTensor:
         return result
 
     def whole(self) -> Tensor:
-        """All of it in memory."""
+        """Returns the whole tensor in memory."""
         return self[tuple(slice(None) for _ in self.shape)]
 
 
 def join(tree: Any, parts: Sequence[dict[str, Piece]]) -> Any:
-    """The tree with `StoredTensor` tensors in place of the meta ones; nothing is read yet.
+    """Replaces meta tensors by `StoredTensor`s; nothing is read yet.
+
+    Args:
+        tree: The tree that `split` returned.
+        parts: The pieces of each rank.
 
     Raises:
-        ValueError: The pieces of a tensor are not the whole of it.
+        ValueError: Pieces of a tensor are missing.
     """
 
     def leaf(place: str, value: Any) -> Any:
@@ -131,18 +139,18 @@ def join(tree: Any, parts: Sequence[dict[str, Piece]]) -> Any:
 
 
 def whole(tree: Any) -> Any:
-    """The tree with all tensors in memory, or mapped from one file."""
+    """Replaces `StoredTensor`s by tensors in memory."""
     return map_leaves(
         lambda _, leaf: leaf.whole() if isinstance(leaf, StoredTensor) else leaf, tree
     )
 
 
 def gather(tree: Any, keep: bool) -> Any:
-    """The tree with whole tensors in host memory, one gathered after the other. All ranks call it.
+    """Gathers sharded tensors in host memory, one after the other. All ranks call it.
 
     Args:
-        tree: With DTensors.
-        keep: Whether this rank needs the result; on others it is without them.
+        tree: A tree with DTensors.
+        keep: Whether this rank needs the result. On other ranks None replaces the tensors.
     """
 
     def leaf(place: str, value: Any) -> Any:
@@ -155,8 +163,9 @@ def gather(tree: Any, keep: bool) -> Any:
 
 
 def copy_into(target: Tensor, source: Tensor | StoredTensor) -> None:
-    """Copies a saved tensor into one of this process; where that is sharded, only this rank's part
-    is read.
+    """Copies a saved tensor into a tensor of this process.
+
+    If `target` is sharded, only this rank's part is read.
 
     Raises:
         UserError: The shapes differ.
@@ -176,7 +185,12 @@ def copy_into(target: Tensor, source: Tensor | StoredTensor) -> None:
 
 
 def shard_like(parameter: Tensor, saved: Mapping[str, Any]) -> dict[str, Any]:
-    """The optimizer's values of one parameter, sharded as it is where they are of its shape."""
+    """Returns the optimizer state of one parameter; values of its shape are sharded like it.
+
+    Args:
+        parameter: The parameter, sharded or not.
+        saved: Its optimizer state in the checkpoint.
+    """
 
     def leaf(place: str, value: Any) -> Any:
         if not isinstance(value, Tensor | StoredTensor):
@@ -192,16 +206,16 @@ def shard_like(parameter: Tensor, saved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class HostCopy:
-    """Copies a tree to host memory that is taken once and used again by the next copy.
+    """Copies a tree to host memory, which is allocated once and reused by the next copy.
 
-    Tensors that share memory do so in the copy, so that tied weights are stored once.
+    Tensors that share memory share it in the copy, too, so that tied weights are stored once.
     """
 
     def __init__(self) -> None:
         self.buffers: dict[str, Tensor] = {}
 
     def __call__(self, tree: Any) -> Any:
-        """The copy; it is complete on return."""
+        """Returns the copy, complete."""
         seen: dict[tuple, Tensor] = {}
 
         def leaf(place: str, value: Any) -> Any:
@@ -220,7 +234,6 @@ class HostCopy:
     def _buffer(self, place: str, like: Tensor) -> Tensor:
         buffer = self.buffers.get(place)
         if buffer is None or buffer.shape != like.shape or buffer.dtype != like.dtype:
-            self.buffers[place] = buffer = torch.empty(
-                like.shape, dtype=like.dtype, pin_memory=like.is_cuda
-            )
+            buffer = torch.empty(like.shape, dtype=like.dtype, pin_memory=like.is_cuda)
+            self.buffers[place] = buffer
         return buffer

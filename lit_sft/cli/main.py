@@ -186,7 +186,7 @@ class SFTCLI(LightningCLI):
             "logger": DummyLogger(),
             "enable_checkpointing": False,
             "enable_progress_bar": False,
-            "callbacks": own_callbacks(asked, self.model, dry=True),
+            "callbacks": own_callbacks(asked, dry=True),
             "default_root_dir": str(Path(asked.default_root_dir or ".")),
         }
         trainer: Any = self._instantiate_trainer({**asked, **replaced}, [])
@@ -203,7 +203,7 @@ class SFTCLI(LightningCLI):
         callbacks = run_callbacks(config, self.ckpt_path, is_fit, files, self._save_config)
         asked = dict(config.trainer)
         if is_fit:
-            asked["callbacks"] = own_callbacks(config.trainer, self.model)
+            asked["callbacks"] = own_callbacks(config.trainer)
         asked["plugins"] = slurm.plugins([*as_list(asked.get("plugins")), files])
         if asked.get("logger") in (None, True):
             asked["logger"] = run_folder.loggers(root)

@@ -1,1 +1,1 @@
-"""How a run is spread over devices."""
+"""Strategies that distribute a run over devices."""

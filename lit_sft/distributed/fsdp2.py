@@ -1,6 +1,4 @@
-"""Which strategies there are, and our `fsdp2`: all devices share the data, every decoder layer is
-sharded.
-"""
+"""The strategy `fsdp2`, which shards every decoder layer, and the check of other strategies."""
 
 from __future__ import annotations
 
@@ -28,17 +26,17 @@ from lit_sft.errors import UserError
 class FSDP2Strategy(ModelParallelStrategy):
     """FSDP2 (`fully_shard`) over all devices of all nodes.
 
-    Lightning's own default would make the devices of a node a tensor-parallel group and split the
+    By default Lightning would make the devices of a node a tensor-parallel group, and split the
     data over nodes only.
 
     Args:
         cpu_offload: Keep parameters, gradients and optimizer state in host memory between uses.
-        reshard_after_forward: Gather a layer's parameters once more for the backward pass; false
-            keeps them in between: more memory, less communication.
-        sync_every_micro_batch: Reduce gradients in each micro-batch; false does so once per
-            optimizer step: less communication, but every rank then holds the gradients of the whole
-            model in fp32.
-        save_distributed_checkpoint: Every rank writes its part into a directory; false gathers one
+        reshard_after_forward: Free a layer's gathered parameters after its forward pass, and gather
+            them again for the backward pass. False needs more memory and less communication.
+        sync_every_micro_batch: Reduce gradients in each micro-batch. False reduces them once per
+            optimizer step. This needs less communication, but every rank then holds the gradients
+            of the whole model in fp32.
+        save_distributed_checkpoint: Every rank writes its part into a directory. False gathers one
             file on rank 0.
     """
 
@@ -56,7 +54,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     @property
     def _sharded(self) -> Any:
-        """The module that computes the loss."""
+        """The sharded module, which computes the loss."""
         assert self.lightning_module is not None
         return self.lightning_module.model
 
@@ -65,14 +63,13 @@ class FSDP2Strategy(ModelParallelStrategy):
         self._data_parallel_size = self.num_nodes * self.num_processes
         self._tensor_parallel_size = 1
         if self._checkpoint_io is None:
-            # No plugin.
             self._checkpoint_io = CheckpointFiles()
         super().setup_environment()
 
     @override
     def _get_process_group_backend(self) -> str:
         if self.cpu_offload and self.root_device.type == "cuda":
-            # The norm of offloaded gradients is summed on the CPU.
+            # The norm of offloaded gradients is reduced on the CPU, which NCCL cannot do.
             return "cpu:gloo,cuda:nccl"
         return super()._get_process_group_backend()
 
@@ -84,7 +81,7 @@ class FSDP2Strategy(ModelParallelStrategy):
                 f"{trainer.precision} to bf16-mixed"
             )
         for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
-            # In which FSDP2 cannot gather; Lightning keeps it off for FSDP1 and gloo only.
+            # FSDP2 cannot gather in inference mode. Lightning turns it off for FSDP1 and gloo only.
             loop.inference_mode = False
         assert self.lightning_module is not None
         self.lightning_module.shard(  # type: ignore[operator]
@@ -98,7 +95,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     def model_to_device(self) -> None:
         super().model_to_device()
         if self.cpu_offload:
-            # Which took the shards along.
+            # Lightning has moved the shards to the device, too.
             self._sharded.to("cpu")
             for buffer in self._sharded.buffers():
                 buffer.data = buffer.data.to(self.root_device)
@@ -106,13 +103,16 @@ class FSDP2Strategy(ModelParallelStrategy):
     @override
     @contextmanager
     def block_backward_sync(self) -> Generator[None, None, None]:
-        """Lightning runs every micro-batch but the last of an optimizer step in it."""
+        """Turns off the reduction of gradients, as `sync_every_micro_batch` says.
+
+        Lightning runs every micro-batch of an optimizer step but the last in this context.
+        """
         self._sharded.set_requires_gradient_sync(self.sync_every_micro_batch)
         yield
         self._sharded.set_requires_gradient_sync(True)
 
-    # ------------------------------------------------------------------ checkpoints: the same tree
-    # as of one device
+    # ------------------------------------------------------------------ checkpoints
+    # They hold the same tree as a checkpoint of one device.
 
     @property
     @override
@@ -132,7 +132,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
     ) -> None:
-        """Every rank its part; or all of it gathered, tensor by tensor, and written by rank 0."""
+        """Saves the part of every rank, or gathers the whole state in one file of rank 0."""
         if not self._save_distributed_checkpoint:
             checkpoint = sharded.gather(checkpoint, keep=self.is_global_zero)
         if self._save_distributed_checkpoint or self.is_global_zero:
@@ -149,25 +149,25 @@ class FSDP2Strategy(ModelParallelStrategy):
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         assert self.lightning_module is not None
-        own, saved = self.lightning_module.state_dict(), checkpoint["state_dict"]
+        own = self.lightning_module.state_dict()
+        saved = checkpoint["state_dict"]
         for name in own.keys() & saved.keys():
             sharded.copy_into(own[name], saved[name])
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            parameters = [
-                parameter for group in optimizer.param_groups for parameter in group["params"]
-            ]
-            own = {
-                number: sharded.shard_like(parameters[number], values)
-                for number, values in state["state"].items()
-            }
+            parameters = []
+            for group in optimizer.param_groups:
+                parameters += group["params"]
+            own = {}
+            for number, values in state["state"].items():
+                own[number] = sharded.shard_like(parameters[number], values)
             optimizer.load_state_dict({**state, "state": own})
 
 
 def register() -> None:
-    """Makes `trainer.strategy: fsdp2` known to Lightning."""
+    """Registers `fsdp2` with Lightning as a value of `trainer.strategy`."""
     if "fsdp2" not in StrategyRegistry:
         StrategyRegistry.register(
             "fsdp2",
@@ -177,11 +177,12 @@ def register() -> None:
 
 
 def check(strategy: Strategy) -> None:
-    """Refuses strategies under which the gradient would not be the mean over all targets. Lets
-    DDP's summed gradients lie in its buffers, of which it would keep copies.
+    """Refuses strategies that are not known to give the exact loss average.
+
+    For DDP it also turns off the copies of gradients beside DDP's buckets.
 
     Raises:
-        UserError: It is none of ours.
+        UserError: The strategy is neither one device, DDP nor `fsdp2`.
     """
     if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy, FSDP2Strategy)):
         raise UserError(

@@ -1,4 +1,4 @@
-"""One run, one folder `version_N`, also over resumes: its number, its loggers, its config.yaml."""
+"""The folder `version_N` of a run, which a resumed run keeps: its number and its loggers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CONFIG = "config.yaml"
 
 @dataclass
 class EarlyStoppingOptions:
-    """Stops when a scalar no longer improves."""
+    """When training stops because a scalar no longer improves."""
 
     monitor: str = "val/loss"
     """Scalar that is watched."""
@@ -36,20 +36,20 @@ class EarlyStoppingOptions:
 
 
 def check_monitor(group: str, options: Any, scores: Sequence[str], validated: bool) -> None:
-    """Whether a scalar is logged at all, and better in the direction that is said; else a run shows
-    it when it is over.
+    """Checks before a run that the monitored scalar is logged, and that its mode is right.
 
     Args:
-        group: The settings' name.
-        options: With `monitor` and `mode`.
-        scores: Names of the scores of answers.
+        group: The name of the settings, for messages.
+        options: Settings with `monitor` and `mode`.
+        scores: Names of the scores of generated answers.
         validated: Whether there is a validation set.
 
     Raises:
-        UserError: It is not.
+        UserError: The scalar is not logged, or the mode is the wrong one for it.
     """
     larger = [f"val/{name}" for name in ("token_accuracy", *scores)] if validated else []
-    known = ["train/loss", *(["val/loss", "val/perplexity"] if validated else []), *larger]
+    smaller = ["val/loss", "val/perplexity"] if validated else []
+    known = ["train/loss", *smaller, *larger]
     if options.monitor not in known:
         raise UserError(
             f"{group}.monitor {options.monitor} is not logged by this run, which logs"
@@ -66,33 +66,35 @@ def check_monitor(group: str, options: Any, scores: Sequence[str], validated: bo
 
 @dataclass
 class ResumeOptions:
-    """What a resumed run insists on."""
+    """What is allowed when a run resumes."""
 
     allow_other_data: bool = False
-    """Go on although data, template, tokenizer or `model.quantization` are not those of the
+    """Resume even if the data, template, tokenizer or `model.quantization` differ from those of the
     checkpoint.
     """
     max_restarts: int = 50
-    """A SLURM job that was started again this often is not requeued any more."""
+    """A SLURM job that was restarted this often is not requeued any more."""
 
 
 def run_folder(ckpt_path: str | Path) -> Path | None:
-    """The `version_N` folder that a checkpoint lies in, if it lies in one."""
+    """Returns the run's folder that holds a checkpoint; None if the checkpoint lies elsewhere."""
     folder = Path(ckpt_path).absolute().parent.parent
     return folder if (folder / CONFIG).is_file() else None
 
 
 def loggers(root: Path) -> list[TensorBoardLogger | AppendingCSVLogger]:
-    """TensorBoard and CSV in one folder; which one, `RunFolder` decides when all ranks are
-    there.
+    """Returns the default loggers, TensorBoard and CSV.
+
+    `RunFolder` chooses their folder later, when all ranks have met.
+
+    Args:
+        root: `trainer.default_root_dir`.
     """
     return [TensorBoardLogger(str(root), name=LOGS), AppendingCSVLogger(str(root), name=LOGS)]
 
 
 def use_folder(loggers: Iterable[Any], folder: Path) -> None:
-    """Makes TensorBoard's and our CSV logger write into a run's folder. Other loggers stay as they
-    are.
-    """
+    """Makes the TensorBoard and CSV loggers write into a run's folder; others are not changed."""
     for logger in loggers:
         if isinstance(logger, AppendingCSVLogger):
             logger.use_folder(folder)
@@ -105,16 +107,14 @@ def choose_folder(root: Path, stage: str, ckpt_path: str | None) -> Path:
 
     Args:
         root: `trainer.default_root_dir`.
-        stage: `fit` insists on the folder of its checkpoint; others write elsewhere where they
-            would disturb a run.
-        ckpt_path: The checkpoint that a run goes on from, or that is evaluated; None for a new
-            folder in any case.
+        stage: `fit` always resumes in the folder of its checkpoint. Other stages write into a new
+            folder if a run still trains there, or if the folder cannot be written.
+        ckpt_path: The checkpoint to resume from or to evaluate; None for a new folder.
     """
     folder = None if ckpt_path is None else run_folder(ckpt_path)
     if folder is None:
         return _new_folder(root / LOGS)
-    # Into a folder that cannot be written TensorBoard would fail in a thread of its own, with a
-    # traceback.
+    # Without write permission TensorBoard would fail in its own thread, with a traceback.
     is_writable = os.access(folder, os.W_OK)
     if stage == "fit" or (is_writable and not run_lock.is_held(folder)):
         return folder
@@ -124,6 +124,7 @@ def choose_folder(root: Path, stage: str, ckpt_path: str | None) -> Path:
 
 
 def _new_folder(logs: Path) -> Path:
+    """Makes and returns the folder with the next free number."""
     logs.mkdir(parents=True, exist_ok=True)
     while True:
         numbers = [-1]
@@ -135,6 +136,6 @@ def _new_folder(logs: Path) -> Path:
         try:
             folder.mkdir()
         except FileExistsError:
-            # Another run has taken the number in between.
+            # Another run has just taken this number.
             continue
         return folder

@@ -1,5 +1,9 @@
-"""One folder, one run: a lock on a file in it, which vanishes with the process that holds it,
-however that ends.
+"""The lock on the folder of a run, so that two processes never train in one folder.
+
+The lock is `flock` on a file in the folder. The kernel drops it when the process ends, even after
+SIGKILL. Windows has no `flock`: there a run goes on without a lock, with one warning.
+
+`filelock` is no alternative: it truncates the file when it opens it, and the file names the holder.
 """
 
 from __future__ import annotations
@@ -18,38 +22,39 @@ from lit_sft.errors import UserError
 try:
     import fcntl
 except ImportError:
-    # Windows.
+    # On Windows.
     fcntl = None  # type: ignore[assignment]
 
 log = logging.getLogger(__name__)
 
 LOCK = ".lock"
-"""In the folder of a run: locked while it trains; tells who does. Never removed: another job may be
-opening it.
+"""Name of the locked file in the folder of a run; it holds who trains there. It is never removed,
+because another job may just be opening it.
 """
 WAIT_SECONDS = 180.0
-"""How long a SLURM job waits for its own earlier start. That has ended when SLURM starts it again;
-but a node that died keeps its locks on NFSv4 until the server's lease is over, a minute and a half
-by default.
+"""How long a requeued SLURM job waits for the lock of its own earlier start.
+
+The earlier start has ended by then. But on NFSv4 the locks of a node that died last until the
+server's lease expires, by default after 90 seconds.
 """
 POLL_SECONDS = 1.0
 
 _held: dict[Path, int] = {}
-"""Descriptors of this process's locks."""
+"""File descriptors of the locks that this process holds."""
 
 
 def hold(folder: Path, job: str | None = None) -> None:
-    """Locks the folder of a run for this process; once more does nothing.
+    """Locks the folder of a run for this process, unless it holds the lock already.
 
-    `flock` is kept by Linux also over NFSv4, and over Lustre where it is mounted with `flock`.
-    Where a file system has no locks, the run goes on without one, and says so.
+    `flock` also works over NFSv4 on Linux, and over Lustre if it is mounted with the option
+    `flock`. On a file system without locks the run goes on without one, with a warning.
 
     Args:
-        folder: Of the run.
+        folder: The folder of the run.
         job: Id of the SLURM job that this process belongs to.
 
     Raises:
-        UserError: Another process holds it.
+        UserError: Another process holds the lock.
     """
     if fcntl is None:
         log.warning(
@@ -61,42 +66,53 @@ def hold(folder: Path, job: str | None = None) -> None:
     if path in _held:
         return
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    deadline = None
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            holder = _read(descriptor)
-            if (
-                job is None
-                or holder.get("job") != job
-                or time.monotonic() > (deadline or float("inf"))
-            ):
-                os.close(descriptor)
-                raise _in_use(folder, holder) from None
-            if deadline is None:
-                log.info("%s: waiting for the earlier start of job %s to end", folder, job)
-                deadline = time.monotonic() + WAIT_SECONDS
-            time.sleep(POLL_SECONDS)
-        except OSError as error:
-            os.close(descriptor)
-            log.warning(
-                "%s cannot be locked (%s): do not resume it twice at a time", folder, error.strerror
-            )
-            return
+    try:
+        _acquire(descriptor, folder, job)
+    except UserError:
+        os.close(descriptor)
+        raise
+    except OSError as error:
+        os.close(descriptor)
+        log.warning(
+            "%s cannot be locked (%s): do not resume it twice at a time", folder, error.strerror
+        )
+        return
     _held[path] = descriptor
     _write(descriptor, job)
 
 
+def _acquire(descriptor: int, folder: Path, job: str | None) -> None:
+    """Takes the lock, and waits for it if the holder is an earlier start of the same SLURM job.
+
+    Raises:
+        UserError: Another process holds the lock.
+        OSError: The file system has no locks.
+    """
+    deadline = None
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            holder = _read(descriptor)
+        if job is None or holder.get("job") != job:
+            raise _in_use(folder, holder)
+        if deadline is None:
+            log.info("%s: waiting for the earlier start of job %s to end", folder, job)
+            deadline = time.monotonic() + WAIT_SECONDS
+        elif time.monotonic() > deadline:
+            raise _in_use(folder, holder)
+        time.sleep(POLL_SECONDS)
+
+
 def is_held(folder: Path) -> bool:
-    """Whether another process trains in it."""
+    """Whether another process trains in a folder."""
     if fcntl is None:
         return False
     try:
         descriptor = os.open(folder.resolve() / LOCK, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
-        # None was made, or it is not ours to touch.
+        # There is no lock file, or it belongs to another user.
         return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -110,13 +126,14 @@ def is_held(folder: Path) -> bool:
 
 
 def release(folder: Path) -> None:
-    """Unlocks the folder of a run, if this process holds it."""
+    """Unlocks the folder of a run, if this process holds the lock."""
     descriptor = _held.pop(folder.resolve() / LOCK, None)
     if descriptor is not None:
         os.close(descriptor)
 
 
 def _write(descriptor: int, job: str | None) -> None:
+    """Writes into the lock file which process holds it."""
     now = datetime.now().astimezone().isoformat(timespec="seconds")
     holder = {"host": socket.gethostname(), "pid": os.getpid(), "job": job, "since": now}
     os.ftruncate(descriptor, 0)
@@ -124,7 +141,7 @@ def _write(descriptor: int, job: str | None) -> None:
 
 
 def _read(descriptor: int) -> dict[str, Any]:
-    """Who holds it; empty in the instant before that is written."""
+    """Returns who holds the lock; empty if the holder has not written it yet."""
     try:
         return dict(json.loads(os.pread(descriptor, 4096, 0)))
     except (ValueError, TypeError):
@@ -132,6 +149,7 @@ def _read(descriptor: int) -> dict[str, Any]:
 
 
 def _in_use(folder: Path, holder: dict[str, Any]) -> UserError:
+    """Returns the error that names the holder of the lock."""
     who = "another process"
     if holder:
         job = f", SLURM job {holder['job']}" if holder.get("job") else ""
@@ -145,7 +163,10 @@ def _in_use(folder: Path, holder: dict[str, Any]) -> UserError:
 
 
 def _leave_to_parent() -> None:
-    """A forked child, such as a data worker, would keep the lock of a parent that was killed."""
+    """Closes the locks in a forked child, such as a data worker.
+
+    The child would otherwise keep the lock when its parent is killed.
+    """
     for descriptor in _held.values():
         os.close(descriptor)
     _held.clear()

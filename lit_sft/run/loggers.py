@@ -1,4 +1,4 @@
-"""What a run logs: metrics.csv and TensorBoard's events, which a resumed run goes on with."""
+"""Loggers that a resumed run appends to: metrics.csv and TensorBoard events."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from typing_extensions import override
 
-from lit_sft.files import atomic_write
+from lit_sft.files import atomic_write, check_not_removed
 
 
 class MetricsFile(ExperimentWriter):
-    """Lightning's metrics.csv, which goes on with the file it finds and is whole whenever the run
-    is killed. The file stays as it is until something is logged or dropped: a run that is refused
-    meanwhile was not here.
+    """Lightning's metrics.csv, continued by a resumed run and never torn by a kill.
+
+    The file on disk changes only when a row is logged or dropped, so a resume that is refused
+    leaves it as it was.
 
     Args:
         log_dir: The run's folder.
@@ -30,28 +31,31 @@ class MetricsFile(ExperimentWriter):
         self.rows = _read_rows(Path(self.metrics_file_path))
         self._record(self.rows)
         self.is_ours = False
-        """Whether the file holds these rows and nothing else; one that is found may end within a
-        row.
-        """
+        """Whether we have written the whole file. A file that was found may end with half a row."""
 
     def drop_from(self, first_step: int) -> None:
-        """Drops what was logged of this step and later ones."""
+        """Drops the rows of this step and of later ones."""
         self.rows = [row for row in self.rows if row.get("step", 0) < first_step]
         if os.path.exists(self.metrics_file_path):
             self._replace(self.rows)
 
     def has(self, step: int, names: Iterable[str]) -> bool:
-        """Whether a row of this step with these columns is there."""
+        """Whether there is a row of this step that has these columns."""
         return any(row.get("step") == step and set(names) <= row.keys() for row in self.rows)
 
     @override
     def save(self) -> None:
-        """Appends; rewrites where there is a new column, or no file that is ours."""
+        """Appends rows, or rewrites the file if it has a new column or is not ours yet.
+
+        Raises:
+            UserError: The folder of the run was removed.
+        """
         rows, self.metrics = self.metrics, []
         if not rows:
             return
+        check_not_removed(Path(self.metrics_file_path).parent)
         self.rows += rows
-        # It may have been removed.
+        # Somebody may have removed the file.
         is_there = self.is_ours and os.path.exists(self.metrics_file_path)
         if self._record(rows) or not is_there:
             self._replace(self.rows)
@@ -60,7 +64,7 @@ class MetricsFile(ExperimentWriter):
                 csv.DictWriter(file, self.metrics_keys).writerows(rows)
 
     def _record(self, rows: list[dict[str, float]]) -> bool:
-        """Whether there are columns that were not there before."""
+        """Adds the columns of these rows, and returns whether any of them is new."""
         new = set().union(*rows) - set(self.metrics_keys)
         self.metrics_keys = sorted({*self.metrics_keys, *new})
         return bool(new)
@@ -74,16 +78,14 @@ class MetricsFile(ExperimentWriter):
 
     @override
     def _check_log_dir_exists(self) -> None:
-        """Lightning would delete the file."""
+        """Does nothing: Lightning would delete the file that it finds."""
 
 
 class AppendingCSVLogger(CSVLogger):
-    """Lightning's CSV logger with our file, in a folder that may be chosen after the logger is
-    made.
-    """
+    """Lightning's CSV logger with our `MetricsFile`, and with a folder that is chosen later."""
 
     def use_folder(self, folder: Path) -> None:
-        """Writes into a folder from now on; called before the first metric."""
+        """Sets the folder to write into. Call it before the first metric is logged."""
         # `CSVLogger` reads `_save_dir`, its base class in Fabric `_root_dir`.
         self._save_dir = self._root_dir = str(folder.parent.parent)
         self._name = folder.parent.name
@@ -99,36 +101,36 @@ class AppendingCSVLogger(CSVLogger):
 
 
 def _read_rows(path: Path) -> list[dict[str, float]]:
-    """All rows but one that was cut off within."""
+    """Reads all complete rows; a last line without a line break was cut off by a kill."""
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [
-        {key: _number(value) for key, value in row.items() if value not in ("", None)}
-        for row in csv.DictReader(line for line in lines if line.endswith("\n"))
-    ]
+    rows = []
+    for row in csv.DictReader(line for line in lines if line.endswith("\n")):
+        rows.append({key: _number(value) for key, value in row.items() if value not in ("", None)})
+    return rows
 
 
 def _number(text: str) -> float:
-    """An int where it was written as one."""
+    """Parses a number; digits alone make an int."""
     return int(text) if text.isdigit() else float(text)
 
 
 def drop_from(loggers: Iterable[Any], first_step: int) -> None:
-    """Drops what was logged of this step and later ones; on rank 0.
+    """Drops what was logged for this step and later ones. Rank 0 calls it.
 
     Args:
-        loggers: Of the trainer; those of the user's own stay as they are.
-        first_step: The step that a resumed run starts with.
+        loggers: The loggers of the trainer. Only TensorBoard and our CSV logger are changed.
+        first_step: The step at which the resumed run starts.
     """
     for logger in loggers:
         if isinstance(logger, AppendingCSVLogger):
             logger.experiment.drop_from(first_step)
         elif isinstance(logger, TensorBoardLogger):
-            # Its own import waits for a run, too.
+            # Imported here, because only a resumed run needs it.
             from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
-            # What `purge_step` writes when the file is opened, which is before the checkpoint is
-            # read.
+            # `purge_step` would write this event when the file is opened. But the step is only
+            # known when the checkpoint has been read.
             start = Event(step=first_step, session_log=SessionLog(status=SessionLog.START))
             logger.experiment.file_writer.add_event(start)

@@ -1,6 +1,4 @@
-"""The SLURM job that a run is in: whether it was launched right, whether it is to be requeued,
-which run is its own.
-"""
+"""The SLURM job of a run: its launch, the run that it owns, and requeueing."""
 
 from __future__ import annotations
 
@@ -24,32 +22,33 @@ from lit_sft.errors import UserError
 log = logging.getLogger(__name__)
 
 JOB_FILE = "slurm_job"
-"""In the folder of a run: the job that it belongs to."""
+"""File in the folder of a run that names the job it belongs to."""
 
 
 # ------------------------------------------------------------------ the job
 
 
 def job_id() -> str | None:
-    """The id of this job as `scontrol` takes it, or None. A task of an array has one of its own,
-    but the first one's is the whole array's.
+    """Returns the id of this job as `scontrol` takes it; None outside of SLURM.
+
+    In a job array `SLURM_JOB_ID` is no use: that of one task is the id of the whole array.
     """
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
-    return (
-        f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ.get("SLURM_JOB_ID")
-    )
+    if array:
+        return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return os.environ.get("SLURM_JOB_ID")
 
 
 def num_restarts() -> int:
-    """How often this job was started again."""
+    """Returns how often SLURM restarted this job."""
     return int(os.environ.get("SLURM_RESTART_COUNT", 0))
 
 
 def check_launch() -> None:
-    """Whether `srun` started what SLURM was asked for.
+    """Checks that `srun` starts all tasks of the job, and that their number per node is known.
 
     Raises:
-        UserError: It did not, and ranks would wait for each other forever.
+        UserError: It does not, and ranks would wait for each other forever.
     """
     tasks = int(os.environ.get("SLURM_NTASKS", 1))
     if not SLURMEnvironment.detect() or TorchElasticEnvironment.detect() or tasks == 1:
@@ -67,18 +66,19 @@ def check_launch() -> None:
 
 
 def check_devices(trainer: L.Trainer, plugins: Iterable[Any]) -> None:
-    """Refuses a job that has not one task for every device.
+    """Checks that the job has one task per device.
 
     Args:
-        trainer: Knows the devices.
-        plugins: Its plugins; one of them says whether SLURM starts the ranks.
+        trainer: The trainer, with `num_devices` and `num_nodes`.
+        plugins: The plugins of the trainer. Without a `SLURMEnvironment` nothing is checked.
 
     Raises:
         UserError: There are more or fewer tasks than devices.
     """
     if not any(isinstance(plugin, SLURMEnvironment) for plugin in plugins):
         return
-    tasks, nodes = int(os.environ["SLURM_NTASKS"]), int(os.environ.get("SLURM_NNODES", 1))
+    tasks = int(os.environ["SLURM_NTASKS"])
+    nodes = int(os.environ.get("SLURM_NNODES", 1))
     if (tasks, nodes) != (trainer.num_devices * trainer.num_nodes, trainer.num_nodes):
         raise UserError(
             f"this SLURM job has {nodes} nodes with {tasks // nodes} tasks each, but"
@@ -89,65 +89,78 @@ def check_devices(trainer: L.Trainer, plugins: Iterable[Any]) -> None:
 
 
 def plugins(given: list[Any]) -> list[Any]:
-    """Plugins of the trainer. Under SLURM without Lightning's own requeueing, which saves inside a
-    signal handler: in the middle of an optimizer step, too.
+    """Returns the plugins of the trainer, with Lightning's own requeueing turned off.
+
+    Lightning saves inside of its signal handler, which may interrupt an optimizer step.
+
+    Args:
+        given: The plugins that the user asked for.
     """
     for plugin in given:
         if isinstance(plugin, SLURMEnvironment):
             plugin.auto_requeue = False
-    others = TorchElasticEnvironment.detect() or any(
-        isinstance(plugin, ClusterEnvironment) for plugin in given
-    )
-    return (
-        given
-        if others or not SLURMEnvironment.detect()
-        else [*given, SLURMEnvironment(auto_requeue=False)]
-    )
+    if TorchElasticEnvironment.detect() or not SLURMEnvironment.detect():
+        return given
+    if any(isinstance(plugin, ClusterEnvironment) for plugin in given):
+        return given
+    return [*given, SLURMEnvironment(auto_requeue=False)]
 
 
 def _own_mark(folder: str) -> str:
-    """The job, and which run of it: that of one `srun`, or else of one command line. A copy of the
-    folder that bears another name is not its run.
+    """Returns the line that marks a folder as the run of this command in this job.
+
+    A job may start several runs. They differ by the step of `srun`, or else by the command line
+    without `--ckpt_path`. The folder's name is part of the line, so a renamed copy is not the run.
+
+    Args:
+        folder: Name of the run's folder.
     """
-    args = [
-        arg
-        for before, arg in zip(sys.argv, sys.argv[1:], strict=False)
-        if "--ckpt_path" not in (before, arg)
-    ]
-    command = os.environ.get("SLURM_STEP_ID") or f"{zlib.crc32(repr(args).encode()):08x}"
+    command = os.environ.get("SLURM_STEP_ID") or _command_hash()
     return f"{job_id()} {command} {folder}"
 
 
+def _command_hash() -> str:
+    args = []
+    for before, arg in zip(sys.argv, sys.argv[1:], strict=False):
+        if "--ckpt_path" not in (before, arg):
+            args.append(arg)
+    return f"{zlib.crc32(repr(args).encode()):08x}"
+
+
 def remember(folder: Path) -> None:
-    """Writes down which job a run belongs to."""
+    """Marks a folder as the run of this job."""
     if job_id() is not None:
         (folder / JOB_FILE).write_text(f"{_own_mark(folder.name)}\n")
 
 
 def own_run(logs: Path) -> str | None:
-    """The folder of the run that this job began before it was started again: it goes on with that,
-    and not with the run of another job. None for a new job, and where it did not come that far.
+    """Returns the name of the run that this job started before SLURM restarted it.
+
+    The job resumes this run, and not a newer one of another job. None for a job that was not
+    restarted, or that was stopped before it made a run.
 
     Args:
-        logs: `lightning_logs`.
+        logs: The folder `lightning_logs`.
     """
     if not num_restarts():
         return None
     marks = {path.parent.name: path.read_text().strip() for path in logs.glob(f"*/{JOB_FILE}")}
     own = [name for name, mark in marks.items() if mark == _own_mark(name)]
     log.info("SLURM started job %s again, for time %s", job_id(), num_restarts())
-    return max(
-        own,
-        key=lambda name: int(name[8:]) if re.fullmatch(r"version_\d+", name) else -1,
-        default=None,
-    )
+    return max(own, key=_version, default=None)
+
+
+def _version(name: str) -> int:
+    """Returns N of `version_N`; -1 for another name."""
+    match = re.fullmatch(r"version_(\d+)", name)
+    return int(match[1]) if match else -1
 
 
 # ------------------------------------------------------------------ requeueing
 
 
 def query(job: str) -> dict[str, str]:
-    """What `scontrol` says about a job; empty if it says nothing."""
+    """Returns the fields of `scontrol show job`; empty if `scontrol` fails."""
     words = _scontrol("-o", "show", "job", job).stdout.split()
     return dict(word.split("=", 1) for word in words if "=" in word)
 
@@ -155,16 +168,16 @@ def query(job: str) -> dict[str, str]:
 def reason_to_leave(
     job: Mapping[str, str], number: signal.Signals, max_restarts: int, has_stepped: bool
 ) -> str | None:
-    """Why a job is not requeued; None if it is to be.
+    """Returns why a job must not be requeued; None if it should be.
 
-    Its time limit and preemption are reasons to requeue; SIGTERM alone is not, or `scancel` would
+    The time limit and preemption are reasons to requeue. SIGTERM alone is none, or `scancel` would
     never end a job.
 
     Args:
-        job: What `query` found.
+        job: The result of `query`.
         number: The signal that was received.
-        max_restarts: No job is requeued more often.
-        has_stepped: Whether there was an optimizer step since the job started.
+        max_restarts: Most restarts of one job.
+        has_stepped: Whether the job made an optimizer step since its last start.
     """
     if num_restarts() >= max_restarts:
         return f"it was started again {num_restarts()} times (resume.max_restarts)"
@@ -172,35 +185,50 @@ def reason_to_leave(
         return "its time was over before the first step: give it more --time, or --signal less"
     if job.get("Requeue") == "0" or job.get("BatchFlag") == "0":
         return "SLURM does not allow it: submit it by sbatch --requeue"
-    if not job and number != signal.SIGUSR1:
+    return _reason_of_end(job, number)
+
+
+def _reason_of_end(job: Mapping[str, str], number: signal.Signals) -> str | None:
+    """Returns None if its time limit or preemption ends a job, else the reason not to requeue."""
+    # `sbatch --signal` sends SIGUSR1 before the time limit.
+    near_time_limit = number == signal.SIGUSR1
+    if not job and not near_time_limit:
         return "scontrol does not say why it ends"
     if job.get("JobState") in ("COMPLETING", "CANCELLED"):
         return None if job.get("Reason") == "TimeLimit" else "it was cancelled"
-    if number == signal.SIGUSR1 or job.get("PreemptTime", "None") != "None":
+    is_preempted = job.get("PreemptTime", "None") != "None"
+    if near_time_limit or is_preempted:
         return None
     return "neither preemption nor its time limit ends it"
 
 
 def requeue(number: signal.Signals, max_restarts: int, has_stepped: bool) -> bool:
-    """Requeues this job where that is right (see `reason_to_leave`), and says what became of it. On
-    one rank.
+    """Requeues this job unless `reason_to_leave` objects, and logs the outcome. One rank calls it.
+
+    Args:
+        number: The signal that was received.
+        max_restarts: Most restarts of one job.
+        has_stepped: Whether the job made an optimizer step since its last start.
+
+    Returns:
+        Whether the job is requeued, by us or by SLURM.
     """
-    job, own_id = job_id(), os.environ["SLURM_JOB_ID"]
+    job = job_id()
     assert job is not None
-    state = query(own_id)
+    state = query(os.environ["SLURM_JOB_ID"])
     if int(state.get("Restarts", 0)) > num_restarts():
         log.info("SLURM has requeued job %s already", job)
         return True
     reason = reason_to_leave(state, number, max_restarts, has_stepped)
     if reason is None:
         done = _scontrol("requeue", job)
-        reason = (
-            " ".join(done.stderr.split()) or f"scontrol ended with {done.returncode}"
-            if done.returncode
-            else None
-        )
-    log.info("job %s is %s", job, "requeued" if reason is None else f"not requeued: {reason}")
-    return reason is None
+        if done.returncode:
+            reason = " ".join(done.stderr.split()) or f"scontrol ended with {done.returncode}"
+    if reason is not None:
+        log.info("job %s is not requeued: %s", job, reason)
+        return False
+    log.info("job %s is requeued", job)
+    return True
 
 
 def _scontrol(*args: str) -> subprocess.CompletedProcess[str]:
