@@ -5,10 +5,8 @@ side.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -82,35 +80,3 @@ def _cell(text: str) -> str:
     ):
         text = text.replace(old, new)
     return text
-
-
-def draw_histogram(lengths: np.ndarray, path: Path, size: tuple[int, int] = (800, 400)) -> None:
-    """Writes a PNG of the example lengths.
-
-    Args:
-        lengths: [N] tokens.
-        path: File to write.
-        size: Width and height in pixels.
-    """
-    from PIL import Image, ImageDraw
-
-    counts, edges = np.histogram(lengths, bins=48)
-    image = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(image)
-    left, top, bottom = 50, 30, size[1] - 40
-    width = (size[0] - 2 * left) / len(counts)
-    for index, count in enumerate(counts):
-        x = left + index * width
-        draw.rectangle(
-            [x, bottom - (bottom - top) * count / counts.max(), x + width - 1, bottom],
-            fill="#3a7d44",
-        )
-    draw.line([left, bottom, size[0] - left, bottom], fill="black")
-    draw.text(
-        (left, 8), f"{len(lengths):,} examples, at most {counts.max():,} in a bar", fill="black"
-    )
-    for edge in np.linspace(edges[0], edges[-1], 6):
-        x = left + (edge - edges[0]) / max(1, edges[-1] - edges[0]) * (size[0] - 2 * left)
-        draw.text((x - 10, bottom + 8), f"{edge:.0f}", fill="black")
-    draw.text((size[0] - 90, bottom + 24), "tokens", fill="black")
-    image.save(path)

@@ -49,7 +49,6 @@ class CommandTrainer(SFTTrainer):
         model: SFTModule,
         datamodule: SFTDataModule,
         output: Literal["rich", "json"] = "rich",
-        histogram: str | None = None,
     ) -> None:
         """Check data, steps, memory and disk before a run, with two real steps; exit code 1 on an
         error.
@@ -58,9 +57,8 @@ class CommandTrainer(SFTTrainer):
             model: Its settings are used.
             datamodule: Its rows are examined.
             output: For people (rich) or programs (json).
-            histogram: PNG file to write the length histogram to.
         """
-        sys.exit(doctor.doctor(self, self.plan, model, datamodule, output, histogram))
+        sys.exit(doctor.doctor(self, self.plan, model, datamodule, output))
 
     def export(
         self,

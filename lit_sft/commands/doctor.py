@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from typing_extensions import override
 
-from lit_sft.console import console, draw_histogram
+from lit_sft.console import console
 from lit_sft.data.packing import Packs
 from lit_sft.data.sampler import StepOrder
 from lit_sft.data.stats import Counts
@@ -61,7 +61,6 @@ def doctor(
     module: SFTModule,
     datamodule: SFTDataModule,
     output: Literal["rich", "json"],
-    histogram: str | None,
 ) -> int:
     """Looks at a configuration before it is run.
 
@@ -71,7 +70,6 @@ def doctor(
         module: Its settings.
         datamodule: Its `train` and validation set are examined.
         output: `rich` for people; `json`: one object on stdout.
-        histogram: PNG file for the lengths, if one is wanted.
 
     Returns:
         The exit code: 1 if there is an error, else 0; warnings do not fail.
@@ -108,8 +106,6 @@ def doctor(
         print(json.dumps(report))
     else:
         _show(report, lengths, step)
-    if histogram is not None and len(lengths):
-        draw_histogram(lengths, Path(histogram))
     return 1 if report["errors"] else 0
 
 
