@@ -150,14 +150,14 @@ def _check_syntax(template: str, origin: str) -> None:
 
 
 def with_date(template: str, day: str) -> str:
-    """A template that writes a fixed date in place of today's.
+    """Freezes the date in a template that calls `strftime_now`.
 
-    A macro before the template replaces the function: transformers passes no functions as
-    variables.
+    A macro before the template replaces the function, because transformers refuses functions as
+    template variables.
 
     Args:
-        template: The text of a template that calls `TODAY`.
-        day: Such as 2026-11-30.
+        template: The text of the template.
+        day: ISO date, such as 2026-11-30.
     """
     moment = datetime.fromisoformat(day)
     filters = ""
@@ -167,13 +167,12 @@ def with_date(template: str, day: str) -> str:
 
 
 def without_date(template: str) -> str:
-    """The template that was given to `with_date`; any other template as it is."""
+    """Undoes `with_date`."""
     return re.sub(rf"\A\{{%- macro {TODAY}.*\n", "", template)
 
 
 def kept_date(path: Path) -> str:
-    """The date in a file. If there is no file, one of several ranks or jobs writes today's date
-    into it.
+    """Reads the date in a file, after writing today's date there if the file does not exist.
 
     Raises:
         UserError: The file holds no date.
@@ -186,7 +185,7 @@ def kept_date(path: Path) -> str:
         except OSError:
             # `preview` needs no cache, so a folder that cannot be written is no error here.
             return str(date.today())
-        # A link never replaces a file: the first process wins, and all others read its date.
+        # A link never replaces a file: of several processes, the first one wins.
         with suppress(FileExistsError):
             os.link(aside, path)
         aside.unlink()
