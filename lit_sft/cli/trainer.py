@@ -1,4 +1,4 @@
-"""The trainer of the command line: its methods are the commands."""
+"""The trainer of the command line, whose methods are the commands."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class CommandTrainer(SFTTrainer):
     """
 
     plan = Plan()
-    """The devices that `doctor` is asked about; it takes one of them itself."""
+    """The devices of the planned run, for `doctor`, which itself runs on one device."""
 
     def preview(
         self,
