@@ -36,7 +36,10 @@ _SPEAKER_ROLES = {
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "bard", "model", "bot"), "assistant"),
     **dict.fromkeys(("observation", "tool", "tool_response", "function_response"), "tool"),
 }
-"""Speaker in ShareGPT -> our role. A function call becomes an assistant turn that only calls tools."""
+"""Speaker in ShareGPT -> our role.
+
+A function call becomes an assistant turn that only calls tools.
+"""
 
 
 class _Turn(NamedTuple):

@@ -182,8 +182,8 @@ def _tool_calls(value: object, key: str) -> tuple[dict[str, Any], ...]:
 def read_tools(value: object) -> tuple[dict[str, Any], ...] | None:
     """Reads tool schemas; None if there is none.
 
-    Flat schemas are put into OpenAI's envelope `{"type": "function", "function": ...}`, as inference
-    servers do before they render the template.
+    Flat schemas are put into OpenAI's envelope `{"type": "function", "function": ...}`. Inference
+    servers do the same before they render the template.
     """
     tools = as_objects(value, "tools")
     check_text(tools, "tools")

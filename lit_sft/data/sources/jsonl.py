@@ -68,7 +68,7 @@ def _open_once(path: str, fingerprint: str) -> BinaryIO:
 
 @lru_cache(maxsize=64)
 def _has_content(path: str, fingerprint: str, size: int, time_ns: int) -> bool:
-    """Whether a file has this content. It is read again only if size or modification time change."""
+    """Whether a file has this content. Size and modification time are part of the cache key."""
     return blocks.content_hash(path) == fingerprint
 
 

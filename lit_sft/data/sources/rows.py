@@ -1,4 +1,4 @@
-"""`Rows`: an index into the rows of files. Choosing, splitting and repeating rows only changes it."""
+"""`Rows`: an index into the rows of files. Choosing and repeating rows only changes the index."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Rows:
     Without a mixture there is one.
     """
     origins: Index
-    """[N] int64: index of each row into the rows of all parts. Copies of a row have the same one."""
+    """[N] int64: index of each row into the rows of all parts, equal for copies of a row."""
 
     def __len__(self) -> int:
         """Number of rows N."""
