@@ -49,7 +49,6 @@ setup(
         "jsonargparse[signatures]>=4.51,<5",
         "numpy>=2",
         "rich>=13",
-        "pillow>=10",
         "psutil>=5.9",
         "gguf>=0.17",  # models in this format, as scripts/fetch_smollm2.py brings one
     ],

@@ -1,14 +1,11 @@
-"""What people see in the terminal and in TensorBoard: rows, trained tokens, answers side by
-side.
-"""
+"""Tables and colours for the terminal, and the same tables for TensorBoard."""
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -20,7 +17,7 @@ TRAINED, READ = "bold green", "dim"
 
 
 def console() -> Console:
-    """Where tables go; 100 columns where the output is no terminal."""
+    """Returns the console for tables; 100 columns wide if stdout is no terminal."""
     plain = Console()
     return plain if plain.is_terminal else Console(width=100)
 
@@ -28,10 +25,16 @@ def console() -> Console:
 def coloured_tokens(
     tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int], loss_mask: Sequence[int]
 ) -> Text:
-    """An example with its trained tokens in green, the rest dimmed, special tokens visible."""
+    """Colours an example: trained tokens green, others dimmed, special tokens visible.
+
+    Args:
+        tokenizer: Decodes the tokens.
+        input_ids: [T] token ids.
+        loss_mask: [T], 1 = trained.
+    """
     text = Text()
     start = 0
-    # Runs of equal mask are decoded together, as a character may take several tokens.
+    # Neighbours with the same mask are decoded together: a character may span several tokens.
     for end in range(1, len(input_ids) + 1):
         if end == len(input_ids) or loss_mask[end] != loss_mask[start]:
             piece = str(tokenizer.decode(list(input_ids[start:end]), skip_special_tokens=False))
@@ -41,7 +44,7 @@ def coloured_tokens(
 
 
 def answers_table(questions: Sequence[str], columns: Mapping[str, Sequence[str]]) -> Table:
-    """Questions down, answers of each column (`before`, `after`) side by side."""
+    """Returns a table with one row per question and one column of answers per name."""
     table = Table(title="Answers", show_lines=True)
     table.add_column("Question", ratio=1, overflow="fold")
     for name in columns:
@@ -54,7 +57,7 @@ def answers_table(questions: Sequence[str], columns: Mapping[str, Sequence[str]]
 
 
 def answers_markdown(questions: Sequence[str], columns: Mapping[str, Sequence[str]]) -> str:
-    """The same table for TensorBoard's text page."""
+    """Returns the table of `answers_table` as Markdown, for the text page of TensorBoard."""
     lines = ["| Question | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for row, question in enumerate(questions):
         cells = [question, *(visible(answers[row]) for answers in columns.values())]
@@ -63,54 +66,17 @@ def answers_markdown(questions: Sequence[str], columns: Mapping[str, Sequence[st
 
 
 def visible(text: str) -> str:
-    """Control characters as escapes, so that the gibberish of an untrained model cannot move the
-    cursor.
-    """
-    return "".join(
-        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
-    )
+    """Escapes control characters: the gibberish of an untrained model could move the cursor."""
+    shown = []
+    for char in text:
+        is_shown = char.isprintable() or char == "\n"
+        shown.append(char if is_shown else char.encode("unicode_escape").decode())
+    return "".join(shown)
 
 
 def _cell(text: str) -> str:
-    for old, new in (
-        ("&", "&amp;"),
-        ("<", "&lt;"),
-        (">", "&gt;"),
-        ("|", "\\|"),
-        ("`", "\\`"),
-        ("\n", "<br>"),
-    ):
+    """Escapes what Markdown or HTML would interpret in a cell of a table."""
+    text = html.escape(text, quote=False)
+    for old, new in (("|", "\\|"), ("`", "\\`"), ("\n", "<br>")):
         text = text.replace(old, new)
     return text
-
-
-def draw_histogram(lengths: np.ndarray, path: Path, size: tuple[int, int] = (800, 400)) -> None:
-    """Writes a PNG of the example lengths.
-
-    Args:
-        lengths: [N] tokens.
-        path: File to write.
-        size: Width and height in pixels.
-    """
-    from PIL import Image, ImageDraw
-
-    counts, edges = np.histogram(lengths, bins=48)
-    image = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(image)
-    left, top, bottom = 50, 30, size[1] - 40
-    width = (size[0] - 2 * left) / len(counts)
-    for index, count in enumerate(counts):
-        x = left + index * width
-        draw.rectangle(
-            [x, bottom - (bottom - top) * count / counts.max(), x + width - 1, bottom],
-            fill="#3a7d44",
-        )
-    draw.line([left, bottom, size[0] - left, bottom], fill="black")
-    draw.text(
-        (left, 8), f"{len(lengths):,} examples, at most {counts.max():,} in a bar", fill="black"
-    )
-    for edge in np.linspace(edges[0], edges[-1], 6):
-        x = left + (edge - edges[0]) / max(1, edges[-1] - edges[0]) * (size[0] - 2 * left)
-        draw.text((x - 10, bottom + 8), f"{edge:.0f}", fill="black")
-    draw.text((size[0] - 90, bottom + 24), "tokens", fill="black")
-    image.save(path)

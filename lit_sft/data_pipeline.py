@@ -1,6 +1,4 @@
-"""SFTData: from the data settings to rows, tokenizer, template and tokenized examples. Plain
-Python, no Lightning.
-"""
+"""SFTData: data settings -> rows, tokenizer, template and tokenized examples, without Lightning."""
 
 from __future__ import annotations
 
@@ -47,13 +45,14 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DATE_FILE = "chat_template_date"
+"""File in the cache directory with the date that chat templates get as today's."""
 STAGE_SETS = {
     "fit": ["train", "validation"],
     "validate": ["validation"],
     "test": ["test"],
     "predict": [],
 }
-"""Data sets that a stage needs."""
+"""Stage -> the data sets that it needs."""
 
 
 class SFTData:
@@ -63,8 +62,8 @@ class SFTData:
         options: The arguments of `SFTDataModule`.
 
     Attributes:
-        rows: Opened data sets by name (`train`, `validation`, `test`).
-        caches: Tokenized data sets by name.
+        rows: Name of a data set (`train`, `validation`, `test`) -> its rows.
+        caches: Name of a data set -> its tokenized examples.
     """
 
     def __init__(self, options: DataConfig) -> None:
@@ -72,20 +71,18 @@ class SFTData:
         self.rows: dict[str, Rows] = {}
         self.caches: dict[str, ExampleCache] = {}
         self._told: set[str] = set()
-        """Sources whose format, data sets whose sources, and questions whose form was logged."""
+        """Names of sources, data sets and settings that were logged once."""
         self._identity: dict[str, Any] | None = None
-        """`Preparation.identity` of the training rows when they were read: the source may change
-        during the run.
-        """
+        """`Preparation.identity` of the training rows, from before the source could change."""
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The one tokenizer, of the model, with `add_tokens`."""
+        """The tokenizer of the model or adapter, with `add_tokens`."""
         path = tokenizer_directory(self.options.model_name_or_path, self.options.revision)
         adapter = self.options.adapter_name_or_path
         if adapter:
             beside = resolve(adapter, key="model.adapter_name_or_path", allow_adapter=True)
-            # An adapter brings the tokens and the template that it was trained with.
+            # The adapter was trained with its own tokens and template.
             if (Path(beside) / "tokenizer_config.json").is_file():
                 path = beside
                 log.info("tokenizer and chat template: those of the adapter %s", path)
@@ -97,7 +94,7 @@ class SFTData:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest example."""
+        """Number of tokens of the longest example."""
         return max((int(cache.lengths.max(initial=0)) for cache in self.caches.values()), default=0)
 
     @cached_property
@@ -107,8 +104,9 @@ class SFTData:
 
     @cached_property
     def template_date(self) -> str | None:
-        """What the template gets where it asks for today's date: the same as long as the cache is
-        kept.
+        """The date that the template gets as today's: the same as long as the cache exists.
+
+        None if the template asks for no date.
         """
         if TODAY not in (self.chat_template or ""):
             return None
@@ -123,7 +121,7 @@ class SFTData:
 
     @cached_property
     def renderer(self) -> Renderer:
-        """The tokenizer together with the template."""
+        """The renderer: tokenizer and chat template."""
         options = self.options
         text = self.chat_template
         if text is not None and self.template_date is not None:
@@ -135,18 +133,15 @@ class SFTData:
 
     @property
     def stop_ids(self) -> list[int]:
-        """Stop tokens of the template and of every data set that is prepared."""
-        return sorted(
-            self._template_stop_ids.union(
-                *(cache.meta["stop_ids"] for cache in self.caches.values())
-            )
-        )
+        """Stop tokens of the template and of every prepared data set."""
+        stop_ids = set(self._template_stop_ids)
+        for cache in self.caches.values():
+            stop_ids.update(cache.meta["stop_ids"])
+        return sorted(stop_ids)
 
     @cached_property
     def _template_stop_ids(self) -> set[int]:
-        """Stop tokens that the template writes after a short answer; none where it cannot write
-        it.
-        """
+        """Stop tokens after a short answer; none if the template cannot write it."""
         probe = Conversation((Message("user", "Hello"), Message("assistant", "Hi")))
         examples = self.renderer.render([probe], [0])[0]
         if isinstance(examples, UserError):
@@ -154,10 +149,10 @@ class SFTData:
         return {token for example in examples for token in example.stop_ids}
 
     def prepare(self, stage: str) -> None:
-        """Reads, renders and tokenizes what a stage needs; from the cache where nothing changed.
+        """Reads, renders and tokenizes the data of a stage, or finds it in the cache.
 
-        The command line calls it before any process group exists, so that no rank times out while
-        one works.
+        The command line calls this before any process group exists. Inside one, the ranks that wait
+        for rank 0 would time out.
 
         Args:
             stage: `fit`, `validate`, `test` or `predict`.
@@ -187,19 +182,21 @@ class SFTData:
             rows, path, name, num_workers_of(self.options.num_workers)
         )
         if name == "train":
-            # The template stands here without the date, so that a difference is reported as one of
-            # the two.
+            # Date and template are separate here, so that a refused resume names the one that
+            # differs.
             date = {f"{DATE_FILE} in data.cache_dir": self.template_date}
             self._identity = {**identity, **date, "chat_template": self.chat_template}
         if name == "validation" and "train" in self.caches:
             self._report_overlap()
 
     def _report_overlap(self) -> None:
+        """Warns if validation rows are in the training set."""
         overlap = num_overlapping(self.caches["train"], self.caches["validation"])
         if overlap:
             log.warning("validation: %s rows are in the training set too", f"{overlap:,}")
 
     def _open_rows(self, names: Sequence[str]) -> None:
+        """Opens data sets that are set and not open yet."""
         for name in names:
             spec = getattr(self.options, name)
             if spec is None or name in self.rows:
@@ -212,7 +209,7 @@ class SFTData:
                 self._report_sources(name)
 
     def _open(self, spec: Any, split: str, key: str) -> Rows:
-        """The rows that a setting names."""
+        """Opens the rows that a setting names."""
         return open_rows.open_rows(
             spec,
             split=split,
@@ -223,14 +220,13 @@ class SFTData:
         )
 
     def _limited(self, rows: Rows) -> Rows:
-        """The first `data.max_samples` rows."""
-        return (
-            rows
-            if self.options.max_samples is None
-            else sources_rows.limit(rows, self.options.max_samples)
-        )
+        """Returns the first `data.max_samples` rows."""
+        if self.options.max_samples is None:
+            return rows
+        return sources_rows.limit(rows, self.options.max_samples)
 
     def _split_off_validation(self, val_size: int | float) -> None:
+        """Moves rows from `train` to `validation`."""
         rows = self.rows["train"]
         train, validation = sources_rows.split_rows(
             len(rows), val_size, self.options.seed, rows.origins
@@ -240,29 +236,30 @@ class SFTData:
 
     def _report_sources(self, name: str) -> None:
         """Logs the members of a mixture, once."""
-        counts = self.rows[name].counts()
-        if len(counts) > 1 and f"data.{name}" not in self._told:
-            self._told.add(f"data.{name}")
-            log.info(
-                "%s: %s", name, ", ".join(f"{rows:,} rows of {source}" for source, rows in counts)
-            )
+        key = f"data.{name}"
+        if len(self.rows[name].sources) == 1 or key in self._told:
+            return
+        self._told.add(key)
+        members = [f"{count:,} rows of {source}" for source, count in self.rows[name].counts()]
+        log.info("%s: %s", name, ", ".join(members))
 
     def fingerprint(self, packs: Packs) -> dict[str, Any]:
-        """What a checkpoint keeps of the data (see `data_position.remember`); no source is read for
-        it.
+        """Returns what a checkpoint stores about the data, without reading any source.
+
+        See `data_position.remember`.
         """
         assert self._identity is not None
         return data_position.remember(self._identity, self.options, self.caches, packs)
 
     def check_same(self, saved: dict[str, Any], packs: Packs) -> None:
-        """Refuses to resume with other examples, or in another order, than those of a checkpoint.
+        """Refuses to resume with other examples, or another order, than the checkpoint's.
 
         Args:
-            saved: What `fingerprint` returned then.
-            packs: Which training examples share a row now.
+            saved: The `fingerprint` in the checkpoint.
+            packs: The current packs of the training set.
 
         Raises:
-            UserError: Says which setting differs.
+            UserError: Names the setting that differs.
         """
         now = self.fingerprint(packs)
         if not self.options.allow_other_data:
@@ -270,14 +267,15 @@ class SFTData:
         data_position.tell_other_validation(saved, now)
 
     def check_split(self, saved: dict[str, Any]) -> None:
-        """Refuses to evaluate on rows that a checkpoint may have been trained on (see
-        `data_position.check_split`).
+        """Refuses to evaluate on rows that the checkpoint may have been trained on.
+
+        See `data_position.check_split`.
         """
         if self.options.val_size is not None and not self.options.allow_other_data:
             data_position.check_split(saved, self.rows["train"].fingerprint)
 
     def open(self, name: str) -> Rows:
-        """The rows of one data set.
+        """Opens one data set.
 
         Raises:
             UserError: It is not set.
@@ -288,11 +286,11 @@ class SFTData:
         return self.rows[name]
 
     def preparation(self, rows: Rows) -> Preparation:
-        """How the rows of a data set become examples, the format of each source decided."""
+        """Decides how the rows of a data set become examples, with the format of each source."""
         members = sources_rows.by_source(rows)
-        readings = {
-            number: self._reading(member, len(members) == 1) for number, member in members.items()
-        }
+        readings = {}
+        for number, member in members.items():
+            readings[number] = self._reading(member, is_alone=len(members) == 1)
         mapping = self.options.column_mapping
         if mapping and all(reading.column_mapping is None for reading in readings.values()):
             raise UserError(
@@ -312,9 +310,7 @@ class SFTData:
         )
 
     def _check_system_prompt(self) -> None:
-        """Refuses a system prompt that the template leaves out: in rows it would only be
-        counted.
-        """
+        """Refuses a system prompt that the template does not write, which rows would only count."""
         if not self.options.system_prompt:
             return
         probe = self.question("Hello")
@@ -322,7 +318,7 @@ class SFTData:
         try:
             text = write_prompt(template, probe)
         except UserError:
-            # The first row is refused for the same reason, with its place.
+            # The first row will be refused for the same reason, with its place.
             return
         if "left_out:system_turn" in template_omissions.of_conversation(template, probe, [text]):
             raise UserError(
@@ -332,14 +328,15 @@ class SFTData:
             )
 
     def _reading(self, rows: Rows, is_alone: bool) -> Reading:
-        """How one source is read. In a mixture a column mapping is for the members that have its
-        columns.
+        """Decides the format of one source, and logs it.
+
+        In a mixture, the column mapping applies only to members that have its columns.
         """
         mapping = self.options.column_mapping
         template = self.options.prompt_template
         first = rows.head(20)
         if not first:
-            # All rows are bad. The first says why.
+            # No row can be read. The error of the first says why.
             with located(rows.where(0)):
                 rows[0]
         columns = {column for row in first for column in row}
@@ -361,8 +358,9 @@ class SFTData:
         return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "lit_sft"
 
     def question(self, text: str) -> Conversation:
-        """A question as the model is asked it: in `data.prompt_template` where that has one
-        field.
+        """Makes a conversation of a question.
+
+        The question fills `data.prompt_template` if that has one field.
         """
         template = self.options.prompt_template
         if template is not None and len(self._fields) == 1:
@@ -373,12 +371,14 @@ class SFTData:
         return Conversation(tuple(messages))
 
     def questions(self) -> list[Prompt]:
-        """`data.questions`."""
+        """Returns the prompts of `data.questions`."""
         return encode(self._listed(self.options.questions, "data.questions"), self.renderer)
 
     def asked_by_predict(self) -> list[Prompt]:
-        """What `predict` answers: `data.predict`, or else `data.questions`."""
-        spec = self.options.questions if self.options.predict is None else self.options.predict
+        """Returns the prompts of `data.predict`; if that is null, of `data.questions`."""
+        spec = self.options.predict
+        if spec is None:
+            spec = self.options.questions
         if not spec:
             raise UserError(
                 "there is nothing to predict: set data.predict to a file or to a list of questions"
@@ -390,22 +390,23 @@ class SFTData:
         return self.asked(self._limited(self._open(spec, split="test", key="data.predict")))
 
     def asked(self, rows: Rows, count: int | None = None, skip: bool = False) -> list[Prompt]:
-        """The first `count` rows (None: all; of a mixture, of each member in proportion), and the
-        last answer of each.
+        """Returns the prompts of the first rows, with the last answer of each as reference.
 
         Args:
-            rows: Of one data set.
-            count: How many.
-            skip: Leave out bad rows where `data.on_bad_row` says so; they are counted where they
-                are tokenized.
+            rows: The rows of a data set.
+            count: Number of rows, None: all. Members of a mixture get a proportional share.
+            skip: Whether `data.on_bad_row: skip` applies. The bad rows are counted when the data
+                set is tokenized.
+
+        Raises:
+            UserError: A row is bad.
         """
         preparation = self.preparation(rows)
         rows = sources_rows.first_rows(rows, count)
         prompts: list[Prompt] = []
         for index in range(len(rows)):
             try:
-                # The template sees the answer, too: the prompt is then the one that the answer is
-                # trained behind.
+                # The template gets the answer, too, so the prompt is the same as in training.
                 conversation = preparation.conversation(rows, index, need_answer=False)
                 prompts += encode([Asked(conversation, rows.where(index))], self.renderer)
             except UserError:
@@ -414,6 +415,7 @@ class SFTData:
         return prompts
 
     def _listed(self, questions: Sequence[str], key: str) -> list[Asked]:
+        """Makes conversations of the questions in a setting."""
         self._check_system_prompt()
         if questions and len(self._fields) > 1 and key not in self._told:
             self._told.add(key)
@@ -425,9 +427,7 @@ class SFTData:
 
     @property
     def _fields(self) -> Sequence[str]:
-        """Of `data.prompt_template`."""
-        return (
-            ()
-            if self.options.prompt_template is None
-            else template_fields(self.options.prompt_template)
-        )
+        """The fields of `data.prompt_template`."""
+        if self.options.prompt_template is None:
+            return ()
+        return template_fields(self.options.prompt_template)

@@ -1,4 +1,4 @@
-"""What a failure says: one line with the remedy where the user can mend it, and never a secret."""
+"""Error messages: one line with a remedy where the user can mend the cause, never with a secret."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from typing_extensions import override
 
 
 class UserError(ValueError):
-    """Something the user can mend: one line that says what is wrong, where, and the remedy.
+    """An error that the user can mend: one line with what is wrong, where, and the remedy.
 
     The command line prints it without a traceback and exits with a code other than 0.
     """
@@ -27,13 +27,13 @@ class UserError(ValueError):
 
 @contextmanager
 def located(where: str) -> Iterator[None]:
-    """Puts the place of a problem in front of its message, such as the file and the row.
+    """Adds the place, such as file and row, to the message of a `UserError` in the block.
 
     Args:
-        where: For people, such as `train.jsonl, line 3`.
+        where: The place, such as `train.jsonl line 3`.
 
     Raises:
-        UserError: The one that the block raised, with the place.
+        UserError: The block raised one.
     """
     try:
         yield
@@ -42,28 +42,18 @@ def located(where: str) -> Iterator[None]:
 
 
 HIDDEN = "<hidden>"
-"""Stands where a secret was."""
+"""Stands in the place of a secret."""
 _SECRET_NAME = re.compile(
     r"(^|[_-])(token|secret|passw(or)?d|credentials?|(api|access|secret|private|auth)[_-]?key)$",
     re.IGNORECASE,
 )
 """Names of environment variables and settings whose values are secrets; not `max_new_tokens`."""
-_NO_SECRET = re.compile(
-    r"(^|[_-])(pad|eos|bos|unk|sep|cls|mask|image|audio|video|stop|special)[_-]?token$",
-    re.IGNORECASE,
-)
-_SECRETS = re.compile(
-    r"\bhf_[A-Za-z0-9]{16,}|\bsk-[A-Za-z0-9_-]{20,}|\bgh[a-z]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}|\bglpat-[\w-]{16,}"
-    # Of hubs and clouds.
-    r"|\bxox[a-z]-[\w-]{10,}|\bAKIA[0-9A-Z]{16}\b"
-    # Https://user:password@host.
-    r"|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)|(?<=://)[^/\s:@]{8,}(?=@)"
-    # Signed addresses.
-    r"|(?<=[?&])(?:[\w-]*(?:token|signature|secret|api_?key|access_?key)|sig)=[^&\s\"']+",
-    re.IGNORECASE,
-)
+_SPECIAL_TOKEN = re.compile(r"(pad|eos|bos|unk|sep|cls|mask|image|audio|video|stop|special)_token$")
+"""Names of settings that only look like the name of a secret."""
+_SECRET = re.compile(r"\bhf_[A-Za-z0-9]{16,}|(?<=://)[^/\s:@]*:[^/\s@]+(?=@)")
+"""A token of the Hugging Face hub, or `user:password` in `https://user:password@host`."""
 _SHORTEST_SECRET = 8
-"""Characters of a variable's value below which hiding it would only make texts unreadable."""
+"""Characters. Shorter values of environment variables stay: hiding them would garble texts."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REMEDIES = {
@@ -102,40 +92,40 @@ _LOST_RANK = re.compile(
 
 
 def redact(text: str) -> str:
-    """A text without secrets: those of the environment by their value, others by how they look."""
+    """Hides the values of secret environment variables, hub tokens and passwords in addresses."""
     for name, value in os.environ.items():
         if len(value) >= _SHORTEST_SECRET and _SECRET_NAME.search(name):
             text = text.replace(value, HIDDEN)
-    return _SECRETS.sub(HIDDEN, text)
+    return _SECRET.sub(HIDDEN, text)
 
 
 def redact_settings(settings: Any, name: str = "") -> Any:
-    """The same for a tree of settings, in which a name can tell a secret, too."""
+    """Redacts a tree of settings, where the name of a setting can tell a secret, too."""
     if isinstance(settings, Mapping):
         return {key: redact_settings(value, str(key)) for key, value in settings.items()}
     if isinstance(settings, list):
         return [redact_settings(item, name) for item in settings]
-    if isinstance(settings, str):
-        secret = settings and _SECRET_NAME.search(name) and not _NO_SECRET.search(name)
-        return HIDDEN if secret else redact(settings)
-    return settings
+    if not isinstance(settings, str):
+        return settings
+    is_secret = _SECRET_NAME.search(name) and not _SPECIAL_TOKEN.search(name)
+    return HIDDEN if settings and is_secret else redact(settings)
 
 
 def redact_yaml(text: str) -> str:
-    """The same for a file of settings, which stays as it is where it has no secret."""
+    """Redacts a YAML file of settings; a file without secrets keeps its exact text."""
     settings = yaml.safe_load(text)
     hidden = redact_settings(settings)
     return text if hidden == settings else yaml.safe_dump(hidden, sort_keys=False)
 
 
 def refuse_hidden(settings: Mapping[str, Any]) -> None:
-    """Refuses settings that were read back from where a secret was hidden.
+    """Refuses settings read from a file in which a secret was hidden.
 
     Args:
         settings: Values by dotted key.
 
     Raises:
-        UserError: One of them was a secret.
+        UserError: A value holds `HIDDEN`.
     """
     for key, value in settings.items():
         if not isinstance(value, Mapping) and HIDDEN in str(value):
@@ -143,7 +133,7 @@ def refuse_hidden(settings: Mapping[str, Any]) -> None:
 
 
 class RedactingFormatter(logging.Formatter):
-    """Log lines without secrets."""
+    """Formats log lines without secrets."""
 
     @override
     def format(self, record: logging.LogRecord) -> str:
@@ -151,21 +141,21 @@ class RedactingFormatter(logging.Formatter):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device or the host had no memory left."""
+    """Whether a device or the host ran out of memory."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
         isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
     )
 
 
 def is_lost_rank(error: BaseException) -> bool:
-    """Whether the error only tells that another rank has ended."""
+    """Whether the error is only the consequence of another rank's end."""
     return isinstance(error, torch.distributed.DistError) or (
         type(error) is RuntimeError and _LOST_RANK.search(str(error)) is not None
     )
 
 
 def asked_for(error: BaseException) -> str:
-    """How much memory was asked for when there was none, in words."""
+    """Returns how much memory could not be allocated, in words."""
     match = _ASKED_FOR.search(str(error))
     if match is None:
         return "some more"
@@ -174,12 +164,12 @@ def asked_for(error: BaseException) -> str:
 
 
 def in_one_line(error: BaseException) -> str | None:
-    """What happened and the remedy; None for what nobody foresaw, whose traceback is needed."""
+    """Describes an error in one line with a remedy; None if it is unknown and needs a traceback."""
     text = _IN_A_WORKER.sub("", str(error))
     if isinstance(error, UserError):
         return " ".join(text.split())
     if isinstance(error, ValueError) and isinstance(error.__cause__, UserError):
-        # The parser wraps what the options of a group that may be null refuse.
+        # The parser wraps errors from the options of a group that may be null.
         return in_one_line(error.__cause__)
     if match := _WORKER_DIED.search(text):
         return _of_a_worker(match[1])
@@ -200,7 +190,7 @@ def _of_a_worker(fate: str) -> str:
 
 def _of_a_lost_rank(text: str) -> str:
     reason = text.splitlines()[0][:200]
-    # Of NCCL, which may be one of the settings.
+    # NCCL's own reason stands further down. A wrong NCCL setting is told there.
     cause = _LAST_ERROR.search(text)
     if cause is not None:
         reason = f"{reason}; {cause[1][:200]}"
@@ -208,42 +198,46 @@ def _of_a_lost_rank(text: str) -> str:
 
 
 def _of_the_system(error: BaseException, text: str) -> str | None:
-    """What the operating system refused; None where it has no part in the failure."""
+    """Describes an error of the operating system; None for any other error."""
     if isinstance(error, OSError) and error.errno is not None:
         return _with_remedy(error)
+    # A library may fail again while it handles a full disk.
     if isinstance(error.__context__, OSError) and error.__context__.errno in _FULL:
-        # A library failed once more.
         return _with_remedy(error.__context__)
+    # A library that writes without Python raises no OSError.
     if "No space left on device" in text:
-        # Libraries that write without Python.
         return f"{' '.join(text.split())[:200]}; {_REMEDIES[errno.ENOSPC]}"
     return None
 
 
 def _with_remedy(error: OSError) -> str:
+    """Describes an error of the operating system: files, reason, place in our code, remedy."""
     assert error.errno is not None
+    line = str(error.strerror)
     files = [str(name) for name in (error.filename, error.filename2) if name is not None]
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if f"{os.sep}lit_sft{os.sep}" in frame.filename
-    ]
-    place = f" ({Path(frames[-1].filename).name}, {frames[-1].name})" if frames else ""
-    remedy = f"; {_REMEDIES[error.errno]}" if error.errno in _REMEDIES else ""
-    return f"{' -> '.join(files) + ': ' if files else ''}{error.strerror}{place}{remedy}"
+    if files:
+        line = f"{' -> '.join(files)}: {line}"
+    # The innermost function of ours says what was being written or read.
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if f"{os.sep}lit_sft{os.sep}" in frame.filename:
+            line = f"{line} ({Path(frame.filename).name}, {frame.name})"
+            break
+    if error.errno in _REMEDIES:
+        line = f"{line}; {_REMEDIES[error.errno]}"
+    return line
 
 
 _reported: BaseException | None = None
+"""The last error that was reported, here or by another rank."""
 
 
 def report_error(error: BaseException, rank: int = 0, advice: str = "") -> None:
-    """Prints what happened on stderr, once: in one line, below its traceback where nobody foresaw
-    it.
+    """Prints an error on stderr, in one line. An unknown error gets its traceback above the line.
 
     Args:
-        error: What was raised. It is reported once, though several places see it or what it causes.
-        rank: Where it was raised.
-        advice: What the caller knows of it.
+        error: The error. It is printed once, even if several callers report it or its consequences.
+        rank: The rank that raised it.
+        advice: A remedy that the caller knows.
     """
     global _reported
     cause: BaseException | None = error
@@ -259,12 +253,15 @@ def report_error(error: BaseException, rank: int = 0, advice: str = "") -> None:
             f"{type(error).__name__}: {' '.join(str(error).split())} (not foreseen: the traceback"
             " is above)"
         )
-    line = f"{f'rank {rank}: ' if rank else ''}{line}{f'; {advice}' if advice else ''}"
+    if rank:
+        line = f"rank {rank}: {line}"
+    if advice:
+        line = f"{line}; {advice}"
     print(f"error: {redact(line)}", file=sys.stderr, flush=True)
 
 
 def keep_silent(error: BaseException) -> None:
-    """Marks an error that another rank reports."""
+    """Marks an error as reported, because another rank reports it."""
     global _reported
     _reported = error
 
@@ -273,6 +270,6 @@ def exit_with_error(error: Exception) -> NoReturn:
     """Reports an error and ends the program with exit code 1."""
     report_error(error)
     if isinstance(error, BrokenPipeError):
-        # Or the interpreter would fail once more when it flushes.
+        # Otherwise the interpreter would fail again when it flushes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.exit(1)

@@ -1,6 +1,4 @@
-"""Rows to tokenized examples on disk: composes the data stages, once, before any process group
-exists.
-"""
+"""Rows -> tokenized examples on disk: composes the data stages before any process group exists."""
 
 from __future__ import annotations
 
@@ -39,11 +37,11 @@ from lit_sft.types import Conversation, Example
 log = logging.getLogger(__name__)
 
 CACHE_VERSION = 7
-"""Raise it when formats, rendering or the cache's layout change what a cache holds."""
+"""Part of the cache key. Raise it when formats, rendering or the layout of the cache change."""
 CHUNK_ROWS = 200
-"""Rows rendered and tokenized together."""
+"""Rows that are rendered and tokenized together."""
 ROWS_PER_WORKER = 1000
-"""For fewer, a process costs more than it saves."""
+"""Starting a process for fewer rows costs more than it saves."""
 JOB = (
     "SLURM_JOB_ID",
     "SLURM_STEP_ID",
@@ -52,22 +50,23 @@ JOB = (
     "MASTER_ADDR",
     "MASTER_PORT",
 )
-"""What launchers tell all ranks of a job, before the first of them prepares the data. Lightning's
-starts the others later.
+"""Variables that launchers set for all ranks of a job before the data is prepared.
+
+Lightning's own launcher is different: it starts the other ranks after that.
 """
 DAY = 24 * 60 * 60
-"""Seconds, after which nobody waits for a failure of another job any more."""
+"""Seconds. No rank of an older job still waits for its failure file."""
 SHOWN_SKIPS = 10
-"""Skipped rows that are shown; more are only counted."""
+"""Skipped rows that are logged; the others are only counted."""
 
 
 class Chunk(NamedTuple):
-    """What became of some rows."""
+    """The examples of some rows."""
 
     block: Block
     counts: Counts
     skipped: list[str]
-    """What was wrong with rows, each with its place."""
+    """One message per skipped row, with its place."""
 
 
 class Reading(NamedTuple):
@@ -83,7 +82,7 @@ class Preparation:
 
     renderer: Renderer
     readings: Mapping[int, Reading]
-    """By source: the members of a mixture may have different formats."""
+    """Number of the source -> reading: the members of a mixture may have different formats."""
     prompt_template: str | None
     system_prompt: str | None
     on_bad_row: Literal["error", "skip"]
@@ -91,10 +90,10 @@ class Preparation:
     overlong: Literal["drop", "truncate", "error"]
 
     def conversation(self, rows: Rows, index: int, need_answer: bool = True) -> Conversation:
-        """One row as a conversation.
+        """Reads one row as a conversation.
 
         Raises:
-            UserError: With the file and the row before what is wrong with it.
+            UserError: The row is bad; the message names file and row.
         """
         reading = self.readings[rows.source_of(index)]
         with located(rows.where(index)):
@@ -108,7 +107,7 @@ class Preparation:
             )
 
     def examples(self, rows: Rows, counts: Counts) -> list[Example]:
-        """All examples of a few rows, in order; what was dropped and why is added to `counts`.
+        """Returns all examples of a few rows, in order, and adds what was dropped to `counts`.
 
         Raises:
             UserError: A row is bad.
@@ -131,59 +130,65 @@ class Preparation:
         return examples
 
     def _chunk(self, rows: Rows, indices: range) -> Chunk:
-        """Runs in a worker."""
+        """Makes the examples of some rows, in a worker process."""
         counts = Counts()
         skipped: list[str] = []
         return Chunk(to_block(self._examples(rows, indices, counts, skipped)), counts, skipped)
 
     def _keep(self, examples: list[Example], where: str, counts: Counts) -> list[Example]:
-        """Those of a row's examples that can be trained; all is counted."""
-        fitted = [self._fit(example, where, counts) for example in examples]
-        kept = [item for item in fitted if isinstance(item, Example)]
-        reasons = [item for item in fitted if isinstance(item, str)]
+        """Returns the examples of a row that can be trained, and counts all of them."""
+        kept: list[Example] = []
+        reasons: list[str] = []
+        for example in examples:
+            fitted = self._fit(example, where, counts)
+            if isinstance(fitted, Example):
+                kept.append(fitted)
+            else:
+                reasons.append(fitted)
+        notes: set[str] = set()
+        stop_ids = set(counts.stop_ids)
+        for example in kept:
+            counts.tokens += len(example.input_ids)
+            counts.trained_tokens += sum(example.loss_mask[1:])
+            notes.update(example.notes)
+            stop_ids.update(example.stop_ids)
         counts.rows_kept += bool(kept)
-        counts.notes.update({note for example in kept for note in example.notes})
+        counts.examples += len(kept)
+        counts.notes.update(notes)
+        counts.stop_ids = sorted(stop_ids)
         if kept and reasons:
             counts.notes["partly_dropped"] += 1
         elif reasons:
             counts.dropped[reasons[0]] += 1
-        counts.examples += len(kept)
-        counts.tokens += sum(len(example.input_ids) for example in kept)
-        counts.trained_tokens += sum(sum(example.loss_mask[1:]) for example in kept)
-        counts.stop_ids = sorted(
-            {*counts.stop_ids, *(i for example in kept for i in example.stop_ids)}
-        )
         return kept
 
     def _render(
         self, rows: Rows, indices: range, counts: Counts
     ) -> Iterator[tuple[int, list[Example] | UserError]]:
-        """(row, its examples or what is wrong with it) in the order of the rows."""
-        parsed: dict[int, Conversation | UserError] = {}
+        """Yields each row with its examples, or with the error that a bad row has."""
+        conversations: dict[int, Conversation] = {}
+        results: dict[int, list[Example] | UserError] = {}
         for index in indices:
             try:
-                parsed[index] = self.conversation(rows, index)
+                conversations[index] = self.conversation(rows, index)
             except UserError as error:
-                parsed[index] = error
-        good = {index: item for index, item in parsed.items() if isinstance(item, Conversation)}
-        for conversation in good.values():
+                results[index] = error
+        for conversation in conversations.values():
             counts.placeholders.update(find_placeholders(conversation))
             counts.blank.update(conversation.blank)
             counts.notes.update(conversation.notes)
-        rendered = dict(
-            zip(good, self.renderer.render(list(good.values()), list(good)), strict=True)
-        )
-        for index, item in parsed.items():
-            result = item if isinstance(item, UserError) else rendered[index]
-            if isinstance(result, UserError) and not isinstance(item, UserError):
+        rendered = self.renderer.render(list(conversations.values()), list(conversations))
+        for index, result in zip(conversations, rendered, strict=True):
+            if isinstance(result, UserError):
                 result = UserError(f"{rows.where(index)}: {result}")
-            yield index, result
+            results[index] = result
+        for index in indices:
+            yield index, results[index]
 
     def _fit(self, example: Example, where: str, counts: Counts) -> Example | str:
-        """The example if it has a target and fits, cut where `overlong` says so; else why it is
-        dropped.
-        """
-        length, targets = len(example.input_ids), sum(example.loss_mask[1:])
+        """Returns the example, truncated if `overlong` says so, or the reason to drop it."""
+        length = len(example.input_ids)
+        targets = sum(example.loss_mask[1:])
         counts.longest = max(counts.longest, length)
         if targets == 0:
             return "no token of it is trained"
@@ -198,10 +203,10 @@ class Preparation:
         mask = example.loss_mask[: self.max_length]
         if self.overlong == "drop" or not any(mask[1:]):
             counts.lost_trained_tokens += targets
-            rest = (
-                " even after truncation, no target is left" if self.overlong == "truncate" else ""
-            )
-            return f"longer than data.max_length {self.max_length}{rest}"
+            reason = f"longer than data.max_length {self.max_length}"
+            if self.overlong == "truncate":
+                return f"{reason} even after truncation, no target is left"
+            return reason
         counts.truncated += 1
         counts.lost_trained_tokens += targets - sum(mask[1:])
         trained = {token for token, label in zip(ids, mask, strict=True) if label}
@@ -213,8 +218,9 @@ class Preparation:
         )
 
     def identity(self, rows: Rows) -> dict[str, Any]:
-        """All that decides the examples, as plain JSON values: data by content, tokenizer, template
-        and options.
+        """Returns everything that decides the examples, as plain JSON values.
+
+        The data counts by its content, besides tokenizer, template, options and versions.
         """
         import tokenizers
         import transformers
@@ -230,13 +236,12 @@ class Preparation:
         }
 
     def cached(self, rows: Rows, path: Path, name: str, num_workers: int = 1) -> ExampleCache:
-        """The examples of a data set, from the cache or made now: by global rank 0, while the
-        others wait.
+        """Opens the cached examples of a data set. Global rank 0 makes them, the others wait.
 
         Args:
             rows: The data set.
-            path: Where the cache is, or is to be: named by the hash of `identity`.
-            name: How to call it in the log, `train` or `validation`.
+            path: Directory of the cache, named by the hash of `identity`.
+            name: Name in log lines, `train` or `validation`.
             num_workers: Processes that tokenize.
 
         Raises:
@@ -252,16 +257,14 @@ class Preparation:
             cache = open_cache(path) or self._write(path, rows, num_workers)
             counts = Counts(**cache.meta)
             if not len(cache):
-                reasons = (
-                    "; ".join(f"{n:,} rows {reason}" for reason, n in counts.dropped.items())
-                    or "it is empty"
-                )
+                dropped = [f"{n:,} rows {reason}" for reason, n in counts.dropped.items()]
+                reasons = "; ".join(dropped) or "it is empty"
                 raise UserError(
                     f"data.{name} ({rows.name}): no row is left to train on: {reasons}; the longest"
                     f" example has {counts.longest} tokens, data.max_length is {self.max_length}"
                 )
         except Exception as error:
-            # Not a signal: the other ranks get it, too, and a run started anew does not.
+            # A signal is no Exception: it reaches all ranks, and must not stop the next run.
             write_failure(failure, error)
             raise
         for line in counts.lines(name):
@@ -269,6 +272,7 @@ class Preparation:
         return cache
 
     def _write(self, path: Path, rows: Rows, num_workers: int) -> ExampleCache:
+        """Tokenizes all rows and writes the cache."""
         counts = Counts()
         meta: dict[str, Any] = {}
         of_rows: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.uint64]]] = []
@@ -292,7 +296,7 @@ class Preparation:
             if of_rows:
                 kept, hashes = (np.concatenate(arrays) for arrays in zip(*of_rows, strict=True))
                 counts.duplicates = _num_duplicates(rows.origins[kept], hashes)
-            # Not `asdict`, which breaks a Counter.
+            # `dataclasses.asdict` cannot copy a Counter.
             meta.update(vars(counts))
 
         started = time.monotonic()
@@ -302,18 +306,21 @@ class Preparation:
 
 
 def _job() -> str:
-    """A name that all ranks of a job have in common, and other jobs with the same data have not."""
+    """Returns a name that is the same on all ranks of a job and different in other jobs."""
     return cache_key({variable: os.environ.get(variable) for variable in JOB})[:8]
 
 
 def num_overlapping(train: ExampleCache, validation: ExampleCache) -> int:
-    """Validation rows that are in the training set too."""
+    """Counts validation rows that are in the training set, too."""
     return int(np.isin(_row_hashes(validation)[1], _row_hashes(train)[1]).sum())
 
 
 def _num_duplicates(origins: npt.NDArray[np.int64], hashes: npt.NDArray[np.uint64]) -> int:
-    """Rows whose examples are exact copies of an earlier row's; what a mixture repeats on purpose
-    does not count.
+    """Counts rows that are exact copies of an earlier row. Repetitions by a weight do not count.
+
+    Args:
+        origins: [N] place of each row in its source; a repeated row has the same one.
+        hashes: [N] hash of the examples of each row.
     """
     distinct = np.unique(origins, return_index=True)[1]
     return len(distinct) - len(np.unique(hashes[distinct]))
@@ -322,9 +329,11 @@ def _num_duplicates(origins: npt.NDArray[np.int64], hashes: npt.NDArray[np.uint6
 def _row_hashes(
     examples: Block | ExampleCache,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint64]]:
-    """Rows that have examples, and a hash of all examples of each."""
+    """Returns [N] numbers of the rows with examples, and [N] hashes of the examples of each."""
     first = np.flatnonzero(np.diff(examples.rows, prepend=-1))
-    # Odd, so no hash loses bits.
-    parts = np.uint64(2) * examples.parts.astype(np.uint64) + np.uint64(1)
-    hashes = examples.hashes * parts
-    return examples.rows[first], np.bitwise_xor.reduceat(hashes, first) if len(first) else hashes
+    # An odd factor loses no bits of a hash. It makes the order of the parts count.
+    factors = np.uint64(2) * examples.parts.astype(np.uint64) + np.uint64(1)
+    hashes = examples.hashes * factors
+    if len(first):
+        hashes = np.bitwise_xor.reduceat(hashes, first)
+    return examples.rows[first], hashes

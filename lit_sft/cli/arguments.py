@@ -1,7 +1,6 @@
-"""The words on the command line, before they are parsed: recipes by name, the run's config, the
-keys and their origin.
+"""The command line before it is parsed: names of recipes, the config of a run, keys and origins.
 
-Nothing is interpreted here that needs a parser.
+Nothing here needs a parser.
 """
 
 from __future__ import annotations
@@ -26,9 +25,7 @@ EVALUATING = ("validate", "test", "predict", "export")
 CONFIG_FLAGS = ("--config", "-c")
 HELP_FLAGS = ("--help", "-h")
 MOVED_CLASSES = {"lit_sft.strategies.FSDP2Strategy": "lit_sft.distributed.fsdp2.FSDP2Strategy"}
-"""Old class paths and their new ones: old ones stand in users' configs and in the config.yaml of
-earlier runs.
-"""
+"""Old class path -> new one. Configs of users and of earlier runs still hold the old ones."""
 
 # ------------------------------------------------------------------ what the user wrote
 
@@ -44,7 +41,7 @@ class Written(NamedTuple):
 
 
 def written(args: list[str]) -> list[Written]:
-    """Lists all keys that the user wrote, in files and on the command line; the later one wins."""
+    """Lists all keys in config files and on the command line, in order: later ones win."""
     items: list[Written] = []
     for arg, following in _with_following(args):
         flag, equals, value = arg.partition("=")
@@ -64,7 +61,7 @@ def config_files(args: list[str]) -> list[str]:
 
 
 def read_yaml(path: str) -> Any:
-    """Reads a file; None where it cannot be read."""
+    """Reads a YAML file; None if it cannot be read."""
     try:
         return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, ValueError):
@@ -72,9 +69,7 @@ def read_yaml(path: str) -> Any:
 
 
 def _with_following(args: list[str]) -> Iterator[tuple[str, str]]:
-    """Each argument with the one after it, which may be its value; the last one with an empty
-    text.
-    """
+    """Pairs each argument with the next one, which may be its value; the last one with ''."""
     for position, arg in enumerate(args):
         yield arg, args[position + 1] if position + 1 < len(args) else ""
 
@@ -94,21 +89,20 @@ def _parse_yaml(text: str) -> Any:
         return text
 
 
-# ------------------------------------------------------------------ what becomes of it
+# ------------------------------------------------------------------ what the parser gets
 
 
 def expand_arguments(args: list[str]) -> list[str]:
-    """Puts files in place of the names of recipes, and the run's config.yaml below everything else.
+    """Replaces names of recipes by files, and adds the config.yaml of the evaluated run.
 
-    Commands that evaluate a checkpoint read the config.yaml of the run it lies in before
-    `--config`, so that it is weaker.
+    Commands that evaluate a checkpoint read the config.yaml of its run first, so `--config` and
+    the command line override it.
 
     Raises:
-        UserError: A checkpoint or a file is not there.
+        UserError: A checkpoint or a file does not exist.
     """
     if any(arg in HELP_FLAGS for arg in args):
-        # The help depends on nothing else, and shall be there whatever state files and settings are
-        # in.
+        # The help must not fail on a missing file or a wrong setting, so all else is dropped.
         return [*args[:1], "--help"]
     args = [with_moved_classes(arg) for arg in _split_flags(args)]
     args = _name_recipes(args)
@@ -118,7 +112,7 @@ def expand_arguments(args: list[str]) -> list[str]:
 
 
 def packaged_config(name: str) -> str | None:
-    """Finds the file of a recipe that comes with the package (`--config demo`)."""
+    """Finds the file of a recipe in the package (`--config demo`); None if there is none."""
     for folder in (
         resources.files("lit_sft").joinpath("configs"),
         Path(__file__).parents[2] / "configs",
@@ -130,12 +124,12 @@ def packaged_config(name: str) -> str | None:
 
 
 def read_moved_classes() -> None:
-    """Has jsonargparse read old class paths in config files as their new ones."""
+    """Makes jsonargparse replace old class paths when it reads a config file."""
     set_loader("yaml", _load_yaml, exceptions=(yaml.YAMLError,))
 
 
 def with_moved_classes(text: str) -> str:
-    """Puts new class paths in place of old ones."""
+    """Replaces old class paths by new ones."""
     for old, new in MOVED_CLASSES.items():
         text = text.replace(old, new)
     return text
@@ -149,9 +143,7 @@ def _load_yaml(text: str) -> Any:
 
 
 def _split_flags(args: list[str]) -> list[str]:
-    """Splits `--config=FILE` and `--ckpt_path=FILE`, which are looked up here, into flag and
-    value.
-    """
+    """Splits `--config=FILE` and `--ckpt_path=FILE` into flag and value."""
     parts: list[str] = []
     for arg in args:
         if arg.startswith(("--config=", "--ckpt_path=")):
@@ -162,7 +154,7 @@ def _split_flags(args: list[str]) -> list[str]:
 
 
 def _name_recipes(args: list[str]) -> list[str]:
-    """Puts the files of recipes in place of their names."""
+    """Replaces the names of recipes by their files."""
     named: list[str] = []
     for arg in args:
         if named and named[-1] in CONFIG_FLAGS and not Path(arg).is_file():
@@ -179,9 +171,7 @@ def _name_recipes(args: list[str]) -> list[str]:
 
 
 def _with_config_of_run(args: list[str]) -> list[str]:
-    """Finds the checkpoint of a command that evaluates one, and reads the config.yaml of its run
-    first.
-    """
+    """Resolves `--ckpt_path`, and puts the config.yaml of its run before all other configs."""
     command = args[0]
     if "--ckpt_path" not in args[:-1]:
         if command != "export":
@@ -207,7 +197,7 @@ def _prints_config(args: list[str]) -> bool:
 
 
 def _logs(args: list[str]) -> Path:
-    """`lightning_logs` of the run that is meant, before anything is parsed."""
+    """Returns `lightning_logs` below `trainer.default_root_dir`, as the user wrote it."""
     root = "."
     for item in written(args):
         if item.key == "trainer.default_root_dir" and item.value is not None:

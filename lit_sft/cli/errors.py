@@ -1,6 +1,4 @@
-"""What a wrong word on the command line says: one line with the key, its origin, and the nearest
-right one.
-"""
+"""Messages for wrong keys and values: one line with the key, its origin and a suggestion."""
 
 from __future__ import annotations
 
@@ -34,16 +32,16 @@ MESSAGES = (
         "--config {files}: {reason}; expected keys with values, as --print_config shows",
     ),
 )
-"""(What jsonargparse says, what we say). The first row that fits is taken.
+"""(Pattern of jsonargparse's message, our message). The first pattern that matches is used.
 
-The groups of the pattern fill the answer: `unknown` and `key` become the whole dotted key and its
-origin, `types` the expected types in words.
+The groups of the pattern fill our message: `unknown` and `key` become the whole dotted key and its
+origin, `types` becomes the expected types in words.
 """
 NOT_MET = (
     r"class_path '[\w.]*?(?P<name>\w+)':\s+(?:Requirement '([\w-]+)[^']*' not met|No module named"
     r" '(\w+)')"
 )
-"""What jsonargparse says of a class whose package is missing when it is made."""
+"""jsonargparse's message when the package of a class is missing."""
 
 TYPE_WORDS = {
     "int": "a whole number",
@@ -54,20 +52,20 @@ TYPE_WORDS = {
     "dict": "keys with values",
     "NoneType": "null",
 }
-"""Types as people call them, in the order in which a message names them."""
+"""Names of types for users, in the order in which a message lists them."""
 TYPE = re.compile(r"<class '(?:\w+\.)*(\w+)'>|typing\.Literal\[([^]]*)\]")
 
 
 def one_line(message: str, args: list[str], known: set[str]) -> str:
-    """Puts a parser's message into one line.
+    """Rewrites an error message of jsonargparse as one line.
 
     Args:
-        message: Of jsonargparse.
-        args: The command line, to tell where a wrong key stands.
+        message: The message of jsonargparse.
+        args: The command line, to find the origin of a wrong key.
         known: All right keys, dotted.
 
     Returns:
-        The answer of `MESSAGES`; else the first line of the message.
+        Our message from `MESSAGES`; the first line of the message if no pattern matches.
     """
     text = " ".join(message.split())
     for pattern, answer in MESSAGES:
@@ -78,9 +76,7 @@ def one_line(message: str, args: list[str], known: set[str]) -> str:
 
 
 def missing_package(error: Exception, args: list[str]) -> Exception:
-    """The error itself; or one line, if a class that the user named needs a package that is not
-    installed.
-    """
+    """Rewrites the error of a class whose package is not installed; returns any other as it is."""
     match = re.search(NOT_MET, str(error))
     if match is None:
         return error
@@ -94,7 +90,7 @@ def missing_package(error: Exception, args: list[str]) -> Exception:
 
 
 def expected(text: str) -> str:
-    """The types that a message names, in words."""
+    """Describes the types in a message of jsonargparse, in words."""
     listed = re.search(r"Subtypes: \[(.*)\] Errors", text)
     text = re.sub(r"\b(list|dict)\[.*?\]+", r"<class '\1'>", listed[1] if listed else text)
     names: list[str] = []
@@ -104,19 +100,21 @@ def expected(text: str) -> str:
         elif name in TYPE_WORDS:
             names.append(TYPE_WORDS[name])
         elif "lit_sft" in text:
-            # Options of ours are written as keys.
+            # Our option groups are dataclasses, which users write as keys.
             names.append(TYPE_WORDS["dict"])
     return _either(sorted(dict.fromkeys(names), key=_rank)) or "a class, e.g. torch.optim.AdamW"
 
 
 def shown(value: object) -> str:
-    """A value as YAML writes it."""
+    """Formats a value as YAML does."""
     return "null" if value is None else str(value)
 
 
 def suggestion(key: str, known: set[str]) -> str:
-    """The nearest right key: among those beside it, below them, anywhere by its last part, or by
-    the whole of it.
+    """Suggests the nearest right key.
+
+    The last part of the key is compared with keys of the same group, then with keys below the
+    group, then with all keys. At the end whole keys are compared.
     """
     parent, _, name = key.rpartition(".")
     inside = f"{parent}." if parent else ""
@@ -137,7 +135,7 @@ def suggestion(key: str, known: set[str]) -> str:
 def _fields(
     found: dict[str, str | None], args: list[str], known: set[str]
 ) -> dict[str, str | None]:
-    """What an answer of `MESSAGES` names, beside the groups of its pattern."""
+    """Returns the values that fill a message of `MESSAGES`, from the groups of its pattern."""
     if found.get("unknown"):
         key, origin = _place(str(found["unknown"]), args, known)
         return {**found, "key": key, "origin": origin, "suggestion": suggestion(key, known)}
@@ -153,16 +151,16 @@ def _fields(
 
 
 def _broken_files(args: list[str]) -> str:
-    """The config files that hold no keys with values; all of them where none is to blame."""
+    """Names the config files that are no mapping; all of them if each is one."""
     files = config_files(args)
     broken = [file for file in files if not isinstance(read_yaml(file), Mapping)]
     return " or ".join(broken or files)
 
 
 def _rank(name: str) -> int:
-    """Choices come first, then types in the order of `TYPE_WORDS`.
+    """Sorts choices first, then types in the order of `TYPE_WORDS`.
 
-    Python caches unions, so the order of their types depends on what was imported before.
+    The order in the message is not stable: Python caches unions, so it depends on earlier imports.
     """
     words = list(TYPE_WORDS.values())
     return words.index(name) if name in words else -1
@@ -175,13 +173,13 @@ def _either(names: list[str]) -> str:
 
 
 def _place(key: str, args: list[str], known: set[str], given: str | None = None) -> tuple[str, str]:
-    """Finds the whole dotted key that the parser named by its end, and where it was written.
+    """Finds the whole dotted key of which the parser named the end, and its origin.
 
     Args:
-        key: As the parser names it.
+        key: The end of the key, as the parser names it.
         args: The command line.
-        known: Keys that cannot be meant.
-        given: The value that the parser complains about.
+        known: Right keys, which cannot be the wrong one.
+        given: The refused value, if the message has it.
     """
     places = [item for item in written(args) if item.key == key or item.key.endswith(f".{key}")]
     places = [item for item in places if item.key == key or item.key not in known]

@@ -1,7 +1,6 @@
-"""What the program says before a command runs: which commands there are, its version, a command
-that does not exist.
+"""Command lines that run no command: help, version, and unknown commands.
 
-Only the standard library is imported here, so that the answer comes at once.
+Only the standard library is imported here, so that these answers take no time.
 """
 
 from __future__ import annotations
@@ -24,17 +23,17 @@ COMMANDS = {
     ),
     "export": "Turn a checkpoint into a Hugging Face directory.",
 }
-"""Every command with its line of help."""
+"""Command -> its line of help."""
 
 
 def answer(args: list[str]) -> int | None:
     """Answers a command line that runs no command.
 
     Args:
-        args: The command line, without the program's name.
+        args: The command line without the name of the program.
 
     Returns:
-        The exit code; None if a command is to be run.
+        The exit code; None if the first argument is a command.
     """
     first = args[0] if args else ""
     if first in COMMANDS:
@@ -45,12 +44,15 @@ def answer(args: list[str]) -> int | None:
     if first == "--version":
         print(f"{PROGRAM} {lit_sft.__version__}")
         return 0
-    print(f"error: {_problem(args)}" if args else overview(), file=sys.stderr)
+    if args:
+        print(f"error: {_problem(args)}", file=sys.stderr)
+    else:
+        print(overview(), file=sys.stderr)
     return 2
 
 
 def overview() -> str:
-    """The help of the program."""
+    """Returns the help of the program."""
     width = max(map(len, COMMANDS))
     commands = "\n".join(f"  {name:{width}}  {text}" for name, text in COMMANDS.items())
     return f"""\
@@ -70,9 +72,11 @@ options:
 
 
 def _problem(args: list[str]) -> str:
-    """Why the command line names no command."""
+    """Explains why the first argument is no command."""
     if args[0].startswith("-"):
         return f"the command comes first, before {args[0]}: one of {', '.join(COMMANDS)}"
     nearest = difflib.get_close_matches(args[0], COMMANDS, n=1)
-    remedy = f"did you mean {nearest[0]}?" if nearest else f"the commands are {', '.join(COMMANDS)}"
+    remedy = f"the commands are {', '.join(COMMANDS)}"
+    if nearest:
+        remedy = f"did you mean {nearest[0]}?"
     return f"there is no command `{args[0]}`: {remedy}"

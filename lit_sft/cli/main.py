@@ -1,4 +1,4 @@
-"""The command line: LightningCLI with our links and one-line errors."""
+"""The command line: LightningCLI with our commands, links between settings and one-line errors."""
 
 from __future__ import annotations
 
@@ -35,8 +35,9 @@ from lit_sft.trainer import as_list, own_callbacks, run_callbacks
 log = logging.getLogger(__name__)
 
 WITHOUT_STEPS = ("preview", "export")
-"""Commands that take a trainer without devices, loggers and callbacks."""
+"""Commands whose trainer needs no devices, loggers or callbacks."""
 OURS = (*WITHOUT_STEPS, "doctor")
+"""Commands that Lightning does not have."""
 SHARED_KEYS = (
     "seed_everything",
     "trainer",
@@ -48,7 +49,7 @@ SHARED_KEYS = (
     "resume",
     "predict_output",
 )
-"""Keys of config.yaml, which every command reads."""
+"""Keys that every command has. Only these are saved in config.yaml."""
 LINKED_TO_DATA = (
     "model_name_or_path",
     "revision",
@@ -56,7 +57,7 @@ LINKED_TO_DATA = (
     "add_tokens",
     "adapter_name_or_path",
 )
-"""Settings of the model that the data need too."""
+"""Settings of the model that are copied to `data`."""
 TRAINER_DEFAULTS = {
     "precision": "bf16-mixed",
     "max_epochs": 1,
@@ -67,7 +68,7 @@ TRAINER_DEFAULTS = {
     "enable_model_summary": False,
     "enable_autolog_hparams": False,
 }
-"""Where they differ from Lightning's."""
+"""Our defaults for the trainer where they differ from Lightning's."""
 
 
 class SFTCLI(LightningCLI):
@@ -75,32 +76,28 @@ class SFTCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's four commands and ours, each with the arguments that are no options."""
+        """Lists Lightning's commands and ours, each with the arguments that are no options."""
         ours = {name: {"model", "datamodule"} for name in OURS}
         return {**LightningCLI.subcommands(), **ours}
 
     def _prepare_subcommand_parser(
         self, klass: type, subcommand: str, **kwargs: Any
     ) -> LightningArgumentParser:
-        """Adds keys only to the command that is asked for: building all parsers takes half a
-        second.
-        """
+        """Adds keys to the parser of the chosen command only: all parsers would take 0.5 s."""
         if sys.argv[1:2] != [subcommand]:
             self._subcommand_method_arguments[subcommand] = []
             return self.init_parser(**kwargs)
         return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
-        """Lets the errors of any parser name the keys of all, and the help show how a command is
-        called.
-        """
+        """Gives error messages access to all parsers, and the help the name of each command."""
         super()._add_subcommands(parser, **kwargs)
         OneLineParser.commands = self._subcommand_parsers
         for name, command in self._subcommand_parsers.items():
             command.prog = f"{front_door.PROGRAM} {name}"
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Groups beside trainer, model and data; links, so that nothing is written twice."""
+        """Adds our groups of settings, and links that copy a setting to a second place."""
         parser.add_class_arguments(CheckpointOptions, "checkpoint")
         parser.add_class_arguments(FaultOptions, "faults")
         parser.add_argument(
@@ -123,14 +120,10 @@ class SFTCLI(LightningCLI):
         parser.link_arguments("resume.allow_other_data", "data.allow_other_data")
 
     def _parse_ckpt_path(self) -> None:
-        """Does nothing: Lightning would let hyper-parameters in the checkpoint overwrite what the
-        user typed.
-        """
+        """Does nothing: Lightning would let values in the checkpoint override the user's."""
 
     def _set_seed(self) -> None:
-        """Refuses a seed that is no number: Lightning takes true for any number, and false for
-        none.
-        """
+        """Refuses true and false as a seed: Lightning would take a random one, or none."""
         if isinstance(self._get(self.config, "seed_everything"), bool):
             raise UserError(
                 "seed_everything must be a number: the split, the order and start values follow"
@@ -139,7 +132,7 @@ class SFTCLI(LightningCLI):
         super()._set_seed()
 
     def before_instantiate_classes(self) -> None:
-        """Checks what Lightning would take without a word; finds the checkpoint that is meant."""
+        """Checks and completes the settings, and resolves `ckpt_path`."""
         assert self.subcommand is not None
         config = self.config[self.subcommand]
         errors.refuse_hidden({item.key: item.value for item in arguments.written(sys.argv[1:])})
@@ -150,11 +143,11 @@ class SFTCLI(LightningCLI):
         if "ckpt_path" in config:
             config.ckpt_path = self.ckpt_path
         if "weights_only" in config:
-            # Never run pickled code.
+            # Loading pickled objects could run code.
             config.weights_only = True
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Makes the trainer that the command needs."""
+        """Builds the trainer of the command."""
         config = self.config_init[self.subcommand]
         if self.subcommand in WITHOUT_STEPS:
             return self._trainer_without_steps(config)
@@ -163,11 +156,11 @@ class SFTCLI(LightningCLI):
         return self._run_trainer(config, **kwargs)
 
     def _trainer_without_steps(self, config: Any) -> CommandTrainer:
-        """A plain one on the CPU."""
+        """Builds a plain trainer on the CPU."""
         return CommandTrainer(
             accelerator="cpu",
             devices=1,
-            # Decides the type of the weights.
+            # The precision decides the dtype of the weights.
             precision=config.trainer.precision,
             logger=False,
             enable_checkpointing=False,
@@ -175,7 +168,7 @@ class SFTCLI(LightningCLI):
         )
 
     def _doctor_trainer(self, config: Any) -> CommandTrainer:
-        """One for two steps on one device, which writes nothing."""
+        """Builds a trainer for two steps on one device that writes no file."""
         asked = config.trainer
         replaced = {
             "devices": 1,
@@ -196,7 +189,7 @@ class SFTCLI(LightningCLI):
         return trainer
 
     def _run_trainer(self, config: Any, **kwargs: Any) -> L.Trainer:
-        """The trainer of a run, with its callbacks and loggers."""
+        """Builds the trainer of a run, with its callbacks and loggers."""
         is_fit = self.subcommand == "fit"
         root = Path(config.trainer.default_root_dir or ".")
         files = CheckpointFiles(config.checkpoint.async_save)
@@ -219,7 +212,7 @@ class SFTCLI(LightningCLI):
         return trainer
 
     def _save_config(self, path: Path) -> None:
-        """Writes the run's configuration, which every command can read."""
+        """Writes config.yaml with the keys that every command can read, without secrets."""
         config = self.config[self.subcommand].clone()
         for key in list(vars(config)):
             if key not in SHARED_KEYS:
@@ -228,7 +221,7 @@ class SFTCLI(LightningCLI):
         path.write_text(errors.redact_yaml(text), encoding="utf-8")
 
     def before_fit(self) -> None:
-        """Data work, before a process group exists; then the run's folder."""
+        """Prepares the data before a process group exists, then claims the folder of the run."""
         refuse_adapter(self.model.options)
         self._prepare("fit")
         config = self.config_init["fit"]
@@ -240,15 +233,15 @@ class SFTCLI(LightningCLI):
             run_folder.check_monitor("checkpoint", config.checkpoint, scores, validated)
 
     def before_validate(self) -> None:
-        """As `before_fit`."""
+        """Prepares the data and the folder, like `before_fit`."""
         self._prepare("validate")
 
     def before_test(self) -> None:
-        """As `before_fit`."""
+        """Prepares the data and the folder, like `before_fit`."""
         self._prepare("test")
 
     def before_predict(self) -> None:
-        """As `before_fit`."""
+        """Prepares the data and the folder, like `before_fit`."""
         self._prepare("predict")
         log.info("predict: %s prompts", len(self.datamodule.predict_prompts))
 
@@ -260,14 +253,13 @@ class SFTCLI(LightningCLI):
 
 
 def main(args: list[str] | None = None) -> None:
-    """Runs the command line; what the user can mend ends in one line and exit code 1."""
+    """Runs the command line. An error that the user can mend becomes one line and exit code 1."""
     terminal_log.set_up()
     fsdp2.register()
     arguments.read_moved_classes()
     descriptions = {name: {"description": text} for name, text in front_door.COMMANDS.items()}
     try:
-        # Ranks that Lightning starts run this same command line again, so what was expanded stays
-        # expanded.
+        # Lightning starts the other ranks with `sys.argv`, so they get the expanded arguments.
         sys.argv[1:] = arguments.expand_arguments(sys.argv[1:] if args is None else args)
         SFTCLI(
             SFTModule,

@@ -1,6 +1,4 @@
-"""The parser: jsonargparse's, with errors in one line and without values that it takes and does not
-use.
-"""
+"""jsonargparse's parser with one-line errors, and with checks that jsonargparse does not make."""
 
 from __future__ import annotations
 
@@ -25,24 +23,18 @@ from lit_sft.lightning_internals import option_type, parser_actions
 
 
 class OneLineParser(LightningArgumentParser):
-    """A parser whose errors are one line, with the file and the nearest right key for a wrong
-    one.
-    """
+    """A parser whose errors are one line, with the origin of a wrong key and a suggestion."""
 
     commands: ClassVar[Mapping[str, LightningArgumentParser]] = {}
-    """The parsers of all commands; an error may come from one that only knows a part of the
-    keys.
-    """
+    """Command -> its parser. Errors may come from a sub-parser that knows only some of the keys."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # No abbreviations: one may be the misspelling of another key.
+        # An abbreviation may be the misspelling of another key.
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
     @override
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
-        """Parses, and refuses what jsonargparse takes without a word: a null, a value in place of
-        keys.
-        """
+        """Parses, and refuses values that jsonargparse accepts but cannot use."""
         config = super().parse_args(*args, **kwargs)
         command = config.get("subcommand")
         if command is None:
@@ -68,12 +60,11 @@ class OneLineParser(LightningArgumentParser):
 
 
 def known_keys(parser: LightningArgumentParser, given: Iterable[Written] = ()) -> Iterator[str]:
-    """Lists all keys of a parser, with those of optional groups (`model.lora.r`) and of the chosen
-    classes.
+    """Lists the keys of a parser, including optional groups (`model.lora.r`) and chosen classes.
 
     Args:
-        parser: Of one command.
-        given: What the user wrote: it chooses the classes.
+        parser: The parser of a command.
+        given: The keys that the user wrote, which may choose classes.
     """
     classes = {
         item.key.removesuffix(".class_path"): item.value
@@ -92,14 +83,14 @@ def known_keys(parser: LightningArgumentParser, given: Iterable[Written] = ()) -
 
 
 def _keys_of_groups(action: Action) -> Iterator[str]:
-    """Keys of a group that may be null."""
+    """Lists the keys of a group that may be null."""
     for kind in typing.get_args(option_type(action)):
         if dataclasses.is_dataclass(kind):
             yield from (f"{action.dest}.{field.name}" for field in dataclasses.fields(kind))
 
 
 def _keys_of_class(key: str, class_path: str) -> Iterator[str]:
-    """Keys below an option that takes a class."""
+    """Lists the keys below an option whose value is a class."""
     yield f"{key}.class_path"
     yield f"{key}.init_args"
     chosen = locate(class_path) or locate(f"torch.optim.{class_path}")
@@ -108,25 +99,24 @@ def _keys_of_class(key: str, class_path: str) -> Iterator[str]:
 
 
 def _problem(action: Action, item: Written, config: Any) -> str | None:
-    """What is wrong with a written value that jsonargparse has let pass."""
-    if "-->" in action.option_strings[0]:
-        # A link.
-        source = action.option_strings[0].split(" -->")[0]
-        return (
-            None if item.value == config.get(item.key) else f"follows from {source}: leave it out"
-        )
+    """Explains what is wrong with a value that jsonargparse accepted; None if nothing is."""
+    source, is_link, _ = action.option_strings[0].partition(" -->")
+    if is_link:
+        if item.value == config.get(item.key):
+            return None
+        return f"follows from {source}: leave it out"
     kind = option_type(action)
+    # Only groups of keys have no type. A text instead of keys is the path of a file with them.
     if kind is None:
-        # A group.
-        # A text is a file with its keys.
-        is_group = isinstance(item.value, Mapping | str)
-        return None if is_group else f"got {shown(item.value)}, expected keys with values"
+        if isinstance(item.value, Mapping | str):
+            return None
+        return f"got {shown(item.value)}, expected keys with values"
     if item.value is None and type(None) not in typing.get_args(kind):
         return f"got null, expected {expected(' '.join(map(str, _alternatives(kind))))}"
     return None
 
 
 def _alternatives(kind: Any) -> tuple[Any, ...]:
-    """The types of a union, or the one type."""
+    """Returns the types of a union; a tuple of one for any other type."""
     is_union = typing.get_origin(kind) in (typing.Union, types.UnionType)
     return typing.get_args(kind) if is_union else (kind,)

@@ -1,4 +1,4 @@
-"""The parsed settings, checked and completed before objects are made of them."""
+"""Parsed settings: checked and completed before any object is built from them."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ log = logging.getLogger(__name__)
 
 
 def reject_unsupported(trainer: Any, command: str) -> None:
-    """Refuses settings of Lightning's that it would take without a word and that do not work here.
+    """Refuses settings of Lightning's trainer that do not work here.
 
     Args:
-        trainer: Settings of the trainer.
-        command: Which is run.
+        trainer: The settings of the trainer.
+        command: The command that runs.
 
     Raises:
         UserError: One of them is set.
@@ -42,9 +42,7 @@ def reject_unsupported(trainer: Any, command: str) -> None:
 
 
 def complete_trainer(trainer: Any) -> None:
-    """Writes out what the user's words stand for: a home folder, the accelerator that can be used,
-    FSDP.
-    """
+    """Replaces `~`, an accelerator that does not work here, and the strategy `fsdp`."""
     if trainer.default_root_dir is not None:
         trainer.default_root_dir = str(Path(trainer.default_root_dir).expanduser())
     trainer.accelerator = _without_apples_gpu(trainer.accelerator)
@@ -57,20 +55,20 @@ def complete_trainer(trainer: Any) -> None:
 
 
 def resolve_checkpoint(config: Any, command: str) -> str | None:
-    """Finds the checkpoint to resume from or to evaluate; None where a run starts anew.
+    """Finds the checkpoint to resume from or to evaluate; None if a run starts from step 0.
 
     Args:
-        config: Settings of the command.
-        command: Which is run.
+        config: The settings of the command.
+        command: The command that runs.
 
     Raises:
-        UserError: The checkpoint that is asked for is not there.
+        UserError: The checkpoint does not exist.
     """
     logs = Path(config.trainer.default_root_dir or ".") / run_folder.LOGS
     asked = config.get("ckpt_path")
     own = slurm.own_run(logs) if command == "fit" else None
     if own is not None:
-        # A requeued SLURM job resumes its own run, whatever checkpoint it was first started from.
+        # A requeued SLURM job resumes its own run, not the checkpoint of its first start.
         found = find.find_last(logs, own)
         if found is not None:
             return str(found)
@@ -80,10 +78,10 @@ def resolve_checkpoint(config: Any, command: str) -> str | None:
 
 
 def _without_apples_gpu(chosen: Any) -> Any:
-    """The accelerator, but for Apple's GPU, which `auto` would take.
+    """Returns the accelerator, or the CPU where `auto` would take Apple's GPU.
 
     Raises:
-        UserError: It is asked for.
+        UserError: Apple's GPU is set explicitly.
     """
     if not torch.backends.mps.is_available() or chosen not in ("auto", "gpu", "mps"):
         return chosen

@@ -1,6 +1,4 @@
-"""What appears on the terminal: our own log lines, and the warnings of libraries that apply
-here.
-"""
+"""Log lines and warnings on the terminal: ours, and those of libraries that apply here."""
 
 from __future__ import annotations
 
@@ -17,29 +15,27 @@ from lit_sft import errors
 log = logging.getLogger("lit_sft")
 
 NOT_HERE = (
-    # Batches are slices of a mapped file.
+    # A batch is a slice of a memory-mapped file, so workers would not help.
     "does not have many workers",
-    # The position is ours.
+    # We store the position in the data ourselves.
     "not resumable",
     "is smaller than the logging interval",
-    # All ranks log the same.
+    # All ranks log the same value.
     "sync_dist=True)`",
-    # No validation set.
+    # There may be no validation set.
     "across ranks is zero",
-    # Lightning with torch 2.13.
+    # Lightning calls a deprecated function of torch 2.13.
     "treespec, LeafSpec",
-    # Of jsonargparse, by Lightning.
+    # Lightning calls deprecated functions of jsonargparse.
     "deprecated",
-    # Where it is needed and not used, that is an error of ours.
+    # `slurm.check_launch` refuses a job that needs srun and does not use it.
     "The `srun` command is available",
 )
-"""Advice of libraries that does not apply."""
+"""Parts of warnings that do not apply here."""
 
 
 class _TerminalHandler(logging.StreamHandler):
-    """Writes to what is `sys.stderr` at that moment: a progress bar that is drawn puts lines above
-    itself there.
-    """
+    """Writes to the current `sys.stderr`, which a progress bar replaces while it is drawn."""
 
     @property  # type: ignore[override]
     def stream(self) -> Any:
@@ -51,11 +47,11 @@ class _TerminalHandler(logging.StreamHandler):
 
 
 def set_up() -> None:
-    """Shows our own log lines, plain; of the libraries only warnings that apply here."""
+    """Shows our log lines without prefix, and hides warnings of libraries that do not apply."""
     _show_own_lines()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-    # On some CPUs it misses a kernel of the hub.
+    # On some CPUs it warns that a kernel from the hub is missing.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     for text in NOT_HERE:
         warnings.filterwarnings("ignore", f".*{re.escape(text)}.*")

@@ -1,4 +1,4 @@
-"""The trainer of the command line: its methods are the commands."""
+"""The trainer of the command line, whose methods are the commands."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class CommandTrainer(SFTTrainer):
     """
 
     plan = Plan()
-    """The devices that `doctor` is asked about; it takes one of them itself."""
+    """The devices of the planned run, for `doctor`, which itself runs on one device."""
 
     def preview(
         self,
@@ -49,7 +49,6 @@ class CommandTrainer(SFTTrainer):
         model: SFTModule,
         datamodule: SFTDataModule,
         output: Literal["rich", "json"] = "rich",
-        histogram: str | None = None,
     ) -> None:
         """Check data, steps, memory and disk before a run, with two real steps; exit code 1 on an
         error.
@@ -58,9 +57,8 @@ class CommandTrainer(SFTTrainer):
             model: Its settings are used.
             datamodule: Its rows are examined.
             output: For people (rich) or programs (json).
-            histogram: PNG file to write the length histogram to.
         """
-        sys.exit(doctor.doctor(self, self.plan, model, datamodule, output, histogram))
+        sys.exit(doctor.doctor(self, self.plan, model, datamodule, output))
 
     def export(
         self,

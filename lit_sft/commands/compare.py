@@ -1,6 +1,4 @@
-"""The same questions to several models: their answers side by side, in the terminal and as a
-page.
-"""
+"""Asks several models the same questions, and shows the answers side by side as an HTML page."""
 
 from __future__ import annotations
 
@@ -22,19 +20,19 @@ from lit_sft.module import SFTModule
 def ask(
     name_or_path: str, options: GenerationOptions, dtype: str = "auto", **data_options: Any
 ) -> list[dict[str, Any]]:
-    """Loads one model and has it answer.
+    """Loads one model and generates its answers.
 
     Args:
         name_or_path: Hub id, model directory or adapter directory.
-        options: How answers are written.
-        dtype: Of the weights; `auto` is bf16 on a GPU and fp32 on a CPU.
-        **data_options: Of `SFTDataModule`: `predict` and what decides how it is asked.
+        options: Length and sampling of the answers.
+        dtype: Dtype of the weights; `auto` is bf16 on a GPU and fp32 on a CPU.
+        **data_options: Arguments of `SFTDataModule`: `predict` names the questions.
 
     Returns:
         Records in the order of the questions (see `generation.answer.records`).
 
     Raises:
-        UserError: Model or questions are not to be had.
+        UserError: The model or the questions cannot be loaded.
     """
     data = SFTDataModule(model_name_or_path=name_or_path, **data_options).data
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -61,12 +59,12 @@ def ask(
 
 
 def page(questions: Sequence[str], columns: Mapping[str, Sequence[str]], note: str) -> str:
-    """The answers as one HTML file that needs no other.
+    """Returns the answers as one self-contained HTML page.
 
     Args:
         questions: One per row.
-        columns: Answers by the name of the model (or `reference`).
-        note: A line below the title.
+        columns: Name of a model (or `reference`) -> its answers.
+        note: Line below the title.
     """
     width = 100 / (len(columns) + 1)
     heads = "".join(f"<th>{_text(name)}</th>" for name in ("Question", *columns))

@@ -1,6 +1,4 @@
-"""`doctor`: a pre-flight. Everything about data, steps and memory that can be known in a minute,
-and two real steps.
-"""
+"""`doctor`: checks data, steps, memory and disk before a run, and makes two real steps."""
 
 from __future__ import annotations
 
@@ -21,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from typing_extensions import override
 
-from lit_sft.console import console, draw_histogram
+from lit_sft.console import console
 from lit_sft.data.packing import Packs
 from lit_sft.data.sampler import StepOrder
 from lit_sft.data.stats import Counts
@@ -49,10 +47,9 @@ LABELS = {
     "tokens_per_step": "tokens per step",
     "memory": "memory expected",
 }
-"""What `--output json` prints, beside warnings and errors, and how people read it. null: not
-reached, or not used.
-"""
+"""Key of the JSON report -> label in the table. The value is null if it is not known."""
 BARS = 12
+"""Bars of the histogram of lengths."""
 
 
 def doctor(
@@ -61,20 +58,18 @@ def doctor(
     module: SFTModule,
     datamodule: SFTDataModule,
     output: Literal["rich", "json"],
-    histogram: str | None,
 ) -> int:
-    """Looks at a configuration before it is run.
+    """Checks a configuration before it is run.
 
     Args:
-        trainer: For one device and two steps.
-        plan: What the run itself is to have.
-        module: Its settings.
-        datamodule: Its `train` and validation set are examined.
-        output: `rich` for people; `json`: one object on stdout.
-        histogram: PNG file for the lengths, if one is wanted.
+        trainer: Trainer for two steps on one device.
+        plan: Devices of the planned run.
+        module: The module of the run.
+        datamodule: Its training and validation sets are examined.
+        output: `rich`: tables; `json`: one object on stdout.
 
     Returns:
-        The exit code: 1 if there is an error, else 0; warnings do not fail.
+        The exit code: 1 if the report has an error, else 0.
     """
     report: dict[str, Any] = {**dict.fromkeys(LABELS), "warnings": [], "errors": []}
     lengths = np.zeros(0, dtype=np.int64)
@@ -85,7 +80,7 @@ def doctor(
         lengths = datamodule.data.caches["train"].lengths
         report |= _examine_data(datamodule, report)
         packs, options = datamodule.pack("train"), datamodule.options
-        # Refuses.
+        # Only the checks of the constructor are wanted: it refuses batch sizes that do not fit.
         StepOrder(
             len(packs), options.global_batch_size, options.micro_batch_size, plan.devices, seed=0
         )
@@ -108,12 +103,11 @@ def doctor(
         print(json.dumps(report))
     else:
         _show(report, lengths, step)
-    if histogram is not None and len(lengths):
-        draw_histogram(lengths, Path(histogram))
     return 1 if report["errors"] else 0
 
 
 def _examine_data(datamodule: SFTDataModule, report: dict[str, Any]) -> dict[str, Any]:
+    """Returns the counts of the training set, and adds its problems to the report."""
     data, options = datamodule.data, datamodule.options
     cache, tokenizer = data.caches["train"], data.tokenizer
     counts = Counts(**cache.meta)
@@ -131,12 +125,15 @@ def _examine_data(datamodule: SFTDataModule, report: dict[str, Any]) -> dict[str
             report["errors"].append(
                 "examples begin with two BOS tokens: remove bos_token from data.chat_template"
             )
-    overlap = (
-        num_overlapping(cache, data.caches["validation"]) if "validation" in data.caches else 0
-    )
+    overlap = 0
+    if "validation" in data.caches:
+        overlap = num_overlapping(cache, data.caches["validation"])
     if overlap:
         warnings.append(f"{overlap:,} validation rows are in the training set too")
     packs = datamodule.pack("train")
+    pack_fill = None
+    if options.packing:
+        pack_fill = float(packs.num_tokens(cache.lengths).mean() / options.max_length)
     steps = -(-len(packs) // options.global_batch_size)
     return {
         "rows_read": counts.rows_read,
@@ -146,11 +143,7 @@ def _examine_data(datamodule: SFTDataModule, report: dict[str, Any]) -> dict[str
         "stop_tokens": tokenizer.convert_ids_to_tokens(counts.stop_ids),
         "duplicates": counts.duplicates,
         "overlap": overlap,
-        "pack_fill": (
-            float(packs.num_tokens(cache.lengths).mean() / options.max_length)
-            if options.packing
-            else None
-        ),
+        "pack_fill": pack_fill,
         "steps_per_epoch": steps,
         "tokens_per_step": counts.tokens / steps,
     }
@@ -163,17 +156,18 @@ def _expect_memory(
     datamodule: SFTDataModule,
     report: dict[str, Any],
 ) -> dict[str, int]:
+    """Returns the expected memory of a step in bytes, and adds a lack of memory or disk."""
     expected = needed_memory(trainer, module, datamodule, plan)
     device = trainer.strategy.root_device
-    available = (
-        torch.cuda.mem_get_info(device)[0]
-        if device.type == "cuda"
-        else psutil.virtual_memory().available
-    )
+    if device.type == "cuda":
+        available = torch.cuda.mem_get_info(device)[0]
+    else:
+        available = psutil.virtual_memory().available
     if expected.total > available:
+        where = " on each device" if plan.devices > 1 else ""
         report["errors"].append(
-            f"the step needs about {expected.total / GIB:.1f}"
-            f" GiB{' on each device' * (plan.devices > 1)} and {available / GIB:.1f} GiB are free:"
+            f"the step needs about {expected.total / GIB:.1f} GiB{where} and"
+            f" {available / GIB:.1f} GiB are free:"
             " lower data.micro_batch_size or data.max_length, or set model.gradient_checkpointing,"
             " model.lora, or trainer.strategy to fsdp2 on more devices"
         )
@@ -187,25 +181,25 @@ def _expect_memory(
 
 
 def _existing(folder: Path) -> Path:
-    """The folder, or what of its path is there before the first run."""
+    """Returns the folder, or its nearest parent that exists."""
     return next(place for place in (folder, *folder.absolute().parents) if place.exists())
 
 
 def _try_step(trainer: L.Trainer, module: SFTModule, datamodule: SFTDataModule) -> dict[str, float]:
-    """Two optimizer steps on the fullest packs: at the second the optimizer's state is there,
-    too.
+    """Makes two optimizer steps on the fullest packs: the first one creates the optimizer state.
+
+    Returns:
+        Seconds, additional peak memory in bytes, and the last loss.
     """
     before = memory_estimate.resident()
     started = time.monotonic()
     trainer.callbacks.append(FullestFirst())  # type: ignore[attr-defined]
     trainer.fit(module, datamodule)
     device = trainer.strategy.root_device
-    on_gpu = device.type == "cuda"
-    peak = (
-        torch.cuda.max_memory_allocated(device)
-        if on_gpu
-        else memory_estimate.resident(peak=True) - before
-    )
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+    else:
+        peak = memory_estimate.resident(peak=True) - before
     return {
         "seconds_with_loading": time.monotonic() - started,
         "peak_bytes": peak,
@@ -214,8 +208,10 @@ def _try_step(trainer: L.Trainer, module: SFTModule, datamodule: SFTDataModule) 
 
 
 class FullestFirst(Callback):
-    """Leaves two optimizer steps of one forward pass, or of two where the run accumulates
-    gradients: the fullest packs, which need the most memory.
+    """Replaces the training set by its fullest packs, which need the most memory.
+
+    Two optimizer steps are left, each of one micro-batch, or of two if the run accumulates
+    gradients.
     """
 
     @override
@@ -235,7 +231,7 @@ class FullestFirst(Callback):
 
 
 def _show(report: dict[str, Any], lengths: np.ndarray, step: dict[str, float] | None) -> None:
-    """Prints the report for people."""
+    """Prints the report as tables."""
     screen = console()
     screen.print(_report_table(report, step))
     if len(lengths):

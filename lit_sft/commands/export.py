@@ -1,6 +1,4 @@
-"""`export`: a checkpoint to a Hugging Face directory, on one CPU process, compared with the model
-in memory.
-"""
+"""`export`: writes a checkpoint as a Hugging Face directory, and verifies it."""
 
 from __future__ import annotations
 
@@ -16,6 +14,7 @@ from lit_sft.errors import UserError
 from lit_sft.model import fused_layers
 from lit_sft.model.attention.implementation import set_attention
 from lit_sft.model.lora import merge
+from lit_sft.model.loss import CausalLMLoss
 from lit_sft.model.verify_export import verify_export
 from lit_sft.module import SFTModule
 
@@ -30,12 +29,23 @@ def export_checkpoint(
     dequantize: bool,
     dtype: str | None,
 ) -> None:
-    """Loads, merges if asked to, writes, and compares logits and greedy answers to the default
-    questions.
+    """Loads a checkpoint, merges its adapter if asked to, writes the directory and verifies it.
+
+    The written model must give the same logits and greedy answers as the model in memory.
+
+    Args:
+        trainer: A trainer for one CPU process.
+        module: The module that the checkpoint belongs to.
+        datamodule: Its tokenizer and template are exported along.
+        ckpt_path: The checkpoint.
+        output_dir: The directory to write.
+        merge_lora: Whether to merge the adapter into the base.
+        dequantize: Whether to merge even into a 4-bit base.
+        dtype: Dtype of the written weights; None keeps theirs.
 
     Raises:
-        UserError: The checkpoint is not one of this model, merging needs a word of consent, or what
-            was written answers differently and is gone again.
+        UserError: The checkpoint belongs to another model, an option does not fit it, or the
+            written model answers differently (the directory is removed then).
     """
     if merge_lora and module.options.quantization is not None and not dequantize:
         raise UserError(
@@ -43,6 +53,30 @@ def export_checkpoint(
             " values, with the adapter, in bf16; or --model.quantization null to merge into the"
             " base that was quantized, which was not trained on"
         )
+    model = _load(trainer, module, datamodule, ckpt_path)
+    data = datamodule.data
+    probes = [data.renderer.prompt(data.question(text)) for text in QUESTIONS]
+    if merge_lora:
+        _merge_adapter(module, torch.tensor(probes[:1]))
+    set_attention(model.lm, "sdpa")
+    if dtype is not None and module.adapter is not None:
+        raise UserError(
+            f"--dtype {dtype} is for whole models, and an adapter stays as it is: add --merge_lora"
+            " true"
+        )
+    trained = module.adapter or model.lm
+    stored = None if dtype is None else getattr(torch, dtype)
+
+    def check(folder: Path) -> None:
+        verify_export(folder, trained, datamodule.tokenizer, probes)
+
+    module.export(output_dir, dtype=stored, check=check)
+
+
+def _load(
+    trainer: L.Trainer, module: SFTModule, datamodule: SFTDataModule, ckpt_path: str
+) -> CausalLMLoss:
+    """Loads the weights of a checkpoint into the module, without starting a run."""
     trainer.strategy.connect(module)
     module.trainer = datamodule.trainer = trainer
     lightning_internals.attach_datamodule(trainer, module, datamodule)
@@ -51,28 +85,22 @@ def export_checkpoint(
     checkpoint = read_checkpoint(ckpt_path, without=("optimizer_states",))
     module.on_load_checkpoint(checkpoint)
     module.load_state_dict(checkpoint["state_dict"], strict=False)
-    # The exported model runs in plain transformers: the same layers give the same bits.
+    # The exported model runs in plain transformers. Only the same layers give the same bits.
     fused_layers.unfuse_blocks(module.model.lm, module.model.fused)
-    data = datamodule.data
-    probes = [data.renderer.prompt(data.question(text)) for text in QUESTIONS]
-    if merge_lora:
-        if module.adapter is None:
-            raise UserError("--merge_lora true, but the checkpoint has no adapter: leave it out")
-        plain, probe = module.adapter, torch.tensor(probes[:1])
-        before = merge.logits(plain, probe)
-        if module.options.quantization is not None:
-            plain = merge.dequantized(plain)
-        module.use_merged(merge.merge(plain, probe, before))
-    set_attention(module.model.lm, "sdpa")
-    if dtype is not None and module.adapter is not None:
-        raise UserError(
-            f"--dtype {dtype} is for whole models, and an adapter stays as it is: add --merge_lora"
-            " true"
-        )
-    trained = module.adapter or module.model.lm
-    stored = None if dtype is None else getattr(torch, dtype)
+    return module.model
 
-    def check(folder: Path) -> None:
-        verify_export(folder, trained, datamodule.tokenizer, probes)
 
-    module.export(output_dir, dtype=stored, check=check)
+def _merge_adapter(module: SFTModule, probe: torch.Tensor) -> None:
+    """Merges the adapter into the base.
+
+    Args:
+        module: Has the loaded adapter.
+        probe: [1, T] token ids, for which the merged model must give the same logits.
+    """
+    if module.adapter is None:
+        raise UserError("--merge_lora true, but the checkpoint has no adapter: leave it out")
+    before = merge.logits(module.adapter, probe)
+    adapter = module.adapter
+    if module.options.quantization is not None:
+        adapter = merge.dequantized(adapter)
+    module.use_merged(merge.merge(adapter, probe, before))

@@ -1,4 +1,4 @@
-"""`preview`: rows as the model will see them, before a run. Needs the tokenizer, no weights."""
+"""`preview`: shows rows as the model will see them. Needs the tokenizer, but no weights."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ log = logging.getLogger(__name__)
 
 
 def preview(data: SFTData, num_rows: int, output: Literal["rich", "json"]) -> None:
-    """Shows the first rows: as a conversation, then as tokens with the trained ones coloured.
+    """Shows the first rows: as conversations, then as tokens with the trained ones in green.
 
     Args:
-        data: Its `train` is shown.
-        num_rows: Rows to show.
-        output: `rich` for people; `json`: one object per example on stdout, and nothing else there.
+        data: The data of the run; its training rows are shown.
+        num_rows: Number of rows.
+        output: `rich`: tables; `json`: one object per example on stdout, and nothing else there.
     """
     if num_rows < 1:
         raise UserError(f"--num_rows is {num_rows}, it must be at least 1")
@@ -35,7 +35,6 @@ def preview(data: SFTData, num_rows: int, output: Literal["rich", "json"]) -> No
     counts = Counts()
     examples = list(preparation.examples(rows, counts))
     for line in counts.lines("preview"):
-        # What was dropped, and why.
         log.info(line)
     tokenizer = data.tokenizer
     if output == "json":
@@ -74,24 +73,24 @@ def _conversations_table(conversations: list[Conversation]) -> Table:
             if message.role == "assistant":
                 table.add_row(Text("\n".join(asked)), Text(_said(message)))
                 asked = []
+            elif message.role == "user":
+                asked.append(message.content)
             else:
-                asked.append(
-                    message.content
-                    if message.role == "user"
-                    else f"[{message.role}] {message.content}"
-                )
+                asked.append(f"[{message.role}] {message.content}")
+        # A plain text, or a question without an answer.
         if asked:
-            # A plain text, or a question that nobody answered.
             table.add_row(Text("\n".join(asked)), "")
         table.add_section()
     return table
 
 
 def _said(message: Message) -> str:
-    """What an assistant wrote in one turn: reasoning, answer, calls."""
-    calls = (
-        f"[call] {json.dumps(call['function'], ensure_ascii=False)}"
-        for call in message.tool_calls or ()
-    )
-    reasoning = f"[reasoning] {message.reasoning_content}" if message.reasoning_content else ""
-    return "\n".join(filter(None, (reasoning, message.content, *calls)))
+    """Returns the reasoning, the answer and the calls of an assistant turn."""
+    parts = []
+    if message.reasoning_content:
+        parts.append(f"[reasoning] {message.reasoning_content}")
+    if message.content:
+        parts.append(message.content)
+    for call in message.tool_calls or ():
+        parts.append(f"[call] {json.dumps(call['function'], ensure_ascii=False)}")
+    return "\n".join(parts)

@@ -1,14 +1,14 @@
-r"""Conversation -> drafts: texts to be tokenized, and where in them each assistant turn lies.
+r"""Conversation -> drafts: texts to tokenize, with the position of each assistant turn.
 
-A turn is located by writing the conversation twice: the messages before it with the generation
-prompt, as a server does to have the turn generated, and the messages up to it. The second text must
-begin with the first. The model has to generate the rest, up to and with the stop token:
+To locate a turn, the conversation is rendered twice: the messages before the turn with the
+generation prompt, as a server does, and the messages up to the turn. The second text must begin
+with the first one. The rest, up to and with the stop token, is what the model has to generate:
 
     prompt   <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n
     whole    <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n
                                                                     ^ start ^ stop
 
-Here everything is text; `tokenize` proves the same for token ids.
+This module works on texts. `tokenize` proves the same for token ids.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ TrainOn = Literal["completions", "last_completion", "all"]
 
 _OPEN_THINKING = re.compile(r"[<\[][\w:|]*think[\w:|]*[>\]]\s*\Z", re.IGNORECASE)
 _LONGEST_CLOSING = 300
-"""Characters that special tokens and white space at the end of a text take at most."""
+"""Longest run of special tokens and white space at the end of a text, in characters."""
 
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """The text of an example, before it is tokenized."""
+    """The text of an example."""
 
     text: str
     turns: tuple[RenderedTurn, ...] = ()
@@ -52,10 +52,10 @@ class Draft:
 def make_drafts(
     template: ChatTemplate, conversation: Conversation, train_on: TrainOn
 ) -> list[Draft]:
-    """Writes a conversation and locates the turns that decide what is trained.
+    """Renders a conversation and locates its trained turns.
 
     Args:
-        template: Writes it.
+        template: The chat template.
         conversation: Turns or plain text.
         train_on: See `Renderer`.
 
@@ -69,7 +69,7 @@ def make_drafts(
         return [text_draft(conversation.text, template.tokenizer.eos_token)]
     answers = [i for i, message in enumerate(conversation.messages) if message.role == "assistant"]
     if template.is_raw and answers:
-        # Everything before the last answer is its prompt, even earlier answers.
+        # Without a template, everything before the last answer is its prompt.
         answers = answers[-1:]
         conversation = replace(conversation, messages=conversation.messages[: answers[0] + 1])
     if train_on == "all":
@@ -80,7 +80,7 @@ def make_drafts(
 
 
 def text_draft(text: str, eos_token: str | None) -> Draft:
-    """A plain text, all of which is trained, and one eos."""
+    """Makes the draft of a plain text, all of which is trained, with one eos at the end."""
     if eos_token is None:
         raise UserError("the tokenizer has no eos token to end a text; give it one")
     before, _, behind = text.rpartition(eos_token)
@@ -90,10 +90,10 @@ def text_draft(text: str, eos_token: str | None) -> Draft:
 
 
 def full_draft(template: ChatTemplate, conversation: Conversation, answers: Sequence[int]) -> Draft:
-    """All of a conversation is trained, but for the turns whose own flag forbids it.
+    """Makes the draft of `train_on: all`: only turns with `train: false` are not trained.
 
     Args:
-        template: Writes the conversation.
+        template: The chat template.
         conversation: Has turns.
         answers: Indices of the assistant turns.
     """
@@ -120,13 +120,16 @@ def completion_drafts(
     answers: Sequence[int],
     wanted: Sequence[int],
 ) -> list[Draft]:
-    """Assistant turns are trained: those that are wanted, unless a turn's own flag says otherwise.
+    """Makes the drafts in which assistant turns are trained.
 
     Args:
-        template: Writes the conversation.
+        template: The chat template.
         conversation: Has turns.
         answers: Indices of the assistant turns.
-        wanted: Those that `data.train_on` names.
+        wanted: Indices of the turns that `data.train_on` selects. A turn's own `train` wins.
+
+    Returns:
+        One draft, or one per trained turn if the template rewrites earlier turns.
     """
     turns = []
     for i in answers:
@@ -144,7 +147,7 @@ def completion_drafts(
 
 
 def drafts_per_turn(turns: Sequence[RenderedTurn], needs_bos: bool) -> list[Draft]:
-    """One draft for each turn, with the text up to it."""
+    """Makes one draft per turn, with the text up to this turn."""
     drafts = [draft_of(turn.text, [turn], needs_bos) for turn in turns]
     if len(drafts) == 1:
         return drafts
@@ -152,20 +155,20 @@ def drafts_per_turn(turns: Sequence[RenderedTurn], needs_bos: bool) -> list[Draf
 
 
 def draft_of(text: str, turns: Sequence[RenderedTurn], needs_bos: bool) -> Draft:
-    """A draft in which only these turns are trained."""
+    """Makes a draft in which only these turns are trained."""
     stops = dict.fromkeys(turn.stop for turn in turns)
     return Draft(text, tuple(turns), stops=tuple(stops), notes=_notes(turns), needs_bos=needs_bos)
 
 
 def _notes(turns: Sequence[RenderedTurn]) -> tuple[str, ...]:
-    """The notes of all turns, each of them once."""
+    """Collects the notes of all turns, each of them once."""
     return tuple(dict.fromkeys(note for turn in turns for note in turn.notes))
 
 
 def _write_whole(
     template: ChatTemplate, conversation: Conversation, turns: Sequence[RenderedTurn]
 ) -> str:
-    """The text of a conversation, with the template variables of its last trained turn."""
+    """Renders a whole conversation with the switch of its last trained turn."""
     if not turns:
         return template.write(conversation)[0]
     last = turns[-1]
@@ -175,11 +178,10 @@ def _write_whole(
 
 
 def write_prompt(template: ChatTemplate, conversation: Conversation) -> str:
-    """The text that a server feeds the model to have a conversation continued.
+    """Renders the prompt of a server for the next assistant turn.
 
-    If the last turn is the assistant's, it is the answer that is asked for. The prompt is then the
-    one that this turn is trained behind; if it cannot be trained, the prompt of the messages before
-    it.
+    If the last turn is the assistant's, it is the answer, and the prompt is the same as in
+    training. If it cannot be trained, the messages before it are rendered.
 
     Raises:
         UserError: The template cannot write it.
@@ -194,14 +196,14 @@ def write_prompt(template: ChatTemplate, conversation: Conversation) -> str:
 
 
 def prove(template: ChatTemplate, conversation: Conversation, index: int) -> RenderedTurn:
-    """Locates the assistant turn `messages[index]`; later messages do not matter.
+    """Locates the assistant turn `messages[index]` and proves that it continues its prompt.
 
-    If the turn does not fit its prompt, or its reasoning is not written, the switches of the
-    template are tried.
+    Later messages do not matter. The switches of the template are tried until the turn fits and
+    its reasoning is written.
 
     Raises:
-        UserError: No switch makes it fit, or the template leaves the turn open or does not write
-            its calls.
+        UserError: No switch makes the turn fit, or the template does not end the turn, or does not
+            write its calls.
     """
     second_best = None
     refusal = None
@@ -230,6 +232,11 @@ def _locate(
     *,
     lenient: bool = False,
 ) -> RenderedTurn:
+    """Locates a turn with one switch of the template.
+
+    Raises:
+        UserError: The turn does not continue its prompt, unless `lenient`.
+    """
     message = conversation.messages[index]
     number = index + 1
     prompt, whole, marks = template.write_turn(conversation, index, switch)
@@ -238,8 +245,7 @@ def _locate(
         stop_at, stop = find_stop(template, whole, conversation, index, switch, start)
         _check_no_stop_inside(template, whole[start:stop_at], stop, number)
     else:
-        # It is not known where the answer begins, so only the content of the message is surely part
-        # of it.
+        # The begin of the answer is unknown. Only the content of the message surely belongs to it.
         start = len(os.path.commonprefix([prompt, whole]))
         stop_at, stop = find_stop(template, whole, conversation, index, switch)
         _check_no_stop_inside(template, message.content, stop, number)
@@ -275,21 +281,21 @@ def find_stop(
     switch: Switch = (),
     start: int = 0,
 ) -> tuple[int, str]:
-    """Finds the special token that ends the turn `messages[index]`.
+    """Finds the stop token: the special token that ends the turn `messages[index]`.
 
     Args:
-        template: Wrote the text.
-        text: The conversation up to and with this turn.
-        conversation: With or without what follows the turn.
-        index: Of the turn.
-        switch: With which the text was written.
-        start: Where in the text the answer begins.
+        template: The chat template.
+        text: The rendered conversation up to this turn.
+        conversation: The conversation; it may continue after the turn.
+        index: Index of the turn.
+        switch: Template variables of the text.
+        start: Begin of the answer in the text.
 
     Returns:
-        Where the stop token begins, and the token.
+        Position of the stop token, and the token.
 
     Raises:
-        UserError: The template writes none.
+        UserError: The template writes no stop token.
     """
     closing = template.closing.search(text, max(start, len(text) - _LONGEST_CLOSING))
     if closing is None:
@@ -314,11 +320,11 @@ def _last_of_turn(
     index: int,
     switch: Switch,
 ) -> re.Match[str]:
-    """Which of the special tokens at the end of `text` is the stop token.
+    """Chooses the stop token among the special tokens at the end of `text`.
 
-    Some templates end a turn with several (DeepSeek's tool calls), others write eos once more
-    behind the whole text (Phi-3). The tokens that are still there when the conversation goes on
-    belong to the turn; the last of them stops.
+    Some templates end a turn with several special tokens (DeepSeek's tool calls), others add eos
+    behind the whole text (Phi-3). The tokens that remain when the conversation continues belong to
+    the turn. The last of these is the stop token.
     """
     message = conversation.messages[index]
     if not message.content.strip() and not message.tool_calls:
@@ -339,7 +345,7 @@ def _last_of_turn(
 def _without_own(
     template: ChatTemplate, message: Message, found: list[re.Match[str]]
 ) -> list[re.Match[str]]:
-    """The special tokens behind those that the content of the message itself ends with."""
+    """Drops the special tokens that come from the content of the message itself."""
     own = template.closing.search(message.content)
     if own is None:
         return found
@@ -350,7 +356,7 @@ def _without_own(
 
 
 def _following(messages: Sequence[Message], index: int) -> Sequence[Message]:
-    """What follows a turn, or could follow it: the results of its calls, or a question."""
+    """Returns the next message; after the last turn, messages that could follow."""
     if index + 1 < len(messages):
         return messages[index + 1 : index + 2]
     calls = messages[index].tool_calls
@@ -363,7 +369,7 @@ def _following(messages: Sequence[Message], index: int) -> Sequence[Message]:
 
 
 def _check_no_stop_inside(template: ChatTemplate, answer: str, stop: str, number: int) -> None:
-    """Refuses an answer with a token at which a server would stop."""
+    """Refuses an answer that contains a token at which a server would stop."""
     for token in (stop, template.tokenizer.eos_token):
         if token and token in answer:
             raise UserError(
@@ -375,8 +381,15 @@ def _check_no_stop_inside(template: ChatTemplate, answer: str, stop: str, number
 def _check_prefix(
     template: ChatTemplate, prompt: str, whole: str, start: int, message: Message, number: int
 ) -> None:
-    """Refuses a turn that the model could not write behind the prompt; `start` is the length of
-    what they share.
+    """Refuses a turn that does not continue its prompt.
+
+    Args:
+        template: The chat template.
+        prompt: The prompt of a server.
+        whole: The text with the turn.
+        start: Length of the common prefix of both.
+        message: The turn.
+        number: Number of the turn, for messages.
     """
     is_written = f"the row is written {whole[start : start + 40]!r}"
     opens_thinking = (
@@ -401,11 +414,11 @@ def _check_prefix(
 
 
 def _anchor(template: ChatTemplate, prompt: str) -> int:
-    """Where the last special token of a prompt begins; 0 if there is none."""
+    """Returns the position of the last special token of a prompt; 0 if there is none."""
+    # A slow tokenizer gives no offsets, so a token cannot be found by its position in the text.
     if not template.tokenizer.is_fast:
-        # The tokenizer does not tell where in the text a token lies.
         return 0
-    # Most prompts end with a header of a few characters, so the whole text is searched last.
+    # Most prompts end with a short header, so the end is searched before the whole text.
     for start in (max(0, len(prompt) - 200), 0):
         found = list(template.special.finditer(prompt, start))
         if found:

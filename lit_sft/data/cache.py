@@ -1,7 +1,7 @@
-"""Tokenized examples on disk, memory-mapped: resident memory does not grow with the number of rows.
+"""Tokenized examples in memory-mapped files: memory does not grow with the number of rows.
 
-A cache is a directory named by a hash of everything that decides its content. It is written beside
-its final place and renamed when it is complete, so a directory that exists is whole.
+A cache is a directory named by a hash of everything that decides its content. It is written under
+another name and renamed when it is complete, so an existing cache is whole.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ log = logging.getLogger(__name__)
 
 META = "meta.json"
 COLUMNS = {"ends.i64": 8, "rows.i64": 8, "parts.i32": 4, "hashes.u64": 8, "sums.u32": 4}
-"""Files with one number per example -> its bytes. `ends` are the ends of the examples in the files
-of `TOKENS`; `sums` are checksums, compared whenever an example is read (10 microseconds for 2,048
-tokens), so that no start waits for it.
+"""File with one number per example -> bytes per number.
+
+`ends` are the ends of the examples in the files of `TOKENS`. `sums` are checksums. They are
+compared whenever an example is read, not at the start. This takes 10 microseconds for 2,048 tokens.
 """
 TOKENS = {"input_ids.i32": 4, "loss_mask.u8": 1}
-"""Files with one number per token, likewise."""
+"""File with one number per token -> bytes per number."""
 FAILURE_SECONDS = 60
-"""How much earlier than another rank, which was still importing, rank 0 may have failed."""
+"""How long before the start of another rank rank 0 may have failed: imports take time."""
 PATIENCE_SECONDS = 600
-"""Between two signs of life of a rank that waits."""
+"""Time between two messages of a rank that waits."""
 
 
 def cache_key(parts: dict[str, Any]) -> str:
-    """A hash of all options that decide what the cache holds; `parts` must be plain JSON values."""
-    return hashlib.sha256(
-        json.dumps(parts, sort_keys=True, ensure_ascii=True).encode()
-    ).hexdigest()[:24]
+    """Hashes everything that decides the content of a cache; `parts` must be plain JSON values."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
 class ExampleCache:
@@ -55,13 +55,13 @@ class ExampleCache:
 
     Attributes:
         lengths: [N] tokens of each example.
-        rows: [N] number of the row it came from.
-        parts: [N] which of the row's examples it is.
-        hashes: [N] of the token ids, to find duplicates.
-        meta: What the writer wanted to remember (counts for the log, stop tokens).
+        rows: [N] number of the row of each example.
+        parts: [N] number of each example within its row.
+        hashes: [N] hashes of the token ids, to find duplicates.
+        meta: Metadata of the writer: counts for the log, stop tokens.
 
     Raises:
-        OSError: A file is missing, or not as long as the others say.
+        OSError: A file is missing or has the wrong size.
         ValueError: `meta.json` is broken.
     """
 
@@ -85,7 +85,7 @@ class ExampleCache:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of all examples: their token ids, which of them are trained, and the order."""
+        """Hash of all examples: token ids, loss masks and order."""
         digest = hashlib.blake2b(digest_size=12)
         for column in (self.lengths, self.hashes, self._loss_mask):
             digest.update(np.ascontiguousarray(column).data)
@@ -99,10 +99,10 @@ class ExampleCache:
         return len(self._ends)
 
     def __getitem__(self, index: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8], int]:
-        """(input_ids [T], loss_mask [T], row) of an example; the arrays are views of the file.
+        """Returns input_ids [T], loss_mask [T] and row of an example, as views of the files.
 
         Raises:
-            UserError: They are not what was written.
+            UserError: The example has another checksum than when it was written.
         """
         end = int(self._ends[index])
         span = slice(end - int(self.lengths[index]), end)
@@ -123,17 +123,18 @@ def _checksum(ids: npt.NDArray[np.int32], mask: npt.NDArray[np.uint8], row: int)
 
 def _read_meta(path: Path) -> dict[str, Any]:
     meta: dict[str, Any] = json.loads(path.read_text())
-    if not isinstance(meta, dict) or meta.pop("checksum", None) != zlib.crc32(
-        json.dumps(meta).encode()
-    ):
+    is_whole = isinstance(meta, dict) and meta.pop("checksum", None) == _meta_checksum(meta)
+    if not is_whole:
         raise ValueError("meta.json is not as it was written")
     return meta
 
 
 def _write_meta(path: Path, meta: dict[str, Any]) -> None:
-    path.write_text(
-        json.dumps({**meta, "checksum": zlib.crc32(json.dumps(meta).encode())}, indent=1)
-    )
+    path.write_text(json.dumps({**meta, "checksum": _meta_checksum(meta)}, indent=1))
+
+
+def _meta_checksum(meta: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(meta).encode())
 
 
 def _map(path: Path, dtype: type[np.generic]) -> npt.NDArray[Any]:
@@ -144,9 +145,7 @@ def _map(path: Path, dtype: type[np.generic]) -> npt.NDArray[Any]:
 
 
 class Block(NamedTuple):
-    """Some examples as they are written: arrays, which go from one process to another at no
-    cost.
-    """
+    """N examples as arrays, which are cheap to send between processes."""
 
     lengths: npt.NDArray[np.int64]
     """[N] tokens."""
@@ -155,9 +154,9 @@ class Block(NamedTuple):
     parts: npt.NDArray[np.int32]
     """[N]."""
     hashes: npt.NDArray[np.uint64]
-    """[N] of the token ids."""
+    """[N] hashes of the token ids."""
     sums: npt.NDArray[np.uint32]
-    """[N] of token ids, mask and row."""
+    """[N] checksums of token ids, mask and row."""
     input_ids: npt.NDArray[np.int32]
     """[sum of lengths]."""
     loss_mask: npt.NDArray[np.uint8]
@@ -165,7 +164,7 @@ class Block(NamedTuple):
 
 
 def to_block(examples: Sequence[Example]) -> Block:
-    """Puts examples one behind the other."""
+    """Concatenates examples."""
     ids = []
     masks = []
     sums = []
@@ -189,12 +188,16 @@ def to_block(examples: Sequence[Example]) -> Block:
 
 
 def write_cache(path: Path, blocks: Iterable[Block], meta: dict[str, Any]) -> ExampleCache:
-    """Writes examples as they come; `meta` is read after the last ones, so the caller may fill it
-    meanwhile.
+    """Writes a cache.
+
+    Args:
+        path: Directory of the cache.
+        blocks: The examples.
+        meta: Metadata. It is written after the last block, so the caller may fill it until then.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     building = path.with_name(f"{path.name}.{uuid4().hex}.building")
-    # A directory of `mkdtemp` could not be read by others who share the cache.
+    # Other users who share the cache could not read a directory of `mkdtemp`.
     building.mkdir()
     try:
         with ExitStack() as stack:
@@ -217,9 +220,7 @@ def write_cache(path: Path, blocks: Iterable[Block], meta: dict[str, Any]) -> Ex
 
 
 def publish(building: Path, path: Path) -> None:
-    """Moves a complete directory to its name; where another process was first, its result stays (it
-    has the same content).
-    """
+    """Renames a complete directory. If another process was first, its equal result stays."""
     try:
         os.rename(building, path)
     except OSError:
@@ -228,7 +229,7 @@ def publish(building: Path, path: Path) -> None:
 
 
 def open_cache(path: Path) -> ExampleCache | None:
-    """The cache if it is there and whole; a damaged one is set aside with a message."""
+    """Opens a cache; None if there is none. A damaged cache is renamed, with a warning."""
     if not path.exists():
         return None
     try:
@@ -243,19 +244,18 @@ def open_cache(path: Path) -> ExampleCache | None:
 
 
 def write_failure(path: Path, error: Exception) -> None:
-    """Tells those who wait for a cache why it will not come."""
+    """Writes the reason why a cache cannot be made, for the ranks that wait for it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         file.write(str(error) or type(error).__name__)
 
 
 def wait_for_cache(path: Path, failure: Path) -> ExampleCache:
-    """What another process writes.
+    """Waits for a cache that rank 0 writes.
 
     Args:
-        path: Where it will appear.
-        failure: The file that the other process writes its error to; one that was there long before
-            does not count.
+        path: Directory of the cache.
+        failure: File with the error of rank 0. A file from long before the start does not count.
 
     Raises:
         UserError: The other process failed.
@@ -263,7 +263,7 @@ def wait_for_cache(path: Path, failure: Path) -> ExampleCache:
     earliest = time.time() - FAILURE_SECONDS
     told = time.monotonic()
     while True:
-        # The cache may not be there yet, or may be damaged and about to be made anew.
+        # The cache may not exist yet, or rank 0 may be about to replace a damaged one.
         with suppress(OSError, ValueError):
             cache = ExampleCache(path)
             if len(cache):

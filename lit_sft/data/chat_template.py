@@ -1,7 +1,7 @@
-"""The chat template: found by `resolve_chat_template`, written with by `ChatTemplate`.
+"""The chat template: `resolve_chat_template` finds it, `ChatTemplate` renders it.
 
 It is the tokenizer's own, a file, inline text, the plain fallback, or `raw`: prompt and completion
-as they are.
+without any change.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 RAW = "raw"
-"""Value of `data.chat_template` for prompt and completion as they are."""
+"""Value of `data.chat_template` for prompt and completion without any change."""
 
 TODAY = "strftime_now"
 """The function that a template calls for today's date."""
@@ -36,47 +36,44 @@ PLAIN_TEMPLATE = (
     "{% endfor %}"
     "{{ 'Assistant:\\n' if add_generation_prompt }}"
 )
-"""For tokenizers without a template: every turn under its speaker's name, the assistant's turns
-ended by eos.
+"""For tokenizers without a template: the name of the speaker, then the turn.
 
-The header ends with a newline and not with a space, which a tokenizer would merge with the first
-word of the answer.
+Assistant turns end with eos. The header ends with a newline: a tokenizer would merge a space with
+the first word of the answer.
 """
 
 RAW_TEMPLATE = (
     "{% for message in messages %}{{ message.content }}{% endfor %}"
     "{{ eos_token if not (add_generation_prompt or messages[-1].content.endswith(eos_token)) }}"
 )
-"""For `raw`: prompt and completion as they are, and eos."""
+"""For `raw`: prompt, completion and eos."""
 
 Switch = tuple[tuple[str, bool], ...]
-"""Template variables that are set for one turn: (name, value) of each."""
+"""Template variables for one turn: (name, value) of each."""
 Span = tuple[int, int]
-"""A range of characters: where it begins, and the end, which is not part of it."""
+"""A range of positions: begin (inclusive) and end (exclusive)."""
 
 _SWITCHES = ("enable_thinking", "thinking")
-"""Variables that turn the thinking block of a generation prompt off or on."""
+"""Template variables that switch thinking off or on."""
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _REMEDIES = {
     "system": "remove the system turn, and set data.system_prompt to null",
     "alternat": "merge neighbouring turns of one role, or remove the row",
 }
-"""A word of a template's own error -> the remedy."""
+"""Word in the error message of a template -> remedy."""
 
 
 def resolve_chat_template(
     tokenizer: PreTrainedTokenizerBase, chat_template: str | None
 ) -> str | None:
-    """Turns the setting `data.chat_template` into the text of a template that compiles.
+    """Finds the chat template and checks its syntax.
 
     Args:
-        tokenizer: Its own template is used if the setting is null; if it has none,
-            `PLAIN_TEMPLATE`.
-        chat_template: None, `raw`, the text of a template (it has `{{` or `{%`), or the path of a
-            file.
+        tokenizer: Has the template that None stands for; without one, `PLAIN_TEMPLATE` is used.
+        chat_template: The setting: None, `raw`, a text with `{{` or `{%`, or the path of a file.
 
     Returns:
-        The text, or None for `raw`.
+        The text of the template, or None for `raw`.
 
     Raises:
         UserError: The file cannot be read, the template has a syntax error, or nothing would end an
@@ -103,6 +100,7 @@ def resolve_chat_template(
 
 
 def _own_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Returns the default template of the tokenizer; `PLAIN_TEMPLATE` if it has none."""
     own = tokenizer.chat_template
     if isinstance(own, dict):
         if "default" not in own:
@@ -119,8 +117,8 @@ def _own_template(tokenizer: PreTrainedTokenizerBase) -> str:
             "the tokenizer has neither a chat template nor an eos token to end an answer; set"
             " data.chat_template to a template that ends assistant turns with a special token"
         )
-    # Rendered text is tokenized without special tokens, so a bos that the tokenizer would add is
-    # part of the template.
+    # Rendered text is tokenized without special tokens, so the template writes the bos that the
+    # tokenizer would add.
     if tokenizer.bos_token is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
         return "{{ bos_token }}" + PLAIN_TEMPLATE
     return PLAIN_TEMPLATE
@@ -150,14 +148,14 @@ def _check_syntax(template: str, origin: str) -> None:
 
 
 def with_date(template: str, day: str) -> str:
-    """A template that writes a fixed date in place of today's.
+    """Freezes the date in a template that calls `strftime_now`.
 
-    A macro before the template replaces the function: transformers passes no functions as
-    variables.
+    A macro before the template replaces the function, because transformers refuses functions as
+    template variables.
 
     Args:
-        template: The text of a template that calls `TODAY`.
-        day: Such as 2026-11-30.
+        template: The text of the template.
+        day: ISO date, such as 2026-11-30.
     """
     moment = datetime.fromisoformat(day)
     filters = ""
@@ -167,13 +165,12 @@ def with_date(template: str, day: str) -> str:
 
 
 def without_date(template: str) -> str:
-    """The template that was given to `with_date`; any other template as it is."""
+    """Undoes `with_date`."""
     return re.sub(rf"\A\{{%- macro {TODAY}.*\n", "", template)
 
 
 def kept_date(path: Path) -> str:
-    """The date in a file. If there is no file, one of several ranks or jobs writes today's date
-    into it.
+    """Reads the date in a file, after writing today's date there if the file does not exist.
 
     Raises:
         UserError: The file holds no date.
@@ -186,7 +183,7 @@ def kept_date(path: Path) -> str:
         except OSError:
             # `preview` needs no cache, so a folder that cannot be written is no error here.
             return str(date.today())
-        # A link never replaces a file: the first process wins, and all others read its date.
+        # A link never replaces a file: of several processes, the first one wins.
         with suppress(FileExistsError):
             os.link(aside, path)
         aside.unlink()
@@ -199,26 +196,24 @@ def kept_date(path: Path) -> str:
 
 
 class WrittenTurn(NamedTuple):
-    """An assistant turn, written twice."""
+    """The two texts that locate an assistant turn."""
 
     prompt: str
-    """The messages before the turn and the generation prompt: what a server feeds the model."""
+    """The messages before the turn with the generation prompt: the input of a server."""
     whole: str
-    """The messages up to and with the turn."""
+    """The messages up to this turn."""
     marks: list[Span]
     """Ranges of `whole` between `{% generation %}` and `{% endgeneration %}`."""
 
 
 class ChatTemplate:
-    """Writes conversations as servers do: in the sandbox of transformers and with its variables.
+    """Renders conversations as servers do, in the sandbox of transformers.
 
     Attributes:
-        closing: Matches the special tokens at the end of a text, with only white space between and
-            behind them.
-        has_marks: Whether the template marks what the assistant generates.
-        special: Matches a special token of the tokenizer.
-        switches: Variables to try, one after the other, to make a turn fit its prompt; the first is
-            empty.
+        closing: Matches special tokens at the end of a text, with white space around them.
+        has_marks: Whether the template has `{% generation %}` marks.
+        special: Matches one special token of the tokenizer.
+        switches: Variables to try in this order until a turn fits its prompt; the first is empty.
     """
 
     def __init__(
@@ -228,15 +223,14 @@ class ChatTemplate:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         unproved: Literal["error", "lenient"] = "error",
     ) -> None:
-        """Prepares to write.
+        """Finds special tokens and switches.
 
         Args:
-            tokenizer: Its special tokens are variables of the template, and one of them ends a
-                turn.
-            text: The template; None for prompt and completion as they are (`raw`).
-            chat_template_kwargs: More variables.
-            unproved: `lenient` accepts a turn that does not fit its prompt, from what they have in
-                common.
+            tokenizer: Its special tokens are template variables, and one of them ends a turn.
+            text: The template; None for `raw`.
+            chat_template_kwargs: More template variables.
+            unproved: `lenient` accepts a turn that does not fit its prompt, and trains it from the
+                end of their common prefix.
         """
         self.tokenizer = tokenizer
         self.text = text
@@ -253,9 +247,7 @@ class ChatTemplate:
                 self.switches += [((name, False),), ((name, True),)]
 
     def fingerprint(self) -> dict[str, Any]:
-        """Everything besides the tokenizer that decides what is written and proved, as plain JSON
-        values.
-        """
+        """Returns everything but the tokenizer that decides the result, as plain JSON values."""
         return {
             "chat_template": self.text,
             "chat_template_kwargs": dict(self.chat_template_kwargs),
@@ -263,8 +255,7 @@ class ChatTemplate:
         }
 
     def write_turn(self, conversation: Conversation, index: int, switch: Switch) -> WrittenTurn:
-        """Writes the conversation up to the turn `messages[index]`: as the prompt of a server, and
-        with the turn.
+        """Renders the turn `messages[index]` twice: its prompt alone, and the prompt with the turn.
 
         Raises:
             UserError: The template refuses the messages.
@@ -278,15 +269,15 @@ class ChatTemplate:
     def write(
         self, conversation: Conversation, switch: Switch = (), *, generation_prompt: bool = False
     ) -> tuple[str, list[Span]]:
-        """Writes a conversation.
+        """Renders a conversation.
 
         Args:
             conversation: Messages and tools.
-            switch: Variables for this call.
+            switch: More template variables.
             generation_prompt: Whether the text ends with the header of an assistant turn.
 
         Returns:
-            The text, and the ranges in it that the template marks with `{% generation %}`.
+            The text, and the ranges that the template marks with `{% generation %}`.
 
         Raises:
             UserError: The template refuses these messages, or fails on them.
@@ -297,8 +288,7 @@ class ChatTemplate:
         for message in conversation.messages:
             variables = message.to_dict()
             if message.reasoning_content:
-                # gpt-oss reads reasoning under this name, which transformers adds by itself only
-                # since 5.23.
+                # gpt-oss reads reasoning under this name. transformers adds it only since 5.23.
                 variables["thinking"] = message.reasoning_content
             messages.append(variables)
         result: Any
@@ -328,7 +318,7 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     for token in tokenizer.added_tokens_decoder.values():
         if token.special:
             tokens.add(str(token))
-    # The longest token comes first, or another that it begins with would match in its place.
+    # A regex takes the first alternative that matches, so longer tokens come before their prefixes.
     ordered = sorted(tokens, key=lambda token: (-len(token), token))
     nothing = "(?!)"
     return re.compile("|".join(re.escape(token) for token in ordered) or nothing)

@@ -11,17 +11,19 @@ from lit_sft.errors import UserError
 def marked_parts(
     marks: Sequence[Span], start: int, stop_at: int, end: int, number: int
 ) -> tuple[Span, ...]:
-    """The marked parts of an answer. A stop token right behind a marked part belongs to it.
+    """Returns the marked parts of an answer, all positions in characters of the whole text.
+
+    A stop token directly behind a marked part belongs to it.
 
     Args:
-        marks: Ranges that the template marks in the whole text.
-        start: Where the answer begins.
-        stop_at: Where its stop token begins.
-        end: Where the stop token ends.
-        number: Of the turn, for messages.
+        marks: Ranges that the template marks.
+        start: Begin of the answer.
+        stop_at: Begin of the stop token.
+        end: End of the stop token.
+        number: Number of the turn, for messages.
 
     Raises:
-        UserError: The stop token is neither marked nor right behind a mark.
+        UserError: The stop token is neither marked nor directly behind a mark.
     """
     parts = []
     for first, last in marks:

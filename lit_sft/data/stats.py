@@ -1,4 +1,4 @@
-"""Counts of the rows of a data set and of what became of them, and how the log tells them."""
+"""Counts of kept, dropped and noted rows of a data set, and their log lines."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ of braces.
 
 @dataclass
 class Counts:
-    """What became of the rows; stored with the cache, so that it can be told again."""
+    """Counts of rows, examples and tokens, stored in the cache and logged at each start."""
 
     rows_read: int = 0
     rows_kept: int = 0
-    """Together with the dropped ones these are all rows read."""
+    """Rows with an example. Kept and dropped rows together are all rows read."""
     duplicates: int = 0
     """Kept rows that are exact copies of an earlier one."""
     examples: int = 0
     tokens: int = 0
     trained_tokens: int = 0
     lost_trained_tokens: int = 0
-    """Targets of what is longer than `max_length`: cut away, or dropped."""
+    """Targets beyond `max_length`, truncated or dropped."""
     truncated: int = 0
-    """Examples."""
+    """Truncated examples."""
     dropped: Counter[str] = field(default_factory=Counter)
     """Reason -> rows."""
     notes: Counter[str] = field(default_factory=Counter)
-    """What had to be done to prove masks, or to keep a part of a row -> rows."""
+    """Note (see `NOTES`) -> rows."""
     placeholders: Counter[str] = field(default_factory=Counter)
     """Unfilled `{{name}}` or `{name}` -> rows."""
     blank: Counter[str] = field(default_factory=Counter)
-    """Field of `data.prompt_template` -> rows in which it is empty."""
+    """Field of `data.prompt_template` -> rows where it is empty."""
     stop_ids: list[int] = field(default_factory=list)
-    """Stop tokens that are trained."""
+    """Ids of the trained stop tokens."""
     longest: int = 0
-    """Tokens of the longest example before any cut."""
+    """Tokens of the longest example before truncation."""
 
     def add(self, other: Counts) -> None:
-        """Takes in the counts of further rows."""
+        """Adds the counts of further rows."""
         for name, value in vars(other).items():
             if name == "longest":
                 self.longest = max(self.longest, value)
@@ -54,7 +54,11 @@ class Counts:
                 setattr(self, name, getattr(self, name) + value)
 
     def lines(self, data: str) -> list[str]:
-        """What is told in the terminal about a data set."""
+        """Returns the log lines about a data set.
+
+        Args:
+            data: Name of the data set.
+        """
         share = self.trained_tokens / max(1, self.tokens)
         text = [
             f"{self.rows_kept:,} of {self.rows_read:,} rows kept as {self.examples:,} examples, "
@@ -107,9 +111,11 @@ NOTES = {
     "split_boundary": "tokenized in two parts, prompt and answer, as at inference",
     "partly_dropped": "some of the turns dropped: too long, or without a trained token",
 }
+"""Note -> its description in the log. A note is something that was done to a row, or left out."""
 
 
 def _describe(note: str) -> str:
+    """Describes a note for the log."""
     if not note.startswith("switch:"):
         return NOTES.get(note, note)
     name, _, value = note.removeprefix("switch:").partition("=")
@@ -121,14 +127,10 @@ def _describe(note: str) -> str:
 
 
 def find_placeholders(conversation: Conversation) -> set[str]:
-    """The `{{name}}` and `{name}` marks that the author of a data set meant to be filled in, and
-    nobody did.
-
-    They are trained as they stand, so they are counted.
-    """
+    """Finds `{{name}}` and `{name}` marks that were never filled in. They are trained as text."""
     contents = [message.content for message in conversation.messages]
     text = "\n".join([conversation.text or "", *contents])
-    # The search would take a tenth of the whole preparation.
+    # Without this check the search would take a tenth of the time of the whole preparation.
     if "{" not in text:
         return set()
     found = set()

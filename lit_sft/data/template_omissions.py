@@ -1,5 +1,6 @@
-"""Parts of a row that the chat template does not write. They are counted, because the model does
-not see them.
+"""Notes on parts of a row that the chat template does not write, so that the model never sees them.
+
+The notes of all rows are counted and logged (see `stats`).
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ import html
 import json
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import takewhile
 
 from lit_sft.data.chat_template import ChatTemplate, without_date
@@ -15,7 +17,6 @@ from lit_sft.errors import UserError
 from lit_sft.types import Conversation, Message
 
 _END_OF_THINKING = re.compile(r"[<\[]/[\w:|]*think[\w:|]*[>\]]", re.IGNORECASE)
-
 _COMMANDS = re.compile(r"/(?:no_?think|think|system_override)\b")
 """Commands in a message that a template obeys and removes (SmolLM3, Nemotron)."""
 _ESCAPES = re.compile(r"""\\+[nrtfb]?|["']""")
@@ -31,12 +32,12 @@ def has_reasoning(message: Message) -> bool:
 
 
 def of_answer(message: Message, answer: str, number: int) -> tuple[str, ...]:
-    """Notes on parts of an assistant turn that are missing in its text.
+    """Notes the reasoning and the content of an assistant turn that its text lacks.
 
     Args:
         message: The turn.
-        answer: What the template writes of it.
-        number: Of the turn, for messages.
+        answer: The text that the template writes for it.
+        number: Number of the turn, for messages.
 
     Raises:
         UserError: A tool call is missing. Without it, the model would learn an empty answer.
@@ -61,89 +62,65 @@ def of_answer(message: Message, answer: str, number: int) -> tuple[str, ...]:
 def of_conversation(
     template: ChatTemplate, conversation: Conversation, texts: Sequence[str]
 ) -> tuple[str, ...]:
-    """Notes on tools, and on messages that are not the assistant's, which are in none of the texts.
+    """Notes the tools and the turns of other roles than assistant that no text contains.
 
     Args:
         template: Wrote the texts.
-        conversation: Was written.
-        texts: Several if the template rewrites history, which removes messages by design.
+        conversation: The row.
+        texts: Several if the template rewrites history: each lacks some turns by design.
     """
-    notes = _of_messages(conversation.messages, texts)
-    if conversation.tools:
-        notes += _of_tools(template, conversation)
-        notes += _of_other_template(template)
-    return notes
-
-
-def _of_messages(messages: Sequence[Message], texts: Sequence[str]) -> tuple[str, ...]:
-    missing = [m for m in messages if m.role != "assistant" and not _is_written(m.content, texts)]
-    if not missing:
-        return ()
-    # This comparison is slow, but rarely needed.
-    plain_texts = [_plain(text) for text in texts]
     notes = []
-    for message in missing:
-        if not _is_nearly_written(message.content, plain_texts):
+    for message in conversation.messages:
+        if message.role != "assistant" and not _is_written(message.content, texts):
             notes.append(f"left_out:{message.role}_turn")
+    if conversation.tools:
+        if not _writes_tools(template, conversation):
+            notes.append("left_out:tools")
+        if _has_other_template_for_tools(template):
+            notes.append("other_template")
     return tuple(dict.fromkeys(notes))
 
 
-def _of_tools(template: ChatTemplate, conversation: Conversation) -> tuple[str, ...]:
-    """A note if the template writes none of the tools.
+def _is_written(content: str, texts: Sequence[str]) -> bool:
+    """Whether a text contains this content, perhaps with the changes that templates make."""
+    content = content.strip()
+    if any(content in text for text in texts):
+        return True
+    # Templates write the results of tools as JSON.
+    escaped = [json.dumps(content, ensure_ascii=False)[1:-1], json.dumps(content)[1:-1]]
+    if any(form in text for form in escaped for text in texts):
+        return True
+    parts = [_plain(part) for part in _COMMANDS.split(content)]
+    return any(all(part in _plain(text) for part in parts) for text in texts)
 
-    They are searched in the prompt of the first answer: later, a call has the name of its tool,
-    too.
+
+@lru_cache(maxsize=8)
+def _plain(text: str) -> str:
+    """Removes what templates change in a text: white space, case and escapes."""
+    return " ".join(_ESCAPES.sub(" ", html.unescape(text).casefold()).split())
+
+
+def _writes_tools(template: ChatTemplate, conversation: Conversation) -> bool:
+    """Whether the prompt of the first answer names a tool.
+
+    Later prompts do not count: calls and their results name tools, too.
     """
     functions = [tool["function"] for tool in conversation.tools or ()]
     names = [str(function.get("name", "")) for function in functions if isinstance(function, dict)]
-    if not names:
-        return ("left_out:tools",)
     messages = tuple(takewhile(lambda message: message.role != "assistant", conversation.messages))
     prompt, _ = template.write(Conversation(messages, conversation.tools), generation_prompt=True)
     found = [name for name in names if name in prompt]
-    if not found:
-        return ("left_out:tools",)
     if any(name in message.content for name in found for message in messages):
-        # The user may have written the name, so the tools must make a difference.
+        # The name may be the user's word, so the tools must make a difference.
         without_tools, _ = template.write(Conversation(messages), generation_prompt=True)
-        if without_tools == prompt:
-            return ("left_out:tools",)
-    return ()
+        return prompt != without_tools
+    return bool(found)
 
 
-def _of_other_template(template: ChatTemplate) -> tuple[str, ...]:
-    """A note if transformers would use another template of the tokenizer for rows with tools."""
+def _has_other_template_for_tools(template: ChatTemplate) -> bool:
+    """Whether transformers would take another template of the tokenizer for rows with tools."""
     own = template.tokenizer.chat_template
     if not isinstance(own, dict) or template.text is None or "tool_use" not in own:
-        return ()
+        return False
     default = own.get("default")
-    if own["tool_use"] == default or without_date(template.text) != default:
-        return ()
-    return ("other_template",)
-
-
-def _is_written(content: str, texts: Sequence[str]) -> bool:
-    """Whether a content is in one of the texts, as it is or as JSON."""
-    stripped = content.strip()
-    if any(stripped in text for text in texts):
-        return True
-    # Templates write the results of tools as JSON.
-    for ensure_ascii in (False, True):
-        escaped = json.dumps(stripped, ensure_ascii=ensure_ascii)[1:-1]
-        if any(escaped in text for text in texts):
-            return True
-    return False
-
-
-def _is_nearly_written(content: str, plain_texts: Sequence[str]) -> bool:
-    """Whether a content is in one of the texts with the changes that templates make."""
-    parts = [_plain(part) for part in _COMMANDS.split(content)]
-    for text in plain_texts:
-        if all(part in text for part in parts):
-            return True
-    return False
-
-
-def _plain(text: str) -> str:
-    """The text without what templates change: white space, case, escapes."""
-    return " ".join(_ESCAPES.sub(" ", html.unescape(text).casefold()).split())
+    return own["tool_use"] != default and without_date(template.text) == default

@@ -1,15 +1,14 @@
-r"""Conversation -> Examples: token ids, and which of them are trained, proved against what a server
-feeds the model.
+r"""Conversation -> Examples: token ids and loss mask, proved against the prompt of a server.
 
     prompt     <|im_start|> user \n Hi <|im_end|> \n <|im_start|> assistant \n
     example    <|im_start|> user \n Hi <|im_end|> \n <|im_start|> assistant \n Hello <|im_end|> \n
     loss_mask        0       0    0  0      0      0       0          0      0   1       1       0
 
-`assistant_turns` proves that the text of an example begins with the text of the prompt. Here the
-same is proved for the ids: the ids before the trained ones are the ids of the prompt alone. A
-tokenizer cuts a text at special tokens before it merges anything, so the two can differ only behind
-the last special token of the prompt, the anchor. This tail of the prompt is tokenized alone and
-compared. Masks go by position, never by token id, so a padding token that is also eos does no harm.
+`assistant_turns` proves that the text of an example begins with the text of its prompt. This module
+proves the same for token ids: the ids before the trained ones are the ids of the prompt alone. A
+tokenizer splits a text at special tokens before it merges anything, so the ids can differ only
+behind the last special token of the prompt, the anchor. This tail of the prompt is tokenized alone
+and compared. Masks go by position, never by token id, so a padding token may also be eos.
 """
 
 from __future__ import annotations
@@ -46,16 +45,16 @@ class _BoundaryInsideToken(Exception):
 class _Tokens(NamedTuple):
     ids: list[int]
     encoding: Encoding | None
-    """None if the tokenizer does not tell where in the text its tokens lie."""
+    """None if the tokenizer gives no offsets."""
 
 
 @dataclass(frozen=True, eq=False)
 class Renderer:
-    """Tokenizes conversations as their template writes them, and marks what is trained.
+    """Renders and tokenizes conversations, and marks the trained tokens.
 
     Args:
         tokenizer: Any tokenizer of transformers.
-        template: Writes the text.
+        template: The chat template.
         train_on: `completions`: every assistant turn; `last_completion`: the last one; `all`: every
             token. A turn's own `train` wins.
     """
@@ -75,7 +74,7 @@ class Renderer:
 
         Returns:
             K results: the examples of a conversation (several if the template rewrites history), or
-            what is wrong with it, without the row's number: the caller knows file and line.
+            its error. The error names no row, because the caller knows file and line.
         """
         written: list[list[Draft] | UserError] = []
         drafts: list[Draft] = []
@@ -100,11 +99,11 @@ class Renderer:
         return results
 
     def prompt(self, conversation: Conversation) -> list[int]:
-        """Token ids that a server feeds the model to have a conversation continued.
+        """Returns the token ids that a server feeds the model for the next assistant turn.
 
         Args:
-            conversation: If its last turn is the assistant's, the prompt is the one that this turn
-                is trained behind, with the same switch of the template.
+            conversation: If the last turn is the assistant's, it is the answer. Its prompt is the
+                same as in training, with the same switch of the template.
 
         Raises:
             UserError: The template cannot write it.
@@ -118,9 +117,9 @@ class Renderer:
         return [*self._missing_bos(ids), *ids]
 
     def fingerprint(self) -> dict[str, Any]:
-        """Everything that decides what `render` returns, as plain JSON values."""
+        """Returns everything that decides the result of `render`, as plain JSON values."""
         if self.tokenizer.is_fast:
-            # Truncation and padding are written before the vocabulary, and change with every call.
+            # Truncation and padding change with every call. They stand before the vocabulary.
             vocabulary = self.tokenizer.backend_tokenizer.to_str().partition('"added_tokens"')[2]
         else:
             vocabulary = json.dumps(
@@ -136,10 +135,16 @@ class Renderer:
     def _examples(
         self, drafts: Sequence[Draft], tokens: dict[str, _Tokens], row: int, part: int = 0
     ) -> list[Example]:
-        """The examples of some drafts of one row; `part` is the number of the first.
+        """Makes the examples of some drafts of a row.
+
+        Args:
+            drafts: Drafts of the row.
+            tokens: Text -> its tokens.
+            row: Number of the row.
+            part: Number of the first example in the row.
 
         Raises:
-            UserError: Prompt and answer share a token, which cannot be helped.
+            UserError: Prompt and answer share a token, and cannot be separated.
         """
         examples: list[Example] = []
         for draft in drafts:
@@ -153,10 +158,10 @@ class Renderer:
     def _proved_example(
         self, draft: Draft, tokens: dict[str, _Tokens], row: int, part: int
     ) -> Example:
-        """The example of a draft that is tokenized as a whole.
+        """Makes the example of a draft that is tokenized as a whole.
 
         Raises:
-            _BoundaryInsideToken: The ids before a trained part are not those of the prompt alone.
+            _BoundaryInsideToken: The ids before a trained part differ from the ids of the prompt.
         """
         ids = tokens[draft.text].ids
         mask = [draft.label] * len(ids)
@@ -179,10 +184,10 @@ class Renderer:
         )
 
     def _spans(self, turn: RenderedTurn, text: str, tokens: dict[str, _Tokens]) -> list[Span]:
-        """Where the trained parts of a turn lie in the ids of a text.
+        """Finds the trained parts of a turn in the ids of a text.
 
         Raises:
-            _BoundaryInsideToken: A token reaches over one of their ends.
+            _BoundaryInsideToken: A token crosses the begin or the end of a part.
         """
         ids = tokens[text].ids
         stop_at = self._token_at(text, tokens, len(turn.text) - len(turn.stop))
@@ -197,7 +202,11 @@ class Renderer:
         return [(index_of[first], index_of[last]) for first, last in turn.parts]
 
     def _begin_of_answer(self, turn: RenderedTurn, text: str, tokens: dict[str, _Tokens]) -> int:
-        """Index of the first token of a turn: the ids before it are those of the prompt alone."""
+        """Finds the first token of a turn: the ids before it are the ids of the prompt alone.
+
+        Raises:
+            _BoundaryInsideToken: The ids of the prompt differ from those in the text.
+        """
         ids = tokens[text].ids
         tail_ids = tokens[turn.prompt[turn.anchor :]].ids
         if "lenient" in turn.notes:
@@ -209,10 +218,10 @@ class Renderer:
         return begin
 
     def _token_at(self, text: str, tokens: dict[str, _Tokens], char: int) -> int:
-        """Index of the token that begins at a character.
+        """Finds the token that begins at a character.
 
         Raises:
-            _BoundaryInsideToken: None begins there.
+            _BoundaryInsideToken: No token begins there.
         """
         ids, encoding = tokens[text]
         if encoding is None:
@@ -227,8 +236,9 @@ class Renderer:
         return int(index)
 
     def _separated_examples(self, draft: Draft, row: int, part: int) -> list[Example]:
-        """One example per turn. If prompt and answer still share a token, each of them is tokenized
-        by itself.
+        """Makes one example per turn, because prompt and answer share a token.
+
+        If a single turn still has this problem, prompt and answer are tokenized separately.
         """
         turn = draft.turns[0]
         if draft.label == 1:
@@ -242,10 +252,10 @@ class Renderer:
         return self._examples(drafts, self._encode_drafts(drafts), row, part)
 
     def _split_example(self, draft: Draft, turn: RenderedTurn, row: int, part: int) -> Example:
-        """The example of one turn whose prompt and answer share a token.
+        """Makes the example of one turn whose prompt and answer share a token.
 
         Raises:
-            UserError: They cannot be tokenized apart, and `unproved` is not lenient.
+            UserError: They cannot be tokenized separately, and `unproved` is not lenient.
         """
         is_trained_as_a_whole = turn.parts == ((turn.start, len(turn.text)),)
         if is_trained_as_a_whole:
@@ -270,12 +280,14 @@ class Renderer:
         )
 
     def _tokenize_apart(self, turn: RenderedTurn) -> tuple[list[int], list[int]] | None:
-        """The ids of prompt and answer, as at inference; None if together they are not the text of
-        the turn.
+        """Tokenizes prompt and answer separately, as at inference.
+
+        Returns:
+            The ids of both; None if they do not decode to the text of the turn.
         """
         answer = turn.text[turn.start :]
-        # SentencePiece adds a space where a text begins, so the answer stands behind something it
-        # does not merge with.
+        # SentencePiece adds a space at the begin of a text. So the answer is tokenized behind a
+        # lead that it does not merge with.
         leads = (turn.stop, "\n")
         texts = [turn.prompt, turn.text]
         for lead in leads:
@@ -293,7 +305,7 @@ class Renderer:
         return None
 
     def _lenient_example(self, turn: RenderedTurn, row: int, part: int) -> Example:
-        """The example of one turn, trained from the longest common prefix of the ids."""
+        """Makes the example of one turn, trained from the end of the common prefix of the ids."""
         turn = replace(turn, anchor=0, notes=(*turn.notes, "lenient"))
         drafts = [draft_of(turn.text, [turn], self.template.is_raw)]
         return self._examples(drafts, self._encode_drafts(drafts), row, part)[0]
@@ -307,7 +319,7 @@ class Renderer:
         return self._encode(texts)
 
     def _encode(self, texts: Iterable[str]) -> dict[str, _Tokens]:
-        """Tokenizes texts, each of them once: {text: tokens}."""
+        """Tokenizes texts, each of them once, and returns {text: tokens}."""
         unique = list(dict.fromkeys(texts))
         if not unique:
             return {}
@@ -325,16 +337,14 @@ class Renderer:
         return tokens
 
     def _missing_bos(self, ids: list[int]) -> list[int]:
-        """The ids before a text that no template wrote; none if the text begins with them
-        already.
-        """
+        """Returns the bos ids for a text without a template; none if it has them already."""
         if ids[: len(self._bos_ids)] == self._bos_ids:
             return []
         return self._bos_ids
 
     @cached_property
     def _bos_ids(self) -> list[int]:
-        """The ids that the tokenizer puts before a text by itself."""
+        """Ids that the tokenizer adds before a text by default."""
         plain_ids = self.tokenizer("a", add_special_tokens=False)["input_ids"]
         ids = self.tokenizer("a")["input_ids"]
         return list(ids[: ids.index(plain_ids[0])])

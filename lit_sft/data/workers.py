@@ -1,6 +1,4 @@
-"""One function over many items in worker processes; the results come in order, and an error at its
-item's turn.
-"""
+"""Maps a function over items in worker processes, with results and errors in order."""
 
 from __future__ import annotations
 
@@ -23,16 +21,16 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 MOST = 16
-"""Workers: the process that takes what they make keeps no more of them busy."""
+"""Largest number of workers. The process that collects their results cannot keep up with more."""
 
 _TOKENIZERS_PARALLELISM = "TOKENIZERS_PARALLELISM"
 
 _function: Callable[[Any], Any]
-"""What this worker calls; set when it starts, so that it is not sent along with every item."""
+"""The function of this worker. It is set once, so that it is not pickled with every item."""
 
 
 def num_workers_of(setting: int | Literal["auto"]) -> int:
-    """Processes for `data.num_workers`: `auto` is one for each core that this process may use.
+    """Returns the number of processes for `data.num_workers`; `auto`: one per usable core.
 
     Raises:
         UserError: It is negative.
@@ -47,12 +45,14 @@ def num_workers_of(setting: int | Literal["auto"]) -> int:
 
 
 def map_in_order(function: Callable[[T], R], items: Iterable[T], num_workers: int) -> Iterator[R]:
-    """Calls `function` on every item; workers are at most two items each ahead of what was taken.
+    """Calls `function` on every item, and yields the results in order.
+
+    The workers compute at most two items each in advance.
 
     Args:
-        function: Inherited by the workers on Linux; pickled, once for each, elsewhere.
-        items: Small enough to be pickled.
-        num_workers: Up to 1: no processes, everything is done here.
+        function: Inherited by the workers on Linux; elsewhere pickled once per worker.
+        items: Items to pickle.
+        num_workers: Number of processes; 0 or 1: none, everything runs in this process.
 
     Raises:
         UserError: A worker died.
@@ -60,8 +60,7 @@ def map_in_order(function: Callable[[T], R], items: Iterable[T], num_workers: in
     if num_workers <= 1:
         yield from map(function, items)
         return
-    # A fork takes milliseconds; elsewhere it is unsafe or missing, and workers import everything
-    # anew.
+    # A fork takes milliseconds. Outside Linux it is unsafe or missing.
     context = get_context("fork" if sys.platform == "linux" else "spawn")
     results: deque[Future[R]] = deque()
     with _single_threaded_tokenizers():
@@ -84,8 +83,9 @@ def map_in_order(function: Callable[[T], R], items: Iterable[T], num_workers: in
 
 @contextmanager
 def _single_threaded_tokenizers() -> Iterator[None]:
-    """For workers that start meanwhile: each has one core, and the threads of `tokenizers` do not
-    survive a fork.
+    """Turns off the threads of `tokenizers` in workers that start inside the block.
+
+    Each worker has one core, and threads do not survive a fork.
     """
     before = os.environ.get(_TOKENIZERS_PARALLELISM)
     os.environ[_TOKENIZERS_PARALLELISM] = "false"
@@ -101,11 +101,10 @@ def _single_threaded_tokenizers() -> Iterator[None]:
 def _start(function: Callable[[Any], Any]) -> None:
     global _function
     _function = function
-    # The parent handles Ctrl-C.
+    # Only the parent handles Ctrl-C.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     Thread(target=_die_with_parent, daemon=True).start()
-    # The garbage collector would touch, and so copy, the memory pages that are shared with the
-    # parent.
+    # The garbage collector would write to memory pages shared with the parent, and so copy them.
     gc.freeze()
     gc.disable()
 

@@ -1,6 +1,4 @@
-"""The built-in model and task: a whole run without the internet. Named `builtin:NAME` in a
-configuration.
-"""
+"""The built-in model and task, `builtin:NAME` in a config: a whole run without the internet."""
 
 from __future__ import annotations
 
@@ -15,15 +13,16 @@ _TASKS = {"arithmetic": task.splits}
 
 
 def model_dir(name: str) -> Path:
-    """The directory of a built-in model: config, tokenizer and chat template, but no weights
-    (`model.init: random`).
+    """Returns the directory of a built-in model.
+
+    It has config, tokenizer and chat template, but no weights (`model.init: random`).
 
     Args:
-        name: What stands after `builtin:`; `demo` is a Qwen3 of 0.9 M parameters over bytes and a
-            few whole words.
+        name: The part after `builtin:`. `demo` is a Qwen3 with 0.9 M parameters, whose tokens are
+            bytes and a few whole words.
 
     Raises:
-        UserError: If there is no such model.
+        UserError: There is no such model.
     """
     if name not in _MODELS:
         raise UserError(
@@ -34,14 +33,14 @@ def model_dir(name: str) -> Path:
 
 
 def rows(name: str, split: str) -> list[dict[str, Any]]:
-    """The rows of a built-in task, in the `messages` format.
+    """Returns the rows of a built-in task, in the `messages` format.
 
     Args:
-        name: What stands after `builtin:`; `arithmetic` is described in `lit_sft.demo.task`.
+        name: The part after `builtin:`. `arithmetic` is described in `lit_sft.demo.task`.
         split: `train`, `validation` or `test`; no prompt is in two of them.
 
     Raises:
-        UserError: If there is no such task or split.
+        UserError: There is no such task or split.
     """
     if name not in _TASKS:
         raise UserError(f"there is no built-in data set {name!r}; name it {_choices(_TASKS)}")

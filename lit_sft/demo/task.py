@@ -1,13 +1,11 @@
-"""The built-in task: short questions whose answers can be checked, all made by code from a fixed
-seed.
+"""The built-in task: short questions with answers that can be checked, generated from a fixed seed.
 
     Calculate 7-8+3       -1+3=2    one-digit operands, + and -; the last integer is the result
     Is 7 larger than 3?   Yes.      also bigger, greater
     Reverse the word nap  pan       words of three letters
 
-The training split also has the two questions of the SFT course that are no calculation. The third,
-`Calculate 1+1-1`, is kept for validation, like every held-out prompt: a right answer to it was
-worked out, not remembered.
+Two questions of the SFT course, which are no calculation, are in the training split. The third one,
+`Calculate 1+1-1`, is in the validation split: the model has to compute its answer, not remember it.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ COURSE: tuple[Row, ...] = (
     ),
 )
 COURSE_REPEATS = 20
-"""Times that each question of the course is in the training split, so that it is learned as soon as
+"""Copies of each question of the course in the training split, so that it is learned as fast as
 the rest.
 """
 HELD_OUT = "Calculate 1+1-1"
@@ -39,17 +37,17 @@ _SEED = 20
 
 
 def splits() -> dict[str, list[Row]]:
-    """All rows by split, shuffled; the same in every call. No prompt is in two splits.
+    """Returns all rows by split, shuffled in the same way in every call.
 
     Returns:
-        4,190 rows of `train`, 300 each of `validation` and `test`; five of six held-out rows are
-        calculations.
+        4,190 rows of `train`, 300 each of `validation` and `test`. No prompt is in two splits. Five
+        of six held-out rows are calculations.
     """
     rng = random.Random(_SEED)
     train, validation, test = list(COURSE * COURSE_REPEATS), [], []
     for rows, held_out in ((_calculations(), 250), (_comparisons(), 25), (_reversals(), 25)):
         rng.shuffle(rows)
-        # Stable: only this one comes to the front.
+        # The sort is stable, so only this prompt moves to the front.
         rows.sort(key=lambda row: row[0] != HELD_OUT)
         validation += rows[:held_out]
         test += rows[held_out : 2 * held_out]
@@ -61,8 +59,9 @@ def splits() -> dict[str, list[Row]]:
 
 
 def _calculations() -> list[Row]:
-    """All 4,000. The answer does the first operation, so there are tables of two operands to learn,
-    not of three.
+    """Returns all 4,000 calculations.
+
+    The answer first does one operation, so the model only learns tables of two operands.
     """
     rows = []
     for a, first, b, second, c in product(range(10), "+-", range(10), "+-", range(10)):
@@ -73,16 +72,18 @@ def _calculations() -> list[Row]:
 
 
 def _comparisons() -> list[Row]:
-    """All 300."""
-    questions = product(("larger", "bigger", "greater"), range(10), range(10))
-    return [(f"Is {a} {word} than {b}?", "Yes." if a > b else "No.") for word, a, b in questions]
+    """Returns all 300 comparisons."""
+    rows = []
+    for word, a, b in product(("larger", "bigger", "greater"), range(10), range(10)):
+        rows.append((f"Is {a} {word} than {b}?", "Yes." if a > b else "No."))
+    return rows
 
 
 def _reversals() -> list[Row]:
-    """All 450 of consonant, vowel, consonant that do not read the same both ways; few are real
-    words.
-    """
-    words = (
-        a + vowel + b for a, vowel, b in product("bdflmnprst", "aeiou", "bdflmnprst") if a != b
-    )
-    return [(f"Reverse the word {word}", word[::-1]) for word in words]
+    """Returns all 450 words of consonant, vowel, other consonant; few of them are real words."""
+    rows = []
+    for first, vowel, last in product("bdflmnprst", "aeiou", "bdflmnprst"):
+        if first != last:
+            word = first + vowel + last
+            rows.append((f"Reverse the word {word}", word[::-1]))
+    return rows

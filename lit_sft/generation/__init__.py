@@ -1,1 +1,1 @@
-"""Prompts to answers, and answers to scores."""
+"""Prompts -> answers -> scores."""

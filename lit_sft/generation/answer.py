@@ -1,4 +1,4 @@
-"""A batch of prompts to texts, and to the records that are written of them."""
+"""Generates the answers to a batch of prompts, and makes records of them."""
 
 from __future__ import annotations
 
@@ -27,25 +27,24 @@ def answer(
     seed: int,
     synced: bool = False,
 ) -> list[list[str]]:
-    """Answers a batch. Drawn tokens depend on the seed and the batch only, so that they can be
-    drawn again.
+    """Generates answers. Sampled tokens depend on seed and batch only, so a rerun repeats them.
 
     Args:
-        model: Whatever its sharding.
-        tokenizer: Of the model.
+        model: The model, sharded or not.
+        tokenizer: The tokenizer of the model.
         prompts: B prompts.
-        options: Length and sampling; R answers each.
-        stop_ids: What ends an answer.
-        seed: Of the sampling.
-        synced: Whether all ranks share the weights: then all must make the same number of calls.
+        options: Length, sampling, and R answers per prompt.
+        stop_ids: Tokens that end an answer.
+        seed: Seed of the sampling.
+        synced: Whether the weights are sharded over ranks. Then all ranks must make the same
+            number of calls.
 
     Returns:
         B lists of R texts.
     """
     if options.do_sample:
-        torch.manual_seed(
-            int(np.random.SeedSequence([seed, prompts["number"] + 1]).generate_state(1)[0])
-        )
+        sequence = np.random.SeedSequence([seed, prompts["number"] + 1])
+        torch.manual_seed(int(sequence.generate_state(1)[0]))
     completions = generate(
         model.lm,
         prompts["input_ids"].to(model.lm.device),
@@ -62,20 +61,22 @@ def answer(
 
 
 def records(prompts: Prompts, answers: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
-    """One record per prompt, without fillers.
+    """Makes one record per prompt, without fillers.
 
     Returns:
-        index, prompt, prediction (the first answer), predictions (all of them, where more than one
-        was asked for), and reference (where the data has one).
+        Records with index, prompt and prediction (the first answer). `predictions` holds all
+        answers if there are several, `reference` the expected answer if the data has one.
     """
     made = []
     for index, text, texts, reference in zip(
         prompts["index"], prompts["texts"], answers, prompts["references"], strict=True
     ):
+        if index < 0:
+            continue
         record: dict[str, Any] = {"index": index, "prompt": text, "prediction": texts[0]}
         if len(texts) > 1:
             record["predictions"] = list(texts)
         if reference is not None:
             record["reference"] = reference
         made.append(record)
-    return [record for record in made if record["index"] >= 0]
+    return made

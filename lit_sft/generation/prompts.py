@@ -1,6 +1,4 @@
-"""Questions to batches of prompts: sorted by length, filled up by tokens, as many batches on every
-rank.
-"""
+"""Questions -> batches of prompts of similar length, equally many on every rank."""
 
 from __future__ import annotations
 
@@ -17,37 +15,39 @@ from lit_sft.model.generate import GenerationOptions, left_pad
 from lit_sft.types import Conversation, Prompts
 
 TOKENS_PER_BATCH = 16_384
-"""Prompts and answers of a batch, padding included: 2 GB of keys and values for an 8B Llama in 16
-bits, 0.8 GB for SmolLM2-135M in fp32.
+"""Tokens of all prompts and answers of a batch, with padding.
+
+This is 2 GB of keys and values for an 8B Llama in 16 bits, 0.8 GB for SmolLM2-135M in fp32.
 """
 PROMPTS_PER_BATCH = 64
-"""At most, as the batch goes on until its last answer ends."""
+"""Upper limit: a batch runs until its longest answer ends."""
 
 
 class Asked(NamedTuple):
     """A question of the data."""
 
     conversation: Conversation
-    """A last assistant turn is left out of the prompt: it is the answer that the data has."""
+    """If the last turn is the assistant's, it is the reference and not part of the prompt."""
     where: str
-    """File and row, or setting, for messages."""
+    """File and row, or the setting, for messages."""
 
 
 class Prompt(NamedTuple):
-    """A question as the model is fed it."""
+    """A tokenized question."""
 
     ids: list[int]
     text: str
     """The last user turn."""
     reference: str | None
-    """The answer that the data has for it, as the model would write it."""
+    """The expected answer of the data, as the model would write it."""
     where: str
+    """As in `Asked`."""
     num_reference_tokens: int = 0
-    """Without the stop token."""
+    """Length of the reference, without the stop token."""
 
 
 def encode(asked: Iterable[Asked], renderer: Renderer) -> list[Prompt]:
-    """Renders and tokenizes.
+    """Renders and tokenizes questions, and their references.
 
     Raises:
         UserError: The template cannot write one of them.
@@ -63,11 +63,13 @@ def encode(asked: Iterable[Asked], renderer: Renderer) -> list[Prompt]:
 
 
 def _answer_ids(conversation: Conversation, prompt_ids: list[int], renderer: Renderer) -> list[int]:
-    """The ids that are trained behind a prompt, without the stop token; none where the data has no
-    answer for it.
+    """Returns the ids that training would have behind a prompt, without the stop token.
 
-    Not those of the message's text: a template may trim it, and add thoughts, channels and tool
-    calls. That text is taken where the row cannot be trained.
+    These can differ from the ids of the message's text: a template may trim it, and add reasoning,
+    channels and tool calls. Only if the row cannot be trained, the text itself is tokenized.
+
+    Returns:
+        Token ids; none if the data has no answer.
     """
     content = conversation_to_prompt(conversation)[1]
     if content is None:
@@ -84,15 +86,15 @@ def _answer_ids(conversation: Conversation, prompt_ids: list[int], renderer: Ren
 
 
 def fits(prompt: Prompt, max_new_tokens: int, context: int | None) -> bool:
-    """Whether prompt and answer are within the model's context (None: it has no limit)."""
+    """Whether prompt and answer fit into the model's context (None: no limit)."""
     return context is None or len(prompt.ids) + max_new_tokens <= context
 
 
 def check_room(prompts: Iterable[Prompt], max_new_tokens: int, context: int | None) -> None:
-    """Refuses prompts that leave no room for an answer, before any is answered.
+    """Refuses prompts that leave no room for an answer, before any answer is generated.
 
     Raises:
-        UserError: With the place of the first.
+        UserError: Names the place of the first.
     """
     for prompt in prompts:
         if not fits(prompt, max_new_tokens, context):
@@ -111,26 +113,26 @@ def make_batches(
     world_size: int = 1,
     done: Collection[int] = (),
 ) -> list[Prompts]:
-    """Makes batches of prompts of similar length, for one rank.
+    """Makes the batches of one rank. A batch has prompts of similar length.
 
     Args:
-        prompts: All of them, in the order in which their answers are wanted (`Prompts.index` is the
-            position in it).
-        options: Their lengths bound a batch.
-        pad_id: Fills the left of shorter prompts.
-        rank: Which share to return; with `world_size` 1 all of them.
-        world_size: Number of shares.
-        done: Indices that are answered already. A batch without any other is left out; the rest
-            keep their batches, as in 16 bits an answer may depend on its neighbours.
+        prompts: All prompts. `Prompts.index` is the position in this list.
+        options: `max_new_tokens` and `num_return_sequences` limit the size of a batch.
+        pad_id: Pads shorter prompts on the left.
+        rank: The rank whose batches to return.
+        world_size: Number of ranks.
+        done: Indices that are answered already. A batch is left out if all of it is done. The
+            others stay whole, because in 16 bits an answer may depend on its neighbours.
 
     Returns:
-        This rank's batches. A rank that has none left in the last round gets a filler; index -1
-        marks answers that are thrown away.
+        Equally many batches on every rank: a rank without a batch in the last round gets a
+        filler. Index -1 marks answers that are thrown away.
     """
     done = set(done)
-    batches = [
-        batch for batch in _batches(prompts, options, world_size) if not done.issuperset(batch)
-    ]
+    batches = []
+    for batch in _batches(prompts, options, world_size):
+        if not done.issuperset(batch):
+            batches.append(batch)
     rounds = max(bool(prompts), -(-len(batches) // world_size))
     mine = batches[rank::world_size]
     fillers: list[list[int]] = [[]] * (rounds - len(mine))
@@ -140,7 +142,8 @@ def make_batches(
 def _batches(
     prompts: Sequence[Prompt], options: GenerationOptions, world_size: int
 ) -> list[list[int]]:
-    """Indices, the longest prompts first; small sets are spread over the ranks."""
+    """Groups the indices of prompts, the longest prompts first."""
+    # Few prompts are spread over the ranks.
     most = min(PROMPTS_PER_BATCH, -(-len(prompts) // world_size))
     batches: list[list[int]] = []
     room = 0
@@ -157,10 +160,10 @@ def _batches(
 def _padded(
     prompts: Sequence[Prompt], batch: Sequence[int], done: set[int], pad_id: int
 ) -> Prompts:
-    """An empty batch is a filler: one short prompt for company."""
-    chosen = [prompts[index] for index in batch] or [
-        min(prompts, key=lambda prompt: len(prompt.ids))
-    ]
+    """Pads the prompts of a batch. An empty batch becomes a filler with the shortest prompt."""
+    chosen = [prompts[index] for index in batch]
+    if not chosen:
+        chosen = [min(prompts, key=lambda prompt: len(prompt.ids))]
     input_ids, attention_mask = left_pad([prompt.ids for prompt in chosen], pad_id)
     return Prompts(
         input_ids=input_ids,
@@ -173,7 +176,7 @@ def _padded(
 
 
 def _last_user_text(conversation: Conversation) -> str:
-    return next(
-        (m.content for m in reversed(conversation.messages) if m.role == "user"),
-        conversation.text or "",
-    )
+    for message in reversed(conversation.messages):
+        if message.role == "user":
+            return message.content
+    return conversation.text or ""

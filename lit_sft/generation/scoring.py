@@ -1,6 +1,4 @@
-"""Held-out prompts to scores: what is asked, and the answers of all ranks compared with their
-references.
-"""
+"""Held-out prompts -> scores: the answers of all ranks are compared with their references."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ from lit_sft.types import Prompts
 
 @dataclass
 class EvaluationOptions:
-    """Greedy answers to held-out prompts, compared with their references at validation and test."""
+    """Scores of greedy answers to held-out prompts, at validation and test."""
 
     metrics: list[str] | None = None
     """What is computed, logged as `val/<name>` and `test/<name>`. null: exact_match, where the rows
@@ -61,12 +59,12 @@ class EvaluationOptions:
 
     @property
     def computed(self) -> list[str]:
-        """The metrics, without repetition."""
+        """The metrics to compute, each once."""
         return list(dict.fromkeys(self.metrics or ["exact_match"]))
 
     @property
     def scores(self) -> list[str]:
-        """Names of what is logged."""
+        """Names of the logged scores."""
         return score_names(self.computed)
 
 
@@ -77,17 +75,20 @@ def choose_prompts(
     max_new_tokens: int,
     context: int | None,
 ) -> tuple[list[Prompt], str]:
-    """Which prompts are answered, and a message for the user where that is not all.
+    """Chooses the prompts that are answered.
 
     Args:
         prompts: The first rows.
-        options: Metrics that were asked for need references.
+        options: The metrics, which need references.
         key: Setting that names the rows, for messages.
-        max_new_tokens: Of an answer.
-        context: Tokens that the model takes; None is any number.
+        max_new_tokens: Longest answer.
+        context: Tokens that the model takes; None: any number.
+
+    Returns:
+        The prompts, and a message for the user about those that are left out; else empty.
 
     Raises:
-        UserError: A metric was asked for, and no row has a reference.
+        UserError: `metrics` is set, and no row has a reference.
     """
     if not any(prompt.reference for prompt in prompts):
         what = f"none of the first {len(prompts)} rows of {key} ends with an answer to compare with"
@@ -96,22 +97,25 @@ def choose_prompts(
                 f"model.evaluation.metrics {options.computed}: {what}; set model.evaluation to null"
             )
         return [], f"{what}, so no answers are scored"
-    kept = [prompt for prompt in prompts if fits(prompt, max_new_tokens, context)]
-    if len(kept) == len(prompts):
+    kept = []
+    too_long = []
+    for prompt in prompts:
+        if fits(prompt, max_new_tokens, context):
+            kept.append(prompt)
+        else:
+            too_long.append(prompt)
+    if not too_long:
         return kept, ""
-    long = next(prompt for prompt in prompts if not fits(prompt, max_new_tokens, context))
-    return (
-        kept,
-        (
-            f"{key}: {len(prompts) - len(kept)} of {len(prompts)} prompts leave no room for an"
-            f" answer in the model's context of {context} tokens and are not scored, such as"
-            f" {long.where}"
-        ),
+    message = (
+        f"{key}: {len(too_long)} of {len(prompts)} prompts leave no room for an"
+        f" answer in the model's context of {context} tokens and are not scored, such as"
+        f" {too_long[0].where}"
     )
+    return kept, message
 
 
 def too_long_to_match(prompts: Sequence[Prompt], key: str, max_new_tokens: int) -> str:
-    """A message for the user where references are longer than answers may be; else empty."""
+    """Returns a message for the user if references are longer than answers may be; else empty."""
     lengths = [prompt.num_reference_tokens for prompt in prompts if prompt.reference]
     long = [length for length in lengths if length > max_new_tokens]
     if not long:
@@ -128,13 +132,18 @@ def evaluate(
     answer: Callable[[Prompts], list[list[str]]],
     options: EvaluationOptions,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Answers the prompts of this rank and scores those of all ranks; every rank must call it.
+    """Answers the prompts of this rank, and scores the answers of all ranks.
 
-    The texts are gathered, and every rank computes the same scores from all of them in the order of
-    the rows: the result does not depend on the number of ranks, also not in its last digit.
+    This is a collective call. Every rank gathers all answers and scores them in the order of the
+    rows, so the scores are the same, bit for bit, for any number of ranks.
+
+    Args:
+        batches: The batches of this rank.
+        answer: Generates the answers of a batch.
+        options: The metrics.
 
     Returns:
-        Score by name (none where no row has a reference), and the records of all rows.
+        Score by name (none if no row has a reference), and the records of all rows.
     """
     mine = [record for prompts in batches for record in records(prompts, answer(prompts))]
     table = sorted(gathered(mine), key=lambda record: record["index"])
@@ -148,7 +157,7 @@ def evaluate(
 
 
 def gathered(items: list[Any]) -> list[Any]:
-    """The items of all ranks."""
+    """Gathers the items of all ranks, in the order of the ranks."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return items
     parts: list[Any] = [None] * torch.distributed.get_world_size()

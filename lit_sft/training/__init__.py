@@ -1,3 +1,1 @@
-"""What an optimizer step needs beside the model: optimizer, random states, metrics, operation
-counts.
-"""
+"""The parts of an optimizer step beside the model: optimizer, random states, metrics, FLOPs."""

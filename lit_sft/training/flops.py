@@ -1,5 +1,4 @@
-"""Operations of a training step, and how many a device can do: the two sides of model FLOPs
-utilization.
+"""FLOPs of a training step and peak FLOPs of a device, for the model FLOPs utilization (MFU).
 
 Letters: W weights of matrix products, V vocabulary, D hidden size.
 """
@@ -37,51 +36,47 @@ DATASHEET = {
     "RTX 3090": 71e12,
     "MI300X": 1307e12,
 }
-"""Dense bf16 operations per second with fp32 accumulation, by a part of the device's name; the
-first that fits.
+"""Part of a device's name -> dense bf16 FLOPs per second with fp32 accumulation.
+
+The first part that matches counts.
 """
 
 
 @dataclass(frozen=True)
 class StepCost:
-    """What a model costs: a multiplication and an addition count as two operations.
+    """Sizes of a model that decide the FLOPs of a step.
 
-    Per weight: 2 forward, 2 for the gradient by the input, 2 for its own gradient where it is
-    trained (Kaplan et al. 2020, arXiv:2001.08361). The head counts for target positions only, and
-    attention for the causal half of each example's square, since nothing else is computed. What
-    checkpointing recomputes does not count.
+    FLOPs per token and weight: 2 in the forward pass, 2 for the gradient of the input, and 2 for
+    the gradient of the weight if it is trained (Kaplan et al. 2020, arXiv:2001.08361). The head
+    counts for target positions only, attention for the causal half of each example's square:
+    nothing else is computed. Recomputation by gradient checkpointing does not count.
     """
 
     frozen: int
-    """Weights of matrix products outside the head that get no gradient."""
+    """Frozen weights of matrix products outside the head."""
     trained: int
-    """Those that do."""
+    """Trained weights of matrix products outside the head."""
     head: int
-    """V x D."""
+    """Weights of the head, V x D."""
     head_is_trained: bool
     scores: int
-    """Layers x heads x head size: operations of attention per pair of positions, over 4."""
+    """Layers x heads x head size: a quarter of the FLOPs of attention per pair of positions."""
 
     def of(self, tokens: float, targets: float, squares: float) -> float:
-        """Operations of a step.
+        """Returns the FLOPs of a step.
 
         Args:
-            tokens: All of them.
-            targets: Positions that the head runs on.
+            tokens: Number of tokens.
+            targets: Number of target positions.
             squares: Sum of the squares of the example lengths.
         """
-        head = self.head * (6 if self.head_is_trained else 4)
-        return (
-            tokens * (4 * self.frozen + 6 * self.trained)
-            + targets * head
-            + 6 * self.scores * squares
-        )
+        per_token = 4 * self.frozen + 6 * self.trained
+        per_target = self.head * (6 if self.head_is_trained else 4)
+        return tokens * per_token + targets * per_target + 6 * self.scores * squares
 
 
 def step_cost(lm: PreTrainedModel) -> StepCost:
-    """Counts a loaded model; adapters are in it. Of experts all count, of 4-bit weights their
-    number.
-    """
+    """Counts the weights of a loaded model with its adapters. All experts count."""
     output = lm.get_output_embeddings()
     skip = {
         id(parameter)
@@ -90,15 +85,15 @@ def step_cost(lm: PreTrainedModel) -> StepCost:
     }
     weights = {id(p): p for p in lm.parameters() if p.ndim > 1 and id(p) not in skip}
     trained = sum(p.numel() for p in weights.values() if p.requires_grad)
-    # Two 4-bit weights share a byte.
-    frozen = sum(
-        p.numel() * (2 if p.dtype == torch.uint8 else 1)
-        for p in weights.values()
-        if not p.requires_grad
-    )
+    frozen = 0
+    for parameter in weights.values():
+        if not parameter.requires_grad:
+            # Two 4-bit weights share a byte.
+            per_element = 2 if parameter.dtype == torch.uint8 else 1
+            frozen += parameter.numel() * per_element
     head = next(output.parameters()) if isinstance(output, nn.Module) else None
     config = lm.config.get_text_config()
-    # None in a state space model.
+    # A state space model has no attention heads.
     heads = getattr(config, "num_attention_heads", 0)
     size = getattr(config, "head_dim", None) or config.hidden_size // max(1, heads)
     return StepCost(
@@ -112,23 +107,31 @@ def step_cost(lm: PreTrainedModel) -> StepCost:
 
 @lru_cache(maxsize=4)
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second of a device: from its datasheet, else the best of a few matrix
-    products, measured once.
+    """Returns the peak FLOPs per second of a device.
+
+    From `DATASHEET`; for any other device the fastest of a few matrix products, measured once.
     """
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
-        name = torch.cuda.get_device_name(device)
-        if not re.search(r"Laptop|\bD$|\bMIG\b", name):
-            # Slower than what their names begin with, and parts of one.
-            for part, value in DATASHEET.items():
-                if re.search(rf"\b{part}\b", name):
-                    # An L40 is no L4.
-                    return value
+        stated = _datasheet_flops(torch.cuda.get_device_name(device))
+        if stated is not None:
+            return stated
     size = 1024 if device.type == "cpu" else 8192
     left, right = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")
     for _ in range(6):
         started = time.perf_counter()
-        # The last element waits for the device.
+        # Reading an element waits for the device.
         (left @ right)[-1, -1].item()
         best = min(best, time.perf_counter() - started)
     return 2 * size**3 / best
+
+
+def _datasheet_flops(name: str) -> float | None:
+    # Laptop and D variants are slower than the device of the same name, and a MIG is a part of it.
+    if re.search(r"Laptop|\bD$|\bMIG\b", name):
+        return None
+    for part, value in DATASHEET.items():
+        # Whole words: an L40 is no L4.
+        if re.search(rf"\b{part}\b", name):
+            return value
+    return None

@@ -1,4 +1,4 @@
-"""Learning-rate schedules and parameter groups."""
+"""Learning-rate schedules, parameter groups, gradients, and checks of an optimizer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from lit_sft.errors import UserError
 
 SMALLEST_FP16 = 2.0**-24
-"""The least number above 0."""
+"""The smallest positive number of fp16."""
 
 
 @dataclass
@@ -31,7 +31,7 @@ class ScheduleOptions:
     warmup_steps: int | None = None
     """Optimizer steps of warm-up; wins over `warmup_ratio`."""
     min_lr_ratio: float = 0.0
-    """What is left of the rate at the end, as a share of `lr`, in [0, 1]."""
+    """Rate at the end as a share of `lr`, in [0, 1]."""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.warmup_ratio < 1.0:
@@ -49,15 +49,13 @@ class ScheduleOptions:
 
 
 def lr_factor(options: ScheduleOptions, total_steps: int) -> Callable[[int], float]:
-    """The factor on `lr` for the optimizer step that comes after `step` steps are done.
+    """Returns the function from the number of finished optimizer steps to the factor on `lr`.
 
-    The first step of a warm-up of n has 1 / n of the rate, step n the whole of it.
+    In a warm-up of n steps, the first step has 1 / n of the rate and step n has all of it.
     """
-    warmup = (
-        options.warmup_steps
-        if options.warmup_steps is not None
-        else math.ceil(options.warmup_ratio * total_steps)
-    )
+    warmup = options.warmup_steps
+    if warmup is None:
+        warmup = math.ceil(options.warmup_ratio * total_steps)
 
     def factor(step: int) -> float:
         if step < warmup:
@@ -65,11 +63,9 @@ def lr_factor(options: ScheduleOptions, total_steps: int) -> Callable[[int], flo
         if options.type == "constant":
             return 1.0
         progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
-        decay = (
-            1.0 - progress
-            if options.type == "linear"
-            else 0.5 * (1.0 + math.cos(math.pi * progress))
-        )
+        decay = 1.0 - progress
+        if options.type == "cosine":
+            decay = 0.5 * (1.0 + math.cos(math.pi * progress))
         return options.min_lr_ratio + (1.0 - options.min_lr_ratio) * decay
 
     return factor
@@ -92,9 +88,7 @@ def restore_lr(schedule: LambdaLR) -> tuple[float, float]:
 
 
 def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
-    """Trained parameters in two groups; those with one dimension (norms, biases) take no weight
-    decay.
-    """
+    """Groups the trained parameters by weight decay: norms and biases (one dimension) get none."""
     decay: list[nn.Parameter] = []
     no_decay: list[nn.Parameter] = []
     for _, parameter in parameters:
@@ -105,27 +99,27 @@ def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]]) -> list[dic
 
 
 def prefer_fused(optimizer: Optimizer) -> None:
-    """Lets Adam and AdamW run as one kernel, unless the user chose a way.
+    """Sets `fused` for Adam and AdamW, unless the user chose another implementation.
 
-    The default on a CPU is a loop over parameters and a dozen passes over memory for each; fused
-    reads and writes every number once: a quarter of the time of its step.
+    The default on a CPU is a loop over parameters with a dozen passes over memory. The fused kernel
+    reads and writes every number once and takes a quarter of the time.
     """
-    if type(optimizer) in (Adam, AdamW) and not any(
-        optimizer.defaults[key] for key in ("foreach", "fused")
-    ):
-        if optimizer.defaults["differentiable"] or optimizer.defaults["capturable"]:
-            return
-        optimizer.defaults["fused"] = True
-        for group in optimizer.param_groups:
-            group["fused"] = True
+    if type(optimizer) not in (Adam, AdamW):
+        return
+    chosen = ("foreach", "fused", "differentiable", "capturable")
+    if any(optimizer.defaults[key] for key in chosen):
+        return
+    optimizer.defaults["fused"] = True
+    for group in optimizer.param_groups:
+        group["fused"] = True
 
 
 def scale_gradients(parameters: Iterable[nn.Parameter], factor: Tensor) -> None:
     """Multiplies all gradients by a number, in place.
 
     Args:
-        parameters: Those without a gradient are left out.
-        factor: Scalar on any device.
+        parameters: Parameters; some may have no gradient.
+        factor: [] on any device.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     # Private, but it is what torch's own clipping uses: one kernel for many tensors, instead of one
@@ -134,10 +128,13 @@ def scale_gradients(parameters: Iterable[nn.Parameter], factor: Tensor) -> None:
 
 
 def clip_by_norm(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
-    """The norm of all gradients, on every device that has a shard of them; scales them down to
-    `limit` if it is finite.
+    """Returns the norm of all gradients, and scales them down if the norm exceeds `limit`.
 
-    A collective call where they are sharded.
+    With sharded gradients this is a collective call, and every rank gets the whole norm.
+
+    Args:
+        parameters: Parameters; some may have no gradient.
+        limit: Largest norm; infinity: no clipping.
     """
     trained = [parameter for parameter in parameters if parameter.grad is not None]
     norm = nn.utils.get_total_norm(
@@ -150,49 +147,48 @@ def clip_by_norm(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
 
 
 def clear_gradients(optimizer: Optimizer, model: nn.Module | None) -> None:
-    """Frees the gradients; those that lie in DDP's buffers are set to 0 and stay there.
+    """Frees the gradients; gradients inside DDP's buffers are set to 0 instead.
 
-    Freed ones would take no less memory, since the buffers stay, and with accumulation more: the
-    micro-batches that are not reduced would make gradients of their own beside them. A parameter
-    that a step may not use keeps none, or the optimizer would change it.
+    DDP's buffers stay allocated, so freeing saves nothing. With accumulation it costs memory:
+    micro-batches without a reduction would allocate gradients beside the buffers. If DDP looks for
+    unused parameters, gradients are freed all the same: the optimizer would update an unused
+    parameter with a gradient of 0 (by momentum or weight decay).
 
     Args:
-        optimizer: Has made its step.
-        model: What the strategy runs.
+        optimizer: The optimizer after its step.
+        model: The model as the strategy wraps it.
     """
     keep = isinstance(model, DistributedDataParallel) and model.gradient_as_bucket_view
     optimizer.zero_grad(set_to_none=not keep or bool(model.find_unused_parameters))  # type: ignore[union-attr]
 
 
 def restored(optimizer: Optimizer) -> list[str]:
-    """What a resumed optimizer goes on with although it was asked for another value, in words."""
+    """Lists settings of a resumed optimizer that keep the value of the checkpoint, in words."""
     group = optimizer.param_groups[0]
     kept = {"lr": group.get("initial_lr"), "weight_decay": group.get("weight_decay")}
     asked = {name: optimizer.defaults.get(name) for name in kept}
-    return [
-        f"{name} {kept[name]}, not {asked[name]}"
-        for name in kept
-        if kept[name] not in (None, asked[name])
-    ]
+    lines = []
+    for name, value in kept.items():
+        if value not in (None, asked[name]):
+            lines.append(f"{name} {value}, not {asked[name]}")
+    return lines
 
 
 def name_of(optimizer: Optimizer) -> str:
-    """Its class and package: what another one keeps of a parameter has other names, or another
-    meaning.
-    """
+    """Returns class and package of an optimizer, which decide what its state means."""
     kind = type(optimizer)
     return f"{kind.__name__} of {kind.__module__.partition('.')[0]}"
 
 
 def check_same(make: Callable[[Iterable], Optimizer], saved: str | None) -> None:
-    """Refuses to go on with another optimizer than that of the checkpoint.
+    """Refuses to resume with another optimizer than the checkpoint's.
 
     Args:
         make: `model.optimizer`.
-        saved: `name_of` that of the checkpoint; None where it does not say.
+        saved: `name_of` the optimizer in the checkpoint; None if the checkpoint does not say.
 
     Raises:
-        UserError: It is another.
+        UserError: The optimizers differ.
     """
     asked = name_of(make([nn.Parameter(torch.ones(1, 1))]))
     if saved not in (None, asked):
@@ -203,14 +199,14 @@ def check_same(make: Callable[[Iterable], Optimizer], saved: str | None) -> None
 
 
 def bytes_per_parameter(make: Callable[[Iterable], Optimizer], dtype: torch.dtype) -> float:
-    """What an optimizer remembers of each parameter: 8 bytes for Adam in fp32, about 2 for one of 8
-    bits, 0 for SGD.
-
-    Found by one step on a small matrix, so that no list of optimizers is needed.
+    """Measures the optimizer state by one step on a small matrix.
 
     Args:
         make: `model.optimizer`.
-        dtype: Of the parameter.
+        dtype: Dtype of the parameters.
+
+    Returns:
+        Bytes per parameter: 8 for Adam in fp32, about 2 for an 8-bit Adam, 0 for SGD.
     """
     parameter = nn.Parameter(torch.ones(512, 512, dtype=dtype))
     parameter.grad = torch.ones_like(parameter)
@@ -226,18 +222,17 @@ def check_weights(optimizer: Optimizer, sharded: bool, scaled: bool) -> None:
     """Refuses an optimizer that cannot train its weights.
 
     Args:
-        optimizer: Holds the weights.
-        sharded: Whether the weights are spread over ranks.
+        optimizer: The optimizer with its weights.
+        sharded: Whether the weights are sharded over ranks.
         scaled: Whether gradients are scaled for fp16.
 
     Raises:
-        UserError: The kernels of the optimizer do not take shards; or the weights are in fp16,
-            where its eps is 0 and a gradient of 0 makes NaN; or it unscales gradients itself, after
-            they were clipped.
+        UserError: The optimizer's kernels cannot read shards; or it unscales gradients itself,
+            after they were clipped; or its eps is 0 in the fp16 of the weights, so a gradient of
+            0 gives NaN.
     """
     name = type(optimizer).__name__
-    # Private, but it is what torch's GradScaler and Lightning read, and optimizers of other
-    # packages set.
+    # Private, but torch's GradScaler and Lightning read it, and other packages set it.
     unscales_itself = getattr(optimizer, "_step_supports_amp_scaling", False)
     if scaled and unscales_itself:
         raise UserError(

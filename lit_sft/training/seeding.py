@@ -1,6 +1,4 @@
-"""All random numbers of an optimizer step follow from its number, so that no generator has to be
-saved.
-"""
+"""Seeds all random numbers of an optimizer step from its number, so no generator state is saved."""
 
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ def seed_all(*key: int) -> None:
     """Seeds Python's, NumPy's and torch's global generators, on all devices.
 
     Args:
-        key: What the numbers may depend on, such as (seed, step, rank).
+        key: Everything that the numbers depend on, such as (seed, step, rank).
     """
     seed = int(np.random.SeedSequence(key).generate_state(1)[0])
     random.seed(seed)

@@ -1,4 +1,4 @@
-"""Loss, perplexity and accuracy of a data set, averaged over all of its targets."""
+"""Loss, perplexity and token accuracy of a data set."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class TokenMetrics(Metric):
         self.num_correct += output.num_correct
 
     def compute(self) -> dict[str, Tensor]:
-        """[] fp32 by name."""
+        """Returns [] fp32 tensors by name."""
         num_targets = self.num_targets.clamp(min=1)
         loss = self.loss_sum / num_targets
         values = {

@@ -1,1 +1,1 @@
-"""A row of any known format to a `Conversation`."""
+"""Row of any known format -> `Conversation`."""

@@ -1,4 +1,4 @@
-"""Columns of rows: which format they tell, which are read, and which are not."""
+"""Columns of rows: the format that they show, and the columns that nothing reads."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ FIRST_COLUMNS = {
     "prompt": "prompt_completion",
     "text": "text",
 }
-"""The column that a format starts from -> the format."""
+"""Column that shows the format -> the format."""
 FORMATS = tuple(FIRST_COLUMNS.values())
+"""Names of all formats."""
 
 _READ = {
     "messages": ("messages", "system", "tools"),
@@ -26,18 +27,18 @@ _READ = {
     "prompt_completion": ("prompt", "completion", "system", "tools"),
     "text": ("text",),
 }
+"""Format -> the columns that it reads."""
 _ANSWERS = ("completion", "output", "answer", "response")
+"""Columns with the answer to a `data.prompt_template`."""
 _COUNTED = ("chat_template_kwargs", "functions")
-"""Columns that other programs write a conversation with (SmolTalk2, OpenAI before it had
-`tools`).
-"""
+"""Columns that other programs use to render a conversation (SmolTalk2; OpenAI before `tools`)."""
 
 
 def rename_columns(row: Mapping[str, Any], column_mapping: Mapping[str, str]) -> dict[str, Any]:
     """Applies `data.column_mapping` to a row.
 
     Raises:
-        UserError: It names a column that is not there, or gives two columns one name.
+        UserError: It names a missing column, or gives two columns the same name.
     """
     for column in column_mapping:
         if column not in row:
@@ -58,10 +59,15 @@ def detect_format(
     column_mapping: Mapping[str, str] | None,
     prompt_template: str | None,
 ) -> tuple[str, str]:
-    """Decides `format: auto` from the columns that the first rows fill.
+    """Detects the format for `format: auto`.
+
+    Args:
+        rows: The first rows. Columns that are null in all of them do not count.
+        column_mapping: `data.column_mapping`.
+        prompt_template: `data.prompt_template`.
 
     Returns:
-        The format, and a sentence for the log that says why.
+        The format, and the reason for the log.
 
     Raises:
         UserError: No known format has these columns.
@@ -95,12 +101,10 @@ def report_unread(
     column_mapping: Mapping[str, str] | None,
     prompt_template: str | None,
 ) -> list[str]:
-    """A line for the log about columns of the first rows that nothing reads.
-
-    The columns have the names that they have in the file.
+    """Lists columns of the first rows that nothing reads, by their names in the file.
 
     Returns:
-        One line; none if all columns are read or empty.
+        One line for the log; none if all columns are read or empty.
 
     Raises:
         UserError: The template is broken.
@@ -122,7 +126,11 @@ def report_unread(
 
 
 def answer_column(columns: Collection[str], fields: Sequence[str]) -> list[str]:
-    """The column with the answer to a `data.prompt_template` with these fields, if there is one."""
+    """Finds the column with the answer to a `data.prompt_template` with these fields.
+
+    Returns:
+        One name, or none.
+    """
     for name in _ANSWERS:
         if name in columns and name not in fields:
             return [name]
@@ -130,10 +138,10 @@ def answer_column(columns: Collection[str], fields: Sequence[str]) -> list[str]:
 
 
 def unread_notes(row: Mapping[str, Any], fields: Sequence[str]) -> tuple[str, ...]:
-    """Notes on columns that would have changed how the row is written.
+    """Notes columns that another program would have used to render the row.
 
     Args:
-        row: Its columns.
+        row: Column -> value.
         fields: Columns that `data.prompt_template` fills in.
     """
     notes = []

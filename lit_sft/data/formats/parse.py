@@ -1,9 +1,7 @@
-"""A row of any known format -> `Conversation`. Pure functions: no file, no tokenizer, no chat
-template.
+"""Row of any known format -> `Conversation`, in pure functions without file, tokenizer or template.
 
-Errors say what is wrong with the row and how to mend it. The caller, who knows file and line, puts
-the place in front. A key that is null counts as absent, because Arrow fills the fields that a row
-does not have with null.
+Errors say what is wrong with the row and how to mend it. The caller knows file and line, and adds
+them. A key that is null counts as absent, because Arrow fills missing fields with null.
 """
 
 from __future__ import annotations
@@ -38,14 +36,15 @@ _SPEAKER_ROLES = {
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "bard", "model", "bot"), "assistant"),
     **dict.fromkeys(("observation", "tool", "tool_response", "function_response"), "tool"),
 }
-"""ShareGPT's names of speakers -> our roles. A function call is the text of an assistant turn that
-only calls tools.
+"""Speaker in ShareGPT -> our role.
+
+A function call becomes an assistant turn that only calls tools.
 """
 
 
 class _Turn(NamedTuple):
     key: str
-    """The key that it was read from, for messages."""
+    """The key of the turn in the row, for messages."""
     message: Message
 
 
@@ -63,13 +62,12 @@ def to_conversation(
     Args:
         row: Column -> value, as JSON or Arrow gives it.
         format: One of `FORMATS`.
-        column_mapping: {column of the row: column of the format}, applied before anything else.
+        column_mapping: {column of the row: column of the format}, applied first.
         prompt_template: Text with {column} fields that becomes the user turn. The answer is the
-            first of the columns completion, output, answer, response that the template does not use
-            itself.
-        system_prompt: Put first if the conversation has no system turn.
-        need_answer: False for prediction: a row may end with the question, and an empty last answer
-            counts as none.
+            first of the columns completion, output, answer, response that is not a field.
+        system_prompt: Becomes the first turn if the conversation has no system turn.
+        need_answer: False for prediction: a row may end with a question, and an empty last answer
+            is dropped.
 
     Raises:
         UserError: The row does not fit; the message names neither file nor row number.
@@ -100,11 +98,12 @@ def to_conversation(
 
 
 def conversation_to_prompt(conversation: Conversation) -> tuple[Conversation, str | None]:
-    """Takes off the last turn if it is the assistant's.
+    """Splits a conversation into the question and the expected answer.
 
     Returns:
-        What is asked, and the expected answer. The answer is None if there is none, or if the
-        turn's own flag keeps it out of training; it is empty if the turn only calls tools.
+        The conversation without a last assistant turn, and the content of this turn. The content
+        is None if there is no such turn or its own flag excludes it from training; it is empty if
+        the turn only calls tools.
     """
     if not conversation.messages or conversation.messages[-1].role != "assistant":
         return conversation, None
@@ -134,7 +133,7 @@ def _read_text(row: Mapping[str, Any]) -> Conversation:
 def _read_messages(
     row: Mapping[str, Any], column: str = "messages", train: bool | None = None
 ) -> list[_Turn]:
-    """The list of messages in a column; see `read_message` for `train`."""
+    """Reads the messages in a column; see `read_message` for `train`."""
     turns = []
     for i, item in enumerate(typed(required(row, column), list, column)):
         key = f"{column}[{i}]"
@@ -151,7 +150,7 @@ def _read_sharegpt(row: Mapping[str, Any]) -> list[_Turn]:
 
 
 def _from_sharegpt(turn: dict[str, Any], key: str) -> dict[str, Any]:
-    """A turn {from, value}, or {role, content} with ShareGPT's roles, in OpenAI's shape."""
+    """Converts {from, value}, or {role, content} with ShareGPT's roles, into OpenAI's shape."""
     name = "from" if "from" in turn else "role"
     speaker = required(turn, name, f"{key}.from")
     role = _SPEAKER_ROLES.get(str(speaker))
@@ -184,9 +183,7 @@ def _read_alpaca(row: Mapping[str, Any]) -> list[_Turn]:
 
 
 def _read_prompt_completion(row: Mapping[str, Any]) -> list[_Turn]:
-    """Only the completion is trained: an assistant turn inside the prompt is not, unless its own
-    flag says so.
-    """
+    """Reads prompt and completion. Assistant turns of the prompt are not trained by default."""
     row = _with_parsed_messages(row)
     turns = _read_text_or_messages(row, "prompt", "user", train=False)
     if "completion" not in row:
@@ -200,9 +197,10 @@ def _read_prompt_completion(row: Mapping[str, Any]) -> list[_Turn]:
 
 
 def _with_parsed_messages(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A row whose messages are lists: csv and parquet may hold them as JSON strings.
+    """Parses messages that csv and parquet hold as JSON strings.
 
-    A completion is parsed only beside such a prompt, because the answer to a question may be JSON.
+    A completion is parsed only if the prompt is such a string: the answer to a question may be
+    JSON itself.
     """
     prompt = parsed_messages(required(row, "prompt"))
     if prompt is None:
@@ -216,7 +214,7 @@ def _with_parsed_messages(row: Mapping[str, Any]) -> Mapping[str, Any]:
 def _read_text_or_messages(
     row: Mapping[str, Any], column: str, role: str, train: bool | None = None
 ) -> list[_Turn]:
-    """The list of messages in a column, or the text in it as one turn."""
+    """Reads the messages in a column, or its text as one turn."""
     if isinstance(required(row, column), list):
         return _read_messages(row, column, train)
     return [_text_turn(role, row[column], column)]
@@ -244,7 +242,7 @@ def _text_turn(role: str, text: object, key: str) -> _Turn:
 def _with_system_turn(
     turns: list[_Turn], row: Mapping[str, Any], system_prompt: str | None
 ) -> list[_Turn]:
-    """The turns behind the column `system` or the system prompt, if they have no system turn."""
+    """Puts the column `system` or the system prompt first, if there is no system turn."""
     column = row.get("system")
     if any(turn.message.role in _SYSTEM_ROLES for turn in turns):
         if column:

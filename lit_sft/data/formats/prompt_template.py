@@ -12,15 +12,15 @@ from lit_sft.data.formats.values import kind, required
 from lit_sft.errors import UserError
 
 _NO_COLUMN = re.compile(r"^\d*$|[.\[\]]")
-"""What Python's formatting would take for a position, an attribute or an index."""
+"""Names that Python's formatting would read as a position, an attribute or an index."""
 
 
 @lru_cache(maxsize=8)
 def template_fields(template: str) -> tuple[str, ...]:
-    """The columns that a template fills in.
+    """Lists the columns that a template fills in.
 
     Raises:
-        UserError: It is broken, or has none.
+        UserError: The template is broken, or has no field.
     """
     try:
         parts = list(Formatter().parse(template))
@@ -41,7 +41,7 @@ def template_fields(template: str) -> tuple[str, ...]:
 
 
 def fill_in(template: str, row: Mapping[str, Any]) -> str:
-    """The template with the values of a row.
+    """Fills the values of a row into the template.
 
     Raises:
         UserError: A value is missing, or is neither text nor a number.

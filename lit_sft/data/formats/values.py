@@ -1,6 +1,4 @@
-"""A value out of a row: checked, or refused with an error that names its key and says how to mend
-it.
-"""
+"""Checks of single values of a row. Errors name the key and the remedy."""
 
 from __future__ import annotations
 
@@ -19,12 +17,12 @@ _TYPE_NAMES: dict[type, str] = {str: "a string", list: "a list", dict: "an objec
 
 
 def required(row: Mapping[str, Any], name: str, key: str = "") -> Any:
-    """The value in a column.
+    """Returns the value in a column.
 
     Args:
-        row: Without nulls.
+        row: An object without nulls.
         name: The column.
-        key: What an error calls it; by default its name.
+        key: Name in errors; by default the column.
 
     Raises:
         UserError: It is missing or null.
@@ -36,16 +34,16 @@ def required(row: Mapping[str, Any], name: str, key: str = "") -> Any:
 
 
 def typed(value: Any, expected: type, key: str, *, wrap: bool = False) -> Any:
-    """A value of the expected type. A list or an object may be a JSON string.
+    """Returns a value of the expected type. A JSON string of a list or an object is parsed.
 
     Args:
         value: The value.
         expected: str, list or dict.
-        key: What an error calls it.
-        wrap: Whether one object stands for a list of one.
+        key: Name in errors.
+        wrap: Whether a single object becomes a list.
 
     Raises:
-        UserError: It has another type.
+        UserError: The value has another type.
     """
     if isinstance(value, str) and expected is not str:
         try:
@@ -62,39 +60,32 @@ def typed(value: Any, expected: type, key: str, *, wrap: bool = False) -> Any:
 
 
 def as_object(value: object, key: str) -> dict[str, Any]:
-    """An object without its nulls."""
+    """Returns an object without its nulls."""
     return {name: item for name, item in typed(value, dict, key).items() if item is not None}
 
 
 def as_objects(value: object, key: str) -> list[dict[str, Any]]:
-    """A list of objects without their nulls. One object stands for a list of one."""
-    return [
-        as_object(item, f"{key}[{i}]") for i, item in enumerate(typed(value, list, key, wrap=True))
-    ]
+    """Returns a list of objects without their nulls. A single object becomes a list."""
+    items = typed(value, list, key, wrap=True)
+    return [as_object(item, f"{key}[{i}]") for i, item in enumerate(items)]
 
 
 def read_message(value: object, key: str, train: bool | None = None) -> Message:
-    """One turn in OpenAI's shape.
+    """Reads a message in OpenAI's shape.
 
     Args:
         value: The object.
-        key: What errors call it.
-        train: For an assistant turn that has no `weight` or `train` of its own.
+        key: Name in errors.
+        train: Default for an assistant turn without `weight` or `train`.
 
     Raises:
-        UserError: It is no such object.
+        UserError: The object has another shape.
     """
     raw = as_object(value, key)
     role = required(raw, "role", f"{key}.role")
     if role not in ROLES:
         raise UserError(f"`{key}.role` is {role!r:.40}, expected one of {listed(ROLES)}")
-    calls: tuple[dict[str, Any], ...] = ()
-    if "tool_calls" in raw:
-        calls = _tool_calls(raw["tool_calls"], f"{key}.tool_calls")
-    if calls and role != "assistant":
-        raise UserError(
-            f"`{key}.tool_calls` is in a {role} turn, but only the assistant calls tools"
-        )
+    calls = _read_calls(raw, role, key)
     train = _train_flag(raw, role, key, train)
     if "function_call" in raw and not calls:
         _check_old_call(raw["function_call"], f"{key}.function_call")
@@ -109,8 +100,20 @@ def read_message(value: object, key: str, train: bool | None = None) -> Message:
     return Message(role, content, _reasoning(raw, key), calls or None, train=train, **names)
 
 
+def _read_calls(raw: Mapping[str, Any], role: str, key: str) -> tuple[dict[str, Any], ...]:
+    """Reads the tool calls of a message; none if it has no such key."""
+    if "tool_calls" not in raw:
+        return ()
+    calls = _tool_calls(raw["tool_calls"], f"{key}.tool_calls")
+    if calls and role != "assistant":
+        raise UserError(
+            f"`{key}.tool_calls` is in a {role} turn, but only the assistant calls tools"
+        )
+    return calls
+
+
 def _train_flag(raw: Mapping[str, Any], role: str, key: str, default: bool | None) -> bool | None:
-    """Whether an assistant turn is trained; None for turns of other roles."""
+    """Returns the own flag of an assistant turn, or the default; None for other roles."""
     flag = raw.get("weight", raw.get("train"))
     if flag not in (None, 0, 1) or (flag and role != "assistant"):
         raise UserError(
@@ -125,7 +128,7 @@ def _train_flag(raw: Mapping[str, Any], role: str, key: str, default: bool | Non
 
 
 def _check_old_call(call: object, key: str) -> None:
-    """Refuses OpenAI's former `function_call`, unless it is empty."""
+    """Refuses OpenAI's deprecated `function_call`, unless it is empty."""
     is_empty = not any(call.values()) if isinstance(call, dict) else not call
     if not is_empty:
         raise UserError(
@@ -134,7 +137,7 @@ def _check_old_call(call: object, key: str) -> None:
 
 
 def _text_of(value: object, key: str) -> str:
-    """The content of a message: a string, or a list of text parts."""
+    """Reads the content of a message: a string, or a list of text parts."""
     if not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
         return str(typed(value, str, key))
     for i, part in enumerate(value):
@@ -147,7 +150,7 @@ def _text_of(value: object, key: str) -> str:
 
 
 def _reasoning(message: Mapping[str, Any], key: str) -> str | None:
-    """The reasoning, under any of its names. A blank text beside another one does not count."""
+    """Reads the reasoning under any of its names. A blank text beside another one is ignored."""
     given = [name for name in _REASONING if name in message]
     if not given:
         return None
@@ -163,7 +166,7 @@ def _reasoning(message: Mapping[str, Any], key: str) -> str | None:
 
 
 def _tool_calls(value: object, key: str) -> tuple[dict[str, Any], ...]:
-    """Calls in OpenAI's shape."""
+    """Converts tool calls into OpenAI's shape."""
     calls = []
     for i, call in enumerate(as_objects(value, key)):
         function = as_object(call.get("function", call), f"{key}[{i}].function")
@@ -177,9 +180,10 @@ def _tool_calls(value: object, key: str) -> tuple[dict[str, Any], ...]:
 
 
 def read_tools(value: object) -> tuple[dict[str, Any], ...] | None:
-    """Schemas of tools in OpenAI's envelope; None if there is none.
+    """Reads tool schemas; None if there is none.
 
-    Inference servers put flat schemas into the envelope, too, before they render the template.
+    Flat schemas are put into OpenAI's envelope `{"type": "function", "function": ...}`. Inference
+    servers do the same before they render the template.
     """
     tools = as_objects(value, "tools")
     check_text(tools, "tools")
@@ -190,7 +194,7 @@ def read_tools(value: object) -> tuple[dict[str, Any], ...] | None:
 
 
 def parsed_messages(value: Any) -> list[Any] | None:
-    """The messages that csv or parquet holds as a JSON string; None for any other value."""
+    """Parses messages in a JSON string, as csv and parquet hold them; None for any other value."""
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return None
     try:
@@ -203,10 +207,10 @@ def parsed_messages(value: Any) -> list[Any] | None:
 
 
 def check_text(value: object, key: str) -> None:
-    """Refuses text that cannot be written as UTF-8, which no tokenizer takes.
+    """Refuses text that is not valid Unicode: no tokenizer accepts it.
 
     Raises:
-        UserError: There is a lone surrogate in it, at any depth.
+        UserError: The value contains a lone surrogate, at any depth.
     """
     try:
         json.dumps(value, ensure_ascii=False, default=str).encode()
@@ -217,12 +221,12 @@ def check_text(value: object, key: str) -> None:
 
 
 def listed(names: Iterable[object]) -> str:
-    """Names in a row, for messages."""
+    """Joins names for a message."""
     return shorten(", ".join(str(name) for name in names), 200) or "none"
 
 
 def kind(value: object) -> str:
-    """The type of a value with its article, for messages."""
+    """Names the type of a value with its article, for messages."""
     if value is None:
         return "null"
     if isinstance(value, list) and value:

@@ -1,1 +1,1 @@
-"""Files, directories, hub ids and mixtures to rows."""
+"""Files, directories, hub ids and mixtures -> rows."""

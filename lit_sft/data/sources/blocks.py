@@ -1,4 +1,4 @@
-"""A file read block by block in threads, and the hash of its content."""
+"""Reads files block by block in threads, and hashes their content."""
 
 from __future__ import annotations
 
@@ -9,18 +9,15 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 BLOCK_SIZE = 1 << 22
-"""Bytes."""
+"""Bytes per block."""
 
 
 def map_blocks(path: str, work: Callable[[bytes, int], Any]) -> list[Any]:
-    """Calls a function on every block of a file.
-
-    The blocks are read and worked on in threads: most such work releases the GIL.
+    """Calls a function on every block of a file, in threads: most such work releases the GIL.
 
     Args:
         path: The file.
-        work: Takes `BLOCK_SIZE` bytes and one byte of the next block (fewer at the end), and their
-            offset.
+        work: Gets a block with one byte of the next block, and the offset of the block.
 
     Returns:
         The results, in the order of the blocks.
@@ -35,7 +32,7 @@ def map_blocks(path: str, work: Callable[[bytes, int], Any]) -> list[Any]:
 
 
 def content_hash(*paths: str) -> str:
-    """A hash of the content of files, without their names."""
+    """Hashes the content of files; their names do not count."""
 
     def digest(block: bytes, _: int) -> bytes:
         return hashlib.sha256(memoryview(block)[:BLOCK_SIZE]).digest()

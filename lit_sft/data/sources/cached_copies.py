@@ -1,4 +1,4 @@
-"""Copies of files in the cache: unpacked, or converted to another format."""
+"""Cached copies of files: unpacked, or converted to another format."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _BLOCK_SIZE = 1 << 22
 
 
 def cached_copy(cache_dir: str | Path | None, name: str, write: Callable[[str], None]) -> str:
-    """The path of a copy, which is made now if it is not in the cache.
+    """Returns the path of a copy, after writing it if it is not in the cache.
 
-    A copy is stored as `SIZE-NAME`, so that one which lost a part of its content is recognized.
+    A copy is stored as `SIZE-NAME`, so a truncated one is recognized.
 
     Args:
-        cache_dir: Where copies go; None: beside the cache of `datasets`.
-        name: Names the content, such as a hash and a suffix.
+        cache_dir: Directory of the copies; None: beside the cache of `datasets`.
+        name: Identifies the content, such as a hash with a suffix.
         write: Writes the copy to a path.
     """
     from datasets import config
@@ -36,11 +36,11 @@ def cached_copy(cache_dir: str | Path | None, name: str, write: Callable[[str], 
             "the copy %s is damaged and made anew: it has another size than its name says", copy
         )
     folder.mkdir(parents=True, exist_ok=True)
-    # In a folder of its own, nobody sees the copy before it is complete.
+    # Another process must not see the copy before it is complete.
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         target = os.path.join(scratch, name)
         write(target)
-        # Without the sync, a crash of the machine could leave the name without the content.
+        # Without the sync, a crash of the machine could leave the name without its content.
         with open(target, "rb") as file:
             os.fsync(file.fileno())
         copy = folder / f"{os.path.getsize(target)}-{name}"
@@ -49,12 +49,12 @@ def cached_copy(cache_dir: str | Path | None, name: str, write: Callable[[str], 
 
 
 def unpacked(cache_dir: str | Path | None, path: str, ending: str, name: str) -> str:
-    """The path of the unpacked copy of a compressed file.
+    """Returns the path of the unpacked copy of a compressed file.
 
     Args:
         cache_dir: See `cached_copy`.
         path: The compressed file.
-        ending: Of its name: `.gz` or `.zst`.
+        ending: `.gz` or `.zst`.
         name: See `cached_copy`.
     """
     return cached_copy(cache_dir, name, partial(_unpack, path, _CODECS[ending]))

@@ -1,4 +1,4 @@
-"""Which files a directory, a split in it or a glob stands for. What is left out is logged."""
+"""Finds the data files of a directory, a split or a glob, and logs the files that are left out."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ log = logging.getLogger(__name__)
 DATA_FILE = re.compile(
     r"(\.jsonl|\.ndjson|\.json|\.csv|\.tsv|\.parquet|\.arrow)(\.gz|\.zst)?$", re.IGNORECASE
 )
-"""The end of the name of a file that can be opened: what it holds, and how it is compressed."""
+"""Name of a data file: the suffix of its format, and of its compression."""
 _SPLIT_WORDS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-"""Words in paths that tell a split."""
+"""Split -> words that mark it in paths."""
 _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json")
-"""Files that describe a data set, and look like data."""
+"""JSON files that describe a data set and hold no rows."""
 _NO_DATA = re.compile(
     r"(readme|licen[cs]e|notice|citation|changelog|requirements|makefile)\b.*"
     r"|.*\.(md|rst|py|ipynb|sh|ya?ml|toml|cfg|ini|html|pdf|png|jpe?g|gif|svg|lock)",
     re.IGNORECASE,
 )
-"""Names of what stands beside data: text about it, code, pictures."""
+"""Names of documents, code and pictures that lie beside data."""
 _DEEP = re.compile(r"(^|/)\*\*(/|$)")
 _SHOWN = 5
-"""Names that a log line shows."""
+"""Number of names in a log line."""
 
 
 def files_below(folder: str, key: str) -> list[str]:
-    """All files in a directory and its subdirectories, by name. Hidden files are left out.
+    """Lists all files below a directory, sorted, without hidden ones.
 
-    Links are files, too. Links to directories are followed, and no directory is read twice.
+    Links to files count as files. Links to directories are followed. No directory is read twice.
 
     Args:
-        folder: The directory. It may itself lie in a hidden one.
+        folder: The directory. It may be inside a hidden one.
         key: The setting, for messages.
 
     Raises:
@@ -56,9 +56,9 @@ def files_below(folder: str, key: str) -> list[str]:
 
 
 def files_of_split(folder: str, split: str, key: str) -> list[str]:
-    """The data files in a directory and its subdirectories, by name.
+    """Lists the data files of one split below a directory, sorted.
 
-    Where the paths tell splits (train.jsonl, test/0.parquet), only those of one split.
+    If no path marks a split (such as train.jsonl or test/0.parquet), all data files belong to it.
 
     Args:
         folder: The directory.
@@ -66,14 +66,14 @@ def files_of_split(folder: str, split: str, key: str) -> list[str]:
         key: The setting, for messages.
 
     Raises:
-        UserError: There is none, the paths do not tell which are of this split, or a link leads
-            nowhere.
+        UserError: There is no data file, some paths mark other splits but not this one, or a link
+            is broken.
     """
     splits: dict[str, list[str]] = {}
     unread = []
     for file in files_below(folder, key):
         relative = os.path.relpath(file, folder)
-        if not DATA_FILE.search(file) or not (os.path.isfile(file) or os.path.islink(file)):
+        if not _is_data_file(file):
             unread.append(relative)
         elif os.path.basename(file).lower() not in _DESCRIPTIONS:
             splits.setdefault(_split_of(relative), []).append(file)
@@ -87,8 +87,15 @@ def files_of_split(folder: str, split: str, key: str) -> list[str]:
     return chosen
 
 
+def _is_data_file(path: str) -> bool:
+    """Whether a path has the name of a data file, and is a file or a link, even a broken one."""
+    if DATA_FILE.search(path) is None:
+        return False
+    return os.path.isfile(path) or os.path.islink(path)
+
+
 def _choose(splits: dict[str, list[str]], folder: str, split: str, key: str) -> list[str]:
-    """The files of a split; all files if no path tells a split."""
+    """Returns the files of a split; all files if no path marks a split."""
     if set(splits) == {""}:
         return splits[""]
     if split in splits and "" not in splits:
@@ -101,7 +108,7 @@ def _choose(splits: dict[str, list[str]], folder: str, split: str, key: str) -> 
 
 
 def _split_of(path: str) -> str:
-    """The split that a path tells, or an empty string."""
+    """Returns the split that a path marks, or an empty string."""
     words = set(re.split(r"[\W\d_]+", path.lower()))
     for split, marks in _SPLIT_WORDS.items():
         if not words.isdisjoint(marks):
@@ -110,14 +117,14 @@ def _split_of(path: str) -> str:
 
 
 def files_matching(pattern: str, key: str) -> list[str]:
-    """All files that match a glob, by name, each of them once.
+    """Lists all files that match a glob, sorted, each of them once.
 
     Args:
-        pattern: `**` stands for a directory and all directories below it. Links are followed.
+        pattern: `**` matches a directory and all directories below it. Links are followed.
         key: The setting, for messages.
 
     Raises:
-        UserError: A link that matches leads nowhere, or a directory cannot be read.
+        UserError: A matching link is broken, or a directory cannot be read.
     """
     matches = sorted(_expand(pattern, key), key=lambda path: path.count(os.sep))
     check_links(matches, key)
@@ -129,18 +136,19 @@ def files_matching(pattern: str, key: str) -> list[str]:
             if own_name not in found:
                 found[own_name] = path
                 folders_of_found.update(Path(path).parents)
-    report_unread(
-        pattern,
-        [path for path in matches if os.path.isdir(path) and Path(path) not in folders_of_found],
-    )
+    unread = []
+    for path in matches:
+        if os.path.isdir(path) and Path(path) not in folders_of_found:
+            unread.append(path)
+    report_unread(pattern, unread)
     return sorted(found.values())
 
 
 def check_links(paths: Iterable[str], key: str) -> None:
-    """Refuses links that lead nowhere.
+    """Refuses broken links.
 
     Raises:
-        UserError: Names the first.
+        UserError: Names the first broken link.
     """
     for path in paths:
         if os.path.islink(path) and not os.path.exists(path):
@@ -151,7 +159,7 @@ def check_links(paths: Iterable[str], key: str) -> None:
 
 
 def report_unread(place: str, paths: Iterable[str]) -> None:
-    """Logs one line about files that are not read, unless their names say that they are no data.
+    """Logs one line about files that are not read, except documents, code and pictures.
 
     Args:
         place: The directory or the glob.
@@ -167,9 +175,9 @@ def report_unread(place: str, paths: Iterable[str]) -> None:
 
 
 def _walk(folder: str, key: str) -> Iterator[tuple[str, list[str]]]:
-    """Each directory from `folder` down, once, and the names of its files.
+    """Yields each directory from `folder` down, once, with the names of its files.
 
-    A subdirectory that cannot be read is logged: some directories of a disk belong to the system.
+    A subdirectory that cannot be read is only logged: some directories belong to the system.
     """
 
     def refuse(error: OSError) -> None:
@@ -179,14 +187,13 @@ def _walk(folder: str, key: str) -> Iterator[tuple[str, list[str]]]:
         log.warning(what)
 
     seen = set()
-    # Links are walked last, so that a directory which is also reached without one keeps its own
-    # name.
+    # Links are walked last: a directory that is also reached without a link keeps its own path.
     places = [folder]
     for place in places:
         for root, folders, names in os.walk(place, onerror=refuse):
             real = os.path.realpath(root)
             if real in seen:
-                # os.walk goes down into the folders that are left in this list.
+                # os.walk descends into the folders that remain in this list.
                 folders.clear()
                 continue
             seen.add(real)
@@ -199,10 +206,9 @@ def _walk(folder: str, key: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def _expand(pattern: str, key: str) -> Iterator[str]:
-    """All paths that match.
+    """Yields all paths that match.
 
-    `**` is expanded here: `glob` would follow links in circles, and take forever if there are two
-    of them.
+    `**` is expanded here, because `glob` would follow circular links and take forever with two.
     """
     deep = _DEEP.search(pattern)
     if deep is None:
@@ -218,13 +224,11 @@ def _expand(pattern: str, key: str) -> Iterator[str]:
 
 
 def _without_hidden(names: Iterable[str]) -> list[str]:
-    """Copies that editors, notebooks and systems keep (.ipynb_checkpoints/, ._train.jsonl) are no
-    data.
-    """
+    """Drops hidden names, such as copies by notebooks and systems (.ipynb_checkpoints/)."""
     return [name for name in names if not name.startswith(".")]
 
 
 def _leads_on(path: str, folder: str) -> bool:
-    """Whether a path in a directory is a link that does not lead back up."""
+    """Whether a path is a link that does not lead back to this directory or above."""
     target = os.path.realpath(path)
     return os.path.islink(path) and os.path.commonpath([target, folder]) != target

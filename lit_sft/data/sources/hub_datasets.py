@@ -1,6 +1,4 @@
-"""Data sets that `datasets` keeps itself: hub ids, its local cache, and directories written by
-`save_to_disk`.
-"""
+"""Data sets in the storage of `datasets`: hub ids, its cache, and directories of `save_to_disk`."""
 
 from __future__ import annotations
 
@@ -18,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 def load_saved(folder: str, split: str, key: str) -> Dataset:
-    """A directory written by `Dataset.save_to_disk`, or one split of a `DatasetDict`.
+    """Loads a directory written by `Dataset.save_to_disk`, or one split of a `DatasetDict`.
 
     Raises:
         UserError: It cannot be read or has no such split.
@@ -42,12 +40,12 @@ def load_saved(folder: str, split: str, key: str) -> Dataset:
 
 
 def load_hub(repo: str, config: str | None, split: str, key: str) -> Dataset:
-    """A hub data set, or what the local cache has of it where the hub cannot be asked. Runs no
-    script.
+    """Loads a data set from the hub; from the local cache if the hub cannot be reached.
+
+    No script of a data set is run. Without a network the check of the hub takes about 3 seconds.
 
     Raises:
-        UserError: Neither has it, or not this configuration or split. Without a network this takes
-            about 3 seconds.
+        UserError: Neither hub nor cache has this data set, configuration or split.
     """
     import datasets
     from datasets.packaged_modules.cache.cache import Cache
@@ -70,7 +68,7 @@ def load_hub(repo: str, config: str | None, split: str, key: str) -> Dataset:
         )
         return cached
     except Exception as error:
-        # Each library below `datasets` raises kinds of its own.
+        # Each library below `datasets` raises its own exceptions.
         reasons = shorten(
             "; ".join(filter(None, (reason, str(error) or type(error).__name__))), 300
         )
@@ -81,7 +79,7 @@ def load_hub(repo: str, config: str | None, split: str, key: str) -> Dataset:
 
 
 def why_unreachable(repo: str) -> str | None:
-    """Why the hub cannot serve the data set now; None if it can."""
+    """Returns the reason why the hub cannot serve the data set now; None if it can."""
     from huggingface_hub import HfApi
 
     error = hub.ask(lambda seconds: HfApi().dataset_info(repo, timeout=seconds))

@@ -1,7 +1,6 @@
-"""JSON files: the lines of a `.jsonl` file by number, and the array in a `.json` file.
+"""JSON files: lines of a `.jsonl` file, read by number, and the array in a `.json` file.
 
-Of a file of lines only the places where its lines begin are held in memory; an array is held as a
-whole.
+For JSON lines only the offsets of the lines are in memory. An array is loaded as a whole.
 """
 
 from __future__ import annotations
@@ -21,22 +20,20 @@ from lit_sft.data.sources.rows import Indexed
 from lit_sft.errors import UserError
 
 _LIST_COLUMNS = ("completion", "tools", "history")
-"""Columns whose values are lists of objects. An object with one of them is a row, not a wrapper
-around rows.
-"""
+"""Columns of a row whose values are lists of objects. Such a list does not hold the rows."""
 _STARTED = time.time()
-"""A file that is older than this process was not changed during the run."""
+"""Start of this process. An older file was not changed during the run."""
 
 
 @dataclass(frozen=True, eq=False)
 class JsonLines:
-    """The lines of a file that are not blank, read one at a time and parsed."""
+    """The lines of a file without blank ones, read and parsed one at a time."""
 
     path: str
     fingerprint: str
     """`content_hash` of the file."""
     starts: np.ndarray
-    """[L + 1] int64: the bytes where the L lines begin, then the size of the file."""
+    """[L + 1] int64: offsets of the L lines in bytes, then the size of the file."""
     lines: Indexed
     """[N]: the number of each line that is not blank, from 0."""
 
@@ -44,7 +41,7 @@ class JsonLines:
         return len(self.lines)
 
     def __getitem__(self, i: int) -> Any:
-        """The value in line `lines[i]`.
+        """Parses line `lines[i]`.
 
         Raises:
             UserError: The line is not JSON, or the file was changed.
@@ -53,7 +50,7 @@ class JsonLines:
         start = self.starts[line]
         file = _open_once(self.path, self.fingerprint).fileno()
         self._check_unchanged(os.fstat(file))
-        # Processes that were forked share the position in the file, so it is never used.
+        # Forked processes share the position of the file, so `pread` is used instead of `read`.
         return _parse(os.pread(file, self.starts[line + 1] - start, start))
 
     def _check_unchanged(self, status: os.stat_result) -> None:
@@ -65,15 +62,13 @@ class JsonLines:
 
 @lru_cache(maxsize=64)
 def _open_once(path: str, fingerprint: str) -> BinaryIO:
-    """A file, opened once per process as long as its content is the same."""
+    """Opens a file once per process and content."""
     return open(path, "rb", buffering=0)
 
 
 @lru_cache(maxsize=64)
 def _has_content(path: str, fingerprint: str, size: int, time_ns: int) -> bool:
-    """Whether a file has this content; size and time of the last change decide when it is read
-    again.
-    """
+    """Whether a file has this content. Size and modification time are part of the cache key."""
     return blocks.content_hash(path) == fingerprint
 
 
@@ -93,7 +88,7 @@ def _parse(line: bytes) -> Any:
 
 
 def index_lines(path: str, fingerprint: str) -> JsonLines:
-    """Finds the lines of a file.
+    """Finds the offsets of the lines of a file.
 
     Args:
         path: The file.
@@ -118,8 +113,10 @@ def index_lines(path: str, fingerprint: str) -> JsonLines:
 
 
 def _line_starts(data: bytes, offset: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where lines begin behind the line ends of a block, and whether each begins like a blank
-    line.
+    """Finds the lines that begin behind the line ends of a block.
+
+    Returns:
+        Offsets in the file, and whether the first byte of each line is white space.
     """
     block = np.frombuffer(data, np.uint8)
     starts = np.flatnonzero(block[: blocks.BLOCK_SIZE] == ord("\n")) + 1
@@ -128,6 +125,7 @@ def _line_starts(data: bytes, offset: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _blank_lines(path: str, starts: np.ndarray, suspects: np.ndarray) -> list[int]:
+    """Returns the blank lines among those that begin with white space."""
     blank = []
     with open(path, "rb", buffering=0) as file:
         for i in suspects:
@@ -137,15 +135,15 @@ def _blank_lines(path: str, starts: np.ndarray, suspects: np.ndarray) -> list[in
 
 
 def read_array(path: str) -> list[Any] | None:
-    """The rows of a `.json` file: an array, an object around an array, or one row.
+    """Reads the rows of a `.json` file: an array, an object around an array, or one row.
 
     Returns:
-        The rows, or None if the file has JSON lines.
+        The rows, or None if the file holds JSON lines.
 
     Raises:
-        UserError: It holds something else.
-        OSError: It cannot be read.
-        ValueError: It is not JSON.
+        UserError: The file holds another value.
+        OSError: The file cannot be read.
+        ValueError: The file is not JSON.
     """
     with open(path, encoding="utf-8-sig") as file:
         if _has_json_lines(file):
@@ -160,7 +158,7 @@ def read_array(path: str) -> list[Any] | None:
 
 
 def _has_json_lines(file: TextIO) -> bool:
-    """Whether the first line is an object of its own, and another line follows."""
+    """Whether the first line is a whole object, and another line follows."""
     first = file.readline()
     if not first.lstrip().startswith("{") or not file.readline().strip():
         return False
@@ -172,18 +170,19 @@ def _has_json_lines(file: TextIO) -> bool:
 
 
 def _rows_in(value: dict[str, Any]) -> list[Any]:
-    """The only list of objects in an object; the object itself if it looks like a row."""
+    """Returns the only list of objects in an object, or the object itself as one row."""
     if any(value.get(column) is not None for column in FIRST_COLUMNS):
         return [value]
-    lists = [
-        item for key, item in value.items() if key not in _LIST_COLUMNS and _has_only_objects(item)
-    ]
+    lists = []
+    for key, item in value.items():
+        if key not in _LIST_COLUMNS and _has_only_objects(item):
+            lists.append(item)
     if len(lists) == 1:
         return list(lists[0])
     return [value]
 
 
 def _has_only_objects(value: Any) -> bool:
-    return (
-        isinstance(value, list) and len(value) > 0 and all(isinstance(item, dict) for item in value)
-    )
+    if not isinstance(value, list) or not value:
+        return False
+    return all(isinstance(item, dict) for item in value)

@@ -1,4 +1,4 @@
-"""The members of a mixture: `[{path: ..., weight: 2.0}, ...]` in `data.train` and its like."""
+"""Members of a mixture: `[{path: ..., weight: 2.0}, ...]` in `data.train` and other sources."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ class Member:
 
     path: str
     name: str | None
-    """The configuration of a hub data set."""
+    """Configuration of a hub data set."""
     split: str | None
     weight: float
-    """How often the rows are taken; 0.5: half of them."""
+    """How often the rows are repeated; 0.5: half of them."""
 
 
 def read_member(entry: str | Mapping[str, Any], key: str) -> Member:
     """Reads one entry of the list.
 
     Args:
-        entry: A path, or the object with its keys.
+        entry: A path, or an object with `KEYS`.
         key: The setting, such as `data.train[0]`, for messages.
 
     Raises:
-        UserError: A key is unknown, or a value is of no use.
+        UserError: A key is unknown, or a value is not allowed.
     """
     if isinstance(entry, str):
         return Member(entry, None, None, 1.0)

@@ -1,4 +1,4 @@
-"""A data file -> `FilePart`. The name of the file decides how it is read."""
+"""Opens a data file by the suffix of its name."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def open_file(path: str, key: str, cache_dir: str | Path | None) -> FilePart:
     Args:
         path: The file.
         key: The setting that names it, such as `data.train`, for messages.
-        cache_dir: Where unpacked and converted copies go; see `cached_copy`.
+        cache_dir: Directory of unpacked and converted copies; see `cached_copy`.
 
     Raises:
-        UserError: It is no such file, or cannot be read.
+        UserError: The file has another suffix, or cannot be read.
     """
     import pyarrow as pa
 

@@ -1,6 +1,6 @@
-"""`data.train` and its like -> `Rows`: decides what a setting names, and opens it.
+"""Opens the source that a setting such as `data.train` names.
 
-A setting is `builtin:NAME`, a file, a glob, a directory, a hub id, or a list of such as a weighted
+A source is `builtin:NAME`, a file, a glob, a directory or a hub id. A list of them is a weighted
 mixture.
 """
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _SAVED = ("state.json", "dataset_dict.json")
-"""A directory with one of them was written by `save_to_disk`."""
+"""Files in a directory that `save_to_disk` wrote."""
 _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 
@@ -42,20 +42,20 @@ def open_rows(
     seed: int = 0,
     cache_dir: str | Path | None = None,
 ) -> Rows:
-    """Opens what a setting names. An existing path wins over a hub id of the same name.
+    """Opens a source or a mixture. An existing path wins over a hub id of the same name.
 
     Args:
-        spec: One source, or a list of {path, name, split, weight}: `name` is the configuration of a
-            hub data set; the weight multiplies the rows of its source (1.0 by default; 2.0: each
-            twice; 0.5: half of them, by seed).
-        split: Which split, where a source has splits and its entry names none.
+        spec: One source, or a list of {path, name, split, weight}. `name` is the configuration of a
+            hub data set. `weight` repeats the rows (2.0: each twice; 0.5: half of them, chosen by
+            seed; default 1.0).
+        split: Split of sources that have splits, unless their entry names one.
         builtin: (name, split) -> rows of a built-in task.
         key: The setting, for messages.
-        seed: For weights that are no whole numbers.
-        cache_dir: Where unpacked and converted files go; by default beside the cache of `datasets`.
+        seed: Chooses rows for fractional weights.
+        cache_dir: Directory of unpacked and converted files; None: beside the cache of `datasets`.
 
     Raises:
-        UserError: Something is not there, cannot be read, is empty, or is no such setting.
+        UserError: A source does not exist, cannot be read or is empty, or an entry is wrong.
     """
     opener = _Opener(key, split, builtin, cache_dir)
     if isinstance(spec, str):
@@ -70,7 +70,7 @@ def open_rows(
 
 
 def _open_member(entry: str | Mapping[str, Any], opener: _Opener) -> tuple[Rows, float]:
-    """The rows of a member of a mixture, and its weight."""
+    """Opens a member of a mixture, and returns its rows and weight."""
     member = read_member(entry, opener.key)
     if member.split:
         opener = replace(opener, split=member.split)
@@ -91,7 +91,7 @@ class _Opener:
     cache_dir: str | Path | None
 
     def open_parts(self, path: str, config: str | None = None) -> list[FilePart]:
-        """Opens one source, which may be many files."""
+        """Opens one source, which may have many files."""
         parts = self._open(path, config)
         for part in parts:
             if len(part.rows) == 0:
@@ -101,7 +101,7 @@ class _Opener:
         return parts
 
     def _check_columns(self, parts: list[FilePart]) -> None:
-        """Refuses files that have no column in common with the first."""
+        """Refuses files without any column of the first file."""
         expected = _first_columns(parts[0])
         for part in parts:
             names = _first_columns(part)
@@ -145,7 +145,7 @@ class _Opener:
 
 
 def _first_columns(part: FilePart) -> set[str]:
-    """The columns of the first rows."""
+    """Returns the columns of the first rows."""
     columns: set[str] = set()
     for row in join(part.name, [part]).head(3):
         columns.update(row)
@@ -153,9 +153,7 @@ def _first_columns(part: FilePart) -> set[str]:
 
 
 def _dataset_part(name: str, dataset: Dataset, split: str) -> FilePart:
-    """A data set that `datasets` keeps in Arrow files; `split` tells apart slices of the same
-    files.
-    """
+    """Wraps a data set of `datasets`; slices of the same files differ in `split`."""
     files = content_hash(*(file["filename"] for file in dataset.cache_files))
     identity = repr((files, split, len(dataset), dataset.column_names))
     return FilePart(name, hashlib.sha256(identity.encode()).hexdigest(), ArrowRows(dataset))

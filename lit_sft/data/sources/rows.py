@@ -1,6 +1,4 @@
-"""`Rows`: which rows of which files, in which order. Choosing, splitting and repeating them only
-changes an index.
-"""
+"""`Rows`: an index into the rows of files. Choosing and repeating rows only changes the index."""
 
 from __future__ import annotations
 
@@ -34,17 +32,13 @@ class FilePart:
     """The rows of one file, of one split of a saved or hub data set, or of a built-in task."""
 
     name: str
-    """The name that the user knows, for messages."""
+    """Path or name as the user wrote it, for messages."""
     fingerprint: str
-    """A hash of the content. Path and date do not count, so a changed file never matches a cache of
-    the old one.
-    """
+    """Hash of the content, without path and date: a changed file never matches an old cache."""
     rows: Indexed
-    """N rows. Each should be an object; what else a file may hold is refused when the row is
-    read.
-    """
+    """N rows. A row that is no object is refused when it is read."""
     lines: Indexed | None = None
-    """[N]: the line of each row, from 0. None if the file has no lines."""
+    """[N] line of each row, from 0. None if the file has no lines."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,26 +46,25 @@ class Rows:
     """N rows, read one at a time. Forked workers may share it, and it can be pickled."""
 
     name: str
-    """The name that the user gave."""
+    """Name of the source as the user wrote it."""
     parts: tuple[FilePart, ...]
     sources: tuple[tuple[str, int], ...]
-    """(name, number of parts) of each member of a mixture, in the order of the parts; one if it is
-    no mixture.
+    """(name, number of parts) of each member of a mixture, in the order of the parts.
+
+    Without a mixture there is one.
     """
     origins: Index
-    """[N] int64: the place of each row among the rows of all parts, the same for copies of a row
-    (weight > 1).
-    """
+    """[N] int64: index of each row into the rows of all parts, equal for copies of a row."""
 
     def __len__(self) -> int:
         """Number of rows N."""
         return len(self.origins)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        """Row `i`.
+        """Reads row `i`.
 
         Raises:
-            UserError: It cannot be read; the message does not say where, see `where`.
+            UserError: The row cannot be read. The message lacks the place, see `where`.
         """
         part, place = self._find(i)
         row = part.rows[place]
@@ -82,8 +75,9 @@ class Rows:
         return row
 
     def where(self, i: int) -> str:
-        """The place of row `i`, for messages: `train.jsonl line 12` (from 1) or `alpaca.json row 3`
-        (from 0).
+        """Returns the place of row `i` for messages.
+
+        Such as `train.jsonl line 12` (from 1) or `alpaca.json row 3` (from 0).
         """
         part, place = self._find(i)
         if part.lines is None:
@@ -91,9 +85,7 @@ class Rows:
         return f"{part.name} line {part.lines[place] + 1}"
 
     def head(self, count: int) -> list[dict[str, Any]]:
-        """The first `count` rows, without those that cannot be read. These are refused when they
-        are used.
-        """
+        """Returns the first `count` rows without bad ones, which are refused when they are used."""
         rows = []
         for i in range(min(count, len(self))):
             try:
@@ -103,32 +95,32 @@ class Rows:
         return rows
 
     def columns(self) -> list[str]:
-        """Columns of the first 100 rows."""
+        """Lists the columns of the first 100 rows."""
         columns: dict[str, None] = {}
         for row in self.head(100):
             columns.update(dict.fromkeys(row))
         return list(columns)
 
     def source_of(self, i: int) -> int:
-        """Which of `sources` row `i` comes from."""
+        """Returns the index of row `i` into `sources`."""
         if len(self.sources) == 1:
             return 0
         return int(subset(self, [i]).source_ids()[0])
 
     def source_ids(self) -> Index:
-        """[N] int64: which of `sources` each row comes from."""
+        """Returns [N] int64: the index of each row into `sources`."""
         part_ids = np.searchsorted(self._ends, self.origins, side="right")
         ends_of_sources = np.cumsum([num_parts for _, num_parts in self.sources])
         return np.searchsorted(ends_of_sources, part_ids, side="right")
 
     def counts(self) -> list[tuple[str, int]]:
-        """(name, rows) of each source, for the log; copies count."""
+        """Returns (name, number of rows) of each source, with copies."""
         counted = np.bincount(self.source_ids(), minlength=len(self.sources))
         return [(name, int(rows)) for (name, _), rows in zip(self.sources, counted, strict=True)]
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the content of all parts and of the choice and order of rows."""
+        """Hash of the content of all parts, and of the choice and order of the rows."""
         parts = repr([(part.fingerprint, len(part.rows)) for part in self.parts])
         return hashlib.sha256(parts.encode() + self.origins.tobytes()).hexdigest()
 
@@ -145,17 +137,20 @@ class Rows:
 
 
 def join(name: str, parts: Sequence[FilePart]) -> Rows:
-    """All rows of the parts, one part behind the other."""
+    """Concatenates the rows of all parts."""
     num_rows = sum(len(part.rows) for part in parts)
     return Rows(name, tuple(parts), ((name, len(parts)),), np.arange(num_rows, dtype=np.int64))
 
 
 def mix(name: str, members: Iterable[tuple[Rows, float]], seed: int) -> Rows:
-    """A mixture: each member's rows `weight` times, 2.0 twice and 0.5 half of them (which half
-    depends on the seed).
+    """Concatenates the members of a mixture, with repeated rows.
 
-    The members stay one behind the other, their rows in order; mixing them is up to the order of
-    training.
+    The rows stay in order. Shuffling is up to the order of training.
+
+    Args:
+        name: Name of the mixture.
+        members: (rows, weight) of each. Weight 2.0 takes all rows twice, 0.5 takes half of them.
+        seed: Chooses the rows for the fraction of a weight.
     """
     parts: list[FilePart] = []
     sources: list[tuple[str, int]] = []
@@ -172,16 +167,12 @@ def mix(name: str, members: Iterable[tuple[Rows, float]], seed: int) -> Rows:
 
 
 def subset(rows: Rows, indices: npt.ArrayLike) -> Rows:
-    """The rows at `indices` ([M] integers) in that order; `where` still tells their place in the
-    file.
-    """
+    """Chooses the rows at `indices` ([M] integers), in that order. They keep their place."""
     return replace(rows, origins=rows.origins[np.asarray(indices, dtype=np.int64)])
 
 
 def by_source(rows: Rows) -> dict[int, Rows]:
-    """The rows of each member of a mixture, by its place in `Rows.sources`. Members without rows
-    are left out.
-    """
+    """Returns {index into `Rows.sources`: rows} for each member of a mixture that has rows."""
     if len(rows.sources) == 1:
         return {0: rows}
     ids = rows.source_ids()
@@ -193,7 +184,7 @@ def by_source(rows: Rows) -> dict[int, Rows]:
 
 
 def limit(rows: Rows, count: int) -> Rows:
-    """The `first_rows` that `data.max_samples` asks for; the log says so.
+    """Returns the `first_rows` for `data.max_samples`, and logs their number.
 
     Raises:
         UserError: `count` is not positive.
@@ -213,9 +204,7 @@ def limit(rows: Rows, count: int) -> Rows:
 
 
 def first_rows(rows: Rows, count: int | None) -> Rows:
-    """The first `count` rows (None: all); of a mixture the first rows of each member, in
-    proportion.
-    """
+    """Returns the first `count` rows; None: all. Members of a mixture get a proportional share."""
     count = len(rows) if count is None else min(count, len(rows))
     if len(rows.sources) == 1:
         return subset(rows, np.arange(count))
@@ -232,14 +221,16 @@ def first_rows(rows: Rows, count: int | None) -> Rows:
 def split_rows(
     n: int, val_size: float, seed: int, origins: Index | None = None
 ) -> tuple[Index, Index]:
-    """Chooses validation rows by seed: (training indices, validation indices), both ascending.
+    """Chooses validation rows at random.
 
     Args:
         n: Number of rows.
         val_size: A share between 0 and 1, or a number of rows from 1 up.
-        seed: Decides which.
-        origins: `Rows.origins`: the copies of a row stay on one side, and validation takes only one
-            of them.
+        seed: Seed of the choice.
+        origins: `Rows.origins`. Copies of a row stay on one side, and validation gets only one.
+
+    Returns:
+        Training indices and validation indices, both ascending.
 
     Raises:
         UserError: `val_size` is out of range or leaves nothing on one side.

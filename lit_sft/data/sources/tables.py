@@ -1,4 +1,4 @@
-"""Tables: csv, tsv, parquet and Arrow files, all read as memory-mapped Arrow files."""
+"""Tables: csv, tsv, parquet and Arrow files, read as memory-mapped Arrow files."""
 
 from __future__ import annotations
 
@@ -19,15 +19,14 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".csv", ".tsv", ".parquet", ".arrow")
 _ROWS_PER_BATCH = 1024
-"""Rows that are converted together."""
+"""Rows per batch of a conversion."""
 
 
 @dataclass(frozen=True, eq=False)
 class ArrowRows:
-    """The rows of a table, one object each.
+    """The rows of a table as objects without nulls.
 
-    Arrow gives every object in a column the fields of all others, filled with null. These nulls are
-    left out.
+    Arrow gives every object in a column the fields of all others, filled with null.
     """
 
     dataset: datasets.Dataset
@@ -51,14 +50,14 @@ def open_table(path: str, suffix: str, fingerprint: str, cache_dir: str | Path |
     """Opens a table.
 
     Args:
-        path: The file, not compressed.
-        suffix: One of `SUFFIXES`. A parquet or csv file is converted to an Arrow file in the cache.
-        fingerprint: `content_hash` of the file, which names its conversion.
-        cache_dir: Where the conversion goes; see `cached_copy`.
+        path: The uncompressed file.
+        suffix: One of `SUFFIXES`. All but Arrow files are converted to Arrow in the cache.
+        fingerprint: `content_hash` of the file, which names the converted copy.
+        cache_dir: Directory of converted copies; see `cached_copy`.
 
     Raises:
-        UserError: It is no table.
-        OSError: It cannot be read.
+        UserError: The file is no table.
+        OSError: The file cannot be read.
     """
     convert = {
         ".csv": partial(_convert_csv, path, "excel"),
@@ -71,9 +70,7 @@ def open_table(path: str, suffix: str, fingerprint: str, cache_dir: str | Path |
 
 
 def _convert_csv(path: str, dialect: str, target: str) -> None:
-    """Every field is text: "007" stays "007", "NA" is no null, and an empty field is an empty
-    string.
-    """
+    """Converts a csv file. Every field stays text: "007", "NA", and an empty string."""
     import pyarrow as pa
 
     csv.field_size_limit(sys.maxsize)
@@ -129,6 +126,5 @@ def _read_arrow(path: str) -> datasets.Dataset:
     try:
         return Dataset.from_file(path)
     except pa.ArrowInvalid:
-        # Dataset.from_file reads the stream format, which `datasets` writes; this file has the
-        # other format.
+        # Dataset.from_file reads only Arrow's stream format. This file has the file format.
         return Dataset(InMemoryTable(pa.ipc.open_file(pa.memory_map(path)).read_all()))
