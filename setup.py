@@ -35,7 +35,11 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["lit_sft", "lit_sft.*"]), "lit_sft.configs"],
     package_dir={"lit_sft.configs": "configs"},
-    package_data={"lit_sft.data": ["README.md"], "lit_sft.demo": ["model/*"], "lit_sft.configs": ["*.yaml"]},
+    package_data={
+        "lit_sft.data": ["README.md"],
+        "lit_sft.demo": ["model/*"],
+        "lit_sft.configs": ["*.yaml"],
+    },
     # Bounds are those that were tried. lightning 2.6.2 and 2.6.3 were withdrawn (supply chain:
     # Lightning #21691).
     install_requires=[
