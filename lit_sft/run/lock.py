@@ -3,7 +3,8 @@
 The lock is `flock` on a file in the folder. The kernel drops it when the process ends, even after
 SIGKILL. Windows has no `flock`: there a run goes on without a lock, with one warning.
 
-`filelock` is no alternative: it truncates the file when it opens it, and the file names the holder.
+The library `filelock` is not used: before version 4 it empties the file when it opens it, and the
+file names the holder.
 """
 
 from __future__ import annotations
