@@ -16,7 +16,7 @@ from lit_sft import lightning_internals, signals
 from lit_sft.data.cache import ExampleCache
 from lit_sft.data.collate import collate
 from lit_sft.data.loader import TimedLoader
-from lit_sft.data.packing import Packs, one_per_pack, pack_examples, refill
+from lit_sft.data.packing import Packs, one_per_pack, pack_examples, reshuffle
 from lit_sft.data.sampler import PositionSampler, StepOrder
 from lit_sft.data_pipeline import SFTData
 from lit_sft.errors import UserError
@@ -56,7 +56,7 @@ class MicroBatches(Dataset[Batch]):
 
     @lru_cache(maxsize=1)  # noqa: B019 - lives as long as the loader
     def _of_epoch(self, epoch: int) -> Packs:
-        return refill(self.packs, self.order.seed, epoch)
+        return reshuffle(self.packs, self.order.seed, epoch)
 
 
 class SFTDataModule(L.LightningDataModule):
@@ -255,7 +255,7 @@ class SFTDataModule(L.LightningDataModule):
         order.check_validations(by_clock, over_epochs and not by_clock and trainer.max_epochs != 1)
         if by_clock:
             return
-        trainer.val_check_interval = order.between_steps(
+        trainer.val_check_interval = order.validation_interval(
             trainer.val_check_interval,
             order.limited_batches(trainer.limit_train_batches),
             each_epoch=not over_epochs,
