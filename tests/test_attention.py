@@ -390,14 +390,14 @@ def without_groups(query, key, value, bounds, _, longest, __, *, scale=None, win
 @pytest.mark.parametrize("window", [None, 4])
 def test_the_flash_kernel_gets_lengths_window_and_groups(varlen, window, monkeypatch):
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
-    attention_packed._varlen_is_told.cache_clear()
+    attention_packed._varlen_has_gqa_option.cache_clear()
     bounds = torch.tensor([0, 9, 12, 18], dtype=torch.int32)
     query, key, value = (torch.randn(1, heads, 18, 8) for heads in (4, 2, 2))
     ours = attention_packed._varlen(query, key, value, 9, bounds, None, window)
     expected = attention_packed._per_segment(query, key, value, 0.0, bounds, None, window)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
     monkeypatch.undo()
-    attention_packed._varlen_is_told.cache_clear()
+    attention_packed._varlen_has_gqa_option.cache_clear()
 
 
 def test_mixed_precision_reaches_the_flash_kernel(monkeypatch, caplog):
@@ -409,14 +409,14 @@ def test_mixed_precision_reaches_the_flash_kernel(monkeypatch, caplog):
     attention_packed.register()
     lm.set_attn_implementation(attention_packed.PACKED)
     monkeypatch.setattr(
-        attention_packed, "flash_takes", lambda query, value: query.dtype == torch.bfloat16
+        attention_packed, "flash_supports", lambda query, value: query.dtype == torch.bfloat16
     )
     monkeypatch.setattr(
         attention_packed,
         "_varlen",
         lambda q, k, v, *_: seen.append((q.dtype, k.dtype)) or q.transpose(1, 2),
     )
-    attention_packed._tell.cache_clear()
+    attention_packed._log_kernel.cache_clear()
     with log_lines() as lines, torch.autocast("cpu", torch.bfloat16):
         hidden(lm, torch.arange(3, 10)[None], (3, 4))
     assert seen == [(torch.bfloat16, torch.bfloat16)] * 2
@@ -425,6 +425,6 @@ def test_mixed_precision_reaches_the_flash_kernel(monkeypatch, caplog):
     ]
 
 
-def test_flash_takes_nothing_on_a_cpu():
+def test_flash_supports_nothing_on_a_cpu():
     query = torch.zeros(1, 4, 3, 64, dtype=torch.bfloat16)
-    assert not attention_packed.flash_takes(query, query)
+    assert not attention_packed.flash_supports(query, query)
