@@ -328,7 +328,7 @@ def probe(model: CausalLMLoss) -> FastPaths:
     lm = model.lm
     name = type(lm).__name__
     chosen = attention_of(lm)
-    lost = self_check.what_is_lost(lm) if chosen == packed.PACKED else None
+    lost = self_check.missing_feature(lm) if chosen == packed.PACKED else None
     if lost is not None:
         log.warning("%s needs %s: attention falls back to `eager`, exact but slower", name, lost)
     # Other implementations may support 16 bits only, or GPUs only. `eager` replaces them here.
@@ -343,7 +343,7 @@ def probe(model: CausalLMLoss) -> FastPaths:
         fused = fused_layers.fuse_blocks(lm)
         # A window that exists only in the mask may be placed by the position in the row, instead of
         # the position in the example.
-        separate_rows = lost is not None or not self_check.packs_are_exact(lm)
+        separate_rows = lost is not None or not self_check.packing_is_exact(lm)
         fused_layers.unfuse_blocks(lm, fused)
     if separate_rows:
         log.warning(

@@ -35,7 +35,7 @@ def test_an_example_in_a_pack_equals_the_example_alone(make):
     together = hidden(lm, input_ids, lengths).split(lengths, dim=1)
     for part, ids in zip(together, input_ids.split(lengths, dim=1), strict=True):
         torch.testing.assert_close(part, hidden(lm, ids, (ids.shape[1],)), rtol=1e-5, atol=1e-5)
-    assert self_check.packs_are_exact(lm)
+    assert self_check.packing_is_exact(lm)
 
 
 def test_the_same_as_transformers_own_mask_for_packs():
@@ -197,7 +197,7 @@ def test_a_state_space_model_is_found_out():
             vocab_size=320, hidden_size=16, num_hidden_layers=2, state_size=4, initializer_range=0.5
         )
     )
-    assert not self_check.packs_are_exact(lm)
+    assert not self_check.packing_is_exact(lm)
 
 
 def test_choose():
@@ -240,20 +240,20 @@ def small(name, attn_implementation="eager", **sizes):
 
 
 @pytest.mark.parametrize("name", LOST)
-def test_what_is_lost(name):
+def test_missing_feature(name):
     sizes, expected = LOST[name]
     attention_packed.register()
-    lost = self_check.what_is_lost(small(name, attention_packed.PACKED, **sizes))
+    lost = self_check.missing_feature(small(name, attention_packed.PACKED, **sizes))
     assert lost is None if expected is None else expected in lost
 
 
 @pytest.mark.parametrize(
     "name", [name for name in LOST if name != "Gemma2"]
 )  # `choose` knows its caps
-def test_what_is_lost_in_bf16(name):
+def test_missing_feature_in_bf16(name):
     sizes, expected = LOST[name]
     attention_packed.register()
-    lost = self_check.what_is_lost(small(name, attention_packed.PACKED, **sizes).bfloat16())
+    lost = self_check.missing_feature(small(name, attention_packed.PACKED, **sizes).bfloat16())
     assert lost is None if expected is None else expected in lost
 
 
@@ -273,7 +273,7 @@ def test_a_model_that_stumbles_is_one_of_them(monkeypatch):
     attention_packed.register()
     lm = small("Llama", attention_packed.PACKED)
     monkeypatch.setattr(lm.model, "forward", lambda **inputs: inputs["attention_mask"].shape)
-    assert self_check.what_is_lost(lm) == "attention code of its own"
+    assert self_check.missing_feature(lm) == "attention code of its own"
 
 
 @pytest.mark.parametrize("name", [name for name in LOST if LOST[name][1]])
