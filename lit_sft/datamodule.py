@@ -1,5 +1,8 @@
-"""SFTDataModule: composes the data stages, owns the order of the examples and the position in
-it.
+"""SFTDataModule: composes the data stages, and owns the order of the examples.
+
+`data_pipeline` makes the examples, without Lightning. Here they are packed (`packing`), the packs
+are assigned to optimizer steps and ranks (`sampler`), and those of a forward pass become a batch
+(`collate`). The position of a run in its data is (epoch, optimizer steps done in it).
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from lit_sft import lightning_internals, signals
 from lit_sft.data.cache import ExampleCache
 from lit_sft.data.collate import collate
 from lit_sft.data.loader import TimedLoader
-from lit_sft.data.packing import Packs, one_per_pack, pack_examples, refill
+from lit_sft.data.packing import Packs, one_per_pack, pack_examples, reshuffle
 from lit_sft.data.sampler import PositionSampler, StepOrder
 from lit_sft.data_pipeline import SFTData
 from lit_sft.errors import UserError
@@ -39,8 +42,15 @@ QUESTIONS = [
 
 
 class MicroBatches(Dataset[Batch]):
-    """Forward passes of one rank, by (epoch, number); holds no state but what follows from
-    these.
+    """The forward passes of one rank, indexed by (epoch, forward pass).
+
+    A batch depends on its index only, so a resumed run needs no state of the loader.
+
+    Args:
+        cache: The tokenized examples.
+        packs: Which examples share a row.
+        order: Which packs are in which forward pass.
+        rank: The rank.
     """
 
     def __init__(self, cache: ExampleCache, packs: Packs, order: StepOrder, rank: int) -> None:
@@ -50,52 +60,65 @@ class MicroBatches(Dataset[Batch]):
         self.rank = rank
 
     def __getitem__(self, position: tuple[int, int]) -> Batch:
-        packs = self._of_epoch(position[0]) if self.order.shuffle else self.packs
-        chosen = self.order.packs(*position, self.rank)
-        return collate([self.cache[int(index)] for pack in chosen for index in packs[pack]])
+        epoch, batch = position
+        packs = self._packs_of_epoch(epoch) if self.order.shuffle else self.packs
+        examples = []
+        for pack in self.order.packs(epoch, batch, self.rank):
+            for index in packs[pack]:
+                examples.append(self.cache[int(index)])
+        return collate(examples)
 
     @lru_cache(maxsize=1)  # noqa: B019 - lives as long as the loader
-    def _of_epoch(self, epoch: int) -> Packs:
-        return refill(self.packs, self.order.seed, epoch)
+    def _packs_of_epoch(self, epoch: int) -> Packs:
+        return reshuffle(self.packs, self.order.seed, epoch)
 
 
 class SFTDataModule(L.LightningDataModule):
-    """Conversations in, batches out.
+    """Reads conversations and serves batches of tokens.
 
     Args:
-        train: `builtin:NAME`, hub id, file, glob, directory, or a list of {path, name, split,
-            weight}.
-        validation: Likewise; exclusive with `val_size`.
-        val_size: Share (0.1) or rows (200) split off `train`, chosen by seed.
-        test: Likewise, for `test`.
-        predict: Likewise, for `predict`; or a list of questions. null: `questions`.
-        questions: Answered before training, at each validation and after it.
-        format: `auto` decides from the columns.
-        chat_template: null: the tokenizer's own; a .jinja file; inline jinja; or `raw` (no
-            template).
-        chat_template_kwargs: Passed to the template, in training and for prompts.
-        system_prompt: Put before conversations that have none.
-        column_mapping: {column: our name}, e.g. {question: prompt, answer: completion}.
-        prompt_template: Raw text with {fields}, filled from the row.
-        on_bad_row: What to do with a row that cannot be read.
-        unproved: What to do with a row whose mask cannot be proved.
-        train_on: Which tokens are targets.
-        max_length: Tokens of a row; with packing every row is filled up to it.
-        overlong: What to do with examples longer than `max_length`.
-        packing: Put several examples into a row, without attention across them.
-        micro_batch_size: Rows per forward pass and device.
-        global_batch_size: Rows per optimizer step over all devices; accumulation follows from it.
-        max_samples: Use only the first rows of each set.
-        num_workers: Processes that build batches (`auto`: 0 on a CPU, else 2) and that tokenize
-            (one per core).
-        cache_dir: Folder of tokenized data. null: `lit_sft` in the user's cache folder.
-        model_name_or_path: Linked from the model: whose tokenizer is used.
-        revision: Linked from the model.
-        trust_remote_code: Linked from the model.
-        add_tokens: Linked from the model.
-        adapter_name_or_path: Linked from the model: whose tokenizer is used where it has one.
-        seed: Linked from seed_everything: order and split.
-        allow_other_data: Linked from resume: go on although data or template changed.
+        train: Training data: `builtin:NAME`, a hub id, file, glob or directory, or a list of {path,
+            name, split, weight} that is mixed.
+        validation: Validation data, like `train`. null validates on `val_size`, or not at all.
+        val_size: Split validation rows off `train`, chosen by seed: a share (0.1) or a number
+            (200). null splits none off.
+        test: Data of the command `test`, like `train`. null has none.
+        predict: Data of the command `predict`, like `train`, or a list of questions. null takes
+            `questions`.
+        questions: Questions that are answered before training, at each validation, and at the end.
+        format: Format of the rows. `auto` recognizes it by the columns.
+        chat_template: Chat template: a .jinja file, inline jinja, or `raw` for no template. null
+            takes that of the tokenizer.
+        chat_template_kwargs: Variables that are passed to the template, in training and for
+            prompts.
+        system_prompt: System message for conversations that have none. null adds none.
+        column_mapping: Renames columns: {question: prompt, answer: completion}. null renames none.
+        prompt_template: Text of the prompt, with {fields} that are filled from the row. null takes
+            the columns as they are.
+        on_bad_row: Stop at a row that cannot be read, or skip and count it.
+        unproved: Stop at a row whose loss mask cannot be proved, or take the `lenient` mask and
+            count it.
+        train_on: Which tokens are targets: all assistant turns, the last one, or the whole text.
+        max_length: Maximum number of tokens of an example. With packing, rows are filled up to it.
+        overlong: What to do with an example that is longer than `max_length`.
+        packing: Put several examples into a row, without attention between them.
+        micro_batch_size: Rows per forward pass on each device.
+        global_batch_size: Rows per optimizer step over all devices. Gradient accumulation follows
+            from it.
+        max_samples: Use only this number of rows, the first ones of each data set. null uses all.
+        num_workers: Processes that build batches, and that tokenize. `auto` builds with none on a
+            CPU and 2 on a GPU, and tokenizes with one per core.
+        cache_dir: Directory of the tokenized data. null takes `lit_sft` in the user's cache
+            directory.
+        model_name_or_path: Linked from model.model_name_or_path: the model whose tokenizer is used.
+        revision: Linked from model.revision.
+        trust_remote_code: Linked from model.trust_remote_code.
+        add_tokens: Linked from model.add_tokens.
+        adapter_name_or_path: Linked from model.adapter_name_or_path: its tokenizer is used if it
+            has one.
+        seed: Linked from seed_everything: seed of the order and of the validation split.
+        allow_other_data: Linked from resume.allow_other_data: resume although data or template have
+            changed.
     """
 
     def __init__(
@@ -167,66 +190,77 @@ class SFTDataModule(L.LightningDataModule):
             allow_other_data=allow_other_data,
         )
         self.data = SFTData(self.options)
-        self.orders: dict[str, StepOrder] = {}
+        """Tokenizer, template, rows and cached examples."""
         self.packs: dict[str, Packs] = {}
+        """By data set: `train`, `validation`, `test`."""
+        self.orders: dict[str, StepOrder] = {}
+        """By data set."""
         self.sampler: PositionSampler | None = None
+        """Of the training set. None before its loader is made."""
         self.predicted: set[int] = set()
         """Prompts of `predict` that an earlier run has answered."""
         self.position = (0, 0)
         """(epoch, optimizer steps done in it) where training begins."""
         self.steps_done = 0
-        """Optimizer steps before that position, in all epochs."""
+        """Optimizer steps before `position`, in all epochs."""
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The one tokenizer, of the model."""
+        """The tokenizer of the model."""
         return self.data.tokenizer
 
     @property
     def stop_ids(self) -> list[int]:
-        """Stop tokens of template and data."""
+        """Ids of the stop tokens of the template and of the data."""
         return self.data.stop_ids
 
     def prepare(self, stage: str) -> None:
-        """Reads, renders and tokenizes what a stage needs (see `SFTData.prepare`)."""
+        """Reads, renders and tokenizes the data of a stage (see `SFTData.prepare`)."""
         self.data.prepare(stage)
 
     # ------------------------------------------------------------------ batches
 
     def pack(self, name: str) -> Packs:
-        """Which examples of a data set share a row."""
+        """Decides which examples of a data set share a row."""
         lengths = self.data.caches[name].lengths
         if self.options.packing:
             return pack_examples(lengths, self.options.max_length)
         return one_per_pack(len(lengths))
 
     def setup(self, stage: str) -> None:
-        """Fixes the order of examples for this number of ranks, and with it Lightning's
-        accumulation.
-        """
+        """Packs the examples and fixes their order, for the number of ranks of this run."""
         self.prepare(stage)
-        assert self.trainer is not None
-        options = self.options
-        world_size = self.trainer.world_size
-        for name, cache in self.data.caches.items():
-            packs = self.pack(name)
-            is_train = name == "train"
-            self.packs[name] = packs
-            self.orders[name] = StepOrder(
-                num_packs=len(packs),
-                global_batch_size=(
-                    options.global_batch_size if is_train else options.micro_batch_size * world_size
-                ),
-                micro_batch_size=options.micro_batch_size,
-                world_size=world_size,
-                seed=options.seed,
-                shuffle=is_train,
-                costs=packs.costs(cache.lengths) if is_train else None,
-            )
+        for name in self.data.caches:
+            self.packs[name] = self.pack(name)
+            self.orders[name] = self._order(name)
         if stage == "fit":
             self._setup_fit()
 
+    def _order(self, name: str) -> StepOrder:
+        """The order of a data set: shuffled and dealt by cost for training, as it is for others."""
+        assert self.trainer is not None
+        options = self.options
+        packs = self.packs[name]
+        world_size = self.trainer.world_size
+        if name == "train":
+            global_batch_size = options.global_batch_size
+            costs = packs.costs(self.data.caches[name].lengths)
+        else:
+            # One micro-batch per rank and step, so nothing is accumulated.
+            global_batch_size = options.micro_batch_size * world_size
+            costs = None
+        return StepOrder(
+            num_packs=len(packs),
+            global_batch_size=global_batch_size,
+            micro_batch_size=options.micro_batch_size,
+            world_size=world_size,
+            seed=options.seed,
+            shuffle=name == "train",
+            costs=costs,
+        )
+
     def _setup_fit(self) -> None:
+        """Sets what follows from the order in the trainer: accumulation and validation interval."""
         trainer = self.trainer
         assert trainer is not None
         order = self.orders["train"]
@@ -236,7 +270,7 @@ class SFTDataModule(L.LightningDataModule):
                 " out, it follows from data.global_batch_size / (data.micro_batch_size x devices)"
             )
         trainer.accumulate_grad_batches = order.accumulation
-        self._set_validations(trainer, order)
+        self._set_validation_interval(trainer, order)
         if self.total_steps < 1:
             raise UserError(
                 "this run has no optimizer step: check trainer.max_epochs, trainer.max_steps and "
@@ -248,53 +282,60 @@ class SFTDataModule(L.LightningDataModule):
             f" devices x accumulation {order.accumulation}); {self.total_steps:,} steps in all"
         )
 
-    def _set_validations(self, trainer: L.Trainer, order: StepOrder) -> None:
-        """Moves `trainer.val_check_interval` to the end of an optimizer step."""
+    def _set_validation_interval(self, trainer: L.Trainer, order: StepOrder) -> None:
+        """Rounds `trainer.val_check_interval` to whole optimizer steps."""
         by_clock = lightning_internals.validates_by_clock(trainer)
         over_epochs = trainer.check_val_every_n_epoch is None
-        order.check_validations(by_clock, over_epochs and not by_clock and trainer.max_epochs != 1)
+        counts_over_epochs = over_epochs and not by_clock and trainer.max_epochs != 1
+        order.check_validations(by_clock, counts_over_epochs)
         if by_clock:
             return
-        trainer.val_check_interval = order.between_steps(
+        trainer.val_check_interval = order.validation_interval(
             trainer.val_check_interval,
             order.limited_batches(trainer.limit_train_batches),
             each_epoch=not over_epochs,
         )
 
     def _fill(self) -> str:
-        """How the training examples fill their rows, for the log."""
+        """Describes for the log how the training examples fill their rows."""
         packs = self.packs["train"]
+        max_length = self.options.max_length
         if not self.options.packing:
             return f"{len(packs):,} examples, without padding"
-        fill = packs.num_tokens(self.data.caches["train"].lengths).mean() / self.options.max_length
-        return f"{len(packs):,} packs of {self.options.max_length} tokens, filled to {fill:.1%}"
+        fill = packs.num_tokens(self.data.caches["train"].lengths).mean() / max_length
+        return f"{len(packs):,} packs of {max_length} tokens, filled to {fill:.1%}"
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the whole run, done and left.
+        """Optimizer steps of the whole run: those done before a resume, and those left.
 
-        `trainer.estimated_stepping_batches` is wrong in a resumed run (Lightning #20550).
+        Lightning's `trainer.estimated_stepping_batches` is wrong in a resumed run (Lightning
+        #20550).
         """
         trainer = self.trainer
         assert trainer is not None
         order = self.orders["train"]
-        per_epoch = -(-order.limited_batches(trainer.limit_train_batches) // order.accumulation)
+        batches = order.limited_batches(trainer.limit_train_batches)
+        per_epoch = -(-batches // order.accumulation)
+        has_max_steps = trainer.max_steps != -1
         if trainer.max_epochs in (None, -1):
-            return per_epoch * 1000 if trainer.max_steps == -1 else trainer.max_steps
+            # Without any limit, 1,000 epochs stand for the end, as in Lightning's default.
+            return trainer.max_steps if has_max_steps else per_epoch * 1000
         epoch, done = self.position
-        left = max(0, per_epoch - done) + per_epoch * (trainer.max_epochs - epoch - 1)
-        by_epochs = self.steps_done + left
-        return by_epochs if trainer.max_steps == -1 else min(by_epochs, trainer.max_steps)
+        left_in_epoch = max(0, per_epoch - done)
+        epochs_left = trainer.max_epochs - epoch - 1
+        total = self.steps_done + left_in_epoch + per_epoch * epochs_left
+        return min(total, trainer.max_steps) if has_max_steps else total
 
     def train_dataloader(self) -> DataLoader:
-        """Micro-batches of this rank, from the stored position on."""
+        """Serves the micro-batches of this rank, from `position` on."""
         return self._loader("train", self._begin_at_position())
 
     def _begin_at_position(self) -> PositionSampler:
-        """Applies the position to the order of the examples and to Lightning's fit loop.
+        """Makes the sampler begin at `position`, and Lightning's fit loop, too.
 
-        Lightning asks for the loader right after it has restored its loops; there is no hook
-        between the two.
+        Lightning asks for the loader right after it has restored its loops, without a hook between
+        the two. So this is the place to correct them.
         """
         assert self.trainer is not None
         epoch, steps = self.position
@@ -306,19 +347,26 @@ class SFTDataModule(L.LightningDataModule):
         return self.sampler
 
     def val_dataloader(self) -> DataLoader | list[Any]:
-        """Every validation example once over all ranks."""
-        return self._in_order("validation") if "validation" in self.data.caches else []
+        """Serves every validation example once, over all ranks."""
+        if "validation" not in self.data.caches:
+            return []
+        return self._in_order("validation")
 
     def test_dataloader(self) -> DataLoader:
-        """Every test example once over all ranks."""
+        """Serves every test example once, over all ranks."""
         return self._in_order("test")
 
     def _in_order(self, name: str) -> DataLoader:
-        return self._loader(
-            name, [(0, batch) for batch in range(self.orders[name].batches_per_epoch)]
-        )
+        batches = range(self.orders[name].batches_per_epoch)
+        return self._loader(name, [(0, batch) for batch in batches])
 
     def _loader(self, name: str, sampler: Any) -> DataLoader:
+        """Makes the loader of a data set.
+
+        Args:
+            name: Of the data set.
+            sampler: Yields (epoch, forward pass), the indices of `MicroBatches`.
+        """
         assert self.trainer is not None
         on_cpu = self.trainer.strategy.root_device.type == "cpu"
         num_workers = self.options.num_workers
@@ -340,11 +388,11 @@ class SFTDataModule(L.LightningDataModule):
 
     @cached_property
     def predict_prompts(self) -> list[Prompt]:
-        """What `predict` answers, in the order of its file."""
+        """The prompts of the command `predict`, in the order of their file."""
         return self.data.asked_by_predict()
 
     def predict_dataloader(self) -> DataLoader:
-        """This rank's share of the prompts that are not in `predicted`."""
+        """Serves this rank's share of the prompts that are not in `predicted`."""
         assert self.trainer is not None
         generation = self.trainer.lightning_module.generation
         batches = self.prompt_batches(self.predict_prompts, generation, done=self.predicted)  # type: ignore[arg-type]
@@ -353,7 +401,13 @@ class SFTDataModule(L.LightningDataModule):
     def prompt_batches(
         self, prompts: Sequence[Prompt], options: GenerationOptions, done: Collection[int] = ()
     ) -> list[Prompts]:
-        """This rank's batches of some prompts (see `make_batches`)."""
+        """Returns this rank's share of some prompts, in batches (see `make_batches`).
+
+        Args:
+            prompts: The prompts.
+            options: Length and sampling of the answers; they bound the size of a batch.
+            done: Positions of prompts to leave out.
+        """
         assert self.trainer is not None
         return make_batches(
             prompts,
@@ -367,21 +421,24 @@ class SFTDataModule(L.LightningDataModule):
     # ------------------------------------------------------------------ position
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the run stands between two optimizer steps, whatever the number of ranks."""
+        """Returns the position of the run and the fingerprint of its data.
+
+        It is called between two optimizer steps, and valid for any number of ranks.
+        """
         assert self.trainer is not None
         if "train" not in self.orders:
             return {}
         order = self.orders["train"]
         done = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        # With trainer.limit_train_batches an epoch ends before the order does.
+        # trainer.limit_train_batches may end an epoch before the order does.
         is_at_end = done >= self.trainer.num_training_batches
         assert done % order.accumulation == 0 or is_at_end, (
             "checkpoints are saved between optimizer steps only"
         )
         epoch = self.trainer.current_epoch
         position = [epoch, -(-done // order.accumulation)]
-        # In the validation at the end of an epoch the epoch is not over yet: a resumed run
-        # validates first.
+        # A checkpoint from the validation at the end of an epoch stays in its epoch, so that a
+        # resumed run validates first.
         if is_at_end and not self.trainer.validating:
             position = [epoch + 1, 0]
         return {"position": position, "data": self.data.fingerprint(self.packs["train"])}
@@ -390,8 +447,8 @@ class SFTDataModule(L.LightningDataModule):
         """Resumes at the position of the checkpoint; refuses data that does not fit it.
 
         Raises:
-            UserError: The data is not that of the checkpoint, or validates on rows that it may be
-                trained on.
+            UserError: The run would continue over other data, or evaluate on rows that the
+                checkpoint may have been trained on.
         """
         if "train" in self.orders:
             self.data.check_same(state["data"], self.packs["train"])

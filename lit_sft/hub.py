@@ -1,6 +1,4 @@
-"""Hub id, cache or path -> local model directory, with a time limit on every question to the
-Hugging Face hub.
-"""
+"""Model name of the user -> local directory, with a time limit on every request to the Hub."""
 
 from __future__ import annotations
 
@@ -13,11 +11,11 @@ from typing import Any
 from lit_sft.errors import UserError
 
 TIMEOUT_SECONDS = 3.0
-"""How long the hub may take to answer before the local cache is used instead."""
+"""Time limit of a request to the hub. After that the local cache is used."""
 
 GRACE_SECONDS = 0.5
-"""What the thread gets on top, so that the HTTP client's own time-out, which says more, is reported
-first.
+"""Additional time for the thread, so that the HTTP client reports its own time-out, which is more
+precise.
 """
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -34,11 +32,10 @@ def resolve(
     key: str = "model.model_name_or_path",
     allow_adapter: bool = False,
 ) -> str:
-    """Turns a model name of the user into the path of a local directory, before anything slow
-    starts.
+    """Returns the local directory of a model: a directory, a download, or a cached download.
 
-    Without a hub the libraries retry for most of a minute in every call. Here the hub is asked
-    once, then the cache.
+    If the hub cannot be reached, the Hugging Face libraries retry for most of a minute in every
+    call. Here the hub gets one request, then the cache is used.
 
     Args:
         name_or_path: A directory or a hub id.
@@ -66,8 +63,10 @@ def resolve(
 
 
 def gguf_file(directory: str | Path) -> str | None:
-    """The name of the GGUF file with a directory's weights; None where it has safetensors or no
-    GGUF file.
+    """Returns the name of the GGUF file that holds the weights of a directory.
+
+    Returns:
+        None if the directory has safetensors, or no GGUF file.
 
     Raises:
         UserError: The directory holds several GGUF files.
@@ -85,16 +84,16 @@ def gguf_file(directory: str | Path) -> str | None:
 
 
 def ask(question: Callable[[float], Any]) -> Exception | None:
-    """Asks the hub one question and waits for the answer for a limited time.
+    """Sends one request to the hub, with a time limit.
 
-    The question runs in a thread, because the time-out of an HTTP client covers neither name
+    The request runs in a thread, because the time-out of an HTTP client covers neither name
     resolution nor the second address of a host.
 
     Args:
-        question: Called with the time-out in seconds that it passes on to the HTTP client.
+        question: Sends the request. It is called with the time-out in seconds for its HTTP client.
 
     Returns:
-        None if the hub answered; otherwise the error of the question, or a TimeoutError.
+        None if the hub answered. Otherwise the error of the request, or a TimeoutError.
     """
     outcome: list[Exception | None] = []
 
@@ -116,8 +115,10 @@ def ask(question: Callable[[float], Any]) -> Exception | None:
 
 
 def _fetch(repo_id: str, revision: str | None, key: str) -> Path:
-    """The local snapshot of a hub id: downloaded if the hub answers, from the cache if it does
-    not.
+    """Returns the snapshot of a hub id: downloaded, or from the cache if the hub does not answer.
+
+    Raises:
+        UserError: There is no such model, or it is neither downloadable nor cached.
     """
     from huggingface_hub import errors, snapshot_download
 
@@ -150,10 +151,10 @@ def _fetch(repo_id: str, revision: str | None, key: str) -> Path:
 
 
 def _why_unreachable(repo_id: str, revision: str | None, key: str) -> str | None:
-    """Why the hub cannot serve a model now; None if it can.
+    """Returns why the hub cannot serve a model now, or None if it can.
 
     Raises:
-        UserError: The hub answered that it has no such model.
+        UserError: The hub answered that there is no such model or revision.
     """
     from huggingface_hub import HfApi, errors
 

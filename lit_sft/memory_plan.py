@@ -1,6 +1,4 @@
-"""The memory that a training step needs: of this run, or of the run that `doctor` is asked
-about.
-"""
+"""Estimates the memory of a training step, for this run or for a run that `doctor` plans."""
 
 from __future__ import annotations
 
@@ -24,30 +22,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """The devices of a run. `doctor` itself takes only one of them."""
+    """The devices of a planned run. `doctor` itself uses only one of them."""
 
     devices: int = 1
-    """Over all nodes."""
+    """Number of devices, over all nodes."""
     sharded: bool = False
-    """Whether each device holds a part of weights, gradients and optimizer state."""
+    """Whether weights, gradients and optimizer state are sharded over the devices."""
 
     @classmethod
     def of_settings(cls, devices: Any, num_nodes: int, strategy: Any, present: int) -> Plan:
         """Reads the plan from the settings of the trainer.
 
         Args:
-            devices: `trainer.devices`; `auto` and -1 mean all devices that are present.
+            devices: `trainer.devices`. `auto` and -1 take all devices of this machine.
             num_nodes: `trainer.num_nodes`.
             strategy: `trainer.strategy`: a name, or a class with its arguments.
-            present: Devices of this machine.
+            present: Number of devices of this machine.
 
         Raises:
-            UserError: `trainer.devices` is no number and no list of numbers.
+            UserError: `trainer.devices` is neither a number nor a list of numbers.
         """
-        return cls(_devices_per_node(devices, present) * num_nodes, "fsdp" in str(strategy).lower())
+        is_sharded = "fsdp" in str(strategy).lower()
+        return cls(_devices_per_node(devices, present) * num_nodes, is_sharded)
 
 
 def _devices_per_node(devices: Any, present: int) -> int:
+    """Counts the devices that `trainer.devices` names (see `Plan.of_settings`)."""
     if devices in ("auto", -1, "-1"):
         return present
     if isinstance(devices, str) and "," in devices:
@@ -67,27 +67,29 @@ def needed_memory(
     """Estimates the memory that a training step needs on each device.
 
     Args:
-        trainer: Gives precision and device.
-        module: Gives the settings of the model; no weights are loaded.
-        datamodule: Its training set is prepared.
-        plan: The devices of the run; None takes those of the trainer.
+        trainer: Its precision and device are used.
+        module: Its settings are used; no weights are loaded.
+        datamodule: Its training set must be prepared.
+        plan: The devices of the run. None takes those of the trainer.
     """
     if plan is None:
-        plan = Plan(trainer.world_size, isinstance(trainer.strategy, ModelParallelStrategy))
-    options, precision = module.options, trainer.precision
+        is_sharded = isinstance(trainer.strategy, ModelParallelStrategy)
+        plan = Plan(trainer.world_size, is_sharded)
+    options = module.options
     data = datamodule.options
-    lm, total = _model_without_weights(options)
+    precision = trainer.precision
+    lm, num_parameters = _model_without_weights(options)
     adapted = options.is_adapted
     stored = stored_dtype(options.dtype, precision, adapted)
+    trained_dtype = torch.float32 if adapted else stored
+    computes_in_half = precision.startswith(("bf16", "16"))
     step = memory_estimate.StepShape(
-        num_parameters=total,
+        num_parameters=num_parameters,
         num_trained=lm.num_parameters(only_trainable=True),
         tokens=_longest_pack(datamodule) * data.micro_batch_size,
         stored_bytes=stored.itemsize,
-        compute_bytes=2 if precision.startswith(("bf16", "16")) else 4,
-        optimizer_bytes=bytes_per_parameter(
-            options.optimizer, torch.float32 if adapted else stored
-        ),
+        compute_bytes=2 if computes_in_half else 4,
+        optimizer_bytes=bytes_per_parameter(options.optimizer, trained_dtype),
         gradient_checkpointing=options.gradient_checkpointing,
         accumulates=data.global_batch_size > data.micro_batch_size * plan.devices,
         shards=plan.devices if plan.sharded else 1,
@@ -101,15 +103,13 @@ def needed_memory(
 
 
 def _longest_pack(datamodule: SFTDataModule) -> int:
-    """Tokens of the fullest row of the training set."""
+    """The number of tokens in the fullest row of the training set."""
     lengths = datamodule.data.caches["train"].lengths
     return int(datamodule.pack("train").num_tokens(lengths).max())
 
 
 def _is_plain_lora(options: Any) -> bool:
-    """Whether adapted layers keep no copy of their input (also true of a model without
-    adapters).
-    """
+    """Whether adapted layers keep no copy of their input. True without adapters, too."""
     if options.quantization is not None:
         return False
     lora = options.lora
@@ -117,7 +117,7 @@ def _is_plain_lora(options: Any) -> bool:
 
 
 def _model_without_weights(options: Any) -> tuple[PreTrainedModel, int]:
-    """Builds the model on the meta device and marks what is trained of it.
+    """Builds the model on the meta device, and marks the trained parameters.
 
     Returns:
         The model, and the number of parameters of its base.
@@ -132,6 +132,6 @@ def _model_without_weights(options: Any) -> tuple[PreTrainedModel, int]:
         seed=0,
         on_meta=True,
     )
-    total = lm.num_parameters()
+    num_parameters = lm.num_parameters()
     choose_trained(lm, path, options, on_meta=True)
-    return lm, total
+    return lm, num_parameters

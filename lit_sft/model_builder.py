@@ -1,6 +1,4 @@
-"""Model settings to the module that computes the loss: composes the model stages, in visible
-order.
-"""
+"""Model settings -> the module that computes the loss: the model stages, in visible order."""
 
 from __future__ import annotations
 
@@ -45,17 +43,17 @@ log = logging.getLogger(__name__)
 
 BUILTIN = "builtin:"
 ONE_THREAD_BELOW = 5_000_000
-"""Parameters below which a CPU runs one thread. The demo (0.9 M) made 12,000 tokens/s on one thread
-and 16,000 on two free cores, but under 1,000 on two busy ones: torch's threads wait for each other
-after every small product.
+"""Number of parameters below which a CPU runs one thread. After every small matrix product torch's
+threads wait for each other. The built-in model (0.9 M) made 12,000 tokens/s on one thread, 16,000
+on two free cores, but less than 1,000 on two busy ones.
 """
 
 
 def model_directory(name_or_path: str, revision: str | None = None) -> str:
-    """A built-in model, a directory or a hub id as a local directory.
+    """Returns the local directory of a built-in model, a directory or a hub id.
 
     Raises:
-        UserError: It is not to be had.
+        UserError: There is no such model, or it cannot be downloaded.
     """
     if name_or_path.startswith(BUILTIN):
         return str(demo.model_dir(name_or_path.removeprefix(BUILTIN)))
@@ -63,29 +61,34 @@ def model_directory(name_or_path: str, revision: str | None = None) -> str:
 
 
 def base_directory(path: str) -> str:
-    """The model of an adapter directory (as `adapter_config.json` names it); any other directory
-    itself.
+    """Returns the directory of the base of an adapter; any other directory is returned as it is.
+
+    Args:
+        path: A model directory, or an adapter directory whose `adapter_config.json` names the base.
 
     Raises:
-        UserError: It is not to be had.
+        UserError: The base does not exist, or cannot be downloaded.
     """
     if not is_adapter_dir(path):
         return path
     config = json.loads((Path(path) / "adapter_config.json").read_text(encoding="utf-8"))
     name = str(config.get("base_model_name_or_path"))
-    # A base that was made by us; its path is no longer true where the directory was moved.
-    own = Path(path) / "base"
-    if not Path(name).exists() and own.is_dir():
-        return str(own)
+    # `export_hf` writes a base that exists nowhere else beside the adapter, with its absolute path.
+    # That path is wrong after the directory was moved.
+    exported_base = Path(path) / "base"
+    if not Path(name).exists() and exported_base.is_dir():
+        return str(exported_base)
     if name.startswith(BUILTIN):
         return model_directory(name)
     return resolve(name, revision=config.get("revision"), key=f"{path}: base_model_name_or_path")
 
 
 def tokenizer_directory(name_or_path: str, revision: str | None = None) -> str:
-    """Where a model's tokenizer is: beside it, or beside the base of an adapter that has none."""
+    """Returns the directory of a model's tokenizer. An adapter may leave it to its base."""
     path = model_directory(name_or_path, revision)
-    return path if (Path(path) / "tokenizer_config.json").is_file() else base_directory(path)
+    if (Path(path) / "tokenizer_config.json").is_file():
+        return path
+    return base_directory(path)
 
 
 FINGERPRINTED = (
@@ -99,19 +102,19 @@ FINGERPRINTED = (
     "generation",
     "seed",
 )
-"""Settings that change the answers of a model, besides its files and the precision."""
+"""Settings that change the answers of a model, beside its files and the precision."""
 
 
 def fingerprint(options: ModelConfig, precision: str, ckpt_path: str | None) -> dict[str, Any]:
-    """What the answers of a model depend on, as plain values.
+    """Returns what the answers of a model depend on, as plain values.
 
-    A `predict` that was stopped continues only under the same fingerprint, so its keys and texts
-    must stay as they are.
+    An interrupted `predict` continues only under the same fingerprint. So keys and values must not
+    change between versions.
 
     Args:
         options: The arguments of `SFTModule`.
         precision: `trainer.precision`.
-        ckpt_path: Checkpoint whose weights are used, if any.
+        ckpt_path: Checkpoint whose weights are used. None for those of the model.
     """
     path = model_directory(options.model_name_or_path, options.revision)
     files = [ckpt_path] if ckpt_path else _weight_files(path)
@@ -121,7 +124,7 @@ def fingerprint(options: ModelConfig, precision: str, ckpt_path: str | None) -> 
 
 
 def _weight_files(path: str) -> list[str]:
-    """Files with weights in a model directory; for an adapter directory also those of its base."""
+    """The weight files of a model directory, and of its base if it holds an adapter."""
     files: list[str] = []
     for folder in {Path(path), Path(base_directory(path))}:
         for pattern in ("*.safetensors", "*.gguf"):
@@ -130,16 +133,18 @@ def _weight_files(path: str) -> list[str]:
 
 
 def base_name(name_or_path: str) -> str:
-    """What an adapter says it is an adapter of: the hub id, or the directory as an absolute
-    path.
-    """
+    """Returns how an adapter names its base: a hub id, or the absolute path of a directory."""
     path = Path(name_or_path).expanduser()
-    return str(path.absolute()) if path.is_dir() else name_or_path
+    if path.is_dir():
+        return str(path.absolute())
+    return name_or_path
 
 
 def refuse_adapter(options: ModelConfig) -> None:
-    """Raises a UserError where an adapter directory is named in place of a model that is to be
-    trained.
+    """Refuses an adapter directory in place of a model that is trained.
+
+    Raises:
+        UserError: `model.model_name_or_path` names an adapter directory.
     """
     if is_adapter_dir(model_directory(options.model_name_or_path, options.revision)):
         raise UserError(
@@ -148,76 +153,80 @@ def refuse_adapter(options: ModelConfig) -> None:
         )
 
 
-def stored_dtype(dtype: str, precision: str, lora: bool) -> torch.dtype:
-    """The type that weights are stored in.
+def stored_dtype(dtype: str, precision: str, is_base: bool) -> torch.dtype:
+    """Returns the dtype in which the weights are stored.
 
-    fp32 where they are trained: in bf16, AdamW at SFT rates moved 16 % of the parameters in 200
-    steps, in fp32 all.
+    Trained weights are stored in fp32. In bf16, with AdamW at learning rates of SFT, only 16 % of
+    the parameters changed at all in 200 steps; in fp32 all did.
 
     Args:
         dtype: `model.dtype`.
         precision: `trainer.precision`.
-        lora: Whether the weights are the frozen base of an adapter.
+        is_base: Whether the weights are the frozen base of an adapter.
     """
     if dtype != "auto":
         return getattr(torch, dtype)
-    half = {"bf16": torch.bfloat16, "16": torch.float16}.get(precision.split("-")[0], torch.float32)
-    if precision.endswith("-true") and half != torch.float32 and not lora:
-        # Adapters stay in fp32.
-        mixed = precision.replace("-true", "-mixed")
+    half_types = {"bf16": torch.bfloat16, "16": torch.float16}
+    compute_dtype = half_types.get(precision.split("-")[0], torch.float32)
+    if is_base:
+        return compute_dtype
+    if not precision.endswith("-true"):
+        return torch.float32
+    if compute_dtype != torch.float32:
         log.warning(
             "trainer.precision %s rounds most updates of trained weights away; %s keeps them",
             precision,
-            mixed,
+            precision.replace("-true", "-mixed"),
         )
-    return half if lora or precision.endswith("-true") else torch.float32
+    return compute_dtype
 
 
 @dataclass(frozen=True)
 class FastPaths:
-    """Which of our faster ways a model takes, as a comparison with its own on a few tokens has
-    shown.
+    """Which fast code paths a model uses.
+
+    `probe` chooses those that give the same results as the model's own code on a few tokens.
     """
 
     attention: str
     """Attention implementation, by its name in transformers."""
     separate_rows: bool
-    """Each example gets a padded row of its own, because the model would mix the examples of a
-    pack.
+    """Whether each example gets a padded row of its own, because the model would mix the examples
+    of a pack.
     """
     own_logits: bool
-    """The model's own full logits are used in place of the chunked loss."""
+    """Whether the model's own, full logits are used in place of the chunked loss."""
     fused: list[str]
-    """Modules whose forward pass is replaced (see `fused_layers`)."""
+    """Names of the modules whose forward pass is replaced (see `fused_layers`)."""
 
 
 class BuiltModel(NamedTuple):
-    """What `build_model` makes."""
+    """The result of `build_model`."""
 
     loss: CausalLMLoss
     """The model and its loss."""
     adapter: PeftModel | None
-    """peft's wrapper around the same layers where there is an adapter."""
+    """peft's wrapper around the same layers. None without an adapter."""
 
 
 def build_model(options: ModelConfig, precision: str, *, sharded: bool = False) -> BuiltModel:
-    """Loads the model; then in this order: new tokens, adapters or freezing, checks, noise,
-    checkpointing, compile.
+    """Loads the model and prepares it for training.
 
-    Sharding comes after it, by the strategy. With `sharded` only rank 0 has weights; the others
-    build the same modules on the meta device, and sharding fills them: no other rank ever holds the
-    whole model.
+    The order: load, new tokens, adapters or freezing, fast paths, noise, gradient checkpointing,
+    compile. The strategy shards the model afterwards. For that (`sharded`), only rank 0 loads the
+    weights. The other ranks build the same modules on the meta device, and sharding fills them, so
+    they never hold the whole model.
 
     Args:
         options: The arguments of `SFTModule`.
         precision: `trainer.precision`.
-        sharded: Whether the ranks of the process group will share the weights.
+        sharded: Whether the weights will be sharded over the ranks.
 
     Returns:
         The model in training mode.
 
     Raises:
-        UserError: The model is not to be had, or does not fit the options.
+        UserError: The model cannot be loaded, or does not fit the options.
     """
     if sharded:
         built = _build_with_rank_zero(options, precision)
@@ -229,9 +238,8 @@ def build_model(options: ModelConfig, precision: str, *, sharded: bool = False) 
     if options.neftune_noise_alpha is not None:
         neftune.apply_neftune(built.loss, lm.get_input_embeddings(), options.neftune_noise_alpha)
     if options.gradient_checkpointing:
-        parallel.apply_gradient_checkpointing(
-            lm, selective=options.gradient_checkpointing == "selective"
-        )
+        is_selective = options.gradient_checkpointing == "selective"
+        parallel.apply_gradient_checkpointing(lm, selective=is_selective)
     if options.compile:
         parallel.apply_compile(lm)
     built.loss.train()
@@ -239,8 +247,10 @@ def build_model(options: ModelConfig, precision: str, *, sharded: bool = False) 
 
 
 def _build_with_rank_zero(options: ModelConfig, precision: str) -> BuiltModel:
-    """Loads the weights on rank 0, which tells the other ranks what it found; they build on the
-    meta device.
+    """Loads the weights on rank 0 only; the other ranks build on the meta device and follow it.
+
+    Raises:
+        UserError: On every rank, if rank 0 cannot build the model.
     """
     is_rank_zero = torch.distributed.get_rank() == 0
     found = None
@@ -249,7 +259,7 @@ def _build_with_rank_zero(options: ModelConfig, precision: str) -> BuiltModel:
         if is_rank_zero:
             found = (probe(built.loss), built.loss.lm.generation_config)
     except Exception as error:
-        # The other ranks must not wait for weights.
+        # The other ranks wait for this broadcast.
         if is_rank_zero:
             broadcast_from_rank_zero(str(error))
         raise
@@ -263,7 +273,7 @@ def _build_with_rank_zero(options: ModelConfig, precision: str) -> BuiltModel:
 
 
 def _load(options: ModelConfig, precision: str, on_meta: bool = False) -> BuiltModel:
-    """The model with new tokens and adapters, or with its frozen part frozen."""
+    """Loads the model, adds new tokens and adapters, and freezes what is not trained."""
     named = model_directory(options.model_name_or_path, options.revision)
     path = base_directory(named)
     if options.trust_remote_code:
@@ -308,8 +318,9 @@ def _log_model(lm: PreTrainedModel, options: ModelConfig) -> None:
 
 
 def probe(model: CausalLMLoss) -> FastPaths:
-    """Compares our ways with the model's own on a few tokens. Where they differ its own are used,
-    with a warning.
+    """Compares our fast code paths with the model's own code, on a few tokens.
+
+    A path that gives other results is not used, with a warning.
 
     Raises:
         UserError: The model is not causal.
@@ -317,23 +328,22 @@ def probe(model: CausalLMLoss) -> FastPaths:
     lm = model.lm
     name = type(lm).__name__
     chosen = attention_of(lm)
-    lost = self_check.what_is_lost(lm) if chosen == packed.PACKED else None
+    lost = self_check.missing_feature(lm) if chosen == packed.PACKED else None
     if lost is not None:
         log.warning("%s needs %s: attention falls back to `eager`, exact but slower", name, lost)
-    # Implementations from elsewhere may know 16 bits only, or a GPU only, so `eager` stands in for
-    # them.
+    # Other implementations may support 16 bits only, or GPUs only. `eager` replaces them here.
     runs_here = chosen in (packed.PACKED, "eager", "sdpa")
     with _attention(lm, chosen if runs_here and lost is None else "eager"):
         if not self_check.is_causal(lm):
-            cure = (
-                "take a causal language model, or set is_decoder to true in its config.json if it"
-                " has that key"
+            raise UserError(
+                f"{name} lets tokens see those that follow: take a causal language model, or set"
+                " is_decoder to true in its config.json if it has that key"
             )
-            raise UserError(f"{name} lets tokens see those that follow: {cure}")
         model.check_head()
         fused = fused_layers.fuse_blocks(lm)
-        # A window that is only in the mask may be cut at places of the row, and not of the example.
-        separate_rows = lost is not None or not self_check.packs_are_exact(lm)
+        # A window that exists only in the mask may be placed by the position in the row, instead of
+        # the position in the example.
+        separate_rows = lost is not None or not self_check.packing_is_exact(lm)
         fused_layers.unfuse_blocks(lm, fused)
     if separate_rows:
         log.warning(
@@ -348,12 +358,13 @@ def probe(model: CausalLMLoss) -> FastPaths:
 
 
 def _trained_attention(chosen: str, is_lossy: bool, separate_rows: bool) -> str:
-    """Under which attention the model is trained.
+    """Returns the attention implementation for training.
 
     Args:
-        chosen: What it was loaded with.
-        is_lossy: Whether that leaves out a part of what the model asks for.
-        separate_rows: Padded rows need masks, which packed attention does not make.
+        chosen: The implementation with which the model was loaded.
+        is_lossy: Whether that one leaves out something that the model needs.
+        separate_rows: Whether examples become padded rows. They need masks, which packed attention
+            does not support.
     """
     if is_lossy:
         return "eager"
@@ -364,7 +375,7 @@ def _trained_attention(chosen: str, is_lossy: bool, separate_rows: bool) -> str:
 
 @contextmanager
 def _attention(lm: PreTrainedModel, name: str) -> Iterator[None]:
-    """Runs a block under another attention implementation."""
+    """Uses another attention implementation in a `with` block."""
     before = attention_of(lm)
     if name == before:
         yield
@@ -377,7 +388,7 @@ def _attention(lm: PreTrainedModel, name: str) -> Iterator[None]:
 
 
 def apply_fast_paths(model: CausalLMLoss, paths: FastPaths) -> None:
-    """Lets a model take the ways that `probe` found exact, here or on rank 0."""
+    """Switches a model to the code paths that `probe` chose, on this rank or on rank 0."""
     if attention_of(model.lm) != paths.attention:
         set_attention(model.lm, paths.attention)
     model.separate_rows = paths.separate_rows
@@ -386,14 +397,15 @@ def apply_fast_paths(model: CausalLMLoss, paths: FastPaths) -> None:
 
 
 def _evaluated_adapter(lm: PreTrainedModel, folder: str, options: ModelConfig) -> PeftModel:
-    """The adapter directory that was named in place of a model: for answers and scores, not to be
-    trained.
+    """Loads an adapter that `model.model_name_or_path` names, for evaluation.
+
+    Raises:
+        UserError: It would be trained, or it was trained over another base.
     """
     if options.is_adapted or options.trainable is not None:
         refuse_adapter(options)
-    base_fingerprint.check_recorded_base(
-        Path(folder), base_fingerprint.base_of(lm, options.init, options.seed), str(lm.name_or_path)
-    )
+    base = base_fingerprint.base_of(lm, options.init, options.seed)
+    base_fingerprint.check_recorded_base(Path(folder), base, str(lm.name_or_path))
     load.read_generation_config(lm, folder)
     return load_adapter(lm, folder)
 
@@ -401,8 +413,19 @@ def _evaluated_adapter(lm: PreTrainedModel, folder: str, options: ModelConfig) -
 def choose_trained(
     lm: PreTrainedModel, path: str, options: ModelConfig, on_meta: bool
 ) -> PeftModel | None:
-    """Makes room for new tokens; then decides what is trained: adapters, which are returned, a
-    part, or all.
+    """Adds the new tokens, then decides what is trained: adapters, a part of the model, or all.
+
+    Args:
+        lm: The model.
+        path: Its directory, with the tokenizer.
+        options: The arguments of `SFTModule`.
+        on_meta: Whether the model is on the meta device.
+
+    Returns:
+        peft's wrapper, or None without adapters.
+
+    Raises:
+        UserError: The options do not fit the model.
     """
     new_ids: list[int] = []
     if options.add_tokens:
@@ -410,26 +433,38 @@ def choose_trained(
         new_ids = new_tokens.add_tokens(tokenizer, options.add_tokens)
         new_tokens.make_room(lm, new_ids)
     if options.lora is not None:
-        # start values that decompose the weights need weights; rank 0 has both
-        lora = replace(options.lora, init_lora_weights=True) if on_meta else options.lora
+        lora = options.lora
+        if on_meta:
+            # Some start values are decomposed from the weights, which only rank 0 has. Sharding
+            # fills these in.
+            lora = replace(lora, init_lora_weights=True)
         return apply_lora(lm, lora, new_token_ids=new_ids, seed=options.seed)
     if options.adapter_name_or_path is not None:
-        folder = resolve(
-            options.adapter_name_or_path, key="model.adapter_name_or_path", allow_adapter=True
+        return _trained_adapter(lm, options.adapter_name_or_path, options)
+    if options.trainable is None:
+        trainable.freeze_unused(lm)
+        return None
+    trainable.set_trainable(lm, options.trainable)
+    ends = (lm.get_input_embeddings(), lm.get_output_embeddings())
+    if new_ids and not all(end.weight.requires_grad for end in ends):
+        raise UserError(
+            "model.add_tokens: the new tokens would not be trained; model.trainable must match"
+            " the embedding and the head, by embed_tokens and lm_head in most models"
         )
-        log.info("adapter: goes on from %s", options.adapter_name_or_path)
-        name = options.model_name_or_path
-        base = base_fingerprint.base_of(lm, options.init, options.seed)
-        is_proved = base_fingerprint.check_recorded_base(Path(folder), base, name)
-        return load_adapter(lm, folder, base_name=None if is_proved else name, trainable=True)
-    if options.trainable is not None:
-        trainable.set_trainable(lm, options.trainable)
-        ends = (lm.get_input_embeddings(), lm.get_output_embeddings())
-        if new_ids and not all(end.weight.requires_grad for end in ends):
-            raise UserError(
-                "model.add_tokens: the new tokens would not be trained; model.trainable must match"
-                " the embedding and the head, by embed_tokens and lm_head in most models"
-            )
-    else:
-        trainable.freeze_unread(lm)
     return None
+
+
+def _trained_adapter(lm: PreTrainedModel, name_or_path: str, options: ModelConfig) -> PeftModel:
+    """Loads the adapter of `model.adapter_name_or_path`, which is trained further.
+
+    Raises:
+        UserError: It is not a LoRA adapter, or it was trained over another base.
+    """
+    folder = resolve(name_or_path, key="model.adapter_name_or_path", allow_adapter=True)
+    log.info("adapter: goes on from %s", name_or_path)
+    base = base_fingerprint.base_of(lm, options.init, options.seed)
+    base_name = options.model_name_or_path
+    is_proved = base_fingerprint.check_recorded_base(Path(folder), base, base_name)
+    # Without a fingerprint beside the adapter, the names of the base are compared.
+    name_to_check = None if is_proved else base_name
+    return load_adapter(lm, folder, base_name=name_to_check, trainable=True)

@@ -1,5 +1,14 @@
-"""SFTModule: the model, the exact loss average, the metrics. `__init__` stores settings,
-`configure_model` loads.
+"""SFTModule: the model, the exact loss average, the metrics, and generation.
+
+`__init__` only stores settings. `configure_model` loads the model.
+
+The loss average is exact: every target token of the global batch has the same weight, whatever the
+number of micro-batches and ranks. It takes three places, in this order:
+
+1. `training_step` returns the *sum* of the token losses of a micro-batch, and adds its numbers of
+   targets and tokens to `window`.
+2. `on_before_optimizer_step` sums `window` over all ranks.
+3. There, one multiplication turns the gradient of the sum into the gradient of the mean.
 """
 
 from __future__ import annotations
@@ -35,49 +44,55 @@ from lit_sft.types import Batch, LossOutput, Prompts
 if TYPE_CHECKING:
     from lightning.pytorch.utilities.types import OptimizerLRScheduler
 
+LOSS_SUM, NUM_TARGETS, NUM_TOKENS, NORM_SUM, NORM_SQUARE_SUM = range(5)
+"""Entries of `SFTModule.window`. The callback `Guard` fills the last two."""
+WINDOW_SIZE = 5
+
 
 @dataclass(frozen=True)
 class _Unregistered:
-    """Holds a module whose layers live in another one. `nn.Module` registers the modules that are
-    assigned to it as submodules; it does not look into this record.
+    """Holds a module that must not become a submodule, because another submodule has its layers.
+
+    `nn.Module` registers every module that is assigned to an attribute, but not one in a record.
     """
 
     module: Any
-    """Not `PeftModel`: jsonargparse would import peft to read that name, a fifth of the time of
-    `--help`.
+    """A `PeftModel` or None. The type is not named: jsonargparse would import peft to read it,
+    which takes a fifth of the time of `--help`.
     """
 
 
 class SFTModule(L.LightningModule):
-    """A causal language model that learns to complete conversations.
+    """A causal language model that is fine-tuned on conversations.
 
     Args:
-        model_name_or_path: Hub id, directory, or `builtin:NAME`.
-        revision: Branch, tag or commit of the hub repository.
-        trust_remote_code: Run model code that the repository brings.
-        init: `pretrained` weights, or `random` ones from the config.
-        dtype: Type of the stored weights. `auto`: trained ones in fp32 (with `bf16-true` and
-            `16-true` in 16 bits), a frozen base in the type that `trainer.precision` computes in.
-        trainable: Regular expressions on parameter names for partial fine-tuning; the rest is
-            frozen.
-        add_tokens: New tokens, which are never split and whose embeddings are trained.
-        attn_implementation: `auto` takes packed attention where the architecture allows; else a
-            name of transformers'.
-        gradient_checkpointing: Recompute activations: a third more time with `full` (or true), less
-            with `selective`.
+        model_name_or_path: Model to train: a hub id, a directory, or `builtin:NAME`.
+        revision: Branch, tag or commit of the hub repository. null takes its default branch.
+        trust_remote_code: Run Python code that comes with the model.
+        init: Start from the `pretrained` weights, or from `random` ones that fit the config.
+        dtype: Type in which the weights are stored. `auto` stores trained weights in fp32 (with
+            precision `bf16-true` or `16-true` in 16 bits), and a frozen base in the type in which
+            `trainer.precision` computes.
+        trainable: Regular expressions on parameter names: train only the parameters that match.
+            null trains all of them, or the adapters.
+        add_tokens: Tokens to add to the vocabulary; their embeddings are trained. null adds none.
+        attn_implementation: `auto` takes packed attention if the architecture allows it; or a name
+            that transformers knows, such as `sdpa` or `eager`.
+        gradient_checkpointing: Save memory by recomputing activations in the backward pass: `full`
+            or true takes a third more time, `selective` less.
         compile: Compile every decoder layer with torch.compile.
-        loss: What is minimized.
-        neftune_noise_alpha: Strength of the noise on the embeddings in training (NEFTune), often 5;
-            null for none.
-        lora: Train low-rank adapters instead of the weights.
-        adapter_name_or_path: Go on training an existing adapter (directory or hub id) instead of
-            making a new one.
-        quantization: Keep the frozen base of an adapter in 4 bits (QLoRA).
+        loss: Loss of a target token.
+        neftune_noise_alpha: Strength of the NEFTune noise on the embeddings in training, often 5.
+            null adds no noise.
+        lora: Train low-rank adapters over frozen weights. null trains the weights.
+        adapter_name_or_path: Continue to train this adapter (a directory or hub id). null does not
+            load one.
+        quantization: Store the frozen base of an adapter in 4 bits (QLoRA). null does not quantize.
         optimizer: Class and arguments of the optimizer.
-        lr_schedule: Learning rate over optimizer steps.
-        generation: How prompts are answered.
-        evaluation: Answers compared with references at each validation; null to leave it out.
-        seed: Seed of random weights and adapters.
+        lr_schedule: Learning rate over the optimizer steps.
+        generation: How prompts are answered: length and sampling.
+        evaluation: Compare generated answers with references at each validation. null skips this.
+        seed: Linked from seed_everything: seed of random weights, dropout, noise and sampling.
     """
 
     def __init__(
@@ -130,31 +145,34 @@ class SFTModule(L.LightningModule):
         )
         self.generation = generation
         self.evaluation = evaluation
-        # `on_load_checkpoint` compares, in one line.
+        # `on_load_checkpoint` compares names and shapes, with an error in one line.
         self.strict_loading = False
         self.model: CausalLMLoss | None = None
+        """The model and its loss. None before `configure_model`."""
         self.base: str | None = None
-        """Fingerprint of the frozen weights; None where all are trained."""
+        """Fingerprint of the frozen weights. None if all weights are trained."""
         self._peft = _Unregistered(None)
         self.saved_stop_ids: list[int] = []
+        """Stop tokens of the run that made the loaded checkpoint."""
         self.loss_scale = 1.0
-        self.window: Tensor = torch.zeros(5, dtype=torch.float64)
-        """Since the last optimizer step on this rank, then over all: loss sum, targets, tokens;
-        what `Guard` adds.
+        """Factor on the loss in the backward pass. In fp16 a sum of losses would overflow."""
+        self.window: Tensor = torch.zeros(WINDOW_SIZE, dtype=torch.float64)
+        """[5] sums since the last optimizer step: of this rank, and of all ranks from
+        `on_before_optimizer_step` on. The entries are named by `LOSS_SUM` and its neighbors.
         """
-        self.guard: Callable[[Optimizer, Tensor, Tensor], None] = lambda optimizer, window, norm: (
-            None
-        )
+        self.guard: Callable[[Optimizer, Tensor, Tensor], None] = _accept_step
+        """Called with the optimizer, the window and the gradient norm before weights change."""
         self.metrics = TokenMetrics()
         self.between_answers: Callable[[], None] = lambda: None
+        """Called between two batches of prompts; a preempted run leaves there."""
         self.in_bar = False
-        """Whether a progress bar of the user's own shows the loss, too."""
+        """Whether a progress bar of the user's own shows the loss."""
 
     # ------------------------------------------------------------------ the model
 
     @property
     def adapter(self) -> Any:
-        """Peft's wrapper (a `PeftModel`) around the layers of `model`; None without an adapter."""
+        """The `PeftModel` around the layers of `model`, or None without an adapter."""
         return self._peft.module
 
     @property
@@ -162,7 +180,7 @@ class SFTModule(L.LightningModule):
         return isinstance(self.trainer.strategy, ModelParallelStrategy)
 
     def configure_model(self) -> None:
-        """Builds the model (see `build_model`). The strategy shards it afterwards (`shard`)."""
+        """Builds the model (see `build_model`). The strategy shards it afterwards, by `shard`."""
         if self.model is not None:
             return
         if self.trainer.strategy.root_device.type == "cpu":
@@ -173,37 +191,43 @@ class SFTModule(L.LightningModule):
                 " auto"
             )
         sharded = self._shards_weights and self.trainer.world_size > 1
-        # Lightning makes the GPU the default device, which would draw other random start values.
+        # Lightning makes the GPU the default device. Random weights would differ from a CPU's.
         with torch.device("cpu"):
             model, adapter = build_model(self.options, self.trainer.precision, sharded=sharded)
         longest = data_of(self.trainer).data.longest
         self_check.check_length(model.lm, longest, context_length(model.lm.config))
-        self.loss_scale = 1.0 / 1024 if self.trainer.precision.startswith("16") else 1.0
+        if self.trainer.precision.startswith("16"):
+            self.loss_scale = 1.0 / 1024
         if trainable.is_frozen(model.lm):
             self.base = base_fingerprint.base_of(model.lm, self.options.init, self.options.seed)
         self.model = model
         self._peft = _Unregistered(adapter)
 
     def use_merged(self, lm: Any) -> None:
-        """Replaces the model by the one (a `PreTrainedModel`) that its adapter was merged into."""
+        """Replaces the adapted model by a `PreTrainedModel` that its adapter was merged into."""
         assert self.model is not None
         self.model.lm = lm
         self._peft = _Unregistered(None)
 
     def shard(self, mesh: Any, **options: bool) -> None:
-        """Shards the model over a data-parallel mesh; called by our FSDP2 strategy after
-        `configure_model`.
+        """Shards the model over a data-parallel mesh.
+
+        The strategy `fsdp2` calls it after `configure_model`.
+
+        Args:
+            mesh: Device mesh of one dimension.
+            **options: `cpu_offload` and `reshard_after_forward` of `parallel.apply_fsdp2`.
         """
         assert self.model is not None
         dtype = torch.bfloat16 if "bf16" in self.trainer.precision else torch.float32
         parallel.apply_fsdp2(self.model, self.model.lm, mesh, dtype, **options)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Moves and casts as in torch, but buffers and the trained weights of an adapter keep their
-        type and values.
+        """Moves and casts as in torch, except for buffers and trained adapter weights.
 
-        Lightning casts the whole module for `bf16-true` and `16-true`. Rotary frequencies in bf16
-        change a logit by 13 % at position 2,900, and small updates of adapters are lost in 16 bits.
+        Lightning casts the whole module for `bf16-true` and `16-true`. But rotary frequencies in
+        bf16 change a logit by 13 % at position 2,900, and in 16 bits small updates of adapter
+        weights are rounded away. So these are moved, and keep their dtype and values.
         """
         buffers = dict(self.named_buffers())
         adapter_weights = self._adapter_weights()
@@ -212,70 +236,75 @@ class SFTModule(L.LightningModule):
             buffer.data = buffers[name].to(buffer.device)
         if adapter_weights:
             lift_trained(self)
-            # The cast has rounded them, so the values from before it (loaded or restored) are
-            # copied back.
+            # The cast has rounded the adapter weights, so copy the values from before it back.
             with torch.no_grad():
                 for name, weight in adapter_weights.items():
                     self.get_parameter(name).copy_(weight)
         return self
 
     def _adapter_weights(self) -> dict[str, Tensor]:
-        """Trained weights by name; empty without an adapter."""
+        """The trained weights by name. Empty without an adapter."""
         if self.adapter is None:
             return {}
-        return {
-            name: weight.detach()
-            for name, weight in self.named_parameters()
-            if weight.requires_grad
-        }
+        trained = {}
+        for name, weight in self.named_parameters():
+            if weight.requires_grad:
+                trained[name] = weight.detach()
+        return trained
 
     # ------------------------------------------------------------------ training
 
     def forward(self, batch: Batch, count_correct: bool = False) -> LossOutput:
-        """Sums over the targets of a batch."""
+        """Sums the loss over the targets of a batch (see `CausalLMLoss.forward`)."""
         assert self.model is not None
         inputs = {key: value for key, value in batch.items() if key != "rows"}
         return self.model(**inputs, count_correct=count_correct)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Begins an optimizer step: an empty window; what is random depends on (seed, step, rank)
-        only.
+        """At the beginning of an optimizer step, clears the window and seeds all random states.
+
+        What is random in a step depends on (seed, step, rank) only, so a resumed run draws the
+        same numbers.
         """
-        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+        is_new_step = batch_idx % self.trainer.accumulate_grad_batches == 0
+        if is_new_step:
             self.window = torch.zeros_like(self.window)
             seed_all(self.options.seed, self.trainer.global_step, self.trainer.global_rank)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The *sum* of token losses; `on_before_optimizer_step` turns the gradient into that of the
-        mean, once.
+        """Returns the *sum* of the token losses of a micro-batch, and counts its targets.
+
+        No average is taken here: `on_before_optimizer_step` divides once, by the number of targets
+        in the whole optimizer step.
         """
         output = self(batch)
+        is_filler = batch["rows"][0] < 0
+        num_tokens = 0 if is_filler else sum(batch["lengths"])
         self.window = self.window.to(self.device)
-        self.window[0] += output.loss_sum.detach()
-        # Numbers of the host: nothing is copied, nor waited for.
-        self.window[1] += output.num_targets
-        self.window[2] += sum(batch["lengths"]) if batch["rows"][0] >= 0 else 0
+        self.window[LOSS_SUM] += output.loss_sum.detach()
+        # These two are numbers on the host, so a GPU is not synchronized.
+        self.window[NUM_TARGETS] += output.num_targets
+        self.window[NUM_TOKENS] += num_tokens
         return output.loss_sum * self.loss_scale
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Gradient of the sum -> gradient of the mean over all targets of the global batch.
+        """Turns the gradient of the summed loss into the gradient of the mean over all targets.
 
-        Undoes Lightning's division by `accumulate_grad_batches` (also in the last, partial window:
-        Lightning #20350) and the mean over ranks of DDP and FSDP, and divides once by the number of
-        targets. Runs before clipping.
+        The gradients arrive divided by two numbers: Lightning has divided every loss by
+        `accumulate_grad_batches` (also in the last, partial step of an epoch: Lightning #20350),
+        and DDP and FSDP2 have taken the mean over ranks. One factor undoes both, undoes
+        `loss_scale`, and divides by the number of targets of the global batch. It is applied before
+        clipping.
         """
         if self.trainer.world_size > 1:
-            # Lightning's would wait at a barrier first.
+            # Not `strategy.reduce`, which would wait at a barrier first.
             torch.distributed.all_reduce(self.window)
-        # Without a target all gradients are 0.
-        num_targets = self.window[1].clamp(min=1)
-        scale = (
-            self.trainer.accumulate_grad_batches
-            * self.trainer.world_size
-            / (num_targets * self.loss_scale)
-        )
-        optim.scale_gradients(self.parameters(), scale)
-        self.log("train/loss", (self.window[0] / num_targets).float(), prog_bar=self.in_bar)
+        # Without any target all gradients are 0, and so is the loss.
+        num_targets = self.window[NUM_TARGETS].clamp(min=1)
+        divided_by = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        optim.scale_gradients(self.parameters(), divided_by / (num_targets * self.loss_scale))
+        loss = (self.window[LOSS_SUM] / num_targets).float()
+        self.log("train/loss", loss, prog_bar=self.in_bar)
         self.log("train/lr", torch.tensor(optimizer.param_groups[0]["lr"], dtype=torch.float64))
 
     def configure_gradient_clipping(
@@ -284,14 +313,17 @@ class SFTModule(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips by the norm over all ranks, or by value, and logs the norm before that, under every
-        strategy.
+        """Clips the gradients by norm or by value, and logs the norm before clipping.
+
+        The norm is that over all ranks, under every strategy.
         """
-        wanted = 0.0 if gradient_clip_algorithm == "value" else gradient_clip_val or 0.0
-        # 0 is off, as in Lightning.
-        limit = wanted if wanted > 0 else float("inf")
+        by_value = gradient_clip_algorithm == "value"
+        limit = float("inf")
+        # A value of 0 switches clipping off, as in Lightning.
+        if not by_value and gradient_clip_val and gradient_clip_val > 0:
+            limit = gradient_clip_val
         norm = optim.clip_by_norm(self.parameters(), limit)
-        if gradient_clip_algorithm == "value":
+        if by_value:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         self.log("train/grad_norm", norm)
         self.guard(optimizer, self.window, norm)
@@ -299,31 +331,32 @@ class SFTModule(L.LightningModule):
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
     ) -> None:
-        """As in Lightning, which then keeps the gradients through the next forward pass, a
-        validation or a save.
+        """Frees the gradients right after the step.
+
+        Lightning would keep them until the next step begins, through a validation or a save.
         """
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         optim.clear_gradients(optimizer, self.trainer.strategy.model)
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
-        """Not once more when the next step begins."""
+        """Does nothing: `optimizer_step` has cleared the gradients."""
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The optimizer over two parameter groups, and the schedule by optimizer step."""
+        """Returns the optimizer, with two parameter groups, and the schedule by optimizer step."""
         groups = optim.parameter_groups(self.named_parameters())
         optimizer = self.options.optimizer(groups)
         is_scaled = self.trainer.precision == "16-mixed"
         optim.check_weights(optimizer, self._shards_weights, is_scaled)
-        # With a scaler Lightning unscales the gradients before clipping; fused Adam would unscale
-        # them itself, later.
+        # With a gradient scaler, Lightning unscales the gradients before clipping. Fused Adam would
+        # unscale them itself, after clipping.
         if not is_scaled:
             optim.prefer_fused(optimizer)
 
-        # Under fsdp2 a resumed run knows its number of steps only after this method has run.
+        # `total_steps` is read at each step: under fsdp2, a resumed run knows it only after this
+        # method has run.
         def factor(step: int) -> float:
-            return optim.lr_factor(self.options.lr_schedule, data_of(self.trainer).total_steps)(
-                step
-            )
+            total_steps = data_of(self.trainer).total_steps
+            return optim.lr_factor(self.options.lr_schedule, total_steps)(step)
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -331,13 +364,14 @@ class SFTModule(L.LightningModule):
     # ------------------------------------------------------------------ evaluation
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Adds a batch to the averages over all targets; answers are scored by the callback
-        `Evaluation`.
+        """Adds a batch to the averages over all targets.
+
+        Generated answers are scored elsewhere, by the callback `Evaluation`.
         """
         self.metrics.update(self(batch, count_correct=True))
 
     def on_validation_epoch_end(self) -> None:
-        """Logs the averages."""
+        """Logs loss, perplexity and token accuracy, averaged over all targets of all ranks."""
         stage = "test" if self.trainer.testing else "val"
         for name, value in self.metrics.compute().items():
             self.log(f"{stage}/{name}", value, prog_bar=name == "loss", sync_dist=True)
@@ -350,8 +384,10 @@ class SFTModule(L.LightningModule):
 
     @property
     def stop_ids(self) -> list[int]:
-        """Ids that end an answer: of the tokenizer, the generation config, the template and the
-        training set.
+        """The ids that end an answer.
+
+        They come from the tokenizer, the generation config, the chat template, the training set,
+        and the loaded checkpoint.
         """
         assert self.model is not None
         datamodule = data_of(self.trainer)
@@ -359,11 +395,17 @@ class SFTModule(L.LightningModule):
         return stop_token_ids(datamodule.tokenizer, self.model.lm.generation_config, extra)
 
     def answer(self, prompts: Prompts, options: GenerationOptions | None = None) -> list[list[str]]:
-        """The answers to each prompt (see `generation.answer`), with `model.generation` unless told
-        otherwise.
+        """Generates the answers to each prompt (see `generation.answer`).
+
+        Args:
+            prompts: B prompts.
+            options: Length and sampling. None takes `model.generation`.
+
+        Returns:
+            B lists of texts.
         """
         assert self.model is not None
-        # The context lets callbacks ask the model in the same precision as `predict`.
+        # Callbacks call this outside of a step. The context gives them the precision of `predict`.
         with self.trainer.precision_plugin.forward_context():
             return answer_module.answer(
                 self.model,
@@ -376,13 +418,13 @@ class SFTModule(L.LightningModule):
             )
 
     def predict_step(self, batch: Prompts, batch_idx: int) -> list[dict[str, Any]]:
-        """One record per prompt (see `generation.answer.records`)."""
+        """Returns one record per prompt (see `generation.answer.records`)."""
         return answer_module.records(batch, self.answer(batch))
 
     # ------------------------------------------------------------------ checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leaves out what is frozen, and remembers what that was; and how answers end."""
+        """Leaves frozen weights out, and stores the fingerprint of the base and the stop tokens."""
         checkpoint |= {
             "base": self.base,
             "quantization": self.options.quantization,
@@ -392,13 +434,18 @@ class SFTModule(L.LightningModule):
             checkpoint["state_dict"] = trainable.trained(self, checkpoint["state_dict"])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses what does not belong to this model; takes back how answers end."""
+        """Restores the stop tokens.
+
+        Raises:
+            UserError: The checkpoint belongs to another model, another base, or to other bits of
+                the base.
+        """
+        # Lightning's FSDP strategy takes the weights out before this hook.
         if "state_dict" in checkpoint:
-            # Lightning's FSDP strategy has taken it out.
             trainable.check_fits(self, checkpoint["state_dict"])
         base_fingerprint.check_base(checkpoint["base"], self.base)
-        # Only training must go on over the same bits. Who evaluates or merges over others has asked
-        # for it by name.
+        # Only a resumed training needs a base of the same bits. To evaluate or merge over another
+        # one is a choice of the user.
         is_resumed = self.trainer.state.fn == "fit"
         if is_resumed and not data_of(self.trainer).options.allow_other_data:
             now = self.options.quantization
@@ -410,31 +457,31 @@ class SFTModule(L.LightningModule):
     def export(
         self, output_dir: Path, state_dict: Mapping[str, Tensor] | None = None, **how: Any
     ) -> None:
-        """Writes a Hugging Face directory: weights or adapter, tokenizer, chat template, stop
-        tokens.
+        """Writes a Hugging Face directory (see `export_hf`).
 
         Args:
-            output_dir: Where to.
-            state_dict: Whole weights of `model` by name, where they are sharded.
+            output_dir: The directory.
+            state_dict: Full weights of `model` by name, if the model is sharded.
             **how: `dtype` and `check`, as in `export_hf`.
         """
         assert self.model is not None
         datamodule = data_of(self.trainer)
         options = self.options
-        is_ours = options.init == "random" or options.add_tokens
+        # Random weights and added tokens make a base that exists nowhere else.
+        base = None
+        if options.init != "random" and not options.add_tokens:
+            base = AdapterBase(base_name(options.model_name_or_path), options.revision)
+        if state_dict is not None:
+            state_dict = {name.removeprefix("lm."): value for name, value in state_dict.items()}
         export_hf(
             self.adapter or self.model.lm,
             ChatFormat(datamodule.tokenizer, self.stop_ids, datamodule.data.chat_template),
             output_dir,
-            base=(
-                None
-                if is_ours
-                else AdapterBase(base_name(options.model_name_or_path), options.revision)
-            ),
-            state_dict=(
-                None
-                if state_dict is None
-                else {k.removeprefix("lm."): v for k, v in state_dict.items()}
-            ),
+            base=base,
+            state_dict=state_dict,
             **how,
         )
+
+
+def _accept_step(optimizer: Optimizer, window: Tensor, norm: Tensor) -> None:
+    """The `guard` of a module without the callback `Guard`: every step is taken."""

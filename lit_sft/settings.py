@@ -1,9 +1,8 @@
-"""The settings of model and data as records: what a constructor was given, checked and never
-changed.
+"""The settings of model and data, as checked and immutable records.
 
-The constructors of `SFTModule` and `SFTDataModule` are the schema of YAML and command line, so
-types, defaults and documentation of every setting stand there. The fields here have the same names
-in the same order.
+The constructors of `SFTModule` and `SFTDataModule` are the schema of YAML and command line. So the
+default and the documentation of every setting are there. The fields here have the same names, in
+the same order.
 """
 
 from __future__ import annotations
@@ -58,23 +57,18 @@ class ModelConfig:
 
     @property
     def is_adapted(self) -> bool:
-        """Whether adapters are trained over a frozen base: new ones, or those of a directory."""
+        """Whether adapters are trained over a frozen base, be they new or loaded."""
         return self.lora is not None or self.adapter_name_or_path is not None
 
     def _check_what_is_trained(self) -> None:
-        chosen = [
-            name
-            for name in ("lora", "adapter_name_or_path", "trainable")
-            if getattr(self, name) is not None
-        ]
+        exclusive = ("lora", "adapter_name_or_path", "trainable")
+        chosen = [name for name in exclusive if getattr(self, name) is not None]
         if len(chosen) > 1:
             names = " and ".join(f"model.{name}" for name in chosen)
-            brings = (
-                "; an adapter directory brings its own settings"
-                if "adapter_name_or_path" in chosen
-                else ""
-            )
-            raise UserError(f"{names} exclude each other: set all but one of them to null{brings}")
+            hint = ""
+            if "adapter_name_or_path" in chosen:
+                hint = "; an adapter directory brings its own settings"
+            raise UserError(f"{names} exclude each other: set all but one of them to null{hint}")
         if self.add_tokens and self.adapter_name_or_path is not None:
             raise UserError(
                 "model.add_tokens and model.adapter_name_or_path exclude each other: set one of"
@@ -92,11 +86,12 @@ class ModelConfig:
                 "model.quantization is for pretrained weights: set model.init to pretrained, or it"
                 " to null"
             )
-        if self.lora is not None and str(self.lora.init_lora_weights).startswith(
-            ("pissa", "olora")
-        ):
+        if self.lora is None:
+            return
+        init = str(self.lora.init_lora_weights)
+        if init.startswith(("pissa", "olora")):
             raise UserError(
-                f"model.lora.init_lora_weights {self.lora.init_lora_weights} takes its start values"
+                f"model.lora.init_lora_weights {init} takes its start values"
                 " out of the base, which model.quantization has rounded to 4 bits: set one of them"
                 " to its default"
             )

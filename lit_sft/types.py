@@ -1,5 +1,7 @@
-"""The records that travel between the stages. Nothing here computes; every field states its
-alignment.
+"""The records that travel between the stages.
+
+They hold data and compute nothing. The comment below a field states its shape and its alignment:
+whether entry t describes token t or the token after it.
 """
 
 from __future__ import annotations
@@ -11,33 +13,36 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 IGNORE_INDEX = -100
-"""Label of a position that is not trained (the value `torch.nn.functional.cross_entropy` skips by
-default).
-"""
+"""Label of a position that is not trained: what `torch.nn.functional.cross_entropy` ignores."""
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation, named as chat templates name it."""
+    """One turn of a conversation. The fields have the names that chat templates use."""
 
     role: str
     """`system`, `developer`, `user`, `assistant` or `tool`."""
     content: str
-    """The text of the turn; empty where an assistant only calls tools."""
+    """The text of the turn. Empty if an assistant turn only calls tools."""
     reasoning_content: str | None = None
-    """What an assistant thought before it answered, without the `<think>` marks."""
+    """The reasoning before the answer, without `<think>` tags."""
     tool_calls: tuple[dict[str, Any], ...] | None = None
-    """Calls in OpenAI's shape: `{"type": "function", "function": {"name", "arguments": {...}}}`."""
+    """Tool calls in OpenAI's format:
+    `{"type": "function", "function": {"name": ..., "arguments": {...}}}`.
+    """
     name: str | None = None
+    """Name of the speaker, or of the tool that answers."""
     tool_call_id: str | None = None
+    """Id of the call that a `tool` turn answers."""
     train: bool | None = None
-    """None: `data.train_on` decides. True or False: this turn's own flag, which wins."""
+    """Whether the turn is trained. None leaves the decision to `data.train_on`."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The message as a chat template reads it: only the keys that are set."""
+        """Returns the message as a chat template reads it, with only the keys that are set."""
         message: dict[str, Any] = {"role": self.role, "content": self.content}
         for key in ("reasoning_content", "name", "tool_call_id"):
-            if (value := getattr(self, key)) is not None:
+            value = getattr(self, key)
+            if value is not None:
                 message[key] = value
         if self.tool_calls is not None:
             message["tool_calls"] = [dict(call) for call in self.tool_calls]
@@ -46,90 +51,97 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """One row of the data set, whatever its format was."""
+    """One row of the data set, after its format was parsed."""
 
     messages: tuple[Message, ...]
-    """In order. Empty only where `text` is set."""
+    """The turns, in order. Empty only if `text` is set."""
     tools: tuple[dict[str, Any], ...] | None = None
-    """JSON schemas of the functions the assistant may call, passed to the template."""
+    """JSON schemas of the functions that the assistant may call. The template writes them."""
     text: str | None = None
-    """Plain text without turns (`format: text`): all of it is trained."""
+    """Plain text without turns (`format: text`). All of its tokens are trained."""
     blank: tuple[str, ...] = ()
     """Fields of `data.prompt_template` that are empty in this row."""
     notes: tuple[str, ...] = ()
-    """What of the row is not read although it changes how a conversation is written, to be counted
-    in the log.
+    """Parts of the row that we ignore although they would change the rendered text. The log counts
+    them.
     """
 
 
 @dataclass(frozen=True, slots=True)
 class RenderedTurn:
-    """One assistant turn and its place in the text that the chat template writes. Positions count
-    characters of `text`.
+    """One assistant turn and its place in the rendered text.
+
+    All positions are character offsets in `text`.
     """
 
     number: int
-    """From 1, over all messages of the row."""
+    """Number of the turn among all messages of the row, from 1."""
     prompt: str
-    """What a server feeds before the turn."""
+    """The text that a server would feed to the model to get this turn."""
     text: str
-    """The rendered messages up to and with the turn's stop token; begins with `prompt` unless the
-    turn is lenient.
+    """The rendered conversation up to and including the turn's stop token. It begins with `prompt`
+    unless the turn is lenient (`data.unproved: lenient`).
     """
     stop: str
-    """The stop token, with which `text` ends."""
+    """The stop token. `text` ends with it."""
     start: int
-    """Where the answer begins: the end of `prompt`, or of what `text` has in common with it."""
+    """Where the answer begins: the end of `prompt`, or for a lenient turn the end of the common
+    prefix of `prompt` and `text`.
+    """
     anchor: int
-    """Where the last special token of `prompt` begins: no token before it depends on the text
-    behind it. 0 if there is none, if the turn is lenient, or if the tokenizer does not tell where
-    its tokens lie.
+    """Where the last special token of `prompt` begins. The tokens before it do not depend on the
+    text after it. 0 if there is no such token, if the turn is lenient, or if the tokenizer reports
+    no offsets.
     """
     parts: tuple[tuple[int, int], ...]
-    """The trained ranges: from `start` to the end, or what the template marks of that."""
+    """The trained ranges [begin, end): all from `start` on, or the parts that the template marks
+    with `{% generation %}`.
+    """
     whole: str
-    """`text` and what the template writes behind the stop token."""
+    """`text`, followed by what the template writes after the stop token."""
     switch: tuple[tuple[str, bool], ...] = ()
-    """Variables that were added for this turn."""
+    """Template variables that were set to prove this turn, such as (`enable_thinking`, False)."""
     notes: tuple[str, ...] = ()
-    """As in `Example`."""
+    """Counted in the log, as in `Example`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """What the model sees of one conversation (or of one of its turns, where the template rewrites
-    history).
+    """One tokenized conversation, or one of its turns if the template rewrites earlier turns.
+
+    Letter: T tokens.
     """
 
     input_ids: list[int]
-    """Token ids, T of them."""
+    """[T] token ids."""
     loss_mask: list[int]
-    """T entries, 1 = this token is a target (it is predicted from the tokens before it), 0 = it is
-    only read.
+    """[T] entry t describes token t itself: 1 if it is a target, which the model must predict from
+    the tokens before it, and 0 if it is only read. Nothing is shifted yet.
     """
     row: int
     """Index of the conversation in its source."""
     part: int = 0
-    """Counts the examples that came from one row."""
+    """Number of the example among those of its row, from 0."""
     stop_ids: tuple[int, ...] = ()
-    """Ids of the stop tokens that end this example's trained turns."""
+    """Ids of the stop tokens that end the trained turns."""
     notes: tuple[str, ...] = field(default=())
-    """What had to be done to prove the mask, to be counted in the log: `per_turn`,
-    `switch:enable_thinking=false`, ...
+    """What was needed to prove the mask: `per_turn`, `switch:enable_thinking=false`, ... The log
+    counts them.
     """
 
 
 class Batch(TypedDict):
-    """One forward pass on one device. Letters: B rows, T tokens, S examples.
+    """The input of one forward pass on one device. Letters: T tokens, S examples, N targets.
 
-    Examples lie one behind the other without padding; nothing attends across them. Two examples of
-    3 and 2 tokens, the first
-    two tokens of each a prompt:
+    The examples lie end to end without padding, and no token attends to another example. Two
+    examples of 3 and 2 tokens; in each, the last token is the only target:
 
-        input_ids     a b c d e
-        labels        . c . . .      (labels[t] follows input_ids[t]; shifted in `collate` only)
-        position_ids  0 1 2 0 1
-        lengths       3 2
+        input_ids         a b c d e
+        loss_mask         0 0 1 0 1     (of `Example`: about token t itself)
+        labels            . c . e .     (about the token after t; `collate` shifts, nobody else)
+        target_positions  1 3
+        position_ids      0 1 2 0 1
+        lengths           3 2
     """
 
     input_ids: Tensor
@@ -137,44 +149,42 @@ class Batch(TypedDict):
     labels: Tensor
     """[1, T] int64, already shifted: the id that position t must predict, or IGNORE_INDEX."""
     target_positions: Tensor
-    """[N] int64: where labels are ids; found on the host, as a GPU would have to stop and tell
-    their number.
+    """[N] int64, the positions whose label is not IGNORE_INDEX. Computed on the host: a GPU would
+    have to synchronize to report N.
     """
     position_ids: Tensor
-    """[1, T] int64, restarting at 0 with every example."""
+    """[1, T] int64, starting at 0 in every example."""
     lengths: tuple[int, ...]
-    """S example lengths, sum T. They stay on the host, so that attention can split without a device
-    sync.
+    """[S] tokens of each example, T in total. On the host, so that attention can split the row
+    without synchronizing the device.
     """
     rows: tuple[int, ...]
-    """S row numbers in the data set, -1 for filler; for messages about this batch."""
+    """[S] row numbers in the data set, for error messages. -1 for a filler."""
 
 
 class Prompts(TypedDict):
-    """Prompts to be answered together. Letters: B prompts, T tokens of the longest."""
+    """Prompts that are answered together. Letters: B prompts, T tokens of the longest one."""
 
     input_ids: Tensor
     """[B, T] int64, padded on the left."""
     attention_mask: Tensor
     """[B, T] int64, 0 on the padding."""
     index: list[int]
-    """B positions in the list of prompts, -1 for a filler whose answer is thrown away."""
+    """[B] positions in the list of prompts. -1 for a filler, whose answer is discarded."""
     texts: list[str]
-    """B user-facing prompts: the last user turn, not the rendered template."""
+    """[B] last user turns, as they are shown to the user. Not the rendered templates."""
     references: list[str | None]
-    """B expected answers where the data has them."""
+    """[B] expected answers. None if the data has none."""
     number: int
-    """Position of the first prompt, -1 for a filler: tells batches apart where tokens are drawn."""
+    """Position of the first prompt, -1 for a filler. Sampling is seeded with it."""
 
 
 class LossOutput(NamedTuple):
-    """Sums over the targets of one forward pass, so that any averaging can be done later and
-    once.
-    """
+    """Sums over the targets of one forward pass. Whoever needs an average divides once, later."""
 
     loss_sum: Tensor
-    """[] fp32, carries the gradient."""
+    """[] fp32, the sum of the token losses. It carries the gradient."""
     num_targets: Tensor
     """[] int64, on the host."""
     num_correct: Tensor
-    """[] int64: targets that are the arg max of the logits; 0 where it was not asked for."""
+    """[] int64, the targets that are the arg max of the logits. 0 if they were not counted."""

@@ -142,11 +142,11 @@ def test_all_linear_is_what_text_passes_through(name):
 
 def test_a_tower_is_not_trained():
     model = gemma3()
-    trainable.freeze_unread(model)
+    trainable.freeze_unused(model)
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     assert frozen and all("vision" in name or "projector" in name for name in frozen)
     plain = tiny_llama()
-    trainable.freeze_unread(plain)
+    trainable.freeze_unused(plain)
     assert all(p.requires_grad for p in plain.parameters())
 
 

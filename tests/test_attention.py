@@ -35,7 +35,7 @@ def test_an_example_in_a_pack_equals_the_example_alone(make):
     together = hidden(lm, input_ids, lengths).split(lengths, dim=1)
     for part, ids in zip(together, input_ids.split(lengths, dim=1), strict=True):
         torch.testing.assert_close(part, hidden(lm, ids, (ids.shape[1],)), rtol=1e-5, atol=1e-5)
-    assert self_check.packs_are_exact(lm)
+    assert self_check.packing_is_exact(lm)
 
 
 def test_the_same_as_transformers_own_mask_for_packs():
@@ -197,7 +197,7 @@ def test_a_state_space_model_is_found_out():
             vocab_size=320, hidden_size=16, num_hidden_layers=2, state_size=4, initializer_range=0.5
         )
     )
-    assert not self_check.packs_are_exact(lm)
+    assert not self_check.packing_is_exact(lm)
 
 
 def test_choose():
@@ -240,20 +240,20 @@ def small(name, attn_implementation="eager", **sizes):
 
 
 @pytest.mark.parametrize("name", LOST)
-def test_what_is_lost(name):
+def test_missing_feature(name):
     sizes, expected = LOST[name]
     attention_packed.register()
-    lost = self_check.what_is_lost(small(name, attention_packed.PACKED, **sizes))
+    lost = self_check.missing_feature(small(name, attention_packed.PACKED, **sizes))
     assert lost is None if expected is None else expected in lost
 
 
 @pytest.mark.parametrize(
     "name", [name for name in LOST if name != "Gemma2"]
 )  # `choose` knows its caps
-def test_what_is_lost_in_bf16(name):
+def test_missing_feature_in_bf16(name):
     sizes, expected = LOST[name]
     attention_packed.register()
-    lost = self_check.what_is_lost(small(name, attention_packed.PACKED, **sizes).bfloat16())
+    lost = self_check.missing_feature(small(name, attention_packed.PACKED, **sizes).bfloat16())
     assert lost is None if expected is None else expected in lost
 
 
@@ -273,7 +273,7 @@ def test_a_model_that_stumbles_is_one_of_them(monkeypatch):
     attention_packed.register()
     lm = small("Llama", attention_packed.PACKED)
     monkeypatch.setattr(lm.model, "forward", lambda **inputs: inputs["attention_mask"].shape)
-    assert self_check.what_is_lost(lm) == "attention code of its own"
+    assert self_check.missing_feature(lm) == "attention code of its own"
 
 
 @pytest.mark.parametrize("name", [name for name in LOST if LOST[name][1]])
@@ -390,14 +390,14 @@ def without_groups(query, key, value, bounds, _, longest, __, *, scale=None, win
 @pytest.mark.parametrize("window", [None, 4])
 def test_the_flash_kernel_gets_lengths_window_and_groups(varlen, window, monkeypatch):
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
-    attention_packed._varlen_is_told.cache_clear()
+    attention_packed._varlen_has_gqa_option.cache_clear()
     bounds = torch.tensor([0, 9, 12, 18], dtype=torch.int32)
     query, key, value = (torch.randn(1, heads, 18, 8) for heads in (4, 2, 2))
     ours = attention_packed._varlen(query, key, value, 9, bounds, None, window)
     expected = attention_packed._per_segment(query, key, value, 0.0, bounds, None, window)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
     monkeypatch.undo()
-    attention_packed._varlen_is_told.cache_clear()
+    attention_packed._varlen_has_gqa_option.cache_clear()
 
 
 def test_mixed_precision_reaches_the_flash_kernel(monkeypatch, caplog):
@@ -409,14 +409,14 @@ def test_mixed_precision_reaches_the_flash_kernel(monkeypatch, caplog):
     attention_packed.register()
     lm.set_attn_implementation(attention_packed.PACKED)
     monkeypatch.setattr(
-        attention_packed, "flash_takes", lambda query, value: query.dtype == torch.bfloat16
+        attention_packed, "flash_supports", lambda query, value: query.dtype == torch.bfloat16
     )
     monkeypatch.setattr(
         attention_packed,
         "_varlen",
         lambda q, k, v, *_: seen.append((q.dtype, k.dtype)) or q.transpose(1, 2),
     )
-    attention_packed._tell.cache_clear()
+    attention_packed._log_kernel.cache_clear()
     with log_lines() as lines, torch.autocast("cpu", torch.bfloat16):
         hidden(lm, torch.arange(3, 10)[None], (3, 4))
     assert seen == [(torch.bfloat16, torch.bfloat16)] * 2
@@ -425,6 +425,6 @@ def test_mixed_precision_reaches_the_flash_kernel(monkeypatch, caplog):
     ]
 
 
-def test_flash_takes_nothing_on_a_cpu():
+def test_flash_supports_nothing_on_a_cpu():
     query = torch.zeros(1, 4, 3, 64, dtype=torch.bfloat16)
-    assert not attention_packed.flash_takes(query, query)
+    assert not attention_packed.flash_supports(query, query)

@@ -119,7 +119,7 @@ def test_lengths_are_not_read_from_the_device(monkeypatch):
     packed.register()
     lm.set_attn_implementation(packed.PACKED)
     monkeypatch.setattr(
-        cpu_kernel, "takes", lambda *_: False
+        cpu_kernel, "supports", lambda *_: False
     )  # as on a GPU without the flash kernel
     bounds = pack_kwargs((3, 4), torch.device("cpu"))
     inputs = {

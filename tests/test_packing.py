@@ -3,7 +3,7 @@ import time
 import numpy as np
 import pytest
 
-from lit_sft.data.packing import best_fit_decreasing, one_per_pack, pack_examples, refill
+from lit_sft.data.packing import best_fit_decreasing, one_per_pack, pack_examples, reshuffle
 
 
 def reference_best_fit(lengths, max_length):
@@ -50,13 +50,13 @@ def test_a_million_lengths_in_ten_seconds():
     assert packs.num_tokens(lengths).mean() / 2048 > 0.99
 
 
-def test_refilled_packs_have_the_same_sizes_and_other_contents():
+def test_reshuffled_packs_have_the_same_sizes_and_other_contents():
     lengths = np.random.default_rng(0).integers(5, 200, 400)
     packs = pack_examples(lengths, 512)
     assert len(packs) == len(best_fit_decreasing(lengths, 512)) and (packs.sizes >= lengths).all()
     contents = []
     for seed, epoch in ((1, 0), (1, 1), (2, 0), (1, 0)):
-        again = refill(packs, seed, epoch)
+        again = reshuffle(packs, seed, epoch)
         assert sorted(again.examples) == list(range(400))
         assert again.num_tokens(lengths).max() <= 512
         assert np.array_equal(again.num_tokens(packs.sizes), packs.num_tokens(packs.sizes))
@@ -65,6 +65,6 @@ def test_refilled_packs_have_the_same_sizes_and_other_contents():
     assert all(len(contents[0] & other) < 0.1 * len(packs) for other in contents[1:3])
 
 
-def test_without_packing_there_is_nothing_to_refill():
+def test_without_packing_there_is_nothing_to_reshuffle():
     packs = one_per_pack(5)
-    assert refill(packs, 0, 1) is packs
+    assert reshuffle(packs, 0, 1) is packs

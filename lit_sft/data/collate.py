@@ -1,5 +1,6 @@
-"""Examples to a batch: laid end to end, labels shifted. This is the only place where labels are
-shifted.
+"""Examples -> Batch: examples are laid end to end, and labels are shifted.
+
+This is the only place where labels are shifted.
 """
 
 from __future__ import annotations
@@ -13,39 +14,45 @@ import torch
 from lit_sft.types import IGNORE_INDEX, Batch
 
 FILLER_LENGTH = 2
-"""Tokens of the filler that a rank runs when a step has no rows left for it: it has no target, so
+"""Tokens of a filler: the batch of a rank for which the step has no pack left. It has no target, so
 it trains nothing.
 """
 
 Tokens = tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8], int]
-"""(input_ids [T], loss_mask [T], row) of one example."""
+"""(input_ids [T], loss_mask [T], row) of one example, as the cache stores it."""
 
 
 def collate(examples: Sequence[Tokens]) -> Batch:
-    """Lays examples end to end, without padding.
+    """Lays examples end to end, without padding, and shifts the labels.
 
     Args:
-        examples: Any number of (input_ids, loss_mask, row); none gives a filler without target.
+        examples: The examples of one forward pass. Without any, the batch is a filler.
 
     Returns:
-        A batch of one row (see `Batch`).
+        A batch of one row, in which `labels[t]` is the id after `input_ids[t]` (see `Batch`).
     """
     if not examples:
         zeros = np.zeros(FILLER_LENGTH)
         examples = [(zeros.astype(np.int32), zeros.astype(np.uint8), -1)]
-    lengths = tuple(len(input_ids) for input_ids, _, _ in examples)
+    input_ids = np.concatenate([ids for ids, _, _ in examples]).astype(np.int64)
+    loss_mask = np.concatenate([mask for _, mask, _ in examples])
+    lengths = tuple(len(ids) for ids, _, _ in examples)
+    # [S], the position after the last token of each example.
     ends = np.cumsum(lengths)
-    input_ids = np.concatenate([input_ids for input_ids, _, _ in examples]).astype(np.int64)
-    loss_mask = np.concatenate([loss_mask for _, loss_mask, _ in examples])
+
+    # Position t predicts token t + 1, if that token is a target.
     labels = np.full_like(input_ids, IGNORE_INDEX)
     labels[:-1] = np.where(loss_mask[1:], input_ids[1:], IGNORE_INDEX)
-    # The token behind the last one belongs to another example.
+    # The last token of an example must not predict the first token of the next one.
     labels[ends - 1] = IGNORE_INDEX
-    position_ids = np.arange(len(input_ids)) - np.repeat(ends - lengths, lengths)
+
+    starts = np.repeat(ends - lengths, lengths)
+    position_ids = np.arange(len(input_ids)) - starts
+    target_positions = np.flatnonzero(labels != IGNORE_INDEX)
     return Batch(
         input_ids=torch.from_numpy(input_ids)[None],
         labels=torch.from_numpy(labels)[None],
-        target_positions=torch.from_numpy(np.flatnonzero(labels != IGNORE_INDEX)),
+        target_positions=torch.from_numpy(target_positions),
         position_ids=torch.from_numpy(position_ids)[None],
         lengths=lengths,
         rows=tuple(row for _, _, row in examples),

@@ -1,4 +1,4 @@
-"""The loader that hands out batches, and knows how long it was waited for."""
+"""A DataLoader that measures how long training waits for data."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from lit_sft.types import Batch
 
 
 class TimedLoader(DataLoader[Batch]):
-    """A DataLoader that counts the seconds in which its next batch was not there yet."""
+    """A DataLoader that adds up the time until each batch is ready."""
 
     waited = 0.0
+    """Seconds that the consumer has waited for batches, since the loader was made."""
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         batches = super().__iter__()

@@ -1,18 +1,20 @@
-"""The global order: which pack is in which optimizer step, whatever the number of ranks, workers
-and micro-batches.
+"""The order of the training data: which pack is in which optimizer step.
 
-The permutation depends on (seed, epoch) only. Optimizer step s of an epoch takes its packs [s * G,
-(s + 1) * G); the ranks share that slice micro-batch by micro-batch. With G = 8, 2 ranks and
+Each epoch has one permutation of the P packs, which depends on (seed, epoch) only. Optimizer step s
+takes the entries [s * G, (s + 1) * G) of it, where G is the global batch size. So the content of a
+step does not depend on the number of ranks, workers or micro-batches, and a position (epoch,
+optimizer steps done in it) is valid for any number of ranks.
+
+The ranks divide the G packs of a step, micro-batch by micro-batch. With G = 8, 2 ranks and
 micro-batches of 2:
 
-    slice         p0 p1 | p2 p3 | p4 p5 | p6 p7
-    micro-batch     0   |   0   |   1   |   1
-    rank            0   |   1   |   0   |   1
+    packs of the step   p0 p1 | p2 p3 | p4 p5 | p6 p7
+    micro-batch           0   |   0   |   1   |   1
+    rank                  0   |   1   |   0   |   1
 
-So a position is (epoch, optimizer steps done in it), and holds for any number of ranks. Ranks wait
-for each other, so where costs are known the slice is sorted by them first, and each micro-batch
-dealt out there and back (p0 p3 to one rank, p1 p2 to the other): what runs at the same time costs
-about the same. The sum over the step is that of the slice.
+In every micro-batch the ranks wait for the slowest one. So if costs are given, the packs of a step
+are first sorted by cost, and each micro-batch is dealt in a zigzag: p0 p3 to rank 0, p1 p2 to rank
+1. That makes their costs about equal, and the step still has the same packs.
 """
 
 from __future__ import annotations
@@ -29,24 +31,26 @@ from lit_sft.errors import UserError
 
 @lru_cache(maxsize=2)
 def permutation(num_packs: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-    """The order of all packs in an epoch, [P]."""
+    """Returns the order of all packs in an epoch, [P]."""
     return np.random.default_rng([seed, epoch]).permutation(num_packs)
 
 
 @dataclass(frozen=True, slots=True)
 class StepOrder:
-    """How P packs fall into optimizer steps, micro-batches and ranks."""
+    """Assigns P packs to optimizer steps, micro-batches and ranks."""
 
     num_packs: int
     global_batch_size: int
-    """Packs per optimizer step over all ranks."""
+    """Packs per optimizer step, over all ranks."""
     micro_batch_size: int
     """Packs per forward pass on one rank."""
     world_size: int
+    """Number of ranks."""
     seed: int
     shuffle: bool = True
+    """Whether each epoch has a permutation of its own. False keeps the order of the packs."""
     costs: npt.NDArray[np.float64] | None = field(default=None, compare=False, repr=False)
-    """[P] of `Packs.costs`, the same in every epoch; None leaves each slice in its order."""
+    """[P] from `Packs.costs`, the same in every epoch. None deals the packs in their order."""
 
     def __post_init__(self) -> None:
         per_pass = self.micro_batch_size * self.world_size
@@ -65,80 +69,96 @@ class StepOrder:
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches per rank in a full optimizer step."""
+        """Micro-batches of each rank in a full optimizer step."""
         return self.global_batch_size // (self.micro_batch_size * self.world_size)
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps, the last of which may be partial."""
+        """Optimizer steps of an epoch. The last one may have fewer packs."""
         return -(-self.num_packs // self.global_batch_size)
 
     @property
     def batches_per_epoch(self) -> int:
-        """Forward passes of each rank; the same on all."""
-        full, rest = divmod(self.num_packs, self.global_batch_size)
-        return full * self.accumulation + -(-rest // (self.micro_batch_size * self.world_size))
+        """Forward passes of each rank in an epoch. It is the same number on all ranks."""
+        full_steps, packs_left = divmod(self.num_packs, self.global_batch_size)
+        packs_per_pass = self.micro_batch_size * self.world_size
+        partial_step = -(-packs_left // packs_per_pass)
+        return full_steps * self.accumulation + partial_step
 
     def packs(self, epoch: int, batch: int, rank: int) -> list[int]:
-        """Packs of one forward pass. Empty where the last step has none left for this rank: it must
-        still take part.
+        """Returns the packs of one forward pass.
+
+        The list is empty if the last, partial step has no pack left for this rank. The rank must
+        still take part in that step, with a filler (see `collate`).
 
         Args:
-            epoch: Counts from 0.
-            batch: Forward pass of this rank within the epoch, from 0.
+            epoch: Number of the epoch, from 0.
+            batch: Number of the forward pass of this rank within the epoch, from 0.
             rank: Rank, from 0.
         """
-        step, micro = divmod(batch, self.accumulation)
-        of_step = slice(
-            step * self.global_batch_size, min((step + 1) * self.global_batch_size, self.num_packs)
-        )
-        if self.shuffle:
-            chosen = permutation(self.num_packs, self.seed, epoch)[of_step]
-        else:
-            chosen = np.arange(of_step.start, of_step.stop)
+        step, micro_batch = divmod(batch, self.accumulation)
+        packs = self._packs_of_step(epoch, step)
         if self.costs is None:
-            start = (micro * self.world_size + rank) * self.micro_batch_size
-            return [int(pack) for pack in chosen[start : start + self.micro_batch_size]]
-        chosen = chosen[np.argsort(-self.costs[chosen], kind="stable")]
-        start = micro * self.world_size * self.micro_batch_size
-        mine = []
-        for row in range(self.micro_batch_size):
-            # Every second round is dealt backwards.
-            seat = self.world_size - 1 - rank if row % 2 else rank
-            place = start + row * self.world_size + seat
-            if place < len(chosen):
-                mine.append(int(chosen[place]))
-        return mine
+            first = (micro_batch * self.world_size + rank) * self.micro_batch_size
+            places = list(range(first, first + self.micro_batch_size))
+        else:
+            packs = packs[np.argsort(-self.costs[packs], kind="stable")]
+            places = self._zigzag_places(micro_batch, rank)
+        return [int(packs[place]) for place in places if place < len(packs)]
+
+    def _packs_of_step(self, epoch: int, step: int) -> npt.NDArray[np.int64]:
+        """The packs of an optimizer step over all ranks, [G], or fewer in the last step."""
+        first = step * self.global_batch_size
+        end = min(first + self.global_batch_size, self.num_packs)
+        if self.shuffle:
+            return permutation(self.num_packs, self.seed, epoch)[first:end]
+        return np.arange(first, end)
+
+    def _zigzag_places(self, micro_batch: int, rank: int) -> list[int]:
+        """Places of a rank's packs among those of a step, dealt in rounds of alternating direction.
+
+        With 2 ranks and micro-batches of 4, rank 0 gets the places 0, 3, 4, 7 of the first
+        micro-batch, and rank 1 gets 1, 2, 5, 6.
+        """
+        first = micro_batch * self.world_size * self.micro_batch_size
+        places = []
+        for dealt in range(self.micro_batch_size):
+            is_backward = dealt % 2 == 1
+            seat = self.world_size - 1 - rank if is_backward else rank
+            places.append(first + dealt * self.world_size + seat)
+        return places
 
     def limited_batches(self, limit: int | float | None) -> int:
-        """Forward passes of each rank in an epoch that ends after `limit` of them, or after that
-        share of it.
+        """Returns the forward passes of each rank in an epoch that is cut short.
+
+        Args:
+            limit: `trainer.limit_train_batches`: a number of forward passes (int), a share of the
+                epoch (float), or None for all of it.
         """
         if limit is None:
             return self.batches_per_epoch
-        return (
-            min(self.batches_per_epoch, limit)
-            if isinstance(limit, int)
-            else int(self.batches_per_epoch * limit)
-        )
+        if isinstance(limit, int):
+            return min(self.batches_per_epoch, limit)
+        return int(self.batches_per_epoch * limit)
 
-    def between_steps(
+    def validation_interval(
         self, interval: int | float, batches: int, each_epoch: bool = True
     ) -> int | float:
-        """When to validate, in whole optimizer steps.
+        """Returns when to validate: `trainer.val_check_interval`, in whole optimizer steps.
+
+        A run cannot be resumed from within an optimizer step, so a share of an epoch is rounded to
+        the end of a step.
 
         Args:
-            interval: Forward passes (int), or a share of the epoch (float; 1.0 is all of it).
+            interval: Number of forward passes (int), or share of the epoch (float, 1.0 is all).
             batches: Forward passes of the epoch.
-            each_epoch: Whether the interval is counted anew in each epoch, so that it must fit into
-                one.
+            each_epoch: Whether each epoch counts from 0. Then the interval must fit into an epoch.
 
         Returns:
-            Forward passes, or 1.0.
+            A number of forward passes, or 1.0 for the end of each epoch.
 
         Raises:
-            UserError: It ends within an optimizer step, from where a run could not go on, or after
-                the epoch.
+            UserError: The interval ends within an optimizer step, or is longer than the epoch.
         """
         if isinstance(interval, int) and each_epoch and interval > batches:
             raise UserError(
@@ -152,18 +172,19 @@ class StepOrder:
             )
         if isinstance(interval, int) or interval == 1.0:
             return interval
-        return max(1, round(interval * batches / self.accumulation)) * self.accumulation
+        steps = round(interval * batches / self.accumulation)
+        return max(1, steps) * self.accumulation
 
     def check_validations(self, by_clock: bool, over_epochs: bool) -> None:
-        """Refuses validations that would come on one rank before the other, or, other than by the
-        clock, within an optimizer step.
+        """Refuses validations at times on which the ranks or the optimizer steps do not agree.
 
         Args:
-            by_clock: They come after some time.
-            over_epochs: They come after some forward passes, counted over all epochs.
+            by_clock: Whether a validation is due after some time.
+            over_epochs: Whether it is due after some forward passes, counted over all epochs.
 
         Raises:
-            UserError: They would.
+            UserError: The clocks of several ranks would differ, or a validation would fall within
+                an optimizer step.
         """
         if by_clock and self.world_size > 1:
             raise UserError(
@@ -178,26 +199,25 @@ class StepOrder:
             )
 
     def batches_in_steps(self, steps: int) -> int:
-        """Forward passes of a rank in the first `steps` optimizer steps of an epoch."""
+        """Returns the forward passes of a rank in the first `steps` optimizer steps of an epoch."""
         return min(steps * self.accumulation, self.batches_per_epoch)
 
 
 class PositionSampler:
-    """A sampler of (epoch, forward pass) that starts where a run was stopped, without replaying
-    what came before.
+    """Yields (epoch, forward pass), from the position where a run was stopped.
 
-    Lightning calls `set_epoch` before each epoch. `len` is the whole epoch, as Lightning's progress
-    counters expect it.
+    Nothing before that position is replayed. Lightning calls `set_epoch` before each epoch. `len`
+    counts the whole epoch, because Lightning's progress counters include the skipped part.
     """
 
     def __init__(self, order: StepOrder) -> None:
         self.order = order
         self.epoch = 0
         self.start = (0, 0)
-        """(epoch, optimizer steps done in it) to go on from."""
+        """(epoch, optimizer steps done in it) where training begins."""
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the permutation of the coming epoch."""
+        """Sets the epoch that the next iteration yields."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -205,5 +225,6 @@ class PositionSampler:
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         epoch, steps = self.start
-        first = self.order.batches_in_steps(steps) if epoch == self.epoch else 0
+        is_resumed = epoch == self.epoch
+        first = self.order.batches_in_steps(steps) if is_resumed else 0
         return ((self.epoch, batch) for batch in range(first, len(self)))

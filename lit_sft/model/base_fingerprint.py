@@ -1,6 +1,4 @@
-"""The fingerprint of a frozen base: whether trained weights or an adapter lie over the base of
-their training.
-"""
+"""The fingerprint of a frozen base, which tells whether an adapter is used over the right one."""
 
 from __future__ import annotations
 
@@ -12,21 +10,19 @@ from typing import Any
 from lit_sft.errors import UserError
 
 SAMPLE = 4096
-"""Bytes of a sample of a weights file."""
+"""Bytes per sample of a weight file."""
 BASE_FILE = "base_fingerprint.json"
-"""In an adapter directory: the fingerprint of the base that it was trained over. Of lit_sft, not of
-peft.
-"""
+"""File of lit_sft in an adapter directory: the fingerprint of the base of its training."""
 SAMPLES = 64
-"""Samples of a file, evenly spread; the header (names, types, shapes) is read besides."""
+"""Samples per weight file, evenly spread. The header (names, types, shapes) is read, too."""
 
 
 def check_base(saved: str | None, current: str | None) -> None:
-    """Refuses trained weights over another frozen base than that of their training.
+    """Refuses a checkpoint that was trained over another frozen base.
 
     Args:
-        saved: Fingerprint of the base in the checkpoint; None where nothing was frozen.
-        current: Fingerprint of the base of the model.
+        saved: Fingerprint in the checkpoint. None if nothing was frozen.
+        current: Fingerprint of the base of the model. None if nothing is frozen.
 
     Raises:
         UserError: They differ.
@@ -39,11 +35,13 @@ def check_base(saved: str | None, current: str | None) -> None:
 
 
 def check_quantization(saved: str | None, current: str | None) -> None:
-    """Refuses to go on over the same base in other bits: its values, and so the loss, are others.
+    """Refuses to resume over the same base in another quantization.
+
+    Its values, and so the loss, would differ.
 
     Args:
-        saved: `model.quantization` of the run that is resumed.
-        current: That of this one.
+        saved: `model.quantization` of the checkpoint.
+        current: `model.quantization` of this run.
 
     Raises:
         UserError: They differ.
@@ -58,11 +56,11 @@ def check_quantization(saved: str | None, current: str | None) -> None:
 
 
 def record_base(adapter: Path, base: Path) -> None:
-    """Writes into an adapter directory which base it was trained over.
+    """Writes the fingerprint of its base into an adapter directory.
 
     Args:
-        adapter: Directory of the adapter.
-        base: Directory with the base's weights.
+        adapter: The adapter directory.
+        base: The directory with the weights of the base.
     """
     text = json.dumps({"base": _of_weights(base)}, indent=2)
     (adapter / BASE_FILE).write_text(f"{text}\n", encoding="utf-8")
@@ -72,15 +70,15 @@ def check_recorded_base(adapter: Path, base: str, base_name: str) -> bool:
     """Compares a base with the one that an adapter directory was trained over.
 
     Args:
-        adapter: Directory of the adapter.
+        adapter: The adapter directory.
         base: Fingerprint of the base of the model.
-        base_name: What the user calls that base.
+        base_name: The user's name of that base, for messages.
 
     Returns:
-        Whether the directory tells; one of peft's own does not.
+        Whether the directory has a fingerprint. A directory that peft wrote has none.
 
     Raises:
-        UserError: It is another base.
+        UserError: The adapter was trained over another base.
     """
     file = adapter / BASE_FILE
     if not file.is_file():
@@ -101,19 +99,17 @@ def check_recorded_base(adapter: Path, base: str, base_name: str) -> bool:
 
 
 def base_of(lm: Any, init: str, seed: int) -> str:
-    """Fingerprint of a causal LM as it was loaded, wherever its directory lies.
+    """Returns the fingerprint of a causal LM, wherever its directory is.
 
     Args:
-        lm: As transformers loaded it, from `lm.name_or_path`.
-        init: `pretrained`, or `random`: then config and seed are the base.
-        seed: Of random weights.
+        lm: The causal LM, loaded from `lm.name_or_path`.
+        init: `pretrained`, or `random`, where config and seed identify the base.
+        seed: Seed of random weights.
     """
     folder = Path(lm.name_or_path)
     if init == "random":
-        return (
-            f"random, seed {seed}, config"
-            f" {_short(hashlib.sha256((folder / 'config.json').read_bytes()))}"
-        )
+        config = _short(hashlib.sha256((folder / "config.json").read_bytes()))
+        return f"random, seed {seed}, config {config}"
     return _of_weights(folder)
 
 
@@ -122,11 +118,11 @@ def _of_weights(folder: Path) -> str:
 
 
 def fingerprint(folder: Path) -> str:
-    """A hash of the weights in a directory.
+    """Returns a hash of the weights in a directory.
 
-    Of each file it reads the size, the beginning (in safetensors the header: all names, types and
-    shapes) and 64 samples of 4 KiB: training changes them all, and a model of any size takes
-    milliseconds.
+    It reads the size of each file, its beginning (in safetensors the header with all names, types
+    and shapes) and 64 samples of 4 KiB. Training changes nearly every weight, so samples suffice,
+    and a model of any size takes milliseconds.
     """
     digest = hashlib.sha256()
     files = [*folder.glob("*.safetensors"), *folder.glob("*.gguf")]

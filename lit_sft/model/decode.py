@@ -1,4 +1,4 @@
-"""Token ids of an answer -> its text, with the model's thoughts between marks."""
+"""Token ids of an answer -> text, with the model's reasoning between tags."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _THOUGHTS = ("<think>", "</think>", "[THINK]", "[/THINK]")
-"""Marks that stay in the text of an answer, so that thoughts can be told from it; most tokenizers
-have them as text.
+"""Tags of reasoning. They stay in the text, so that reasoning and answer can be told apart. In most
+tokenizers they are plain text, in some they are special tokens.
 """
 _CHANNELS = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>")
 _CHANNEL = re.compile(
@@ -20,18 +20,23 @@ _CHANNEL = re.compile(
     r"|(?:<\|start\|>assistant)?<\|channel\|>(?:final|commentary)<\|message\|>|<\|start\|>assistant",
     re.DOTALL,
 )
-"""Headers of gpt-oss, which thinks in a message of its own, in the channel `analysis`, before the
-one to the user.
+"""Headers of gpt-oss. It writes its reasoning as a separate message in the channel `analysis`,
+before the message to the user.
 """
 
 
 def decode_completion(
     tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stop_ids: Sequence[int]
 ) -> str:
-    """The text of an answer, without its stop token and without special tokens.
+    """Returns the text of an answer, without its stop token and without special tokens.
 
-    Marks of thoughts stay, whatever they are to the tokenizer; what gpt-oss thinks is put between
-    `<think>` marks.
+    Tags of reasoning stay, even if they are special tokens. The reasoning of gpt-oss gets `<think>`
+    tags.
+
+    Args:
+        tokenizer: The tokenizer of the model.
+        ids: Token ids of the answer.
+        stop_ids: Ids of stop tokens; one at the end is dropped.
     """
     if not ids:
         return ""
@@ -43,28 +48,30 @@ def decode_completion(
     kept = [token_id for token_id in ids if token_id not in special or special[token_id] in marks]
     text = tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     assert isinstance(text, str)
-    return _thoughts_marked(text) if has_channels else text
+    return _with_think_tags(text) if has_channels else text
 
 
-def _thoughts_marked(text: str) -> str:
-    """An answer with the channels of gpt-oss -> the same with `<think>` marks."""
+def _with_think_tags(text: str) -> str:
+    """Replaces the channels of gpt-oss by `<think>` tags."""
 
-    def marked(channel: re.Match[str]) -> str:
+    def tagged(channel: re.Match[str]) -> str:
         thought = channel[1]
         return "" if thought is None else f"<think>{thought}</think>"
 
-    text = _CHANNEL.sub(marked, text)
+    text = _CHANNEL.sub(tagged, text)
     return re.sub("|".join(map(re.escape, _CHANNELS)), "", text)
 
 
 @lru_cache(maxsize=4)
 def _special_tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> dict[int, str]:
-    """Texts by id, collected once: some tokenizers have hundreds. `size` tells when there are new
-    ones.
+    """The texts of special tokens by id. Cached, because some tokenizers have hundreds.
+
+    Args:
+        tokenizer: The tokenizer.
+        size: Its length, which changes with new tokens and so refreshes the cache.
     """
     special = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
-    return special | {
-        index: str(token)
-        for index, token in tokenizer.added_tokens_decoder.items()
-        if token.special
-    }
+    for index, token in tokenizer.added_tokens_decoder.items():
+        if token.special:
+            special[index] = str(token)
+    return special

@@ -1,4 +1,4 @@
-"""Evaluation mode for the time of a block."""
+"""Evaluation mode for a `with` block."""
 
 from __future__ import annotations
 
@@ -10,12 +10,7 @@ from torch import nn
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Switches a model to evaluation mode; afterwards every module is in the mode that it had
-    before.
-
-    Args:
-        model: Its modules may be in different modes.
-    """
+    """Switches a model to evaluation mode, and restores the mode of every module afterwards."""
     in_training = [module for module in model.modules() if module.training]
     model.eval()
     try:

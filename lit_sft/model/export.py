@@ -1,6 +1,4 @@
-"""A trained model -> a plain Hugging Face directory that transformers (or peft) loads without
-us.
-"""
+"""A trained model -> a Hugging Face directory, which transformers or peft load without lit_sft."""
 
 from __future__ import annotations
 
@@ -27,35 +25,34 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-# What only sampling reads; `save_pretrained` refuses a greedy generation config that has them.
+# Only sampling reads these. `save_pretrained` refuses a greedy generation config that has them.
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
-# These start values are taken out of the base weights, which are then no longer those the adapter's
-# base has on disk.
+# These start values of adapters change the base weights, which then differ from those on disk.
 _INIT_CHANGES_BASE = ("pissa", "olora")
 
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """How an exported model is talked to: what is written beside its weights."""
+    """What is exported beside the weights, so that others prompt the model as we do."""
 
     tokenizer: PreTrainedTokenizerBase
-    """Written as it is, but for the template."""
+    """Written unchanged, except for its chat template."""
     stop_ids: Sequence[int]
-    """Ids that end an answer, for `generation_config.json`: plain `generate` then stops where ours
-    does.
+    """Ids that end an answer. In `generation_config.json` they make transformers' `generate` stop
+    where ours does.
     """
     chat_template: str | None = None
-    """The template of the training; None for the tokenizer's own."""
+    """The chat template of the training. None for the tokenizer's own."""
 
 
 @dataclass(frozen=True)
 class AdapterBase:
-    """Where whoever loads an exported adapter finds its base."""
+    """The base that an exported adapter names in its config."""
 
     name_or_path: str
     """Hub id or directory."""
     revision: str | None = None
-    """Of a hub id."""
+    """Branch, tag or commit of a hub id."""
 
 
 def export_hf(
@@ -68,26 +65,25 @@ def export_hf(
     state_dict: Mapping[str, Tensor] | None = None,
     check: Callable[[Path], None] | None = None,
 ) -> None:
-    """Writes weights (or an adapter), tokenizer, chat template and generation config; all of it or
-    nothing.
+    """Writes weights or adapter, tokenizer, chat template and generation config, all or nothing.
 
-    The directory is written under another name and renamed when it is complete; an earlier export
-    is replaced. Where the base of an adapter is nowhere else (random init, or start values that
+    The directory is written under another name, and renamed when it is complete. An earlier export
+    is replaced. If the base of an adapter exists nowhere else (random weights, or start values that
     changed it), it is written to `base/`. An adapter gets the fingerprint of its base.
 
     Args:
-        model: The causal LM, or the adapted model around it.
+        model: The causal LM, or the `PeftModel` around it.
         chat: Tokenizer, chat template and stop tokens.
-        output_dir: Where to.
-        base: The base of an adapter; None where it was made here.
-        dtype: Type of the written weights of a whole model; None keeps theirs.
-        state_dict: Full tensors by the names of the causal LM's own `state_dict()`, where the
-            weights are sharded.
-        check: Called with the directory; if it raises, the directory goes and an earlier export is
-            back.
+        output_dir: The directory to write.
+        base: The base of an adapter. None if it exists nowhere else.
+        dtype: Dtype of the written weights of a whole model. None keeps theirs.
+        state_dict: If the weights are sharded, the full tensors, by the names in the causal LM's
+            own `state_dict()`.
+        check: Called with the directory. If it raises, the directory is removed and an earlier
+            export restored.
 
     Raises:
-        UserError: If the directory holds something that must not be replaced.
+        UserError: The directory holds something that must not be replaced.
     """
     target = Path(output_dir)
     lm = causal_lm(model)
@@ -102,7 +98,7 @@ def export_hf(
             _save_model(lm, state, staging, settings, dtype)
         else:
             base_directory = Path(lm.name_or_path)
-            if base is None or _start_changed_base(model):
+            if base is None or _init_changed_base(model):
                 base_directory = staging / "base"
                 _save_model(lm, _base_state(state), base_directory, settings, None)
                 tokenizer.save_pretrained(base_directory)
@@ -117,27 +113,31 @@ def export_hf(
 
 
 def is_adapted(model: Any) -> bool:
-    """Whether this is peft's wrapper around a model."""
-    # And not PeftModel, whose import takes seconds.
+    """Whether this is a `PeftModel`."""
+    # It does not ask for PeftModel, whose import takes seconds.
     from transformers import PreTrainedModel
 
     return not isinstance(model, PreTrainedModel)
 
 
 def causal_lm(model: Any) -> Any:
-    """The causal LM: the model itself, or the one that adapters were put into."""
-    return model.get_base_model() if is_adapted(model) else model
+    """Returns the causal LM: the model itself, or the one inside a `PeftModel`."""
+    if is_adapted(model):
+        return model.get_base_model()
+    return model
 
 
 def _peft_config(model: Any) -> Any:
     return model.peft_config["default"]
 
 
-def _start_changed_base(model: Any) -> bool:
+def _init_changed_base(model: Any) -> bool:
+    """Whether the start values of the adapter changed the base weights."""
     return str(_peft_config(model).init_lora_weights).startswith(_INIT_CHANGES_BASE)
 
 
 def _generation_config(lm: PreTrainedModel, chat: ChatFormat) -> GenerationConfig:
+    """The model's generation config, with the stop and pad tokens of the chat format."""
     config: Any = copy.deepcopy(lm.generation_config)
     stops = [int(token_id) for token_id in chat.stop_ids]
     config.eos_token_id = stops[0] if len(stops) == 1 else stops or None
@@ -155,60 +155,68 @@ def _save_model(
     settings: GenerationConfig,
     dtype: torch.dtype | None,
 ) -> None:
-    # Weights gathered from shards are copies, in which transformers cannot see that they are tied.
-    if lm.config.get_text_config().tie_word_embeddings:
-        state = {
-            name: value for name, value in state.items() if name not in lm.all_tied_weights_keys
-        }
-    if dtype is not None:
-        state = {
-            name: value.to(dtype) if value.is_floating_point() else value
-            for name, value in state.items()
-        }
+    """Writes a whole model.
+
+    Args:
+        lm: The causal LM. Its settings are changed while it is written.
+        state: Its tensors.
+        directory: The directory to write.
+        settings: The generation config to write.
+        dtype: Dtype of the written weights. None keeps theirs.
+    """
     config = lm.config.get_text_config()
+    # Weights gathered from shards are copies, so transformers cannot detect that they are tied.
+    left_out = lm.all_tied_weights_keys if config.tie_word_embeddings else ()
+    written = {}
+    for name, value in state.items():
+        if name in left_out:
+            continue
+        is_cast = dtype is not None and value.is_floating_point()
+        written[name] = value.to(dtype) if is_cast else value
     in_training = lm.generation_config, getattr(config, "use_cache", None)
-    lm.generation_config, config.use_cache = settings, True
-    # With it, transformers would not look at `state_dict`.
+    lm.generation_config = settings
+    config.use_cache = True
+    # With a quantizer, transformers would ignore `state_dict`.
     quantizer = vars(lm).pop("hf_quantizer", None)
     try:
-        lm.save_pretrained(directory, state_dict=state)
+        lm.save_pretrained(directory, state_dict=written)
     finally:
         lm.generation_config, config.use_cache = in_training
         if quantizer is not None:
             lm.hf_quantizer = quantizer
     if dtype is not None:
-        written = json.loads((directory / "config.json").read_text())
-        written["dtype"] = str(dtype).removeprefix("torch.")
-        (directory / "config.json").write_text(json.dumps(written, indent=2) + "\n")
+        saved_config = json.loads((directory / "config.json").read_text())
+        saved_config["dtype"] = str(dtype).removeprefix("torch.")
+        (directory / "config.json").write_text(json.dumps(saved_config, indent=2) + "\n")
 
 
 def _base_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The base's own tensors, under the names they had before adapters were put around its
-    layers.
-    """
-    added = (".lora_", ".modules_to_save.", ".trainable_tokens_")
-    own = {name: value for name, value in state.items() if not any(part in name for part in added)}
-    return {
-        re.sub(r"\.(token_adapter\.base_layer|base_layer|original_module)\.", ".", name): own[name]
-        for name in own
-    }
+    """The tensors of the base, by the names that they had before peft wrapped its layers."""
+    of_adapter = (".lora_", ".modules_to_save.", ".trainable_tokens_")
+    wrappers = re.compile(r"\.(token_adapter\.base_layer|base_layer|original_module)\.")
+    base = {}
+    for name, value in state.items():
+        if not any(part in name for part in of_adapter):
+            base[wrappers.sub(".", name)] = value
+    return base
 
 
 def _save_adapter(
     model: Any, state: Mapping[str, Tensor], directory: Path, base: AdapterBase
 ) -> None:
+    """Writes the adapter weights, and a config that names the base."""
     config = _peft_config(model)
     before = config.base_model_name_or_path, config.init_lora_weights
     config.base_model_name_or_path = base.name_or_path
     config.revision = base.revision
-    if _start_changed_base(model):
-        # Otherwise loading would change the saved base once more.
+    if _init_changed_base(model):
+        # Otherwise loading the adapter would change the saved base again.
         config.init_lora_weights = True
     try:
         model.save_pretrained(
             str(directory),
             state_dict={f"base_model.model.{name}": value for name, value in state.items()},
-            # `auto` asks the hub for the base's config.
+            # The default `auto` would ask the hub for the base's config.
             save_embedding_layers=False,
         )
     finally:
@@ -216,15 +224,16 @@ def _save_adapter(
 
 
 def _check_target(target: Path, source: str | None) -> None:
-    """Refuses to replace the directory that the model came from, and directories that hold no
-    model.
-    """
+    """Refuses to replace the directory of the base, and directories that hold no model."""
     if source and Path(source).exists() and Path(source).resolve().is_relative_to(target.resolve()):
         raise UserError(
             f"the export would replace {target}, which holds the base model: set another output_dir"
         )
-    ours = any((target / name).is_file() for name in ("config.json", "adapter_config.json"))
-    if target.exists() and not (target.is_dir() and (ours or not any(target.iterdir()))):
+    if not target.exists():
+        return
+    holds_model = any((target / name).is_file() for name in ("config.json", "adapter_config.json"))
+    is_replaceable = target.is_dir() and (holds_model or not any(target.iterdir()))
+    if not is_replaceable:
         raise UserError(
             f"{target} exists and is no model directory, so it is not replaced: set another"
             " output_dir"
@@ -233,7 +242,10 @@ def _check_target(target: Path, source: str | None) -> None:
 
 @contextmanager
 def _replaced_when_complete(target: Path, check: Callable[[Path], None] | None) -> Iterator[Path]:
-    """A directory beside `target` that takes its place at the end, or vanishes after an error."""
+    """Yields a directory beside `target`, which replaces it at the end.
+
+    After an error, in the block or in `check`, the directory is removed and `target` is as before.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     new, old = scratch / "new", scratch / "old"

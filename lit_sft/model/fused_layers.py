@@ -1,10 +1,9 @@
-"""Norms, gated activations and adapted linear layers of a decoder block, each in one step that
-keeps less for backward.
+"""Fused RMS norms, gated MLPs and LoRA layers, which save less for the backward pass.
 
-Transformers and peft write them as chains of operations, and under autocast as many copies in fp32
-and bf16. The arithmetic here is the same, the forward pass rounds where theirs does or later; only
-less is written, cast and kept. A module that computes anything else than expected, by a comparison
-on a few numbers, stays as it is.
+In transformers and peft these are chains of operations, with many copies in fp32 and bf16 under
+autocast. The arithmetic here is the same, and the forward pass rounds where theirs does, or later.
+But less is written, cast and saved. `fuse_blocks` compares every module with its replacement on a
+few numbers, and leaves a module alone that computes something else.
 
 Letters: T tokens, D hidden size, I size between the gated products, R rank of an adapter.
 """
@@ -28,14 +27,17 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PRE_NORMS = {"input_layernorm", "post_attention_layernorm"}
-"""A block with these two norms feeds them to linear layers only (Llama, Mistral, Qwen): they may
-write the type that autocast computes in, which saves a cast per linear layer, and its copy.
+"""The norms of a block in Llama, Mistral and Qwen. If a block has no others, only linear layers
+read their output. So they may write it in autocast's dtype, which saves a cast and a copy per
+linear layer.
 """
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Keeps the input and one number per token, where autograd would keep the input, its square
-    root chain, the normalized input and a copy in compute type per linear layer that reads it.
+    """RMS norm that saves its input and one number per token.
+
+    Autograd would save the input, intermediate results, the normalized input, and a cast copy for
+    each linear layer that reads it.
     """
 
     @staticmethod
@@ -43,9 +45,9 @@ class _RMSNorm(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype
     ) -> Tensor:
         x = hidden.float()
-        scale = torch.rsqrt(
-            torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps)
-        )
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        mean_square = norm.square_().div_(x.shape[-1])
+        scale = torch.rsqrt(mean_square.add_(eps))
         ctx.save_for_backward(hidden, weight, scale)
         return torch.mul((x * scale).to(hidden.dtype), weight).to(out_dtype)
 
@@ -53,19 +55,19 @@ class _RMSNorm(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, scale = ctx.saved_tensors
-        grad, normed = grad.float(), hidden.float() * scale
-        grad_weight = (
-            (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
-            if ctx.needs_input_grad[1]
-            else None
-        )
+        grad = grad.float()
+        normed = hidden.float() * scale
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
         grad = grad * weight
         mean = torch.linalg.vecdot(grad, normed)[..., None].div_(grad.shape[-1])
-        return grad.sub_(normed.mul_(mean)).mul_(scale).to(hidden.dtype), grad_weight, None, None
+        grad_hidden = grad.sub_(normed.mul_(mean)).mul_(scale).to(hidden.dtype)
+        return grad_hidden, grad_weight, None, None
 
 
 class _GatedSiLU(torch.autograd.Function):
-    """`silu(gate) * up`; keeps its two inputs only."""
+    """`silu(gate) * up`, which saves only its two inputs."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
@@ -76,17 +78,20 @@ class _GatedSiLU(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+        grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
+        grad_up = F.silu(gate).mul_(grad)
+        return grad_gate, grad_up
 
 
 class _GatedDown(torch.autograd.Function):
-    """`(silu(gate) * up) @ weight.T`; makes the product of the two again in the backward pass, for
-    two element-wise operations, where the linear layer would keep it: a third of what an MLP keeps.
+    """`(silu(gate) * up) @ weight.T`, which recomputes `silu(gate) * up` in the backward pass.
+
+    That costs two element-wise operations, and saves a third of the activations of an MLP.
     """
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
-        # As autocast does.
+        # The cast that autocast makes.
         compute_weight = weight.to(gate.dtype)
         ctx.save_for_backward(gate, up, compute_weight)
         ctx.weight_dtype = weight.dtype
@@ -102,13 +107,17 @@ class _GatedDown(torch.autograd.Function):
             product = (activated * up).flatten(0, -2)
             grad_weight = (grad.flatten(0, -2).T @ product).to(ctx.weight_dtype)
         grad = grad @ weight
-        return torch.ops.aten.silu_backward(grad * up, gate), activated.mul_(grad), grad_weight
+        grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
+        grad_up = activated.mul_(grad)
+        return grad_gate, grad_up, grad_weight
 
 
 class _LoraLinear(torch.autograd.Function):
-    """`x @ weight.T + scaling * x @ A.T @ B.T` over a frozen weight; keeps its input as it came,
-    once for all layers that read it (q, k and v), where peft keeps a copy for each, and adds the
-    adapter to the output within its product, where peft writes the output three times more.
+    """`x @ weight.T + scaling * x @ A.T @ B.T` over a frozen weight.
+
+    It saves its input without a cast, so that layers with the same input (q, k and v) share it;
+    peft saves a copy for each. It adds the adapter within the matrix product; peft writes the
+    output three times more.
     """
 
     @staticmethod
@@ -122,14 +131,16 @@ class _LoraLinear(torch.autograd.Function):
         scaling: float,
     ) -> Tensor:
         ctx.adapter_dtype, ctx.scaling = a.dtype, scaling
-        # As autocast does.
+        # The casts that autocast makes.
         weight, a, b = (w.to(x.dtype) for w in (weight, a, b))
+        if bias is not None:
+            bias = bias.to(x.dtype)
         rows = x.flatten(0, -2)
         # [T, R].
         low = rows @ a.T
         ctx.save_for_backward(x, weight, a, b, low)
-        out = F.linear(rows, weight, None if bias is None else bias.to(x.dtype))
-        # not in place: selective checkpointing may keep the product
+        out = F.linear(rows, weight, bias)
+        # Not in place: selective checkpointing may save `out`.
         return torch.addmm(out, low, b.T, alpha=scaling).unflatten(0, x.shape[:-1])
 
     @staticmethod
@@ -148,6 +159,13 @@ class _LoraLinear(torch.autograd.Function):
 
 
 def _norm_forward(norm: Any, feeds_linear: bool) -> Callable[[Tensor], Tensor]:
+    """Makes the forward pass of an RMS norm.
+
+    Args:
+        norm: The norm.
+        feeds_linear: Whether only linear layers read its output (see `PRE_NORMS`).
+    """
+
     def forward(hidden_states: Tensor) -> Tensor:
         kind = hidden_states.device.type
         if feeds_linear and torch.is_autocast_enabled(kind):
@@ -161,15 +179,16 @@ def _norm_forward(norm: Any, feeds_linear: bool) -> Callable[[Tensor], Tensor]:
 
 
 def _mlp_forward(mlp: Any) -> Callable[[Tensor], Tensor]:
+    """Makes the forward pass of an MLP that is gated by SiLU."""
+
     def forward(x: Tensor) -> Tensor:
         gate, up, down = mlp.gate_proj(x), mlp.up_proj(x), mlp.down_proj
-        # torch has no public way to ask whether a module has hooks, which only a call of the module
-        # itself runs.
+        # Hooks run only if the module itself is called. torch has no public way to ask for them.
         is_observed = bool(down._forward_hooks)
-        if type(down) is nn.Linear and down.bias is None and not is_observed:
+        is_plain = type(down) is nn.Linear and down.bias is None
+        if is_plain and not is_observed:
             out: Tensor = _GatedDown.apply(gate, up, down.weight)
         else:
-            # Adapted, quantized or observed.
             out = down(_GatedSiLU.apply(gate, up))
         return out
 
@@ -177,21 +196,20 @@ def _mlp_forward(mlp: Any) -> Callable[[Tensor], Tensor]:
 
 
 def _lora_forward(layer: Any) -> Callable[..., Tensor]:
-    plain = layer.forward
+    """Makes the forward pass of peft's LoRA layer; what is not plain LoRA is left to peft."""
+    own_forward = layer.forward
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        base, name, autocast = (
-            layer.base_layer,
-            _plain_adapter(layer),
-            torch.is_autocast_enabled(x.device.type),
-        )
+        base = layer.base_layer
+        name = _plain_adapter(layer)
         if name is None or args or kwargs:
-            return plain(x, *args, **kwargs)  # type: ignore[no-any-return]
+            return own_forward(x, *args, **kwargs)  # type: ignore[no-any-return]
         a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-        if not autocast and not x.dtype == base.weight.dtype == a.dtype:
-            # Fp32 adapters compute in fp32.
-            return plain(x)  # type: ignore[no-any-return]
-        x = x.to(torch.get_autocast_dtype(x.device.type)) if autocast else x
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        elif not x.dtype == base.weight.dtype == a.dtype:
+            # Without autocast, peft computes fp32 adapters in fp32.
+            return own_forward(x)  # type: ignore[no-any-return]
         out: Tensor = _LoraLinear.apply(x, base.weight, base.bias, a, b, layer.scaling[name])
         return out
 
@@ -199,87 +217,112 @@ def _lora_forward(layer: Any) -> Callable[..., Tensor]:
 
 
 def _plain_adapter(layer: Any) -> str | None:
-    """Name of the one adapter of a layer of peft that computes nothing else than LoRA; None as soon
-    as it does.
+    """Returns the name of the adapter if a layer of peft computes plain LoRA, else None.
+
+    Plain LoRA is one active adapter without dropout, bias or variant (DoRA), over a frozen linear
+    layer.
     """
-    base, names = layer.base_layer, layer.active_adapters
+    base = layer.base_layer
+    names = layer.active_adapters
     if len(names) != 1 or names[0] not in layer.lora_A or layer.disable_adapters or layer.merged:
         return None
     name = names[0]
-    adds_only = name not in layer.lora_variant and type(layer.lora_dropout[name]) is nn.Identity
-    frozen = type(base) is nn.Linear and not any(p.requires_grad for p in base.parameters())
-    return name if adds_only and frozen and layer.lora_B[name].bias is None else None
+    if name in layer.lora_variant or type(layer.lora_dropout[name]) is not nn.Identity:
+        return None
+    if layer.lora_B[name].bias is not None or type(base) is not nn.Linear:
+        return None
+    is_frozen = not any(parameter.requires_grad for parameter in base.parameters())
+    return name if is_frozen else None
 
 
 def fuse_blocks(lm: PreTrainedModel, known: Collection[str] | None = None) -> list[str]:
-    """Replaces the forward passes of RMS norms, SiLU-gated MLPs and LoRA layers in place; names of
-    parameters stay.
+    """Replaces the forward passes of RMS norms, gated MLPs and LoRA layers, in place.
+
+    The modules and the names of their parameters stay.
 
     Args:
-        lm: Causal LM.
-        known: Names of the modules that another rank has compared, where this one has no weights
-            yet.
+        lm: The causal LM.
+        known: Names of the modules to replace, as rank 0 has found them, if this rank has no
+            weights yet. None compares every module with its replacement.
 
     Returns:
-        Names of the modules that were replaced.
+        Names of the modules whose forward pass was replaced.
     """
-    feeding = {
-        id(child)
-        for module in lm.modules()
-        for name, child in module.named_children()
-        if name in PRE_NORMS
-        and {n for n, _ in module.named_children() if n.endswith("norm")} == PRE_NORMS
-    }
+    feeding_linear = _norms_before_linear(lm)
     replaced = []
     for name, module in lm.named_modules():
-        if type(module).__name__.endswith("RMSNorm") and "variance_epsilon" in vars(module):
-            width, forward = module.weight.shape[-1], _norm_forward(module, id(module) in feeding)
-        elif {"gate_proj", "up_proj", "down_proj", "act_fn"} <= {
-            child for child, _ in module.named_children()
-        }:
-            width, forward = getattr(module.gate_proj, "in_features", 0), _mlp_forward(module)
-        elif (type(module).__module__, type(module).__name__) == (
-            "peft.tuners.lora.layer",
-            "Linear",
-        ):
-            width, forward = module.in_features, _lora_forward(module)
-        else:
+        found = _fused_forward(module, feeds_linear=id(module) in feeding_linear)
+        if found is None:
             continue
-        if name in known if known is not None else _same(module, forward, int(width)):
+        forward, width = found
+        if known is not None:
+            is_exact = name in known
+        else:
+            is_exact = _gives_same_output(module, forward, width)
+        if is_exact:
             module.forward = forward  # type: ignore[method-assign, assignment]
             replaced.append(name)
     return replaced
 
 
+def _norms_before_linear(lm: nn.Module) -> set[int]:
+    """The ids of the norms whose output only linear layers read (see `PRE_NORMS`)."""
+    found = set()
+    for module in lm.modules():
+        children = dict(module.named_children())
+        norms = {name for name in children if name.endswith("norm")}
+        if norms == PRE_NORMS:
+            found |= {id(children[name]) for name in norms}
+    return found
+
+
+def _fused_forward(module: Any, feeds_linear: bool) -> tuple[Callable[..., Tensor], int] | None:
+    """Returns a fused forward pass for a module, and the width of its input; None for others."""
+    kind = type(module)
+    children = {name for name, _ in module.named_children()}
+    if kind.__name__.endswith("RMSNorm") and "variance_epsilon" in vars(module):
+        return _norm_forward(module, feeds_linear), int(module.weight.shape[-1])
+    if {"gate_proj", "up_proj", "down_proj", "act_fn"} <= children:
+        return _mlp_forward(module), int(getattr(module.gate_proj, "in_features", 0))
+    # By its name, because the import of peft takes seconds.
+    if (kind.__module__, kind.__name__) == ("peft.tuners.lora.layer", "Linear"):
+        return _lora_forward(module), int(module.in_features)
+    return None
+
+
 def unfuse_blocks(lm: PreTrainedModel, names: Collection[str]) -> None:
-    """Gives the modules that `fuse_blocks` named their own forward passes back, which round
-    otherwise in 16 bits.
+    """Restores the own forward passes of modules, which round differently in 16 bits.
+
+    Args:
+        lm: The causal LM.
+        names: The result of `fuse_blocks`.
     """
     for name in names:
         del lm.get_submodule(name).forward
 
 
 @torch.no_grad()
-def _same(module: nn.Module, forward: Callable[[Tensor], Tensor], width: int) -> bool:
-    """Whether both give the same for a few numbers; adapters with other numbers than the zeros that
-    they start with.
+def _gives_same_output(module: nn.Module, forward: Callable[[Tensor], Tensor], width: int) -> bool:
+    """Whether a module and its fused forward pass agree on a few numbers.
+
+    Adapters get other values meanwhile: they start at zero, and would hide a difference.
     """
     weight = next(module.parameters())
     if width == 0 or weight.is_meta:
         return False
-    x = torch.linspace(-2, 2, 2 * width, device=weight.device).view(1, 2, width)
-    x = x.to(weight.dtype if weight.is_floating_point() else torch.get_default_dtype())
+    # Quantized weights are integers.
+    dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
+    x = torch.linspace(-2, 2, 2 * width, device=weight.device).view(1, 2, width).to(dtype)
     adapters = [b.weight for b in getattr(module, "lora_B", {}).values()]
     starts = [b.clone() for b in adapters]
     for b in adapters:
         b.copy_(torch.linspace(-1, 1, b.numel(), device=b.device).view_as(b))
-    # Computes as autocast says, and only there.
+    # Adapters of another dtype than their base are fused under autocast only.
     mixed = any(b.dtype != weight.dtype for b in adapters)
     with evaluation_mode(module), torch.autocast(weight.device.type, torch.bfloat16, enabled=mixed):
         own, ours = module(x), forward(x)
     for b, start in zip(adapters, starts, strict=True):
         b.copy_(start)
     tolerance = 1e-5 if own.dtype == torch.float32 else 2e-2
-    return torch.allclose(
-        own.float(), ours.float(), rtol=tolerance, atol=tolerance * float(own.abs().max())
-    )
+    atol = tolerance * float(own.abs().max())
+    return torch.allclose(own.float(), ours.float(), rtol=tolerance, atol=atol)

@@ -1,4 +1,4 @@
-"""Prompts -> completions, many at a time, greedy by default.
+"""Prompts -> completions, in batches.
 
 Letters: B prompts, T tokens of the longest prompt, R answers per prompt.
 """
@@ -28,22 +28,20 @@ if TYPE_CHECKING:
 
 @dataclass
 class GenerationOptions:
-    """How answers are written. Greedy means greedy: nothing is taken from the model's own
-    generation config.
-    """
+    """Length and sampling of answers. Nothing is taken from the model's own generation config."""
 
     max_new_tokens: int = 100
-    """An answer ends here at the latest."""
+    """Maximum number of tokens of an answer."""
     do_sample: bool = False
-    """false: the most likely token each time. true: tokens are drawn, as the options below say."""
+    """Draw each token at random (true), or take the most likely one (false)."""
     temperature: float = 1.0
-    """Logits are divided by it before a token is drawn."""
+    """Divide the logits by this before a token is drawn."""
     top_p: float = 1.0
-    """Only the most likely tokens that together have this probability are drawn from."""
+    """Draw only from the most likely tokens that together have this probability."""
     top_k: int | None = None
-    """Only so many of the most likely tokens are drawn from; null for all."""
+    """Draw only from this number of most likely tokens. null draws from all."""
     num_return_sequences: int = 1
-    """Answers per prompt."""
+    """Number of answers per prompt."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -85,8 +83,12 @@ def stop_token_ids(
     generation_config: GenerationConfig | None,
     extra: Iterable[int] = (),
 ) -> list[int]:
-    """Every id that ends an answer: eos of tokenizer and generation config, and `extra` (ends of
-    turn); sorted.
+    """Returns all ids that end an answer, sorted.
+
+    Args:
+        tokenizer: Its eos token is one.
+        generation_config: Its eos tokens are some.
+        extra: Further ids, such as those of end-of-turn tokens.
     """
     stops = {int(token_id) for token_id in extra}
     if tokenizer.eos_token_id is not None:
@@ -98,20 +100,24 @@ def stop_token_ids(
 
 
 def left_pad(prompt_ids: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Makes prompts one rectangle that ends where the answers begin.
+    """Pads prompts on the left, so that all end where the answers begin.
 
     Args:
         prompt_ids: B lists of token ids, none of them empty.
-        pad_id: Id of the filling; what it is does not matter, as nothing looks at it.
+        pad_id: Id of the padding. Any id works, because nothing attends to it.
 
     Returns:
-        input_ids [B, T] and attention_mask [B, T], both int64; the mask is 0 on the padding.
+        input_ids [B, T] and attention_mask [B, T], both int64. The mask is 0 on the padding.
     """
     assert prompt_ids and all(prompt_ids)
     width = max(map(len, prompt_ids))
-    input_ids = torch.tensor([[pad_id] * (width - len(ids)) + list(ids) for ids in prompt_ids])
-    attention_mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids])
-    return input_ids, attention_mask
+    input_ids = []
+    attention_mask = []
+    for ids in prompt_ids:
+        padding = width - len(ids)
+        input_ids.append([pad_id] * padding + list(ids))
+        attention_mask.append([0] * padding + [1] * len(ids))
+    return torch.tensor(input_ids), torch.tensor(attention_mask)
 
 
 @torch.no_grad()
@@ -126,28 +132,30 @@ def generate(
     synced: bool = False,
     entry: Callable[..., Tensor] | None = None,
 ) -> list[list[int]]:
-    """Completes a batch of prompts; in fp32 each text is what the prompt alone would give.
+    """Completes a batch of prompts.
 
-    The model may be in the middle of training: modes and settings are put back as they were.
+    In fp32, an answer does not depend on the other prompts of the batch. The model may be in the
+    middle of training: modes and settings are restored.
 
     Args:
-        lm: Causal LM on the device of the inputs; adapters have to be inside it, not around it.
+        lm: The causal LM, on the device of the inputs. It may contain adapters, but must not be a
+            `PeftModel`.
         input_ids: [B, T] int64, padded on the left.
         attention_mask: [B, T] int64, 0 on the padding.
         options: Length and sampling.
         stop_ids: An answer ends with the first of these ids.
-        pad_id: Id that fills answers which end early.
-        synced: Set where all ranks share the weights (sharding): a rank that is done keeps calling
-            the model until the last one is.
-        entry: Called in place of `lm.generate`, with the same arguments: where the weights are
-            sharded, the method of the wrapper that gathers them.
+        pad_id: Id that fills up answers that end early.
+        synced: Whether the weights are sharded. Then a rank that is done keeps calling the model
+            until all ranks are done.
+        entry: Called in place of `lm.generate`, with the same arguments. If the weights are
+            sharded, this is the method for which they are gathered.
 
     Returns:
-        B * R lists of new ids, the R answers of a prompt together, each up to and including its
-        stop id.
+        B * R lists of new ids, each up to and including its stop id. The R answers of a prompt
+        follow each other.
 
     Raises:
-        UserError: If a prompt leaves no room for the answer in the model's context.
+        UserError: A prompt and its answer would not fit into the model's context.
     """
     _check_room(lm, int(attention_mask.sum(1).max()), options.max_new_tokens)
     run: Callable[..., Tensor] = entry if entry is not None else lm.generate  # type: ignore[assignment]
@@ -163,7 +171,7 @@ def generate(
 
 
 def context_length(config: PretrainedConfig) -> int | None:
-    """Tokens that a model can read; None where there is no limit, as in recurrent ones."""
+    """Returns how many tokens a model can read. None for no limit, as in recurrent models."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
@@ -200,20 +208,22 @@ def _generation_config(
 
 @contextmanager
 def _ready_to_generate(lm: PreTrainedModel, cast: bool) -> Iterator[None]:
-    """Evaluation mode, no inherited generation settings, no autocast; everything is put back
-    afterwards.
+    """Prepares a model for generation in a `with` block, and restores it afterwards.
 
-    Evaluation mode also switches gradient checkpointing off, which would forbid the cache of keys
-    and values. Autocast would cast every weight again for every token; with `cast` they are cast
-    once instead where it is to bf16, which costs half of the weights in memory. Sharded ones are
-    gathered in the type that sharding was told. In fp16 a model that was trained in bf16 may
-    overflow, so there the weights stay as they are stored.
+    Evaluation mode also switches gradient checkpointing off, which would forbid the key-value
+    cache. Autocast is off, because it would cast every weight for every token.
+
+    Args:
+        lm: The causal LM.
+        cast: Whether to cast the weights once instead, if autocast is enabled with bf16. The copy
+            takes half of the memory of fp32 weights. In fp16 a model that was trained in bf16 may
+            overflow, so the weights stay in their dtype. Sharded weights must not be cast: they are
+            gathered in the compute dtype.
     """
     kind = lm.device.type
     dtype = torch.get_autocast_dtype(kind)
     casts = cast and torch.is_autocast_enabled(kind) and dtype == torch.bfloat16
-    # `generate` fills what a config leaves open from this one: repetition penalties, say, or a
-    # length.
+    # `generate` takes what its config leaves open, such as a repetition penalty, from this one.
     own_generation_config = lm.generation_config
     lm.generation_config = _new_generation_config()
     try:
@@ -231,23 +241,24 @@ def _ready_to_generate(lm: PreTrainedModel, cast: bool) -> Iterator[None]:
 
 @contextmanager
 def _weights_cast(lm: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Puts copies in place of all weights in fp32.
+    """Replaces all fp32 weights by cast copies in a `with` block.
 
-    Not by `parameter.data`: given another type, a parameter loses the node of the graph that adds
-    up its gradient, and the hooks on it, by which DDP reduces gradients. Without a word, every rank
-    would train alone from then on.
+    It does not assign `parameter.data`: with another dtype, a parameter loses its gradient
+    accumulator and the hooks on it, by which DDP reduces gradients. From then on every rank would
+    train alone, without an error.
     """
-    stored = [
-        (module, name, parameter)
-        for module in lm.modules()
-        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
-        if parameter.dtype == torch.float32
-    ]
-    # One copy of each parameter: tied weights stay tied.
-    copies = {
-        parameter: nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
-        for _, _, parameter in stored
-    }
+    stored = []
+    # One copy per parameter, so that tied weights stay tied.
+    copies = {}
+    for module in lm.modules():
+        own_parameters = module.named_parameters(recurse=False, remove_duplicate=False)
+        for name, parameter in own_parameters:
+            if parameter.dtype != torch.float32:
+                continue
+            stored.append((module, name, parameter))
+            if parameter not in copies:
+                copy = parameter.detach().to(dtype)
+                copies[parameter] = nn.Parameter(copy, requires_grad=False)
     try:
         for module, name, parameter in stored:
             setattr(module, name, copies[parameter])
@@ -259,10 +270,10 @@ def _weights_cast(lm: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 @contextmanager
 def _contiguous_states(lm: PreTrainedModel) -> Iterator[None]:
-    """Hands the head contiguous states, where it is a module of its own.
+    """Makes the input of the head contiguous in a `with` block.
 
-    Without gradients torch copies the weight for every prompt if its input is a slice, as the last
-    states of the prompts are (3.6 GB for 64 prompts of SmolLM2, frozen):
+    In generation it is a slice, the last hidden state of each prompt. Without gradients torch would
+    then copy the head's weight for every prompt (3.6 GB for 64 prompts of SmolLM2):
     https://github.com/pytorch/pytorch/issues/186148.
     """
     head = lm.get_output_embeddings()
@@ -277,10 +288,14 @@ def _contiguous_states(lm: PreTrainedModel) -> Iterator[None]:
 
 
 def _uncompiled(lm: nn.Module) -> AbstractContextManager[None]:
-    """Lets compiled blocks run as they are written: they would be compiled again for every new
-    length, until torch gives up, for training, too.
+    """Runs compiled blocks uncompiled in a `with` block.
+
+    They would be compiled again for every new length, until torch stops compiling them, also in
+    training.
     """
-    return torch.compiler.set_stance("force_eager") if is_compiled(lm) else nullcontext()
+    if is_compiled(lm):
+        return torch.compiler.set_stance("force_eager")
+    return nullcontext()
 
 
 def _new_generation_config(**settings: Any) -> GenerationConfig:
@@ -291,5 +306,8 @@ def _new_generation_config(**settings: Any) -> GenerationConfig:
 
 
 def _up_to_stop(ids: list[int], stops: set[int]) -> list[int]:
-    end = next((i + 1 for i, token_id in enumerate(ids) if token_id in stops), len(ids))
-    return ids[:end]
+    """Cuts an answer after its first stop id."""
+    for position, token_id in enumerate(ids):
+        if token_id in stops:
+            return ids[: position + 1]
+    return ids

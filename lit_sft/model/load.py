@@ -1,4 +1,4 @@
-"""Model directory -> config, tokenizer and model, through plain transformers."""
+"""Model directory -> config, tokenizer and model, through transformers."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 def load_config(path: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
-    """Reads the model's configuration.
+    """Reads the model's config.
 
     Raises:
-        UserError: If transformers cannot make sense of it.
+        UserError: transformers cannot read it.
     """
     from transformers import AutoConfig
 
@@ -34,11 +34,13 @@ def load_config(path: str, *, trust_remote_code: bool = False) -> PretrainedConf
 
 
 def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer; where it has no pad token, eos serves (masks go by position, so this
-    harms nothing).
+    """Loads the tokenizer.
+
+    Without a pad token, its eos token is used for padding. This is safe, because masks are computed
+    from positions and not from ids.
 
     Raises:
-        UserError: If there is no tokenizer, or if it has neither a pad nor an eos token.
+        UserError: There is no tokenizer, or it has neither a pad nor an eos token.
     """
     from transformers import AutoTokenizer
 
@@ -50,7 +52,7 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: the tokenizer cannot be loaded: {_reason(error)}") from error
     if gguf:
-        # Transformers 5.17 takes a GGUF's bos for its eos.
+        # transformers 5.17 takes the bos token of a GGUF file for its eos token.
         eos_id = load_config(path).eos_token_id
         tokenizer.eos_token = None if eos_id is None else tokenizer.convert_ids_to_tokens(eos_id)
     if tokenizer.pad_token is None:
@@ -73,25 +75,28 @@ def load_model(
     quantization_config: Any = None,
     on_meta: bool = False,
 ) -> PreTrainedModel:
-    """Loads the causal LM, or builds it with random weights from its config.
+    """Loads the causal LM, or builds it with random weights.
 
-    Random weights depend on `seed` only (drawn on the CPU, so that every device gets the same), and
-    the caller's random state stays as it was. The model comes in training mode.
+    Random weights depend on `seed` only: they are drawn on the CPU, so that they are the same for
+    every device. The caller's random state is kept.
 
     Args:
-        path: Local directory, as `hub.resolve` returns it.
-        init: `pretrained` reads safetensors or one GGUF file (dequantized), `random` needs the
-            config only.
-        dtype: The type the weights are stored in.
-        attn_implementation: As transformers names it: `sdpa`, `eager`, `flash_attention_2` or a
+        path: Local directory, from `hub.resolve`.
+        init: `pretrained` reads safetensors or one GGUF file (dequantized). `random` needs only the
+            config.
+        dtype: Dtype in which the weights are stored.
+        attn_implementation: Name in transformers: `sdpa`, `eager`, `flash_attention_2`, or a
             registered function.
         trust_remote_code: Whether Python files beside the weights may be run.
         seed: Seed of the random weights.
-        quantization_config: transformers' config of how pretrained weights are quantized, or None.
-        on_meta: Build it without weights, on the meta device.
+        quantization_config: transformers' config to quantize pretrained weights, or None.
+        on_meta: Whether to build the model without weights, on the meta device.
+
+    Returns:
+        The model in training mode.
 
     Raises:
-        UserError: If this is no causal LM, or if its weights cannot be read.
+        UserError: This is no causal LM, or its weights cannot be read.
     """
     config = load_config(path, trust_remote_code=trust_remote_code)
     _check_causal(config, path)
@@ -99,7 +104,7 @@ def load_model(
         dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
     )
     if quantization_config is not None:
-        # On the CPU, from where the strategy moves it.
+        # On the CPU; the strategy moves the model.
         arguments |= {"quantization_config": quantization_config, "device_map": {"": "cpu"}}
     try:
         if on_meta or init == "random":
@@ -107,9 +112,8 @@ def load_model(
         else:
             model = _pretrained_model(path, arguments)
     except (ImportError, ValueError) as error:
-        if isinstance(error, UserError) or (
-            "attn_implementation" not in str(error) and "Flash" not in str(error)
-        ):
+        is_about_attention = "attn_implementation" in str(error) or "Flash" in str(error)
+        if isinstance(error, UserError) or not is_about_attention:
             raise
         raise UserError(
             f"model.attn_implementation {attn_implementation!r}: {_reason(error)}"
@@ -119,7 +123,7 @@ def load_model(
 
 
 def read_generation_config(model: PreTrainedModel, path: str) -> None:
-    """Takes over the generation config of another directory, an adapter's say, where it has one."""
+    """Replaces the model's generation config by that of a directory, if it has one."""
     from transformers import GenerationConfig
 
     if (Path(path) / "generation_config.json").is_file():
@@ -127,14 +131,15 @@ def read_generation_config(model: PreTrainedModel, path: str) -> None:
 
 
 def _gguf_arguments(path: str) -> dict[str, str]:
-    """`gguf_file` for transformers where the directory's weights are one GGUF file."""
+    """Arguments that make transformers read a GGUF file, if the weights are one."""
     name = hub.gguf_file(path)
     return {} if name is None else {"gguf_file": name}
 
 
 def _check_causal(config: PretrainedConfig, path: str) -> None:
-    """Refuses other models; transformers itself would load an encoder or a classifier as a causal
-    LM.
+    """Refuses a model that is no causal LM.
+
+    transformers would load an encoder or a classifier as one.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -166,18 +171,15 @@ def _pretrained_model(path: str, arguments: dict[str, Any]) -> PreTrainedModel:
 
     gguf: dict[str, Any] = dict(_gguf_arguments(path))
     if not gguf and not any(Path(path).glob("*.safetensors")):
-        pickles = sorted(
-            file.name for pattern in ("*.bin", "*.pth", "*.pt") for file in Path(path).glob(pattern)
-        )
-        found = (
-            f"only {pickles[0]}, which is not loaded because it can run code"
-            if pickles
-            else "no weights"
-        )
+        pickles: list[str] = []
+        for pattern in ("*.bin", "*.pth", "*.pt"):
+            pickles += [file.name for file in Path(path).glob(pattern)]
+        found = "no weights"
+        if pickles:
+            found = f"only {min(pickles)}, which is not loaded because it can run code"
         raise UserError(f"{path} has {found}; provide safetensors, or set model.init to random")
     if gguf:
-        # Said aloud: otherwise the model may stay quantized, and could be neither trained nor
-        # saved.
+        # Without it, the model may stay quantized, and could be neither trained nor saved.
         gguf["quantization_config"] = GgufConfig(dequantize=True)
     factory: Any = AutoModelForCausalLM
     try:
@@ -193,7 +195,8 @@ def _pretrained_model(path: str, arguments: dict[str, Any]) -> PreTrainedModel:
         raise UserError(
             f"{path}: the weights do not fit the config or are damaged: {_reason(error)}"
         ) from error
-    if missing := sorted(info["missing_keys"]):
+    missing = sorted(info["missing_keys"])
+    if missing:
         raise UserError(
             f"{path} lacks {len(missing)} weights of a causal language model, such as {missing[0]}"
         )
@@ -202,6 +205,7 @@ def _pretrained_model(path: str, arguments: dict[str, Any]) -> PreTrainedModel:
 
 
 def _reason(error: Exception) -> str:
+    """The error in one line, with the remedy if the model needs its own code."""
     if "trust_remote_code" in str(error):
         return (
             "it needs Python code of its own; read that code and set model.trust_remote_code to"

@@ -1,5 +1,8 @@
-"""A causal LM and its loss in one plain module: backbone, then head and cross-entropy on the target
-positions only.
+"""A causal LM together with its loss.
+
+The backbone runs over all tokens. The head and the cross-entropy run over the target positions
+only, chunk by chunk. Labels arrive shifted (see `data/collate`). The loss is a sum; the average
+over targets is made once per optimizer step (see `SFTModule.on_before_optimizer_step`).
 
 Letters: B rows, T tokens, N targets, C targets of a chunk, D hidden size, V vocabulary.
 """
@@ -26,26 +29,26 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CHUNK_ELEMENTS = 2**26
-"""Logits held at once (C x V) in compute type, 128 MiB in bf16. Every chunk adds to the whole
-gradient of the head, which costs as much as its product for 128 targets (V 49,152, a CPU), so
-chunks are few.
+"""Logits that exist at once (C x V), in compute dtype: 128 MiB in bf16. Every chunk adds to the
+whole gradient of the head, which takes as long as the matrix product for 128 targets (on a CPU, V =
+49,152). So chunks are large, and few.
 """
 PIECE_ELEMENTS = {"cpu": 2**21, "cuda": 2**24}
-"""Logits of a chunk that become gradients at once, in fp32: 8 MiB stay in a CPU's cache, a GPU
-wants few launches.
+"""Logits that become gradients at once, in fp32, by device. On a CPU 8 MiB stay in the cache; a GPU
+wants few kernel launches.
 """
 
 
 @dataclass
 class LossOptions:
-    """What is minimized for every target token."""
+    """The loss of a target token."""
 
     type: Literal["nll", "dft"] = "nll"
-    """`nll`: negative log likelihood. `dft`: times the (detached) probability of the target
-    (arXiv:2508.05629).
+    """`nll`: the negative log likelihood of the target. `dft`: the same, multiplied by the target's
+    probability, which gets no gradient (arXiv:2508.05629).
     """
     label_smoothing: float = 0.0
-    """Share of the target's probability spread over the vocabulary, in [0, 1)."""
+    """Share of the target's probability that is spread over the vocabulary, in [0, 1)."""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.label_smoothing < 1.0:
@@ -61,74 +64,102 @@ class LossOptions:
 
 @dataclass(frozen=True)
 class Head:
-    """How logits come from hidden states: `softcap(scale * (hidden @ weight.T + bias))`."""
+    """The output head. The logits are `softcap(scale * (hidden @ weight.T + bias))`."""
 
     weight: Tensor
     """[V, D]."""
     bias: Tensor | None
     """[V]."""
     scale: float
+    """1.0 for no scaling."""
     softcap: float | None
+    """Logits are capped to (-softcap, softcap) by tanh. None for no cap."""
 
     def project(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """[C, D] and the weight in compute type [V, D] -> [C, V], before scale and cap."""
-        return F.linear(hidden, weight, None if self.bias is None else self.bias.to(hidden.dtype))
+        """Multiplies hidden states with the weight; scale and cap come later, in `logits`.
+
+        Args:
+            hidden: [C, D] in compute dtype.
+            weight: [V, D] the head's weight, in compute dtype.
+
+        Returns:
+            [C, V] in compute dtype.
+        """
+        bias = None if self.bias is None else self.bias.to(hidden.dtype)
+        return F.linear(hidden, weight, bias)
 
     def logits(self, projected: Tensor) -> Tensor:
-        """What `project` gave -> fp32 logits of the same shape."""
+        """Scales and caps the output of `project`, [C, V] -> fp32 logits [C, V]."""
         logits = projected.float()
         if self.scale != 1.0:
             logits = logits * self.scale
-        return (
-            logits if self.softcap is None else torch.tanh(logits / self.softcap).mul_(self.softcap)
-        )
+        if self.softcap is None:
+            return logits
+        return torch.tanh(logits / self.softcap).mul_(self.softcap)
 
     def backward_through_logits_(self, grad: Tensor, logits: Tensor) -> Tensor:
-        """Gradient by the fp32 logits -> gradient by `hidden @ weight.T`, both [C, V], in place."""
+        """Backward pass of `logits`, in place.
+
+        Args:
+            grad: [C, V] fp32, the gradient with respect to the logits. It is overwritten.
+            logits: [C, V] fp32, the output of `logits`.
+
+        Returns:
+            [C, V], the gradient with respect to the output of `project`.
+        """
         if self.softcap is not None:
             grad *= 1 - (logits / self.softcap).square()
-        return grad if self.scale == 1.0 else grad.mul_(self.scale)
+        if self.scale != 1.0:
+            grad *= self.scale
+        return grad
 
 
 @dataclass(frozen=True)
 class _Task:
-    """What the chunked cross-entropy computes, beside the tensors that gradients flow to."""
+    """The arguments of the chunked cross-entropy that get no gradient."""
 
     head: Head
     options: LossOptions
     count_correct: bool
     needs_grad: bool
-    """Whether gradients are enabled. In validation torch says of the inputs that they need one, all
-    the same.
+    """Whether gradients are enabled. `ctx.needs_input_grad` alone does not tell: under `no_grad` it
+    is still True for trained weights.
     """
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum of token losses; the gradients are made in the forward pass, chunk by chunk, so that no
-    logits are kept.
+    """Sums the token losses, and computes the gradients in the forward pass.
 
-    Three matrix products per chunk, where recomputing the logits in the backward pass would take
-    four. The method is that of Liger's fused linear cross-entropy (arXiv:2410.10989), in plain
-    torch.
+    So the logits of only one chunk exist at a time. This takes three matrix products per chunk;
+    recomputing the logits in the backward pass would take four. Source: the fused linear
+    cross-entropy of Liger Kernel (arXiv:2410.10989), here in plain torch.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        # [N, D] in compute type.
         hidden: Tensor,
-        # [V, D].
         weight: Tensor,
-        # [V].
         bias: Tensor | None,
-        # [N].
         targets: Tensor,
         task: _Task,
     ) -> tuple[Tensor, Tensor]:
+        """Computes the loss and its gradients.
+
+        Args:
+            ctx: Context of autograd.
+            hidden: [N, D] hidden states at the target positions, in compute dtype.
+            weight: [V, D] the head's weight, as it is stored.
+            bias: [V].
+            targets: [N] the ids to predict.
+            task: All other arguments.
+
+        Returns:
+            The sum of the losses, [] fp32, and the number of correct targets, [] int64.
+        """
         needed = [task.needs_grad and needs for needs in ctx.needs_input_grad[:3]]
         sums = _Sums(task, hidden, weight.to(hidden.dtype), needed)
         for chunk in _slices(len(targets), CHUNK_ELEMENTS // len(weight)):
-            # [C, V].
             projected = task.head.project(hidden[chunk], sums.compute_weight)
             sums.add_losses_(projected, targets[chunk])
             sums.add_products(chunk, projected, hidden[chunk])
@@ -139,19 +170,22 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        # Each is used once, so it is scaled in place, without a second copy.
-        grads = (grad if grad is None else grad.mul_(grad_loss) for grad in ctx.saved_tensors)
+        grads = []
+        for grad in ctx.saved_tensors:
+            # Each gradient is used once, so it is scaled in place, without a copy.
+            grads.append(None if grad is None else grad.mul_(grad_loss))
+        # No gradients of `targets` and `task`.
         return (*grads, None, None)
 
 
 class _Sums:
-    """The loss and the gradients of the chunks so far. A gradient that nobody needs is None.
+    """The loss and the gradients, summed over chunks. A gradient that is not needed is None.
 
     Args:
-        task: What is computed.
-        hidden: [N, D] in compute type.
-        compute_weight: [V, D], the weight in compute type.
-        needed: Whether hidden states, weight and bias need a gradient.
+        task: Head, options, and what to compute.
+        hidden: [N, D] in compute dtype.
+        compute_weight: [V, D] the head's weight in compute dtype.
+        needed: Whether the hidden states, the weight and the bias need a gradient.
     """
 
     def __init__(
@@ -162,27 +196,34 @@ class _Sums:
         self.compute_weight = compute_weight
         self.needs_grad = any(needed)
         vocabulary = len(compute_weight)
-        self.piece = max(1, PIECE_ELEMENTS.get(hidden.device.type, CHUNK_ELEMENTS) // vocabulary)
+        piece_elements = PIECE_ELEMENTS.get(hidden.device.type, CHUNK_ELEMENTS)
+        self.piece = max(1, piece_elements // vocabulary)
+        """Targets of a piece."""
         self.loss_sum = torch.zeros((), dtype=torch.float32, device=hidden.device)
         self.num_correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
         self.grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         self.grad_bias = hidden.new_zeros(vocabulary, dtype=torch.float32) if needs_bias else None
-        # The first chunk makes it, so that no zeros are written before. Without a target there is
-        # no chunk.
+        # The first chunk creates it, which saves writing zeros. Without targets there is no chunk.
         self.grad_weight: Tensor | None = None
         if self.needs_weight and not len(hidden):
             self.grad_weight = torch.zeros_like(compute_weight, dtype=torch.float32)
 
     def add_losses_(self, projected: Tensor, targets: Tensor) -> None:
-        """Adds the losses of a chunk; its logits [C, V] become their own gradient, piece by
-        piece.
-        """
-        for rows, aims in zip(projected.split(self.piece), targets.split(self.piece), strict=True):
-            self._add_piece_(rows, aims)
+        """Adds the losses of a chunk, and overwrites its projections with their gradient.
 
-    def _add_piece_(self, rows: Tensor, targets: Tensor) -> None:
+        It works in pieces, because the fp32 copies of a whole chunk would be large.
+
+        Args:
+            projected: [C, V] the output of `Head.project`.
+            targets: [C].
+        """
+        pieces = zip(projected.split(self.piece), targets.split(self.piece), strict=True)
+        for projected_piece, targets_piece in pieces:
+            self._add_piece_(projected_piece, targets_piece)
+
+    def _add_piece_(self, projected: Tensor, targets: Tensor) -> None:
         head = self.task.head
-        logits = head.logits(rows)
+        logits = head.logits(projected)
         if self.task.count_correct:
             self.num_correct += (logits.argmax(-1) == targets).sum()
         losses, grad = _losses_and_gradient(logits, targets, self.task.options, self.needs_grad)
@@ -192,14 +233,14 @@ class _Sums:
         grad = head.backward_through_logits_(grad, logits)
         if self.grad_bias is not None:
             self.grad_bias += grad.sum(0)
-        rows.copy_(grad)
+        projected.copy_(grad)
 
     def add_products(self, chunk: slice, grad: Tensor, hidden: Tensor) -> None:
-        """Adds what a chunk gives to the gradients of the hidden states and of the weight.
+        """Adds a chunk to the gradients of the hidden states and of the weight.
 
         Args:
-            chunk: Its place among the N targets.
-            grad: [C, V] by `hidden @ weight.T`, in compute type.
+            chunk: The place of the chunk among the N targets.
+            grad: [C, V] the gradient with respect to `hidden @ weight.T`, in compute dtype.
             hidden: [C, D].
         """
         if self.grad_hidden is not None:
@@ -208,13 +249,14 @@ class _Sums:
             return
         product = grad.T @ hidden
         if self.grad_weight is None:
+            # fp32, because chunks are added to it.
             self.grad_weight = product.float()
         else:
-            # In fp32, as a sum of chunks.
             self.grad_weight += product
 
 
 def _slices(length: int, size: int) -> Iterator[slice]:
+    """Cuts a range into slices of `size` entries, at least one entry each."""
     size = max(1, size)
     for start in range(0, length, size):
         yield slice(start, start + size)
@@ -223,18 +265,32 @@ def _slices(length: int, size: int) -> Iterator[slice]:
 def _losses_and_gradient(
     logits: Tensor, targets: Tensor, options: LossOptions, needs_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """fp32 logits [C, V] and targets [C] -> losses [C] and their gradient by the logits [C, V]."""
+    """Returns the loss of each target, and its gradient with respect to the logits.
+
+    Args:
+        logits: [C, V] fp32.
+        targets: [C].
+        options: The loss.
+        needs_grad: Whether the gradient is computed.
+
+    Returns:
+        Losses [C], and gradients [C, V] or None.
+    """
     index = targets[:, None]
     log_probs = torch.log_softmax(logits, dim=-1)
     nll = -log_probs.gather(1, index).squeeze(1)
     smoothing = options.label_smoothing
-    losses = nll * torch.exp(-nll) if options.type == "dft" else nll
+    losses = nll
+    if options.type == "dft":
+        losses = nll * torch.exp(-nll)
     if smoothing:
         losses = (1 - smoothing) * nll - smoothing * log_probs.mean(-1)
     if not needs_grad:
         return losses, None
+    # The gradient of the cross-entropy is softmax(logits) minus the target distribution.
     grad = log_probs.exp_()
-    grad.scatter_add_(1, index, torch.full_like(index, -(1 - smoothing), dtype=grad.dtype))
+    minus_target = torch.full_like(index, -(1 - smoothing), dtype=grad.dtype)
+    grad.scatter_add_(1, index, minus_target)
     if smoothing:
         grad -= smoothing / logits.shape[1]
     if options.type == "dft":
@@ -243,16 +299,16 @@ def _losses_and_gradient(
 
 
 class CausalLMLoss(nn.Module):
-    """A Hugging Face causal LM together with its loss, so that sharding gathers the head where it
-    is used.
+    """A Hugging Face causal LM together with its loss.
 
-    Logits exist for target positions only, a chunk at a time. Where the head is not a plain linear
-    layer (an adapted head, say) or `check_head` finds that the model computes its logits
-    differently, its own logits are used instead.
+    Both are one module, so that FSDP2 gathers the head where the loss uses it. Logits exist for
+    target positions only, one chunk at a time. If the head is not a plain linear layer (an adapted
+    head, for example), or if `check_head` finds that the model computes its logits differently, the
+    model's own, full logits are used instead.
 
     Args:
-        lm: Causal LM, adapters already injected.
-        options: What is minimized.
+        lm: The causal LM, with its adapters.
+        options: The loss. None for the default.
     """
 
     def __init__(self, lm: PreTrainedModel, options: LossOptions | None = None) -> None:
@@ -260,27 +316,18 @@ class CausalLMLoss(nn.Module):
         self.lm = lm
         self.trained_options = options or LossOptions()
         self.fused: list[str] = []
-        """Modules of the LM whose forward pass was replaced (see `fused_layers`)."""
+        """Names of the LM's modules whose forward pass was replaced (see `fused_layers`)."""
         self.separate_rows = False
-        """Set where the model would mix examples of a pack: each becomes a padded row of its
-        own.
+        """Whether each example becomes a padded row of its own, because the model would mix the
+        examples of a pack.
         """
         head = lm.get_output_embeddings()
-        # what peft trains as a whole, or some rows of it, it wraps around the original
-        if (
-            type(head).__name__ == "TrainableTokensWrapper"
-            and head.original_module.bias is not None
-        ):
-            left_out = (
-                f"the head of {type(lm).__name__} has a bias, which peft drops where rows of it are"
-                " trained"
-            )
-            raise UserError(
-                f"{left_out}: leave out model.add_tokens and trainable_token_indices, or model.lora"
-            )
-        self.own_logits = (
-            type(getattr(head, "original_module", head)) is not nn.Linear or lm.base_model is lm
-        )
+        _check_bias(lm, head)
+        # peft wraps a head that is trained as a whole, or some rows of it.
+        unwrapped = getattr(head, "original_module", head)
+        has_no_backbone = lm.base_model is lm
+        self.own_logits = type(unwrapped) is not nn.Linear or has_no_backbone
+        """Whether the model's own, full logits are used."""
         if self.own_logits:
             log.warning(
                 "The head of %s is not a plain linear layer: its own full logits are used.",
@@ -289,21 +336,20 @@ class CausalLMLoss(nn.Module):
 
     @property
     def options(self) -> LossOptions:
-        """What is minimized; without gradients nll, by which models compare: the loss of dft rises
-        before it falls.
+        """The loss that is computed now: in training the chosen one, in evaluation always nll.
+
+        The nll makes models comparable. The dft loss rises before it falls.
         """
         return self.trained_options if torch.is_grad_enabled() else LossOptions()
 
     @property
     def head(self) -> Head:
-        """The output head as the model's config describes it."""
+        """The output head, as the model's config describes it."""
         linear = self.lm.get_output_embeddings()
         config = self.lm.config.get_text_config()
-        # Cohere.
+        # Cohere multiplies by `logit_scale`, Granite divides by `logits_scaling`, Gemma has a cap.
         scale = float(getattr(config, "logit_scale", None) or 1.0)
-        # Granite.
         scale /= float(getattr(config, "logits_scaling", None) or 1.0)
-        # Gemma.
         softcap = getattr(config, "final_logit_softcapping", None)
         return Head(linear.weight, getattr(linear, "bias", None), scale, softcap)
 
@@ -316,56 +362,52 @@ class CausalLMLoss(nn.Module):
         count_correct: bool = False,
         target_positions: Tensor | None = None,
     ) -> LossOutput:
-        """Sums the losses of all targets; labels are already shifted.
+        """Sums the losses of all targets. The labels are already shifted.
 
         Args:
             input_ids: [B, T].
-            labels: [B, T], the id that each position must predict, or IGNORE_INDEX.
-            position_ids: [B, T], restarting with every example.
-            lengths: Lengths of the examples that lie end to end in the one row; None where rows are
-                not packed.
-            count_correct: Also count the targets that are the arg max.
-            target_positions: [N] flat positions of these ids; None: they are looked for, and a GPU
-                is waited for.
+            labels: [B, T] the id that each position must predict, or IGNORE_INDEX.
+            position_ids: [B, T] starting at 0 in every example.
+            lengths: [S] tokens of the examples that lie end to end in the one row. None if the rows
+                are not packed.
+            count_correct: Whether to count the targets that are the arg max of the logits.
+            target_positions: [N] positions in the flattened labels that are not IGNORE_INDEX. None
+                computes them, which synchronizes a GPU.
         """
         if lengths is not None and self.separate_rows:
-            input_ids, labels, position_ids = _rows_of_one(input_ids, labels, lengths)
+            input_ids, labels, position_ids = _unpacked_rows(input_ids, labels, lengths)
             lengths = target_positions = None
         inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
         if lengths is not None:
-            # Reach attention through the layers' kwargs.
+            # The layers pass these keyword arguments down to attention.
             inputs |= pack_kwargs(lengths, input_ids.device)
         if target_positions is None:
             target_positions = (labels.flatten() != IGNORE_INDEX).nonzero()[:, 0]
-        # [N].
         targets = labels.flatten().index_select(0, target_positions)
         if self.own_logits:
             logits = self.lm(**inputs).logits.flatten(0, 1).index_select(0, target_positions)
             loss_sum, num_correct = self._from_logits(logits, targets)
         else:
-            hidden = (
-                self.lm.base_model(**inputs)
-                .last_hidden_state.flatten(0, 1)
-                .index_select(0, target_positions)
-            )
+            hidden = self.lm.base_model(**inputs).last_hidden_state.flatten(0, 1)
+            hidden = hidden.index_select(0, target_positions)
             loss_sum, num_correct = self._from_hidden(hidden, targets, count_correct)
         return LossOutput(loss_sum, torch.tensor(len(targets)), num_correct)
 
     def generate(self, **arguments: Any) -> Tensor:
-        """`lm.generate`, as a method of the module that sharding gathers the weights for."""
+        """Calls `lm.generate`. FSDP2 gathers the weights for this method of this module."""
         return self.lm.generate(**arguments)  # type: ignore[operator]
 
     def _from_hidden(
         self, hidden: Tensor, targets: Tensor, count_correct: bool
     ) -> tuple[Tensor, Tensor]:
-        """[N, D], [N] -> sum of losses, number of correct."""
+        """Hidden states [N, D], targets [N] -> sum of losses, number of correct targets."""
         head = self.head
         kind = hidden.device.type
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
         else:
-            # Not that of the hidden states: a norm that is kept in fp32 must not lift the head to
-            # it.
+            # Not the dtype of the hidden states: after a norm in fp32, the head would compute in
+            # fp32, too.
             dtype = head.weight.dtype
         task = _Task(head, self.options, count_correct, needs_grad=torch.is_grad_enabled())
         return _ChunkedCrossEntropy.apply(  # type: ignore[no-any-return]
@@ -373,7 +415,7 @@ class CausalLMLoss(nn.Module):
         )
 
     def _from_logits(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """[N, V], [N] -> sum of losses, number of correct."""
+        """Logits [N, V], targets [N] -> sum of losses, number of correct targets."""
         logits = logits.float()
         losses = F.cross_entropy(
             logits, targets, reduction="none", label_smoothing=self.options.label_smoothing
@@ -384,42 +426,62 @@ class CausalLMLoss(nn.Module):
 
     @torch.no_grad()
     def check_head(self) -> None:
-        """Compares both paths to the logits on a few tokens: where they differ the model's own are
-        used, and said.
+        """Compares our logits with the model's own on a few tokens.
+
+        If they differ, the model's own logits are used from then on, with a warning.
         """
         if self.own_logits:
             return
         device = self.lm.get_output_embeddings().weight.device
-        input_ids = (
-            torch.arange(8, device=device)[None] % self.lm.config.get_text_config().vocab_size
-        )
+        vocabulary = self.lm.config.get_text_config().vocab_size
+        input_ids = torch.arange(8, device=device)[None] % vocabulary
         with evaluation_mode(self):
             own = self.lm(input_ids=input_ids, use_cache=False).logits[0]
             hidden = self.lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[0]
         head = self.head
         ours = head.logits(head.project(hidden.to(head.weight.dtype), head.weight))
         tolerance = 1e-4 if own.dtype == torch.float32 else 2e-2
-        self.own_logits = not torch.allclose(
-            own.float(), ours, rtol=tolerance, atol=tolerance * float(own.abs().max())
-        )
+        atol = tolerance * float(own.abs().max())
+        self.own_logits = not torch.allclose(own.float(), ours, rtol=tolerance, atol=atol)
         if self.own_logits:
-            why = (
-                "does not compute its logits as scale * hidden @ head: its own full logits are used"
-                " (more memory)"
+            log.warning(
+                "%s does not compute its logits as scale * hidden @ head: its own full logits are"
+                " used (more memory).",
+                type(self.lm).__name__,
             )
-            log.warning("%s %s.", type(self.lm).__name__, why)
 
 
-def _rows_of_one(
+def _check_bias(lm: PreTrainedModel, head: Any) -> None:
+    """Refuses a head with a bias of which peft trains single rows.
+
+    Raises:
+        UserError: peft would drop the bias.
+    """
+    has_trained_rows = type(head).__name__ == "TrainableTokensWrapper"
+    if has_trained_rows and head.original_module.bias is not None:
+        raise UserError(
+            f"the head of {type(lm).__name__} has a bias, which peft drops where rows of it are"
+            " trained: leave out model.add_tokens and trainable_token_indices, or model.lora"
+        )
+
+
+def _unpacked_rows(
     input_ids: Tensor, labels: Tensor, lengths: tuple[int, ...]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """[1, T] with S examples -> input_ids, labels, position_ids [S, T of the longest], padded on
-    the right.
+    """Unpacks a row: every example becomes a row, padded on the right.
 
-    What is padded has no target, and a causal model reads nothing to the right, so no mask is
-    needed.
+    No mask is needed: the padding has no target, and a causal model reads nothing to the right.
+
+    Args:
+        input_ids: [1, T].
+        labels: [1, T].
+        lengths: [S] tokens of the examples.
+
+    Returns:
+        input_ids, labels and position_ids, [S, tokens of the longest example].
     """
     pad = torch.nn.utils.rnn.pad_sequence
     rows = pad(list(input_ids[0].split(lengths)), batch_first=True)
     row_labels = pad(list(labels[0].split(lengths)), batch_first=True, padding_value=IGNORE_INDEX)
-    return rows, row_labels, torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
+    position_ids = torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
+    return rows, row_labels, position_ids

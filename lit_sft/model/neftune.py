@@ -1,6 +1,4 @@
-"""Noise on the embeddings in training (NEFTune, arXiv:2310.05914): longer and better liked answers,
-little data.
-"""
+"""NEFTune: noise on the embeddings in training (arXiv:2310.05914)."""
 
 from __future__ import annotations
 
@@ -13,17 +11,16 @@ from lit_sft.errors import UserError
 
 
 def apply_neftune(loss: nn.Module, embedding: nn.Module, alpha: float) -> None:
-    """Adds uniform noise of size `alpha / sqrt(L * D)` to what the embedding returns, in training
-    mode only.
+    """Adds uniform noise in +- `alpha / sqrt(L * D)` to the embeddings, in training mode only.
 
-    L is the length of each example and not of the row it is packed in, so packing does not change
-    the noise. The noise comes from torch's random state, which is set anew in each optimizer step:
-    a resumed run draws the same.
+    L is the length of the example and not of the row that it is packed into, so packing does not
+    change the noise. The noise comes from torch's random state, which is seeded in each optimizer
+    step, so a resumed run draws the same.
 
     Args:
-        loss: Module whose forward is given `input_ids` and `lengths` by name.
+        loss: Module whose forward gets `input_ids` and `lengths` as keyword arguments.
         embedding: The input embedding within it, [B, T] -> [B, T, D].
-        alpha: Strength; 5 is the paper's usual value.
+        alpha: Strength of the noise. 5 is the paper's usual value.
 
     Raises:
         UserError: `alpha` is not positive.
@@ -33,6 +30,7 @@ def apply_neftune(loss: nn.Module, embedding: nn.Module, alpha: float) -> None:
             f"model.neftune_noise_alpha is {alpha}; set a positive number, often 5, or null for no"
             " noise"
         )
+    # The lengths of the batch that is in the forward pass.
     lengths: list[tuple[int, ...] | None] = [None]
 
     def remember(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -42,15 +40,14 @@ def apply_neftune(loss: nn.Module, embedding: nn.Module, alpha: float) -> None:
         if not module.training:
             return embedded
         batch, width, size = embedded.shape
-        of_example = torch.tensor(lengths[0] or (width,) * batch, dtype=torch.float32)
-        if len(of_example) == batch:
-            # An example to a row, maybe padded.
-            length = of_example[:, None, None]
+        example_lengths = torch.tensor(lengths[0] or (width,) * batch, dtype=torch.float32)
+        if len(example_lengths) == batch:
+            # Each row is one example, maybe padded.
+            length = example_lengths[:, None, None]
         else:
-            length = of_example.repeat_interleave(of_example.long())[None, :, None]
-        noise = torch.empty(embedded.shape, dtype=torch.float32, device=embedded.device).uniform_(
-            -1, 1
-        )
+            length = example_lengths.repeat_interleave(example_lengths.long())[None, :, None]
+        noise = torch.empty(embedded.shape, dtype=torch.float32, device=embedded.device)
+        noise.uniform_(-1, 1)
         strength = (alpha / (length * size).sqrt()).to(noise.device, non_blocking=True)
         return embedded + (noise * strength).to(embedded.dtype)
 

@@ -1,4 +1,4 @@
-"""New tokens: known to the tokenizer, and with rows of their own in the embedding."""
+"""Adds tokens to a tokenizer, and rows for them to the embedding and the head."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ROWS_MULTIPLE = 64
-"""An embedding that has to grow gets a multiple of this many rows: matrix units are slow with odd
-sizes.
+"""An embedding that must grow gets a multiple of this number of rows, because matrix units are slow
+with odd sizes.
 """
 
 
@@ -24,17 +24,17 @@ def add_tokens(
     """Adds tokens that are never split.
 
     Args:
-        tokenizer: Is changed.
-        tokens: Their texts.
-        template: Text of the chat template. A token that it writes marks roles, turns or calls, and
-            so is special: it may end an answer, and is left out of decoded ones, by servers, too.
-            Others (`<answer>`) are text.
+        tokenizer: Gets the tokens.
+        tokens: The texts of the tokens.
+        template: Text of the chat template. A token in it marks roles, turns or calls. It becomes a
+            special token: it may end an answer, and decoded answers leave it out, on servers, too.
+            Other tokens (`<answer>`) are text.
 
     Returns:
-        Their ids.
+        The ids of the tokens.
 
     Raises:
-        UserError: One is empty, named twice, or already there.
+        UserError: A token is empty, named twice, or already there.
     """
     from transformers import AddedToken
 
@@ -45,28 +45,28 @@ def add_tokens(
         if token in known or token in tokens[:number]:
             where = "is in the tokenizer already" if token in known else "is named twice"
             raise UserError(f"model.add_tokens: {token!r} {where}; leave it out")
-    tokenizer.add_tokens(
-        [AddedToken(token, special=token in template, normalized=False) for token in tokens]
-    )
+    added = [AddedToken(token, special=token in template, normalized=False) for token in tokens]
+    tokenizer.add_tokens(added)
     vocabulary = tokenizer.get_vocab()
     return [vocabulary[token] for token in tokens]
 
 
 @torch.no_grad()
 def make_room(lm: PreTrainedModel, token_ids: Sequence[int]) -> None:
-    """Starts the rows of new tokens at the mean of those before them, in the embedding and in the
-    head.
+    """Adds rows for new tokens to the embedding and the head.
+
+    They start at the mean of the rows before them.
 
     Args:
-        lm: The model, before adapters are put into it.
-        token_ids: What `add_tokens` returned: consecutive, behind all other tokens.
+        lm: The model, without adapters.
+        token_ids: The ids from `add_tokens`: consecutive, and after those of all other tokens.
     """
     first, end = token_ids[0], token_ids[-1] + 1
-    rows: Any = lm.get_input_embeddings().weight
-    if end > rows.shape[0]:
-        # Many models have rows to spare.
-        # transformers' own start values are drawn at random around the mean: a resumed run would
-        # draw others
+    weight: Any = lm.get_input_embeddings().weight
+    # Many models have spare rows.
+    if end > weight.shape[0]:
+        # With `mean_resizing`, transformers draws random values around the mean. A resumed run
+        # would draw others.
         lm.resize_token_embeddings(end, pad_to_multiple_of=ROWS_MULTIPLE, mean_resizing=False)
     embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
     tensors: list[Any] = [embedding.weight, head.weight, head.bias]

@@ -1,6 +1,4 @@
-"""What is done to a finished model from outside, in this order: gradient checkpointing, compile,
-sharding.
-"""
+"""Gradient checkpointing, compile and sharding: applied to a finished model, in this order."""
 
 from __future__ import annotations
 
@@ -19,16 +17,16 @@ if TYPE_CHECKING:
 
 
 NARROW = 0.1
-"""Of a matrix, one side to the other, from which on it is that of an adapter."""
+"""A matrix whose sides have a smaller ratio than this is taken for that of an adapter."""
 
 
 def decoder_layers(lm: PreTrainedModel) -> list[nn.Module]:
-    """The blocks that are checkpointed, compiled and sharded one by one.
+    """Returns the decoder layers (blocks), which are compiled and sharded one by one.
 
     Raises:
         UserError: The architecture does not name its blocks.
     """
-    # Transformers has no public list of a model's blocks; FSDP of accelerate reads this one, too.
+    # transformers has no public list of a model's blocks. Accelerate's FSDP reads this one, too.
     names = set(lm._no_split_modules or ())
     layers = [module for module in lm.modules() if type(module).__name__ in names]
     if not layers:
@@ -40,52 +38,55 @@ def decoder_layers(lm: PreTrainedModel) -> list[nn.Module]:
 
 
 def apply_gradient_checkpointing(lm: PreTrainedModel, selective: bool = False) -> None:
-    """Keeps only the input of each block and recomputes the rest in the backward pass.
+    """Saves only the input of each block, and recomputes its activations in the backward pass.
 
     Args:
         lm: The causal LM.
-        selective: Keep what attention and every second matrix product gave as well (as torchtitan
-            does): about half of the recomputation for a third of the memory.
+        selective: Also save the results of attention and of every second matrix product, as
+            torchtitan does. That takes a third of the memory for about half of the recomputation.
     """
-    # The reentrant variant gives no gradient to adapters over a frozen embedding (peft #1142,
+    # With the reentrant variant, adapters over a frozen embedding get no gradient (peft #1142,
     # transformers #42489).
     kwargs: dict[str, Any] = {"use_reentrant": False}
     if selective:
-        kwargs["context_fn"] = _keep_costly
+        kwargs["context_fn"] = _save_costly_results
     lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
 
 
-def _keep_costly() -> Any:
-    """Contexts of one checkpointed block: what is kept is counted anew in its forward pass and its
-    recomputation.
+def _save_costly_results() -> Any:
+    """Makes the contexts of one selectively checkpointed block.
+
+    Every second matrix product is saved. The forward pass and its recomputation count the products
+    separately, so that they agree.
     """
     from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-    products = {False: 0, True: 0}
+    # By whether it is the recomputation.
+    num_products = {False: 0, True: 0}
 
     def policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         name = str(operation)
-        keep = "attention" in name or "varlen" in name
+        is_saved = "attention" in name or "varlen" in name
         if name == "aten.mm.default":
             inner, width = args[1].shape
+            # The second product of an adapter is cheap, and the result of its first is small.
             if inner < width * NARROW:
-                # An adapter's second product costs little, its first has a small result.
                 return CheckpointPolicy.PREFER_RECOMPUTE
             if width < inner * NARROW:
                 return CheckpointPolicy.MUST_SAVE
-            products[context.is_recompute] += 1
-            keep = products[context.is_recompute] % 2 == 1
-        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+            num_products[context.is_recompute] += 1
+            is_saved = num_products[context.is_recompute] % 2 == 1
+        return CheckpointPolicy.MUST_SAVE if is_saved else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)
 
 
 def apply_compile(lm: PreTrainedModel) -> None:
-    """Compiles every block in place (parameter names stay); lengths vary from batch to batch, so
-    shapes are dynamic.
+    """Compiles every block in place, with dynamic shapes because lengths vary.
 
-    All blocks share one piece of code for all packs. A second one is made where the first pack has
-    as many tokens as the block has features somewhere, which torch takes for the same number.
+    The names of parameters stay. All blocks share one compiled graph, for packs of any length. A
+    second one is compiled if the number of tokens in the first pack is also a width in the block,
+    because torch takes them for the same dimension.
     """
     for layer in decoder_layers(lm):
         layer.compile(dynamic=True)
@@ -93,7 +94,7 @@ def apply_compile(lm: PreTrainedModel) -> None:
 
 def is_compiled(lm: nn.Module) -> bool:
     """Whether `nn.Module.compile` was called on a part of the model."""
-    # torch has no public way to ask for it.
+    # torch has no public way to tell.
     return any(module._compiled_call_impl is not None for module in lm.modules())
 
 
@@ -106,18 +107,17 @@ def apply_fsdp2(
     cpu_offload: bool = False,
     reshard_after_forward: bool = True,
 ) -> None:
-    """Shards each block, then the rest (embedding, norm, head) with the module that computes the
-    loss.
+    """Shards each block, then embedding, norm and head together with the loss.
 
-    What is on the meta device on ranks other than 0 gets the values of rank 0.
+    The ranks other than 0, whose weights are on the meta device, get their shards from rank 0.
 
     Args:
-        loss: Module whose forward uses the head, so that it is gathered there.
+        loss: Module whose forward uses the head, so that the head is gathered there.
         lm: The causal LM within it.
         mesh: Data-parallel mesh of one dimension.
-        compute_dtype: Type of the gathered parameters; gradients are reduced in fp32.
-        cpu_offload: Keep shards and optimizer state in host memory.
-        reshard_after_forward: Free a block's gathered parameters between its forward and its
+        compute_dtype: Dtype of the gathered parameters. Gradients are reduced in fp32.
+        cpu_offload: Whether shards and optimizer state are in host memory.
+        reshard_after_forward: Whether a block frees its gathered parameters between its forward and
             backward pass.
     """
     from torch.distributed.fsdp import (
@@ -128,14 +128,13 @@ def apply_fsdp2(
         register_fsdp_forward_method,
     )
 
+    offload_policy = OffloadPolicy()
+    if cpu_offload:
+        offload_policy = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu")
     options: dict[str, Any] = {
         "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32),
-        "offload_policy": (
-            CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu")
-            if cpu_offload
-            else OffloadPolicy()
-        ),
+        "offload_policy": offload_policy,
     }
     whole = {name: tensor.detach() for name, tensor in _tensors(loss).items()}
     for layer in decoder_layers(lm):
@@ -147,24 +146,27 @@ def apply_fsdp2(
 
 
 def follow_rank_zero(loss: nn.Module) -> None:
-    """Gives what was built on the meta device the types that rank 0 loaded. A collective call.
+    """Casts tensors on the meta device to the dtypes of rank 0. A collective call.
+
+    Args:
+        loss: The model, with weights on rank 0 only.
 
     Raises:
-        UserError: On every rank, if rank 0 built something else than another, which it cannot fill
-            then.
+        UserError: On every rank, if a rank has built other tensors than rank 0, or tensors that
+            cannot be filled from it.
     """
     ours = _tensors(loss)
     shapes = {name: tuple(tensor.shape) for name, tensor in ours.items()}
-    rank_zero_shapes, dtypes = broadcast_from_rank_zero(
-        (shapes, {name: tensor.dtype for name, tensor in ours.items()})
-    )
+    dtypes = {name: tensor.dtype for name, tensor in ours.items()}
+    rank_zero_shapes, dtypes = broadcast_from_rank_zero((shapes, dtypes))
     strangers = {name for name, _ in shapes.items() ^ rank_zero_shapes.items()}
     for name, module in loss.named_modules():
-        # Tensors that are neither parameters nor buffers could not be filled.
+        # Tensors that are neither parameters nor buffers cannot be filled.
         strangers |= {f"{name}.{key}" for key, value in vars(module).items() if _is_meta(value)}
     everywhere: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everywhere, sorted(strangers))
-    if found := [name for names in everywhere for name in names]:
+    found = [name for names in everywhere for name in names]
+    if found:
         raise UserError(
             f"the model is built differently without its weights ({found[0]}): set trainer.strategy"
             " to ddp"
@@ -177,13 +179,14 @@ def follow_rank_zero(loss: nn.Module) -> None:
 def _fill_from_rank_zero(
     loss: nn.Module, whole: dict[str, Tensor], mesh: DeviceMesh, cpu_offload: bool
 ) -> None:
-    """Gives every rank its shards of what rank 0 holds, one tensor after the other; buffers whole.
+    """Distributes the weights of rank 0, one tensor at a time, and its whole buffers.
 
     Args:
         loss: The sharded module.
-        whole: Its tensors before sharding, by name; only those of rank 0 have values. Used up.
+        whole: Its tensors before sharding, by name. Only those of rank 0 have values. The dict is
+            emptied, so that each tensor is freed.
         mesh: Data-parallel mesh.
-        cpu_offload: Whether shards live in host memory.
+        cpu_offload: Whether shards are in host memory.
     """
     from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -191,22 +194,21 @@ def _fill_from_rank_zero(
         loss.to_empty(device="cpu" if cpu_offload else mesh.device_type)
     for name, tensor in _tensors(loss).items():
         full = whole.pop(name)
-        full = (
-            torch.empty_like(full, device=mesh.device_type)
-            if full.is_meta
-            else full.to(mesh.device_type)
-        )
-        if isinstance(tensor, DTensor):
-            tensor.to_local().copy_(
-                distribute_tensor(full.contiguous(), mesh, tensor.placements).to_local()
-            )
+        if full.is_meta:
+            full = torch.empty_like(full, device=mesh.device_type)
         else:
-            dist.broadcast(full := full.contiguous(), src=0)
+            full = full.to(mesh.device_type)
+        full = full.contiguous()
+        if isinstance(tensor, DTensor):
+            shard = distribute_tensor(full, mesh, tensor.placements)
+            tensor.to_local().copy_(shard.to_local())
+        else:
+            dist.broadcast(full, src=0)
             tensor.copy_(full)
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, those too that a state dict leaves out; tied ones once."""
+    """Parameters and all buffers by name, also non-persistent ones. Tied weights appear once."""
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
@@ -215,8 +217,10 @@ def _is_meta(value: Any) -> bool:
 
 
 def full_state_dict(module: nn.Module) -> dict[str, Tensor]:
-    """The whole state on the CPU of rank 0 (empty elsewhere), whatever the sharding. A collective
-    call.
+    """Gathers the full state dict on the CPU of rank 0. A collective call.
+
+    Returns:
+        Tensors by name. Empty on other ranks.
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 

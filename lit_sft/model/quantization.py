@@ -1,4 +1,4 @@
-"""4-bit base weights (QLoRA, arXiv:2305.14314), through bitsandbytes."""
+"""4-bit weights of a frozen base (QLoRA, arXiv:2305.14314), through bitsandbytes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 
 def nf4(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
-    """NF4 with quantized scales (double quantization); matrices are multiplied in `compute_dtype`.
+    """Returns the config of NF4 with double quantization.
+
+    Args:
+        compute_dtype: Dtype in which matrices are multiplied.
 
     Raises:
         UserError: bitsandbytes is not installed.
@@ -38,12 +41,12 @@ def nf4(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
 
 
 def _keep_weights() -> None:
-    """Forbids bitsandbytes to change the weights of a model in training.
+    """Keeps bitsandbytes from changing the weights during training.
 
-    On CPUs with bf16 instructions the first forward pass in evaluation mode would repack them with
-    scales rounded to bf16, for good: the steps after a validation would see other weights than
-    those before it, and a resumed run others than the one that was stopped. Such weights also break
-    when they are moved (bitsandbytes #2078).
+    On a CPU with bf16 instructions, the first forward pass in evaluation mode repacks the weights
+    for good, with scales rounded to bf16. Then the steps after a validation would use other weights
+    than those before it, and a resumed run would differ from an uninterrupted one. Repacked weights
+    also break when they are moved (bitsandbytes #2078).
     """
     from bitsandbytes.nn import modules
 

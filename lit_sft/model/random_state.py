@@ -1,4 +1,4 @@
-"""A random state of its own for the time of a block."""
+"""A separate random state for a `with` block."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import nn
 def own_random_state(
     seed: int | None = None, devices: Iterable[torch.device] = ()
 ) -> Iterator[None]:
-    """Keeps the random numbers that a block draws from changing those that follow it.
+    """Restores the random state after a `with` block, whatever the block has drawn.
 
     Args:
-        seed: Starts the block's random state; None continues that of the caller.
-        devices: Where the block draws numbers besides the CPU.
+        seed: Seed for the block. None continues from the caller's random state.
+        devices: Devices on which the block draws numbers, beside the CPU.
     """
     gpus = [device for device in devices if device.type == "cuda"]
     with torch.random.fork_rng(devices=gpus):
@@ -27,7 +27,7 @@ def own_random_state(
 
 
 def devices_of(model: nn.Module) -> set[torch.device]:
-    """The devices of a model's parameters."""
+    """Returns the devices of a model's parameters."""
     return {parameter.device for parameter in model.parameters()}
 
 
@@ -35,5 +35,5 @@ def _seed(seed: int, on_gpus: bool) -> None:
     if on_gpus:
         torch.manual_seed(seed)
     else:
-        # `torch.manual_seed` would also seed the GPUs, whose states were not saved.
+        # `torch.manual_seed` would also seed the GPUs, whose states are not restored.
         torch.default_generator.manual_seed(seed)

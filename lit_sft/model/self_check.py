@@ -1,6 +1,4 @@
-"""Whether fast attention gives what the model's own would: compared at the start, on a few
-tokens.
-"""
+"""Compares fast attention with the model's own attention, before training and on a few tokens."""
 
 from __future__ import annotations
 
@@ -23,31 +21,33 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LENGTHS = (5, 7)
+"""Tokens of the two examples that are compared."""
 
 
 @torch.no_grad()
-def packs_are_exact(lm: PreTrainedModel) -> bool:
-    """Whether a row of two examples gives each the hidden states it has alone (state-space layers,
-    say, do not).
+def packing_is_exact(lm: PreTrainedModel) -> bool:
+    """Whether an example has the same hidden states in a pack as alone.
+
+    State-space layers, for example, carry their state from one example to the next.
     """
     input_ids, position_ids = _inputs(lm)
     first = LENGTHS[0]
     try:
         packed = _states(lm, input_ids, position_ids, **pack_kwargs(LENGTHS, lm.device))
     except TypeError:
-        # An architecture that hands no keyword arguments down to its layers.
+        # This architecture passes no keyword arguments down to its layers.
         return False
-    alone = _states(
-        lm, input_ids[:, first:], position_ids[:, first:], **pack_kwargs(LENGTHS[1:], lm.device)
-    )
-    # What leaks may reach the first few tokens only.
+    bounds = pack_kwargs(LENGTHS[1:], lm.device)
+    alone = _states(lm, input_ids[:, first:], position_ids[:, first:], **bounds)
+    # Small, because a leak may reach only the first few tokens of the second example.
     return _close(packed[:, first:], alone, tolerance=0.1)
 
 
 @torch.no_grad()
 def is_causal(lm: PreTrainedModel) -> bool:
-    """Whether hidden states stay the same when later tokens change (those of BERT without
-    `is_decoder` do not).
+    """Whether hidden states do not depend on later tokens.
+
+    In BERT without `is_decoder`, for example, they do.
     """
     input_ids, _ = _inputs(lm)
     position_ids = torch.arange(input_ids.shape[1], device=lm.device)[None]
@@ -55,18 +55,18 @@ def is_causal(lm: PreTrainedModel) -> bool:
     changed = torch.cat([input_ids[:, :first], input_ids[:, first:] // 2], dim=1)
     before = _states(lm, input_ids, position_ids)[:, :first]
     after = _states(lm, changed, position_ids)[:, :first]
-    # The same computation twice.
+    # Small, because the same code computes both.
     return _close(before, after, tolerance=0.03)
 
 
 @torch.no_grad()
-def what_is_lost(lm: PreTrainedModel) -> str | None:
-    """What the chosen attention function leaves out of what the model asks for; None if nothing.
+def missing_feature(lm: PreTrainedModel) -> str | None:
+    """Returns what the chosen attention function ignores of the model's attention, or None.
 
-    One example alone is compared with `eager`, the model's own: caps, sinks, biases by position, or
-    masks of its own kind show. A window does not show in a few tokens; but transformers asks for a
-    mask with that window, and the layer that gets it must hand the window to the attention
-    function.
+    One example is compared with `eager`, the model's own attention code. This shows caps, sinks,
+    position biases, and special masks. A sliding window does not show in a few tokens. But
+    transformers asks for a mask with that window, and the layer must pass the window on to the
+    attention function. So these two are compared.
     """
     name = attention_of(lm)
     input_ids, _ = _inputs(lm)
@@ -76,7 +76,7 @@ def what_is_lost(lm: PreTrainedModel) -> str | None:
         with _noting_windows(name, windows):
             ours = _states_alone(lm, input_ids, position_ids)
     except Exception as error:
-        # Whatever a model does with a mask that is not there.
+        # Custom attention code may do anything with a mask that is None.
         log.debug("%s under %s", type(lm).__name__, name, exc_info=error)
         return "attention code of its own"
     if windows:
@@ -84,27 +84,31 @@ def what_is_lost(lm: PreTrainedModel) -> str | None:
     set_attention(lm, "eager")
     expected = _states(lm, input_ids, position_ids)
     set_attention(lm, name)
-    return None if _close(ours, expected, tolerance=0.25) else "scores or a mask of its own kind"
+    if _close(ours, expected, tolerance=0.25):
+        return None
+    return "scores or a mask of its own kind"
 
 
 def check_length(lm: PreTrainedModel, longest: int, context: int | None) -> None:
-    """Compares the longest example with the positions that the model has.
+    """Refuses examples that are longer than a table of learned positions, and warns of other ones.
 
     Args:
-        lm: Causal LM.
-        longest: Tokens of the example.
-        context: Of `context_length`.
+        lm: The causal LM.
+        longest: Tokens of the longest example.
+        context: The model's context, from `context_length`.
 
     Raises:
-        UserError: They are learned, and there are fewer.
+        UserError: The model has a learned position for fewer tokens.
     """
     if context is None or longest <= context:
         return
-    tables = [
-        m
-        for m in lm.modules()
-        if isinstance(m, torch.nn.Embedding) and m is not lm.get_input_embeddings()
-    ]
+    tables = []
+    for module in lm.modules():
+        if module is lm.get_input_embeddings():
+            continue
+        if isinstance(module, torch.nn.Embedding):
+            tables.append(module)
+    # OPT has two more positions than its context.
     if any(context <= table.num_embeddings <= context + 2 for table in tables):
         raise UserError(
             f"data.max_length: the longest example has {longest:,} tokens, but {type(lm).__name__}"
@@ -119,8 +123,14 @@ def check_length(lm: PreTrainedModel, longest: int, context: int | None) -> None
 
 @contextmanager
 def _noting_windows(name: str, windows: set[int]) -> Iterator[None]:
-    """Meanwhile masks hold nothing but their window (0: none); those that a layer was not told of
-    are noted.
+    """Finds the sliding windows that a model's layers do not pass on to attention.
+
+    In the block, transformers makes masks that hold only the size of their window (0 for none). The
+    attention function compares it with the window that the layer passes.
+
+    Args:
+        name: The attention implementation.
+        windows: Gets the windows that differ.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -153,23 +163,22 @@ def _noting_windows(name: str, windows: set[int]) -> Iterator[None]:
 
 
 def _inputs(lm: PreTrainedModel) -> tuple[Tensor, Tensor]:
-    """Token ids and positions of two examples in a row, [1, T] each.
+    """Returns random token ids and positions of two examples in a row, [1, T] each.
 
-    Drawn from the whole vocabulary: after ids that follow each other, special tokens often, the
-    rounding of bf16 grew to 65 % of some of SmolLM2's states, after such ids to 7 %.
+    They are drawn from the whole vocabulary. With the first ids instead, which are often special
+    tokens, the rounding of bf16 grew to 65 % of some hidden states of SmolLM2; with drawn ids it is
+    7 %.
     """
     vocabulary = lm.config.get_text_config().vocab_size
-    # The default device may be another.
-    drawn = torch.Generator("cpu").manual_seed(0)
-    input_ids = torch.randint(vocabulary, (1, sum(LENGTHS)), generator=drawn, device="cpu")
+    # Named, because the default device may be a GPU.
+    generator = torch.Generator("cpu").manual_seed(0)
+    input_ids = torch.randint(vocabulary, (1, sum(LENGTHS)), generator=generator, device="cpu")
     position_ids = torch.cat([torch.arange(length, device=lm.device) for length in LENGTHS])
     return input_ids.to(lm.device), position_ids[None]
 
 
 def _states_alone(lm: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-    """As `_states`, of one example; told that it is one where the layers hand this down to
-    attention.
-    """
+    """Returns `_states` of one example, with its bounds if the layers pass them on to attention."""
     try:
         return _states(lm, input_ids, position_ids, **pack_kwargs((input_ids.shape[1],), lm.device))
     except TypeError:
@@ -177,9 +186,7 @@ def _states_alone(lm: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) 
 
 
 def _states(lm: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, **kwargs: Any) -> Tensor:
-    """What the model makes of them: hidden states, or logits where it does not tell its head from
-    the rest.
-    """
+    """Returns the hidden states [1, T, D], or the logits of a model without a separate backbone."""
     with evaluation_mode(lm):
         output = lm.base_model(
             input_ids=input_ids, position_ids=position_ids, use_cache=False, **kwargs
@@ -189,15 +196,19 @@ def _states(lm: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, **kwar
 
 
 def _close(ours: Tensor, expected: Tensor, tolerance: float) -> bool:
-    """As close as the type in which the model computes allows: [B, T, D] both; `tolerance` is for
-    16 bits.
+    """Whether two results agree, up to the rounding of their dtype.
 
-    What 16 bits round away grows from layer to layer, to 3 % of a state in SmolLM2 on average;
-    biases or sinks left out change states by 40 to 80 %.
+    In 16 bits the rounding error grows from layer to layer, to 3 % of a hidden state of SmolLM2 on
+    average. Missing biases or sinks change hidden states by 40 to 80 %.
+
+    Args:
+        ours: [B, T, D].
+        expected: [B, T, D].
+        tolerance: Mean relative difference that is accepted in 16 bits.
     """
     if expected.dtype == torch.float32:
         return torch.allclose(ours, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
     ours, expected = ours.float(), expected.float()
     differences = (ours - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-6)
-    # Nan is not close.
+    # NaN is not close.
     return bool(differences.mean() < tolerance)

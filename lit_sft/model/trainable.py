@@ -1,4 +1,4 @@
-"""The trained part of a model: chosen by name, and compared with what a checkpoint holds."""
+"""Which parameters are trained, and whether a checkpoint fits them."""
 
 from __future__ import annotations
 
@@ -11,28 +11,30 @@ from torch import nn
 from lit_sft.errors import UserError
 
 
-def freeze_unread(model: Any) -> None:
-    """Freezes what text does not pass through, a vision tower say: it gets no gradient, which DDP
-    would wait for.
+def freeze_unused(model: Any) -> None:
+    """Freezes the parameters that text does not pass through, such as those of a vision tower.
+
+    They would get no gradient, and DDP would wait for it.
     """
+    used: set[int] = set()
     modules = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
-    read = {
-        id(parameter)
-        for module in modules
-        if module is not None
-        for parameter in module.parameters()
-    }
+    for module in modules:
+        if module is not None:
+            used.update(id(parameter) for parameter in module.parameters())
     for parameter in model.parameters():
-        if id(parameter) not in read:
+        if id(parameter) not in used:
             parameter.requires_grad_(False)
 
 
 def set_trainable(model: nn.Module, patterns: Iterable[str]) -> None:
-    """Trains the parameters whose name one of the regular expressions finds, and freezes all
-    others.
+    """Trains the parameters whose name matches an expression, and freezes all others.
+
+    Args:
+        model: The model.
+        patterns: Regular expressions, which may match anywhere in a name.
 
     Raises:
-        UserError: If an expression finds nothing or does not compile.
+        UserError: An expression does not compile, or matches no parameter.
     """
     # A tied weight has several names, and each of them may be asked for.
     named = list(model.named_parameters(remove_duplicate=False))
@@ -57,31 +59,32 @@ def set_trainable(model: nn.Module, patterns: Iterable[str]) -> None:
 
 
 def is_frozen(model: nn.Module) -> bool:
-    """Whether a part of the model is not trained."""
+    """Whether some parameters of the model are not trained."""
     return not all(parameter.requires_grad for parameter in model.parameters())
 
 
 def trained(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a state that are trained; a tied weight once."""
+    """Returns the entries of a state dict that are trained. A tied weight is returned once."""
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     return {name: value for name, value in state.items() if name in names}
 
 
 def check_fits(model: nn.Module, saved: Mapping[str, Any]) -> None:
-    """Compares names and shapes of what is saved with those of the model.
+    """Compares names and shapes of saved tensors with those of the model.
 
     Args:
-        model: All of it was saved, or, where a part is frozen, what is trained.
+        model: The model. If a part of it is frozen, only the trained part is compared.
         saved: Tensors by parameter name.
 
     Raises:
-        UserError: One is in one of them only, or has another shape.
+        UserError: A tensor is missing on one side, or has another shape.
     """
     own = model.state_dict()
     if is_frozen(model):
         own = trained(model, own)
     remedy = "set model.* as it was in training (config.yaml beside the checkpoints)"
-    if strangers := sorted(own.keys() ^ saved.keys()):
+    strangers = sorted(own.keys() ^ saved.keys())
+    if strangers:
         where = "checkpoint" if strangers[0] in saved else "model"
         raise UserError(
             f"the checkpoint does not fit the model: {strangers[0]} is in the {where} only;"

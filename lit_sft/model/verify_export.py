@@ -1,4 +1,4 @@
-"""Whether an export, loaded as anybody would, answers as the model in memory does."""
+"""Reloads an export with transformers or peft, and compares it with the model in memory."""
 
 from __future__ import annotations
 
@@ -28,29 +28,27 @@ def verify_export(
     tokenizer: PreTrainedTokenizerBase,
     probe_ids: Sequence[Sequence[int]],
 ) -> None:
-    """Loads the export as anybody would and compares its logits and greedy answers to those of the
-    model.
+    """Compares logits, greedy answers and tokenizer of an export with those of the model.
 
     Args:
-        output_dir: What `export_hf` wrote.
+        output_dir: The directory that `export_hf` wrote.
         model: The model in memory, not sharded.
-        tokenizer: Its tokenizer.
+        tokenizer: The tokenizer of the model.
         probe_ids: Prompts as token ids.
 
     Raises:
-        UserError: If they differ by more than rounding.
+        UserError: They differ by more than rounding.
     """
     reloaded = _reload(Path(output_dir), model)
-    stops = json.loads((Path(output_dir) / "generation_config.json").read_text()).get(
-        "eos_token_id"
-    )
+    settings = json.loads((Path(output_dir) / "generation_config.json").read_text())
+    stops = settings.get("eos_token_id")
     with evaluation_mode(model):
         for ids in probe_ids:
             prompt = torch.tensor([list(ids)], device=model.device)
-            is_close_call = _check_logits(output_dir, model, reloaded, prompt)
-            if not is_close_call and _greedy(model, prompt, stops) != _greedy(
-                reloaded, prompt, stops
-            ):
+            answers_may_differ = _check_logits(output_dir, model, reloaded, prompt)
+            if answers_may_differ:
+                continue
+            if _greedy(model, prompt, stops) != _greedy(reloaded, prompt, stops):
                 raise _not_equal(
                     f"the answers of the export {output_dir} differ from those of the model"
                 )
@@ -61,8 +59,11 @@ def _check_logits(output_dir: str | Path, model: Any, reloaded: Any, prompt: Ten
     """Compares the logits for a prompt.
 
     Returns:
-        Whether rounding may change which token is the most likely: in 16 bits two can be too close
-        to call, unless not a bit differs.
+        Whether rounding may change which token is the most likely. In 16 bits it may, unless the
+        logits are equal bit for bit.
+
+    Raises:
+        UserError: They differ by more than rounding.
     """
     dtype = _stored_dtype(model)
     is_stored_alike = dtype == _stored_dtype(reloaded)
@@ -75,8 +76,8 @@ def _check_logits(output_dir: str | Path, model: Any, reloaded: Any, prompt: Ten
     expected = model(input_ids=prompt).logits.float()
     found = reloaded(input_ids=prompt).logits.float()
     error = float((found - expected).abs().max() / expected.abs().max())
+    # Also refuses NaN.
     if not error <= limit:
-        # Nan is an error, too.
         raise _not_equal(
             f"the logits of the export {output_dir} are off by {error:.2g} of their size"
         )
@@ -100,35 +101,37 @@ def _not_equal(what: str) -> UserError:
 
 
 def _is_remote(thing: Any) -> bool:
-    """Whether it runs code that came with its files, to which the user has agreed then."""
+    """Whether this object's code came with the model. Then the user has agreed to run it."""
     return type(thing).__module__.partition(".")[0] == "transformers_modules"
 
 
 def _stored_dtype(model: Any) -> torch.dtype:
-    """The type of the stored weights: those of the base, where adapters of another type lie over
-    it.
-    """
+    """The dtype of the stored weights. With adapters, that of the frozen base."""
     frozen = (p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point())
     return next(frozen, model.dtype)  # type: ignore[no-any-return]
 
 
 def _greedy(model: Any, prompt: Tensor, stops: int | list[int] | None) -> list[int]:
-    lm = causal_lm(model)
-    options: dict[str, Any] = dict(
-        max_new_tokens=16, do_sample=False, pad_token_id=0, eos_token_id=stops
+    """The prompt and its greedy completion, as token ids."""
+    output = causal_lm(model).generate(
+        input_ids=prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=16,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=stops,
     )
-    return lm.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **options)[
-        0
-    ].tolist()  # type: ignore[no-any-return]
+    return output[0].tolist()  # type: ignore[no-any-return]
 
 
 def _reload(directory: Path, model: PreTrainedModel | PeftModel) -> Any:
+    """Loads the export with transformers or peft only."""
     from transformers import AutoModelForCausalLM
 
     load: Any = partial(
         AutoModelForCausalLM.from_pretrained, trust_remote_code=_is_remote(causal_lm(model))
     )
-    # peft draws random numbers before it loads the right ones.
+    # peft draws random start values before it loads the stored ones.
     with own_random_state(devices=[model.device]):
         if not is_adapted(model):
             return load(directory, dtype="auto", local_files_only=True).to(model.device)

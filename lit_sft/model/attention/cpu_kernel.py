@@ -1,5 +1,7 @@
-"""Packed attention on a CPU, as one operation: the kernel is that of torch's SDPA, backward in bf16
-our own.
+"""Packed attention on a CPU, as one operation of torch.
+
+It calls the CPU kernel of torch's SDPA for each example. The backward pass of long examples in
+bf16 is our own, because it is faster.
 
 Letters: H heads, T tokens, L tokens of one example, K head dimension, S examples.
 """
@@ -12,19 +14,20 @@ import torch
 from torch import Tensor
 
 SHORT = 128
-"""Tokens below which SDPA's kernel goes backward faster, in fp32: in bf16 it takes four times as
-long for 64 or 128.
+"""Tokens below which the backward pass uses SDPA's kernel, in fp32. In bf16 that kernel takes four
+times as long for 64 or 128 tokens.
 """
 BLOCK = 256
-"""Queries whose scores exist at once in the backward pass: they meet no key behind them, and stay
-in a CPU's cache.
+"""Queries whose scores exist at once in our backward pass. The scores stay in a CPU's cache, and
+keys after the block are skipped.
 """
 
 
-def takes(query: Tensor, value: Tensor) -> bool:
-    """Whether the kernel computes it: fp32 or bf16 on a CPU, heads of one size."""
-    known = query.dtype in (torch.float32, torch.bfloat16)
-    return query.device.type == "cpu" and known and query.shape[-1] == value.shape[-1]
+def supports(query: Tensor, value: Tensor) -> bool:
+    """Whether the kernel supports these inputs: fp32 or bf16 on a CPU, heads of one size."""
+    is_known_dtype = query.dtype in (torch.float32, torch.bfloat16)
+    is_one_size = query.shape[-1] == value.shape[-1]
+    return query.device.type == "cpu" and is_known_dtype and is_one_size
 
 
 @torch.library.custom_op(
@@ -43,32 +46,42 @@ def packed_attention_cpu(
     scaling: float | None,
     window: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """SDPA's own CPU kernel, example by example, straight into one result: no split, expanded key
-    or concatenation is kept.
+    """Calls SDPA's CPU kernel for each example, and writes the results into one tensor.
 
-    One operation for torch.compile, which would unroll the loop over the examples of each pack.
+    Neither the splits, nor the repeated keys, nor a concatenation are kept for backward. It is one
+    operation, because torch.compile would unroll the loop over the examples of each pack.
+
+    Args:
+        query: [1, H, T, K].
+        key: [1, H_kv, T, K].
+        value: [1, H_kv, T, K].
+        bounds: [S + 1] the position where each example begins, and T.
+        scaling: Factor on the scores. None means 1 / sqrt(K).
+        window: Number of tokens that a position attends to. None for all before it.
 
     Returns:
-        [1, T, H, K], and the logarithms of the sums of the scores, [1, H, T].
+        The result [1, T, H, K], and the log-sum-exp of the scores [1, H, T].
     """
-    out, norms = _made(query)
-    groups, lengths = query.shape[1] // key.shape[1], bounds.diff().tolist()
+    out, norms = _empty_results(query)
+    groups = query.shape[1] // key.shape[1]
+    lengths = bounds.diff().tolist()
     inputs = (x.split(lengths, dim=2) for x in (query, key, value))
-    for place, norm, q, k, v in zip(
-        out.split(lengths, dim=1), norms.split(lengths, dim=2), *inputs, strict=True
-    ):
-        k, v, mask = repeat_heads(k, groups), repeat_heads(v, groups), window_bias(q, window)
-        # The public SDPA does not return the logarithms of the sums, which the backward pass needs.
-        made, made_norm = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+    outputs = (out.split(lengths, dim=1), norms.split(lengths, dim=2))
+    for out_part, norm_part, q, k, v in zip(*outputs, *inputs, strict=True):
+        k = repeat_heads(k, groups)
+        v = repeat_heads(v, groups)
+        mask = window_bias(q, window)
+        # The public SDPA does not return the log-sum-exp, which the backward pass needs.
+        result, norm = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, mask is None, attn_mask=mask, scale=scaling
         )
-        place.copy_(made.transpose(1, 2))
-        norm.copy_(made_norm)
+        out_part.copy_(result.transpose(1, 2))
+        norm_part.copy_(norm)
     return out, norms
 
 
 @packed_attention_cpu.register_fake
-def _made(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _empty_results(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     out = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
     return out, query.new_empty(query.shape[:3], dtype=torch.float32)
 
@@ -92,17 +105,19 @@ def _backward_op(  # noqa: PLR0913 - as the schema has them
     scaling: float | None,
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    grads = (torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))
     tensors = (*grads, grad.transpose(1, 2), query, key, value, out.transpose(1, 2), norms)
-    for *places, g, q, k, v, o, norm in zip(
-        *(x.split(bounds.diff().tolist(), dim=2) for x in tensors), strict=True
-    ):
-        plain = (
-            q.dtype != torch.bfloat16 or q.shape[2] < SHORT or window_bias(q, window) is not None
-        )
-        backward = _backward_by_kernel if plain else _backward_by_products
-        for place, made in zip(places, backward(g, q, k, v, o, norm, scaling, window), strict=True):
-            place.copy_(made)
+    lengths = bounds.diff().tolist()
+    examples = zip(*(x.split(lengths, dim=2) for x in tensors), strict=True)
+    for dq_part, dk_part, dv_part, g, q, k, v, o, norm in examples:
+        is_plain_bf16 = q.dtype == torch.bfloat16 and window_bias(q, window) is None
+        if not is_plain_bf16 or q.shape[2] < SHORT:
+            dq, dk, dv = _backward_by_kernel(g, q, k, v, o, norm, scaling, window)
+        else:
+            dq, dk, dv = _backward_by_products(g, q, k, v, o, norm, scaling)
+        dq_part.copy_(dq)
+        dk_part.copy_(dk)
+        dv_part.copy_(dv)
     return grads
 
 
@@ -116,7 +131,7 @@ def _backward_by_kernel(
     scaling: float | None,
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One example by the kernel of SDPA."""
+    """Backward pass of one example by SDPA's kernel."""
     groups = q.shape[1] // k.shape[1]
     inputs = [g, q, repeat_heads(k, groups), repeat_heads(v, groups), o]
     if q.shape[2] < SHORT:
@@ -136,29 +151,35 @@ def _backward_by_products(
     o: Tensor,
     norm: Tensor,
     scaling: float | None,
-    _: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One example in bf16 by five matrix products, of which oneDNN makes twice as much as SDPA's
-    kernel does of its own (2.7 ms instead of 5.5 for 330 tokens, 9 heads of 64, two threads), as
-    exactly: two more columns subtract within the products, in fp32, what has to be subtracted from
-        scores and gradients before they are rounded. Heads
-    that share a key are rows of one product.
+    """Backward pass of one example in bf16, by five matrix products.
+
+    oneDNN computes these twice as fast as SDPA's kernel (2.7 ms instead of 5.5 for 330 tokens, 9
+    heads of 64, two threads). It is as exact: scores and gradients need a number subtracted before
+    they are rounded to bf16, and two more columns in the factors do so within the products, in
+    fp32. Query heads that share a key are rows of one product.
     """
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-    length, dim, heads = q.shape[2], q.shape[3], (k.shape[1], -1)
-    # [1, H, L], what the softmax subtracts.
+    length, dim = q.shape[2], q.shape[3]
+    heads = (k.shape[1], -1)
+    # [1, H, L], the term that the backward pass of the softmax subtracts.
     mean = torch.linalg.vecdot(g.float(), o.float())
     # [H_kv, groups, L, K + 2].
-    queries = torch.cat([q, _in_two(norm / -scale)], -1)[0].unflatten(0, heads)
-    grads = torch.cat([g, _in_two(-mean)], -1)[0].unflatten(0, heads)
+    queries = torch.cat([q, _as_two_bf16(norm / -scale)], -1)[0].unflatten(0, heads)
+    grads = torch.cat([g, _as_two_bf16(-mean)], -1)[0].unflatten(0, heads)
     ones = k.new_ones(k.shape[1], length, 2)
     # [H_kv, L, K + 2].
-    keys, values = torch.cat([k[0], ones], -1), torch.cat([v[0], ones], -1)
+    keys = torch.cat([k[0], ones], -1)
+    values = torch.cat([v[0], ones], -1)
     dq = q.new_empty(q.shape[1:]).unflatten(0, heads)
-    dk, dv = (k.new_zeros(k.shape[1:], dtype=torch.float32) for _ in range(2))
+    dk = k.new_zeros(k.shape[1:], dtype=torch.float32)
+    dv = k.new_zeros(k.shape[1:], dtype=torch.float32)
     for start in range(0, length, BLOCK):
-        rows, seen = slice(start, start + BLOCK), slice(0, start + BLOCK)
-        q_rows, g_rows = queries[:, :, rows].flatten(1, 2), grads[:, :, rows].flatten(1, 2)
+        rows = slice(start, start + BLOCK)
+        # The keys that these queries may attend to.
+        seen = slice(0, start + BLOCK)
+        q_rows = queries[:, :, rows].flatten(1, 2)
+        g_rows = grads[:, :, rows].flatten(1, 2)
         probabilities = torch.bmm(q_rows, keys[:, seen].mT).mul_(scale).exp_()
         probabilities.unflatten(1, (queries.shape[1], -1))[..., start:].tril_()
         dv[:, seen] += torch.bmm(probabilities.mT, g_rows[..., :dim])
@@ -168,8 +189,8 @@ def _backward_by_products(
     return dq.flatten(0, 1)[None], dk.mul_(scale)[None], dv[None]
 
 
-def _in_two(x: Tensor) -> Tensor:
-    """fp32 numbers as sums of two in bf16, 16 bits together: [...] -> [..., 2]."""
+def _as_two_bf16(x: Tensor) -> Tensor:
+    """Splits fp32 numbers into sums of two bf16 numbers: [...] -> [..., 2]."""
     high = x.bfloat16()
     return torch.stack([high, (x - high).bfloat16()], -1)
 
@@ -181,28 +202,32 @@ def _(
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.scaling, ctx.window = inputs
     ctx.save_for_backward(*tensors, *output)
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     query, key, value, bounds, out, norms = ctx.saved_tensors
-    made = _backward_op(grad, query, key, value, out, norms, bounds, ctx.scaling, ctx.window)
-    return (*made, None, None, None)
+    grads = _backward_op(grad, query, key, value, out, norms, bounds, ctx.scaling, ctx.window)
+    # No gradients of bounds, scaling and window.
+    return (*grads, None, None, None)
 
 
-packed_attention_cpu.register_autograd(_backward, setup_context=_keep)
+packed_attention_cpu.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 def repeat_heads(x: Tensor, groups: int) -> Tensor:
-    """[1, H_kv, L, K] -> [1, H, L, K]."""
-    return x if groups == 1 else x.repeat_interleave(groups, dim=1)
+    """Repeats each key or value head for its group of queries: [1, H_kv, L, K] -> [1, H, L, K]."""
+    if groups == 1:
+        return x
+    return x.repeat_interleave(groups, dim=1)
 
 
 def window_bias(query: Tensor, sliding_window: int | None) -> Tensor | None:
-    """[L, L] 0 where attention is allowed, else -inf; None where plain causal attention is the
-    same.
+    """Returns the bias [L, L] of a sliding window: 0 where attention is allowed, -inf elsewhere.
+
+    None if the example is no longer than the window, where causal attention is the same.
     """
     length = query.shape[2]
     if sliding_window is None or length <= sliding_window:

@@ -1,8 +1,7 @@
-"""Which attention implementation a loaded model uses: read it, and change it.
+"""Reads and changes the attention implementation of a loaded model.
 
-Every use of transformers' private `_attn_implementation` stands here. There is no public way to
-read the name, and the public `set_attn_implementation` skips models with attention code of their
-own.
+All uses of transformers' private `_attn_implementation` are in this file. There is no public way to
+read the name, and the public `set_attn_implementation` skips models with custom attention code.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def attention_of(lm: PreTrainedModel) -> str:
-    """The name of the attention implementation that a model uses, as transformers knows it."""
+    """Returns transformers' name of the attention implementation that a model uses."""
     name: str = lm.config._attn_implementation
     return name
 
@@ -24,13 +23,12 @@ def set_attention(lm: PreTrainedModel, name: str) -> None:
 
     Args:
         lm: The model.
-        name: As transformers knows it. For `sdpa`, a model that does not support it gets `eager`.
+        name: transformers' name. Instead of `sdpa`, a model that does not support it gets `eager`.
     """
     if name == "sdpa":
-        # Asked for no name, transformers chooses sdpa where the model supports it, and eager
-        # otherwise.
+        # For None, transformers chooses sdpa if the model supports it, and eager otherwise.
         name = lm.get_correct_attn_implementation(None)
     lm.set_attn_implementation(name)
-    # Transformers leaves a model with attention code of its own unchanged. Such a model only reads
-    # the mask, and the masks follow this name.
+    # transformers leaves a model with custom attention code unchanged. Such a model only reads the
+    # mask, and this name chooses the mask.
     lm.config._attn_implementation = name

@@ -1,5 +1,6 @@
-"""Packed attention: examples that lie end to end in a row see only themselves, at the cost of the
-sum of their squares.
+"""Packed attention: examples lie end to end in a row, and each attends only to itself.
+
+Its cost is the sum of the squares of the example lengths, not the square of the row length.
 
 Letters: B rows, H heads, T tokens, K head dimension, S examples.
 
@@ -31,25 +32,24 @@ PACKED = "lit_sft_packed"
 
 
 def pack_kwargs(lengths: tuple[int, ...], device: torch.device) -> dict[str, Any]:
-    """Describes the S examples of a row to attention; the layers of a model hand these keyword
-    arguments down.
+    """Returns the keyword arguments that describe the S examples of a row to attention.
 
-    The names are those of transformers, but for `cu_seq_lens_host`. The bounds are tensors, because
-    torch.compile would compile again for every new tuple of lengths.
+    A model's layers pass them down. The names are those of transformers, except for
+    `cu_seq_lens_host`. The bounds are tensors, because torch.compile would compile again for every
+    new tuple of lengths.
 
     Args:
-        lengths: Tokens of each example.
+        lengths: [S] tokens of each example.
         device: Device of the model's inputs.
 
     Returns:
-        `cu_seq_lens_q` and `cu_seq_lens_k`: [S + 1] int32 on the device, where the examples begin,
-        and the end. `max_length_q` and `max_length_k`: length of the longest example.
-        `cu_seq_lens_host`: the same bounds in host memory, for attention that needs the lengths as
-            numbers: to read them from a GPU, each layer would wait for it.
+        `cu_seq_lens_q` and `cu_seq_lens_k`: [S + 1] int32 on the device, the position where each
+        example begins, and T. `max_length_q` and `max_length_k`: tokens of the longest example.
+        `cu_seq_lens_host`: the same bounds in host memory, for kernels that need the lengths as
+        numbers. Reading them from a GPU would synchronize it in each layer.
     """
-    host_bounds = torch.tensor((0, *lengths), dtype=torch.int32, device="cpu").cumsum(
-        0, dtype=torch.int32
-    )
+    host_lengths = torch.tensor((0, *lengths), dtype=torch.int32, device="cpu")
+    host_bounds = host_lengths.cumsum(0, dtype=torch.int32)
     bounds = host_bounds.to(device, non_blocking=True)
     longest = max(lengths)
     return {
@@ -61,7 +61,7 @@ def pack_kwargs(lengths: tuple[int, ...], device: torch.device) -> dict[str, Any
     }
 
 
-# The arguments are those with which transformers calls an attention function.
+# transformers calls attention functions with these arguments.
 def packed_attention(  # noqa: PLR0913
     module: nn.Module,
     query: Tensor,
@@ -76,25 +76,26 @@ def packed_attention(  # noqa: PLR0913
     cu_seq_lens_host: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention in transformers' interface; without `cu_seq_lens_q` (generation, say) it is the
-    library's own SDPA.
+    """Computes packed attention, in transformers' interface for attention functions.
+
+    Without `cu_seq_lens_q` (in generation, for example) it calls transformers' SDPA function.
 
     Args:
         module: The attention layer.
         query: [1, H, T, K].
         key: [1, H_kv, T, K].
         value: [1, H_kv, T, K].
-        attention_mask: Given only outside of training; then `cu_seq_lens_q` must be None.
-        dropout: Probability.
-        scaling: Factor on the scores; None is 1 / sqrt(K).
-        sliding_window: Tokens that a position sees, itself included.
-        cu_seq_lens_q: [S + 1] where the examples begin, and T.
-        max_length_q: Length of the longest example.
-        cu_seq_lens_host: `cu_seq_lens_q` in host memory, if it is there.
-        **kwargs: What other implementations need.
+        attention_mask: The mask of padded prompts. None in training.
+        dropout: Probability of dropout.
+        scaling: Factor on the scores. None means 1 / sqrt(K).
+        sliding_window: Number of tokens that a position attends to, itself included.
+        cu_seq_lens_q: [S + 1] the position where each example begins, and T.
+        max_length_q: Tokens of the longest example.
+        cu_seq_lens_host: `cu_seq_lens_q` in host memory, if available.
+        **kwargs: Arguments of other implementations.
 
     Returns:
-        [1, T, H, K] and None in place of the weights.
+        [1, T, H, K], and None in place of the attention weights.
     """
     if cu_seq_lens_q is None or attention_mask is not None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -111,13 +112,14 @@ def packed_attention(  # noqa: PLR0913
             **kwargs,
         )
     if torch.is_autocast_enabled(query.device.type):
-        # As autocast does for SDPA; rotary embeddings left fp32.
+        # Rotary embeddings return fp32. Autocast would cast the inputs of SDPA, but not of these
+        # kernels.
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    if flash_takes(query, value) and not dropout:
+    if flash_supports(query, value) and not dropout:
         kernel = "torch's variable-length flash kernel"
         out = _varlen(query, key, value, max_length_q, cu_seq_lens_q, scaling, sliding_window)
-    elif cpu_kernel.takes(query, value) and not dropout:
+    elif cpu_kernel.supports(query, value) and not dropout:
         kernel = "SDPA's CPU kernel"
         out, _ = cpu_kernel.packed_attention_cpu(
             query, key, value, cu_seq_lens_q, scaling, sliding_window
@@ -127,19 +129,21 @@ def packed_attention(  # noqa: PLR0913
         bounds = cu_seq_lens_q if cu_seq_lens_host is None else cu_seq_lens_host
         out = _per_segment(query, key, value, dropout, bounds, scaling, sliding_window)
     if module.training and not torch.compiler.is_compiling():
-        _tell(kernel, query.device.type, str(query.dtype).removeprefix("torch."), query.shape[-1])
+        dtype_name = str(query.dtype).removeprefix("torch.")
+        _log_kernel(kernel, query.device.type, dtype_name, query.shape[-1])
     return out, None
 
 
+# The cache makes each line appear once.
 @lru_cache
-def _tell(kernel: str, device: str, dtype: str, head_size: int) -> None:
-    """Says once how a model that is trained attends."""
+def _log_kernel(kernel: str, device: str, dtype: str, head_size: int) -> None:
     log.info("packed attention: %s (%s, %s, head size %s)", kernel, device, dtype, head_size)
 
 
-def flash_takes(query: Tensor, value: Tensor) -> bool:
-    """What torch's flash kernel computes: 16 bits, on NVIDIA GPUs from Ampere on, heads of one size
-    up to 256.
+def flash_supports(query: Tensor, value: Tensor) -> bool:
+    """Whether torch's flash kernel supports these inputs.
+
+    It needs 16 bits, an NVIDIA GPU from Ampere on, and heads of one size up to 256.
     """
     size = query.shape[-1]
     return (
@@ -162,17 +166,17 @@ def _per_segment(
     scaling: float | None,
     sliding_window: int | None,
 ) -> Tensor:
-    """One call of SDPA per example: [1, H, T, K] -> [1, T, H, K]. For dropout, and fp32 on a
-    GPU.
+    """Calls SDPA once per example: [1, H, T, K] -> [1, T, H, K].
+
+    Used for dropout, and for fp32 on a GPU.
     """
-    # Without a copy in host memory, this waits for the device.
+    # If the bounds are on a GPU, this synchronizes it.
     lengths = bounds.diff().tolist()
     groups = query.shape[1] // key.shape[1]
     parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
     outs = []
     for q, k, v in parts:
-        # With fewer heads of keys than of queries, torch 2.11 makes whole matrices of scores on a
-        # GPU.
+        # If keys have fewer heads than queries, torch 2.11 materializes the scores on a GPU.
         k = cpu_kernel.repeat_heads(k, groups)
         v = cpu_kernel.repeat_heads(v, groups)
         mask = cpu_kernel.window_bias(q, sliding_window)
@@ -198,14 +202,15 @@ def _varlen(
     scaling: float | None,
     sliding_window: int | None,
 ) -> Tensor:
-    """Torch's own variable-length flash attention (CUDA, 16 bit): [1, H, T, K] -> [1, T, H, K]."""
+    """Calls torch's variable-length flash attention: [1, H, T, K] -> [1, T, H, K]."""
     from torch.nn.attention.varlen import varlen_attn
 
-    # torch 2.11 takes heads that share a key without being told
-    shared: dict[str, Any] = (
-        {"enable_gqa": query.shape[1] != key.shape[1]} if _varlen_is_told() else {}
-    )
-    window = (-1 if sliding_window is None else sliding_window - 1, 0)
+    options: dict[str, Any] = {}
+    if _varlen_has_gqa_option():
+        options["enable_gqa"] = query.shape[1] != key.shape[1]
+    # Tokens to the left and to the right of a position; -1 is no limit.
+    left = -1 if sliding_window is None else sliding_window - 1
+    window = (left, 0)
     out = varlen_attn(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
@@ -216,22 +221,22 @@ def _varlen(
         longest,
         scale=scaling,
         window_size=window,
-        **shared,
+        **options,
     )
     assert isinstance(out, Tensor)
     return out[None]
 
 
 @lru_cache
-def _varlen_is_told() -> bool:
-    """Whether the kernel has to be told that heads share keys and values."""
+def _varlen_has_gqa_option() -> bool:
+    """Whether grouped-query attention must be enabled. torch 2.11 detects it by the shapes."""
     from torch.nn.attention.varlen import varlen_attn
 
     return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def _packed_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-    """No mask for packed rows (the lengths say it all); for padded prompts what SDPA would get."""
+    """Makes the mask of padded prompts, as for SDPA. Packed rows need no mask."""
     if attention_mask is None:
         return None
     from transformers.masking_utils import sdpa_mask
@@ -242,7 +247,7 @@ def _packed_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any
 
 
 def register() -> None:
-    """Makes `PACKED` a name that `attn_implementation` accepts."""
+    """Registers packed attention with transformers, under the name `PACKED`."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(PACKED, packed_attention)
@@ -250,26 +255,25 @@ def register() -> None:
 
 
 def choose(config: Any, requested: str) -> str:
-    """The implementation for a model: what was asked for, or with `auto` packed attention where the
-    scores allow it.
+    """Returns the attention implementation to load a model with.
+
+    `auto` takes packed attention, or `eager` if the model caps its scores or has attention sinks,
+    which SDPA cannot compute.
 
     Args:
         config: The model's config.
         requested: `model.attn_implementation`.
-
-    Returns:
-        A name for `attn_implementation`. Soft-capped scores are only exact in `eager`, with
-        transformers' own mask for packs.
     """
-    # SDPA asks cuDNN first on some GPUs, which takes up to half a second to make a plan for each
-    # new length: https://github.com/meta-pytorch/torchtune/issues/1652,
+    # On some GPUs SDPA tries cuDNN first, which takes up to half a second to plan each new length:
+    # https://github.com/meta-pytorch/torchtune/issues/1652,
     # https://github.com/modelscope/FunASR/issues/3704
     torch.backends.cuda.enable_cudnn_sdp(False)
     if requested != "auto":
         return requested
     text_config = config.get_text_config()
-    if getattr(text_config, "attn_logit_softcapping", None) or text_config.model_type == "gpt_oss":
-        # Capped, or sinks.
+    caps_scores = bool(getattr(text_config, "attn_logit_softcapping", None))
+    has_sinks = text_config.model_type == "gpt_oss"
+    if caps_scores or has_sinks:
         log.warning(
             "%s needs scores that SDPA cannot compute: attention falls back to `eager`.",
             text_config.model_type,

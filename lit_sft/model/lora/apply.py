@@ -1,4 +1,4 @@
-"""New adapters in a model, through peft."""
+"""Puts new adapters into a model, through peft."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ def apply_lora(
 ) -> PeftModel:
     """Freezes the model and puts trainable fp32 adapters into it.
 
-    The random numbers depend on `seed` alone, and the caller's random state stays as it was.
-    Activation checkpointing must be the non-reentrant one: its gradients reach adapters over a
-    frozen embedding without further preparation.
+    The start values depend on `seed` only, and the caller's random state is kept. Gradient
+    checkpointing must be the non-reentrant variant, whose gradients reach adapters over a frozen
+    embedding.
 
     Args:
         model: The base, which may be quantized to 4 bits.
-        config: What is adapted, and how.
-        new_token_ids: Ids whose rows of the embedding, and of the head, are trained as well.
+        config: `model.lora`.
+        new_token_ids: Ids whose rows in the embedding and in the head are trained, too.
         seed: Seed of the start values.
 
     Raises:
-        UserError: If a name in the config fits no module of the model.
+        UserError: The config does not fit the model.
     """
     from peft import get_peft_model
 
@@ -43,9 +43,9 @@ def apply_lora(
     peft_config = _peft_config(model, config, new_token_ids)
     try:
         with own_random_state(seed, devices_of(model)), warnings.catch_warnings():
-            # Peft corrects it by itself.
+            # peft corrects this setting by itself, and warns.
             warnings.filterwarnings("ignore", message="fan_in_fan_out")
-            # Between peft and transformers.
+            # What peft calls in transformers is not for users to change.
             warnings.filterwarnings("ignore", category=FutureWarning)
             adapted: Any = get_peft_model(model, peft_config)
     except ValueError as error:
@@ -56,11 +56,12 @@ def apply_lora(
 
 
 def _peft_config(model: PreTrainedModel, config: LoraConfig, new_token_ids: Sequence[int]) -> Any:
+    """`model.lora` as a config of peft, with names that fit this model."""
     from peft import LoraConfig as PeftLoraConfig
 
     tied = model.config.get_text_config().tie_word_embeddings
     if tied and targets.embeddings_among(model, config.target_modules):
-        # One weight, adapted as two: merging would add both updates to it.
+        # The one weight would get two adapters, and merging would add both updates to it.
         raise UserError(
             "model.lora.target_modules names the embedding or the head, which share one weight in"
             " this model; put them into model.lora.modules_to_save instead"
@@ -71,7 +72,7 @@ def _peft_config(model: PreTrainedModel, config: LoraConfig, new_token_ids: Sequ
         model, config.modules_to_save or []
     )
     if config.target_modules == "all-linear":
-        # Left to itself, peft would adapt routers and experts, which cannot be merged.
+        # peft's own `all-linear` would adapt routers and experts, which cannot be merged.
         options["target_modules"] = targets.all_linear(model)
     try:
         return PeftLoraConfig(task_type="CAUSAL_LM", **options)
@@ -80,7 +81,7 @@ def _peft_config(model: PreTrainedModel, config: LoraConfig, new_token_ids: Sequ
 
 
 def _check_patterns(config: LoraConfig, adapted: Sequence[str]) -> None:
-    """Refuses patterns that match no adapted module, in the way in which peft matches them."""
+    """Refuses rank and alpha patterns that match no adapted module, by peft's own rule."""
     for pattern in (*config.rank_pattern, *config.alpha_pattern):
         if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in adapted):
             raise UserError(f"model.lora: the pattern {pattern!r} is the name of no adapted module")

@@ -1,4 +1,4 @@
-"""Adapters of a directory in peft's format, over their base model."""
+"""Loads adapters in peft's format over their base model."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def load_adapter(
     """Loads an adapter directory over its base model.
 
     Args:
-        model: The base; on the meta device it gets the modules and no values.
+        model: The base. On the meta device, it gets modules without values.
         path: The adapter directory.
-        base_name: What the user calls the base; the adapter's own word for it must end in the same
-            name.
+        base_name: The user's name of the base, which must end like the name in the adapter's
+            config. None does not compare names.
         trainable: Whether the adapter will be trained further.
 
     Raises:
-        UserError: If the adapter is not LoRA, or belongs to another model.
+        UserError: The adapter is not LoRA, or belongs to another model.
     """
     from peft import get_peft_model_state_dict
     from safetensors import SafetensorError, safe_open
@@ -46,7 +46,7 @@ def load_adapter(
         config = _read_config(path, base_name)
         with safe_open(weights, framework="pt") as file:
             saved = set(file.keys())
-        adapted = _around(model, path, config, trainable)
+        adapted = _wrapped(model, path, config, trainable)
     except UserError:
         raise
     except (RuntimeError, ValueError, TypeError, SafetensorError) as error:
@@ -54,7 +54,7 @@ def load_adapter(
         raise UserError(
             f"the adapter {path} does not fit the base {base_name or model.name_or_path}: {reason}"
         ) from error
-    # peft only warns where the model has a place that the file does not fill.
+    # peft only warns about weights that the file lacks.
     expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
     if saved != expected:
         raise UserError(
@@ -67,6 +67,7 @@ def load_adapter(
 
 
 def _read_config(path: str, base_name: str | None) -> Any:
+    """Reads the adapter's config, and checks its kind and the name of its base."""
     from peft import PeftConfig
 
     config: Any = PeftConfig.from_pretrained(path)
@@ -79,26 +80,25 @@ def _read_config(path: str, base_name: str | None) -> Any:
     return config
 
 
-def _around(model: PreTrainedModel, path: str, config: Any, trainable: bool) -> PeftModel:
-    """Peft's wrapper around the model, with the values of the directory where the model has
-    values.
-    """
+def _wrapped(model: PreTrainedModel, path: str, config: Any, trainable: bool) -> PeftModel:
+    """Puts the adapter into the model, with its values unless the model is on the meta device."""
     from peft import PeftModel, get_peft_model
 
     config.inference_mode = not trainable
-    # peft draws start values before it reads the right ones.
+    # peft draws random start values before it reads the stored ones.
     with own_random_state(0, devices_of(model)):
         if model.device.type == "meta":
-            # There is no place for values. They come from rank 0, which decomposes weights if start
-            # values need it.
+            # Sharding fills the values in from rank 0. Some start values are decomposed from the
+            # weights, which are not here, so ask for others.
             config.init_lora_weights = True
             return get_peft_model(model, config)  # type: ignore[return-value]
         return PeftModel.from_pretrained(model, path, is_trainable=trainable)
 
 
 def _check_base(path: str, recorded: str | None, base_name: str) -> None:
-    """Compares the last parts only: a model is copied to other folders, and a hub id becomes a
-    folder of its name.
+    """Compares the last parts of two names of a base.
+
+    Only these agree if a model was copied to another directory, or downloaded from the hub.
     """
     recorded_last = Path(recorded or "").name.lower()
     if recorded_last and recorded_last != Path(base_name).name.lower():

@@ -1,4 +1,4 @@
-"""`model.lora`: what is adapted, and how."""
+"""The setting `model.lora`."""
 
 from __future__ import annotations
 
@@ -12,45 +12,49 @@ _INIT = re.compile(r"gaussian|orthogonal|olora|pissa|pissa_niter_\d+")
 
 @dataclass
 class LoraConfig:
-    """Low-rank adapters (arXiv:2106.09685), with the names that peft gives to the same things."""
+    """Low-rank adapters (arXiv:2106.09685). The fields have the names and meaning of peft's."""
 
     r: int = 8
-    """Rank of the update: an adapted [out, in] matrix gets r * (out + in) trained numbers."""
+    """Rank of the update. An adapted [out, in] matrix gets r * (out + in) trained parameters."""
     lora_alpha: int = 8
-    """The update is scaled by lora_alpha / r (with `use_rslora` by lora_alpha / sqrt(r))."""
+    """Scale of the update, which is multiplied by lora_alpha / r (with `use_rslora` by lora_alpha /
+    sqrt(r)).
+    """
     lora_dropout: float = 0.0
-    """Share of the inputs of an adapter that is dropped in training, in [0, 1)."""
+    """Share of an adapter's inputs that is dropped in training, in [0, 1)."""
     target_modules: str | list[str] = "all-linear"
-    """`all-linear`: every linear layer but the head; or names such as [q_proj, v_proj]; or one
-    regular expression.
+    """Modules to adapt: `all-linear` for every linear layer except the head, a list of names such
+    as [q_proj, v_proj], or one regular expression.
     """
     exclude_modules: str | list[str] | None = None
-    """Names, or one regular expression, of modules that are left out although `target_modules`
-    names them.
+    """Modules to leave out although `target_modules` matches them: a list of names, or one regular
+    expression. null leaves none out.
     """
     modules_to_save: list[str] | None = None
-    """Modules that are trained whole and saved with the adapter, such as [embed_tokens,
-    lm_head].
+    """Modules to train as a whole and to save with the adapter, such as [embed_tokens, lm_head].
+    null trains none.
     """
     layers_to_transform: list[int] | None = None
-    """Numbers of the decoder layers to adapt, from 0; all where null. Needs `target_modules` as a
+    """Numbers of the decoder layers to adapt, from 0. null adapts all. Needs `target_modules` as a
     list.
     """
     rank_pattern: dict[str, int] = field(default_factory=dict)
-    """Other ranks, by name or regular expression of the module: {down_proj: 32}."""
+    """Ranks that differ from `r`, by name or regular expression of the module: {down_proj: 32}."""
     alpha_pattern: dict[str, int] = field(default_factory=dict)
-    """Likewise other values of `lora_alpha`."""
+    """Values that differ from `lora_alpha`, by name or regular expression of the module."""
     trainable_token_indices: list[int] | None = None
-    """Ids of tokens whose embeddings are trained too, such as those of a chat template that the
-    base never saw.
+    """Ids of tokens whose embeddings are trained, too, such as those of a chat template that is new
+    to the base. null trains none.
     """
     use_rslora: bool = False
     """Rank-stabilized scaling (arXiv:2312.03732)."""
     use_dora: bool = False
-    """Direction and magnitude are trained apart (arXiv:2402.09353): better at low rank, slower."""
+    """Train direction and magnitude of the weights separately (DoRA, arXiv:2402.09353): better at
+    low rank, slower.
+    """
     init_lora_weights: bool | str = True
-    """true: random A, zero B. Or gaussian, orthogonal, olora, pissa (arXiv:2404.02948),
-    pissa_niter_N (faster SVD).
+    """Start values: true for a random A and a zero B, or gaussian, orthogonal, olora, pissa
+    (arXiv:2404.02948), pissa_niter_N (with a faster SVD).
     """
 
     def __post_init__(self) -> None:

@@ -1,6 +1,4 @@
-"""Adapters into the weights: merging, also out of a 4-bit base, and what that costs in
-precision.
-"""
+"""Merges adapters into the weights of their base, and measures the rounding error."""
 
 from __future__ import annotations
 
@@ -25,18 +23,20 @@ log = logging.getLogger(__name__)
 def merge(
     model: PeftModel, probe_ids: Tensor | None = None, trained: Tensor | None = None
 ) -> PreTrainedModel:
-    """Adds the adapters to the weights and returns the plain model; `model` is used up.
+    """Adds the adapters to the weights. `model` cannot be used afterwards.
 
-    The sums are made in fp32, one layer at a time, and rounded once to the type of the base. A
-    4-bit base has to become bf16 first (`dequantized`): it cannot take up an update without being
-    rounded to 4 bits once more.
+    The sums are computed in fp32, one layer at a time, and rounded once to the dtype of the base. A
+    4-bit base must be dequantized first (`dequantized`), because its sum with an update would be
+    rounded to 4 bits again.
 
     Args:
         model: An adapted model that is not quantized.
-        probe_ids: [B, T] token ids without padding; where given, the logits before and after must
-            agree up to rounding.
-        trained: [B, T, V] logits of the model that was trained, where it is not `model` (see
-            `dequantized`).
+        probe_ids: [B, T] token ids without padding, on which the logits before and after merging
+            are compared. None skips the comparison.
+        trained: [B, T, V] logits before merging, if not those of `model` (see `dequantized`).
+
+    Returns:
+        The model without adapters.
 
     Raises:
         UserError: The logits change by more than rounding explains.
@@ -44,7 +44,9 @@ def merge(
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper
 
-    before = logits(model, probe_ids) if trained is None and probe_ids is not None else trained
+    before = trained
+    if trained is None and probe_ids is not None:
+        before = logits(model, probe_ids)
     dtype = _base_dtype(model)
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
@@ -60,33 +62,43 @@ def merge(
         warnings.filterwarnings("ignore", message="All adapters are already merged")
         merged: PreTrainedModel = model.merge_and_unload()
     if before is not None and probe_ids is not None:
-        error = merge_error(before, logits(merged, probe_ids))
-        limit = 1e-4 if dtype == torch.float32 else 0.1
-        if not error <= limit:
-            raise UserError(
-                f"merging changes the logits by {error:.2g} of their size; rounding explains"
-                f" {limit:g}"
-            )
-        log.info(
-            "merged in %s: the logits differ by %.2g of their size",
-            str(dtype).removeprefix("torch."),
-            error,
-        )
+        _check_logits(before, logits(merged, probe_ids), dtype)
     return merged
 
 
+def _check_logits(before: Tensor, after: Tensor, dtype: torch.dtype) -> None:
+    """Compares the logits before and after merging in a base of some dtype.
+
+    Raises:
+        UserError: They differ by more than rounding explains.
+    """
+    error = merge_error(before, after)
+    limit = 1e-4 if dtype == torch.float32 else 0.1
+    # Also refuses NaN.
+    if not error <= limit:
+        raise UserError(
+            f"merging changes the logits by {error:.2g} of their size; rounding explains {limit:g}"
+        )
+    log.info(
+        "merged in %s: the logits differ by %.2g of their size",
+        str(dtype).removeprefix("torch."),
+        error,
+    )
+
+
 def merge_error(before: Tensor, after: Tensor) -> float:
-    """The largest difference of two [B, T, V] logits, as a share of the largest logit."""
+    """Returns the largest difference of two [B, T, V] logits, as a share of the largest logit."""
     before, after = before.float(), after.float()
     return float((after - before).abs().max() / before.abs().max())
 
 
 @torch.no_grad()
 def dequantized(model: PeftModel) -> PeftModel:
-    """The same adapters over the 4-bit base's values in the type they are computed in (bf16);
-    `model` is used up.
+    """Moves the adapters over the dequantized values of their 4-bit base.
 
-    These are the weights that the adapters were trained over, and not those that were quantized.
+    These values, and not those before quantization, are the weights that the adapters were trained
+    over. They are stored in the dtype in which they were computed with (bf16). `model` cannot be
+    used afterwards.
     """
     from peft import get_peft_model
 
@@ -96,10 +108,10 @@ def dequantized(model: PeftModel) -> PeftModel:
     base: Any = model.unload()
     base.dequantize(dtype)
     for parameter in base.parameters():
-        # Peft leaves what is trained whole in its place, in fp32.
-        # And not buffers: rotary frequencies in bf16 are others.
+        # peft leaves modules that were trained as a whole in the model, in fp32. Buffers are not
+        # cast: rotary frequencies would change.
         parameter.data = parameter.data.to(dtype)
-    # Values that follow; other starts would change the base.
+    # The start values are overwritten below. Some other kinds would change the base.
     config.init_lora_weights = True
     with own_random_state(), warnings.catch_warnings():
         warnings.filterwarnings(
@@ -109,11 +121,13 @@ def dequantized(model: PeftModel) -> PeftModel:
     own = {name: p for name, p in again.named_parameters() if p.requires_grad}
     assert own.keys() == trained.keys()
     for name, value in trained.items():
-        own[name].data = value.to(dtype) if ".modules_to_save." in name else value
+        is_whole_module = ".modules_to_save." in name
+        own[name].data = value.to(dtype) if is_whole_module else value
     return again  # type: ignore[no-any-return]
 
 
 def _base_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of the frozen weights."""
     return next(
         p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point()
     )
@@ -121,6 +135,6 @@ def _base_dtype(model: nn.Module) -> torch.dtype:
 
 @torch.no_grad()
 def logits(model: nn.Module, input_ids: Tensor) -> Tensor:
-    """[B, T] -> [B, T, V]; leaves the model in evaluation mode."""
+    """Token ids [B, T] -> logits [B, T, V]. Leaves the model in evaluation mode."""
     found: Tensor = model.eval()(input_ids=input_ids, use_cache=False).logits
     return found

@@ -1,4 +1,4 @@
-"""Names in `model.lora` -> modules and rows of a model."""
+"""Names in `model.lora` -> modules of the model, and rows of its embedding."""
 
 from __future__ import annotations
 
@@ -18,38 +18,64 @@ if TYPE_CHECKING:
 def token_rows(
     model: Any, config: LoraConfig, new_token_ids: Sequence[int]
 ) -> dict[str, list[int]] | None:
-    """Which rows of which matrix are trained: of the embedding and, where it is another matrix, of
-    the head.
+    """Returns the rows to train in the embedding, and in the head if it has a weight of its own.
 
-    A matrix that `modules_to_save` trains as a whole is left out. peft itself wraps the head where
-    it is tied.
+    A matrix that `modules_to_save` trains as a whole is left out. If embedding and head are tied,
+    peft itself wraps the head.
+
+    Args:
+        model: The causal LM.
+        config: `trainable_token_indices` names tokens of the user.
+        new_token_ids: Ids of tokens that were added.
+
+    Returns:
+        Token ids by name of the matrix, as peft's `trainable_token_indices` expects them. None if
+        no rows are trained.
+
+    Raises:
+        UserError: There is no such token.
     """
     ids = sorted({*(config.trainable_token_indices or ()), *new_token_ids})
-    rows = model.get_input_embeddings().weight.shape[0]
-    if ids and not 0 <= ids[0] <= ids[-1] < rows:
-        wrong = ids[0] if ids[0] < 0 else ids[-1]
-        raise UserError(
-            f"model.lora.trainable_token_indices: there is no token {wrong}, only 0 to {rows - 1}"
-        )
-    tied = model.config.get_text_config().tie_word_embeddings
-    ends = (
-        [model.get_input_embeddings()]
-        if tied
-        else [model.get_input_embeddings(), model.get_output_embeddings()]
-    )
-    names = [name for name, module in model.named_modules() if any(module is end for end in ends)]
-    whole = config.modules_to_save or []
-    if tied and embeddings_among(model, whole):
+    if not ids:
         return None
-    found = {name: ids for name in names if not any(f".{name}".endswith(f".{w}") for w in whole)}
-    return found if ids and found else None
+    _check_token_ids(ids, num_rows=model.get_input_embeddings().weight.shape[0])
+    tied = model.config.get_text_config().tie_word_embeddings
+    trained_whole = config.modules_to_save or []
+    if tied and embeddings_among(model, trained_whole):
+        return None
+    matrices = [model.get_input_embeddings()]
+    if not tied:
+        matrices.append(model.get_output_embeddings())
+    rows = {}
+    for name in _names_of(model, matrices):
+        if not any(_is_among(whole, [name]) for whole in trained_whole):
+            rows[name] = ids
+    return rows or None
+
+
+def _check_token_ids(ids: Sequence[int], num_rows: int) -> None:
+    """Refuses ids for which the embedding has no row. The ids are sorted."""
+    if 0 <= ids[0] and ids[-1] < num_rows:
+        return
+    wrong = ids[0] if ids[0] < 0 else ids[-1]
+    raise UserError(
+        f"model.lora.trainable_token_indices: there is no token {wrong}, only 0 to {num_rows - 1}"
+    )
+
+
+def _names_of(model: Any, wanted: Sequence[Any]) -> list[str]:
+    """The names of some modules of the model, in the order of `named_modules`."""
+    ids = {id(module) for module in wanted}
+    return [name for name, module in model.named_modules() if id(module) in ids]
 
 
 def check_names(model: PreTrainedModel, config: LoraConfig) -> None:
-    """Refuses names that fit nothing: for peft it is enough if one target of a list is found.
+    """Refuses names in `model.lora` that match nothing.
+
+    peft is content if one name of a list matches.
 
     Raises:
-        UserError: A name is that of no module or layer, or an expression does not compile.
+        UserError: A name matches no module, a number no layer, or an expression does not compile.
     """
     for key in ("target_modules", "exclude_modules", "modules_to_save"):
         wanted = getattr(config, key)
@@ -68,26 +94,31 @@ def check_names(model: PreTrainedModel, config: LoraConfig) -> None:
 
 
 def _check_modules(model: PreTrainedModel, wanted: str | list[str], key: str) -> None:
-    """Refuses one regular expression that matches no module, or a list in which a name is that of
-    no module.
+    """Refuses an expression that matches no module, or a list with a name that matches none.
+
+    Args:
+        model: The causal LM.
+        wanted: One regular expression, or a list of names.
+        key: The setting, for messages.
     """
     from transformers.pytorch_utils import Conv1D
 
     names = [name for name, _ in model.named_modules()]
     if isinstance(wanted, str):
         expression = _compiled(wanted, key)
-        unknown = [] if any(expression.fullmatch(name) for name in names) else [wanted]
+        is_found = any(expression.fullmatch(name) for name in names)
+        unknown = [] if is_found else [wanted]
     else:
         unknown = [name for name in wanted if not _is_among(name, names)]
-    if unknown:
-        linear = {
-            name.rpartition(".")[2]
-            for name, m in model.named_modules()
-            if isinstance(m, nn.Linear | Conv1D)
-        }
-        raise UserError(
-            f"{key}: no module is named {unknown[0]}; linear modules: {', '.join(sorted(linear))}"
-        )
+    if not unknown:
+        return
+    linear = set()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D):
+            linear.add(_last_part(name))
+    raise UserError(
+        f"{key}: no module is named {unknown[0]}; linear modules: {', '.join(sorted(linear))}"
+    )
 
 
 def _is_among(wanted: str, names: list[str]) -> bool:
@@ -95,29 +126,45 @@ def _is_among(wanted: str, names: list[str]) -> bool:
     return any(f".{name}".endswith(f".{wanted}") for name in names)
 
 
+def _last_part(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
 def all_linear(model: Any) -> list[str]:
-    """Names of the linear layers that text passes through, but the head: as short as they can
-    be.
+    """Returns names of all linear layers that text passes through, except the head.
+
+    The names are short (`q_proj`) if no other module has the same short name, and full otherwise.
     """
     from transformers.pytorch_utils import Conv1D
 
-    read = {id(module) for module in model.get_decoder().modules()}
+    in_decoder = {id(module) for module in model.get_decoder().modules()}
     head = model.get_output_embeddings()
-    modules = [(name, module) for name, module in model.named_modules() if module is not head]
-    wanted = {name for name, m in modules if isinstance(m, nn.Linear | Conv1D) and id(m) in read}
-    short = {name.rpartition(".")[2] for name in wanted}
-    named = {name for name, _ in modules if name.rpartition(".")[2] in short}
-    return sorted(short if named == wanted else wanted)
+    others = []
+    wanted = []
+    for name, module in model.named_modules():
+        if module is head:
+            continue
+        if isinstance(module, nn.Linear | Conv1D) and id(module) in in_decoder:
+            wanted.append(name)
+        else:
+            others.append(name)
+    short = {_last_part(name) for name in wanted}
+    is_ambiguous = any(_last_part(name) in short for name in others)
+    return sorted(wanted if is_ambiguous else short)
 
 
 def embeddings_among(model: Any, wanted: str | list[str]) -> bool:
-    """Whether input or output embedding are among the named modules (`all-linear` leaves both
-    out).
+    """Whether the embedding or the head is among the named modules.
+
+    Args:
+        model: The causal LM.
+        wanted: `all-linear` (which excludes both), one regular expression, or a list of names.
     """
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    names = [name for name, module in model.named_modules() if any(module is end for end in ends)]
+    names = _names_of(model, [model.get_input_embeddings(), model.get_output_embeddings()])
+    if wanted == "all-linear":
+        return False
     if isinstance(wanted, str):
-        return wanted != "all-linear" and any(re.fullmatch(wanted, name) for name in names)
+        return any(re.fullmatch(wanted, name) for name in names)
     return any(_is_among(name, names) for name in wanted)
 
 
