@@ -1,23 +1,22 @@
-"""Rows per second from a file to tokenized, masked examples: lit_sft beside TRL's SFTTrainer, on
-the same rows.
+"""Rows per second from a file to tokenized, masked examples: lit_sft beside TRL's SFTTrainer.
 
     python scripts/fetch_smollm2.py
     python scripts/bench_data.py --data gsm8k_train.jsonl
     python scripts/bench_data.py --second_start 1000000
 
-What is timed, in a new process each time, the two sides taking turns, both after they have prepared
-one row (so that no import is counted), median of the repetitions:
+Both sides prepare the same rows. They take turns, each in a new process, and prepare one row before
+the clock starts, so imports do not count. Medians of the repetitions are reported. The clock
+measures:
 
 lit_sft  `SFTData.prepare` with an empty cache: reading the file, rendering, proving the masks,
          tokenizing, writing.
-TRL      the construction of an SFTTrainer (completion-only loss, a model of a few weights) with all
-         rows, less the same with one row; once as it is by default (`trl_rows_per_second`)
-         and once with `dataset_num_proc` set to one process per core
-         (`trl_parallel_rows_per_second`). The rows are conversational prompts and completions in an
-         Arrow file that was written before; its caching is off.
+TRL      the construction of an SFTTrainer (completion-only loss, a tiny model) with all rows, minus
+         the same with one row: with its defaults (`trl_rows_per_second`), and with one process per
+         core in `dataset_num_proc` (`trl_parallel_rows_per_second`). The rows are conversational
+         prompts and completions in an existing Arrow file, without caching.
 
-`--second_start` prepares that many made-up rows once, and times what a new process then takes for
-the same rows. The last line is one JSON object.
+`--second_start` prepares that many made-up rows, and times a new process that finds them in the
+cache. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from typing import Any
 REQUIREMENTS = ("torch==2.13.0", "trl==1.16.*")
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 PAIR = {"question": "prompt", "answer": "completion"}
-"""Columns that are not known by themselves; used where the rows have them."""
+"""Column mapping for rows with columns that no format knows."""
 
 
 def main() -> None:
@@ -84,7 +83,7 @@ def main() -> None:
 
 
 def compare(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    """Runs both sides in turn; rows per second of each."""
+    """Runs both sides in turn, and returns the rows per second of each."""
     python = trl_python(args.venv.expanduser())
     rows = write_pairs(args.data, pairs := scratch / "pairs.jsonl")
     settings: dict[str, list[float]] = {
@@ -120,7 +119,7 @@ def compare(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 
 
 def second_start(args: argparse.Namespace) -> dict[str, Any]:
-    """Prepares made-up rows, and does so once more in a new process."""
+    """Prepares made-up rows, then times the same in a new process."""
     with args.data.open("w") as file:
         for index in range(args.second_start):
             row = {
@@ -151,7 +150,7 @@ def run_side(
     more: list[str],
     env: dict[str, str] | None = None,
 ) -> dict[str, Any]:
-    """One measurement in a process of its own."""
+    """Makes one measurement in a process of its own."""
     command = [
         python,
         __file__,
@@ -176,9 +175,7 @@ def run_side(
 
 
 def trl_python(venv: Path) -> str:
-    """The interpreter of an environment that has TRL; the environment is made if it is not
-    there.
-    """
+    """Returns the interpreter of an environment with TRL, after making it if it does not exist."""
     python = venv / "bin" / "python"
     if (
         python.exists()
@@ -191,7 +188,7 @@ def trl_python(venv: Path) -> str:
     torch, *others = REQUIREMENTS
     attempts = [[torch]]
     if sys.platform == "linux" and shutil.which("nvidia-smi") is None:
-        # Without the gigabytes of CUDA.
+        # The CPU build avoids gigabytes of CUDA libraries.
         attempts = [[f"{torch}+cpu"], ["--index-url", TORCH_CPU_INDEX, torch]]
     if all(subprocess.run([*install, *attempt]).returncode for attempt in attempts):
         sys.exit(
@@ -206,9 +203,7 @@ def trl_python(venv: Path) -> str:
 
 
 def write_pairs(data: Path, path: Path) -> int:
-    """Writes the rows as TRL wants them, messages before the last answer and that answer; returns
-    their number.
-    """
+    """Writes the rows for TRL as prompt and completion, and returns their number."""
     from lit_sft.data.formats.columns import detect_format
     from lit_sft.data.formats.parse import conversation_to_prompt, to_conversation
     from lit_sft.data.sources.open_rows import open_rows
@@ -229,9 +224,7 @@ def write_pairs(data: Path, path: Path) -> int:
 
 
 def measure_lit_sft(args: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of a preparation: from scratch, or again if the folder named in the environment holds
-    the result.
-    """
+    """Returns the seconds of a preparation, with an empty cache or with the one that is given."""
     import resource
 
     from lit_sft.data.sources.open_rows import open_rows
@@ -260,7 +253,7 @@ def measure_lit_sft(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_trl(args: argparse.Namespace) -> dict[str, Any]:
-    """Seconds that the construction of an SFTTrainer takes longer with all rows than with one."""
+    """Returns the additional seconds that an SFTTrainer takes with all rows instead of one."""
     import datasets
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
     from trl import SFTConfig, SFTTrainer
@@ -290,7 +283,7 @@ def measure_trl(args: argparse.Namespace) -> dict[str, Any]:
             SFTTrainer(model, args=config, train_dataset=train, processing_class=tokenizer)
             return time.perf_counter() - started
 
-        # Imports and compiled templates.
+        # The first construction imports modules and compiles templates.
         construct(rows.select([0]), None)
         one = construct(rows.select([0]), None)
         return {"seconds": construct(rows, args.num_proc) - one}

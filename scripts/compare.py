@@ -1,11 +1,10 @@
-"""The same questions to several models, side by side in the terminal and on an HTML page.
+"""Asks several models the same questions; answers side by side in the terminal and as HTML.
 
     python scripts/compare.py models/SmolLM2-135M-Instruct lightning_logs/version_0/hf
     python scripts/compare.py Qwen/Qwen3-0.6B-Base banghua/Qwen3-0.6B-SFT --data test.jsonl
     --num_questions 20
 
-A model is a hub id, a model directory, or an adapter directory; they are loaded one after the
-other.
+A model is a hub id, a model directory or an adapter directory. One is loaded at a time.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from lit_sft.model.generate import GenerationOptions
 
 
 def main() -> None:
-    """Asks every model and shows what they say."""
+    """Asks every model and shows the answers."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "models", nargs="+", help="hub ids, model directories or adapter directories"

@@ -4,12 +4,12 @@
     python scripts/compare_formats.py --data alpaca_en_demo.json --model
     models/SmolLM2-135M-Instruct
 
-The formats are those of configs/format_instruction.yaml and configs/format_question.yaml; what
-follows the options goes to both runs, for instance `--trainer.max_steps 10`. The last line is one
-JSON object; for each format it has
+The formats are configs/format_instruction.yaml and configs/format_question.yaml. Further arguments,
+such as `--trainer.max_steps 10`, go to both runs. The last line is one JSON object. For each format
+it has
 
 eval_loss    the mean over all tokens of the held-out rows, as trained. The formats have different
-             tokens, so this says how well each text is predicted, not which format answers better.
+             tokens, so this shows how well each text is predicted, not which format answers better.
 answer_loss  the mean over the tokens of the answers, which are the same text in both.
 """
 
@@ -28,7 +28,7 @@ FORMATS = ("format_instruction", "format_question")
 
 
 def main() -> None:
-    """Both runs, one after the other."""
+    """Makes both runs and prints their losses."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--data", required=True, help="rows with the columns instruction, input, output"
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def compare(name: str, root: Path, more: list[str]) -> dict[str, float]:
-    """One training, and the losses of its last checkpoint."""
+    """Trains in one format, and returns the losses of the last checkpoint."""
     run(
         [
             "fit",
@@ -87,7 +87,7 @@ def compare(name: str, root: Path, more: list[str]) -> dict[str, float]:
 
 
 def run(command: list[str]) -> None:
-    """A command of lit_sft; ends with its error."""
+    """Runs a command of lit_sft, and exits if it fails."""
     if code := subprocess.run(
         [sys.executable, "-m", "lit_sft", *command], stdout=sys.stderr
     ).returncode:
@@ -95,7 +95,7 @@ def run(command: list[str]) -> None:
 
 
 def last_loss(root: Path) -> float:
-    """The newest validation loss under a folder of runs."""
+    """Returns the newest validation loss in a folder of runs."""
     newest = max(
         root.glob("lightning_logs/version_*/metrics.csv"),
         key=lambda path: int(path.parent.name[8:]),
@@ -105,7 +105,7 @@ def last_loss(root: Path) -> float:
 
 
 def count_rows(data: str) -> tuple[int, int]:
-    """Rows with an empty input, and all rows."""
+    """Counts rows with an empty input, and all rows."""
     from lit_sft.data.sources.open_rows import open_rows
 
     rows = open_rows(data)

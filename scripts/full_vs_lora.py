@@ -1,11 +1,10 @@
-"""Full fine-tuning, LoRA, DoRA and QLoRA on one task, each for the same time; prints a table, and
-JSON as last line.
+"""Trains full, LoRA, DoRA and QLoRA for the same time on one task, and prints a table and JSON.
 
     python scripts/full_vs_lora.py [--minutes 2.5] [--methods full lora dora qlora] [--data
     train.jsonl val.jsonl]
 
-The learning rate is constant after a short warm-up, so that a run that makes more steps in its time
-is not held back by a schedule.
+The learning rate is constant after a short warm-up, because the number of steps is not known
+before.
 """
 
 from __future__ import annotations
@@ -35,11 +34,11 @@ METHODS: dict[str, dict[str, Any]] = {
         "model.quantization": "nf4",
     },
 }
-"""Settings by name; adapters take ten times the learning rate of whole weights."""
+"""Method -> settings. Adapters take ten times the learning rate of full fine-tuning."""
 
 
 def settings(options: argparse.Namespace, root: Path) -> dict[str, Any]:
-    """What all methods have in common."""
+    """Returns the settings that all methods share."""
     train, validation = options.data
     return {
         "model.model_name_or_path": options.model,
@@ -61,7 +60,7 @@ def settings(options: argparse.Namespace, root: Path) -> dict[str, Any]:
 
 
 def run(name: str, options: argparse.Namespace, root: Path) -> dict[str, Any]:
-    """One run in a process of its own, so that its peak memory is its own."""
+    """Trains in a process of its own, so the peak memory is only this run's."""
     values = {**settings(options, root), **METHODS[name]}
     arguments = [
         f"--{key}={json.dumps(value) if not isinstance(value, str) else value}"
@@ -91,7 +90,7 @@ def run(name: str, options: argparse.Namespace, root: Path) -> dict[str, Any]:
 
 
 def trained_parameters(folder: Path) -> int:
-    """Numbers in the exported weights: of the adapter, or of the whole model."""
+    """Counts the exported weights, of the adapter or of the whole model."""
     total = 0
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="numpy") as file:
@@ -105,7 +104,7 @@ def trained_parameters(folder: Path) -> int:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as Markdown."""
+    """Formats the rows as a Markdown table."""
     lines = [
         (
             "| method | val loss | exact match | trained parameters | steps | peak memory | wall"

@@ -1,9 +1,9 @@
-"""Writes the tokenizer of the built-in model: python scripts/make_demo_tokenizer.py. For when the
-task has changed.
+"""Writes the tokenizer of the built-in model, after a change of the built-in task.
 
-A token per byte, the special tokens, and a token for each word that is often in the training split,
-which halves the rows. Nothing else is merged: digits, signs and the letters of rare words stay
-single bytes.
+    python scripts/make_demo_tokenizer.py
+
+The tokens are all bytes, the special tokens, and the frequent words of the training split, which
+halve the length of the rows. Digits, signs and the letters of rare words stay single bytes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MIN_COUNT = 20
 
 
 def build() -> Tokenizer:
-    """The tokenizer; the id of a byte is its value."""
+    """Builds the tokenizer. The id of a byte is its value."""
     pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     texts = [
         message["content"]
@@ -35,8 +35,7 @@ def build() -> Tokenizer:
         if count >= MIN_COUNT and re.fullmatch(r"Ġ?[A-Za-z]{2,}", piece)
     }
     vocabulary = [*_byte_symbols(), *SPECIAL_TOKENS, *sorted(words.union(ROLES))]
-    # ignore_merges: a piece that is in the vocabulary is taken whole; all others fall apart into
-    # bytes
+    # With ignore_merges, a word of the vocabulary becomes one token, and all others become bytes.
     tokenizer = Tokenizer(
         models.BPE({token: i for i, token in enumerate(vocabulary)}, [], ignore_merges=True)
     )
@@ -49,7 +48,7 @@ def build() -> Tokenizer:
 
 
 def _byte_symbols() -> list[str]:
-    """The visible character that stands for each byte in byte-level vocabularies, by byte."""
+    """Returns {byte: visible character that stands for it in byte-level vocabularies}."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     invisible = [byte for byte in range(256) if byte not in visible]
     symbols = {byte: chr(byte) for byte in visible} | {

@@ -1,12 +1,11 @@
-"""Prints figures of the code: sizes, how dense statements are, how complex functions are, private
-attributes of others.
+"""Prints figures of the code: sizes, density of statements, complexity, foreign private attributes.
 
     python scripts/shape.py [FOLDER]
 
-A code line holds code: no blank lines, comments or docstrings. Densities are per 1,000 code lines.
-The complexity of a function is 1 plus its branches, loops, handlers, conditional expressions,
-assertions, comprehensions and additional operands of `and` and `or`. No figure is a goal by itself:
-they show where to look.
+Blank lines, comments and docstrings are no code lines. Densities are per 1,000 code lines. The
+complexity of a function is 1 plus its branches, loops, handlers, conditional expressions,
+assertions, comprehensions and additional operands of `and` and `or`. The figures are no goals. They
+show where to look.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ DENSITIES = (
 
 
 class Shape:
-    """Figures of all files of a folder."""
+    """Figures of all files in a folder."""
 
     def __init__(self) -> None:
         self.num_files = 0
@@ -86,7 +85,7 @@ class Shape:
             self.counts["tuple assignments"] += isinstance(node.value, ast.Tuple)
 
     def report(self) -> Iterator[str]:
-        """The lines to print."""
+        """Returns the lines to print."""
         lengths = sorted(self.lengths)
         yield f"{self.num_files} files, {self.counts['code lines']:,} code lines"
         yield (
@@ -110,7 +109,7 @@ class Shape:
 
 
 def docstring_lines(tree: ast.AST) -> set[int]:
-    """Lines of strings that stand as statements of their own: docstrings, also of attributes."""
+    """Returns the lines of all docstrings, including those of attributes."""
     lines: set[int] = set()
     for node in ast.walk(tree):
         is_text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
@@ -120,7 +119,7 @@ def docstring_lines(tree: ast.AST) -> set[int]:
 
 
 def complexity(function: ast.AST) -> int:
-    """Independent ways through a function, boolean operators and comprehensions counted."""
+    """Returns the complexity of a function."""
     total = 1
     for node in ast.walk(function):
         total += isinstance(node, BRANCHES)
@@ -130,9 +129,7 @@ def complexity(function: ast.AST) -> int:
 
 
 def is_private_touch(node: ast.AST) -> bool:
-    """Whether a node reads an attribute with a leading underscore of something that is not `self`,
-    or imports one.
-    """
+    """Whether a node imports a private name, or reads a private attribute of another object."""
     if isinstance(node, ast.ImportFrom):
         foreign = not (node.module or "").startswith("lit_sft")
         return foreign and any(alias.name.startswith("_") for alias in node.names)

@@ -1,13 +1,12 @@
-"""Finds the micro-batch, the checkpointing and whether to compile, for the most tokens per second
-under a memory cap.
+"""Tunes micro-batch, gradient checkpointing and compile for tokens per second under a memory cap.
 
     python scripts/tune.py --memory_gb 8 --config configs/smollm2_135m.yaml --data.train
     alpaca_en_demo.json
 
-Takes what `fit` takes. Every candidate runs a few real steps in a process of its own
+Takes the arguments of `fit`. Every candidate makes a few real steps in a process of its own
 (`scripts/bench/step.py`). The micro-batch doubles as long as it divides `data.global_batch_size`,
-fits and is faster; checkpointing and compile are tried from the largest that fits on. The last line
-is one JSON object with the best settings, as `fit` takes them.
+fits and is faster. From the largest one that fits on, checkpointing and compile are tried. The last
+line is one JSON object with the best settings as arguments of `fit`.
 """
 
 from __future__ import annotations
@@ -53,8 +52,10 @@ def main() -> None:
 
 
 def candidates(args: argparse.Namespace, settings: list[str]) -> Iterator[dict[str, Any]]:
-    """One result after the other: a larger micro-batch only where the smaller one fits, and what
-    takes less memory only from the largest on that did.
+    """Yields one result after the other.
+
+    A larger micro-batch is tried only if the smaller one fits. Settings that save memory are tried
+    only from the largest micro-batch on that fits.
     """
     largest = 1
     for checkpointing in ("false", "selective", "full"):
@@ -79,9 +80,7 @@ def candidates(args: argparse.Namespace, settings: list[str]) -> Iterator[dict[s
 
 
 def measure(chosen: dict[str, str], settings: list[str]) -> dict[str, Any] | None:
-    """A few steps; None where they fail (memory, or a micro-batch that does not divide the global
-    batch).
-    """
+    """Makes a few steps; returns None if they fail, such as for lack of memory."""
     command = [
         sys.executable,
         str(STEP),

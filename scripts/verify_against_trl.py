@@ -1,13 +1,13 @@
-"""The losses of the first steps beside those of TRL's SFTTrainer, on the same token ids and masks.
+"""Compares the losses of the first steps with TRL's SFTTrainer, on the same token ids and masks.
 
     python scripts/fetch_smollm2.py
     python scripts/verify_against_trl.py --data alpaca_en_demo.json
 
 Both fine-tune the same model in fp32 on the CPU, with AdamW, a constant learning rate and clipping
 by norm, without packing, and take the same examples in each optimizer step. TRL gets our
-`input_ids` and `completion_mask` (its own masks also train the newline after the stop token) and
-pads its batches; here each example is a forward pass of its own. TRL runs in an environment of its
-own, which is made where there is none.
+`input_ids` and `completion_mask`, because its own masks also train the newline after the stop
+token. TRL pads its batches, lit_sft takes one example per forward pass. TRL runs in an environment
+of its own, which is made if it does not exist.
 
 Prints both losses of each step. Exit code 1 if they differ by more than 1e-4 of their size. The
 last line is one JSON object.
@@ -81,7 +81,7 @@ def main() -> None:
 
 
 def our_losses(args: argparse.Namespace, scratch: Path, examples: Path) -> list[float]:
-    """Trains; writes the examples in the order in which they were trained."""
+    """Trains with lit_sft, and writes the examples in the order of the training."""
     from verify_equivalence import fit, read
 
     from lit_sft import datamodule
@@ -119,7 +119,7 @@ def our_losses(args: argparse.Namespace, scratch: Path, examples: Path) -> list[
         "data.packing": False,
         "data.micro_batch_size": 1,
         "data.global_batch_size": args.rows_per_step,
-        # Some are longer than max_length, and dropped.
+        # Rows longer than max_length are dropped.
         "data.max_samples": 4 * args.steps * args.rows_per_step,
         "data.cache_dir": scratch / "cache",
     }
@@ -127,14 +127,14 @@ def our_losses(args: argparse.Namespace, scratch: Path, examples: Path) -> list[
         settings["data.column_mapping"] = args.columns
     with mock.patch.object(datamodule, "collate", recording):
         fit(settings)
-    # The loader reads ahead.
+    # The loader may have read more examples than were trained.
     lines = [json.dumps(example) for example in used[: args.steps * args.rows_per_step]]
     examples.write_text("\n".join(lines))
     return read(scratch).loss
 
 
 def trl_losses(args: argparse.Namespace) -> dict[str, Any]:
-    """Trains with TRL on the examples as they come; every step is one padded batch."""
+    """Trains with TRL on the examples in order; every step is one padded batch."""
     import datasets
     import torch
     import trl

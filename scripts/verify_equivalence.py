@@ -1,5 +1,4 @@
-"""The same run, made in many ways: losses, gradient norms and final weights beside those of one
-plain process.
+"""Makes the same run in many ways; compares losses, gradient norms and weights with a plain run.
 
     python scripts/verify_equivalence.py
     python scripts/verify_equivalence.py --only ddp fsdp2 --optimizers sgd
@@ -10,8 +9,8 @@ its rows are uneven over ranks, and one rank gets a micro-batch without a target
 clipping shows a gradient that is wrong by a constant factor, which AdamW with clipping would hide;
 both are run.
 
-Prints a table of the largest relative differences: of a loss, of a gradient norm, of a weight
-tensor (norm of the difference by norm). Exit code 1 if one is above 1e-5. The last line is one JSON
+Prints a table of the largest relative differences of losses, gradient norms and weight tensors
+(norm of the difference by norm). Exit code 1 if one is above 1e-5. The last line is one JSON
 object.
 """
 
@@ -40,8 +39,9 @@ from unittest import mock
 import torch
 
 LIMIT, BF16_LIMIT = 1e-5, 1e-2
-"""In bf16 products of other shapes round otherwise; gradients that are not reduced over 2 ranks are
-off by 0.7.
+"""Tolerance in bf16, where products of other shapes round differently.
+
+Gradients that are not reduced over 2 ranks would differ by 0.7.
 """
 ROWS = 37
 EPOCHS = 2
@@ -61,7 +61,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 
 
 def own_logits() -> AbstractContextManager[Any]:
-    """The model's own full logits in place of the chunked loss."""
+    """Replaces the chunked loss by the full logits of the model."""
     from lit_sft.model.loss import CausalLMLoss
 
     return mock.patch.object(
@@ -70,7 +70,7 @@ def own_logits() -> AbstractContextManager[Any]:
 
 
 def small_chunks() -> AbstractContextManager[Any]:
-    """The head a few targets at a time; by default all targets of this model fit into one chunk."""
+    """Makes the chunks of the head small. By default all targets fit into one chunk."""
     from lit_sft.model import loss
 
     return mock.patch.object(loss, "CHUNK_ELEMENTS", 320 * 7)
@@ -81,23 +81,21 @@ class Variant:
     """A way to make the run."""
 
     settings: dict[str, Any] = field(default_factory=dict)
-    """Differences to `BASE`."""
+    """Settings that differ from `BASE`."""
     like: str = "one process"
-    """The variant that it must equal."""
+    """The variant that must give the same result."""
     nodes: int = 1
     """Launched by as many torchrun agents."""
     resumed_at: int | None = None
-    """Optimizer steps after which the run goes on from its checkpoint, the later ones being
-    lost.
-    """
+    """Optimizer steps after which the run resumes from its checkpoint; later steps are lost."""
     resume_with: dict[str, Any] = field(default_factory=dict)
-    """Settings that are others then."""
+    """Settings that change on the resume."""
     patch: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
     needs_compiler: bool = False
 
     @property
     def limit(self) -> float:
-        """The largest difference that is rounding."""
+        """The largest difference that counts as rounding."""
         return BF16_LIMIT if self.settings.get("trainer.precision") == "bf16-mixed" else LIMIT
 
 
@@ -201,7 +199,7 @@ def base(train: str, root: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run left behind."""
+    """The results of a run."""
 
     loss: list[float]
     """Of each optimizer step."""
@@ -212,7 +210,7 @@ class Result:
 
 
 def write_rows(path: Path, count: int = ROWS) -> str:
-    """Conversations of different lengths, of one or two turns."""
+    """Makes conversations of different lengths, with one or two turns."""
     draw = random.Random(0)
 
     def words(most: int) -> str:
@@ -228,7 +226,7 @@ def write_rows(path: Path, count: int = ROWS) -> str:
 
 
 def train(variant: Variant, optimizer: str, train_file: str, root: Path) -> Result:
-    """Makes the run in a folder of its own and reads what it wrote."""
+    """Makes the run in a folder of its own, and reads its results."""
     settings = {**base(train_file, root), **OPTIMIZERS[optimizer], **variant.settings}
     with variant.patch():
         if variant.resumed_at is not None:
@@ -249,9 +247,7 @@ def train(variant: Variant, optimizer: str, train_file: str, root: Path) -> Resu
 
 
 def fit(settings: dict[str, Any], nodes: int = 1) -> None:
-    """`python -m lit_sft fit`: in this process if it is one, else by Lightning's launcher or by
-    torchrun's agents.
-    """
+    """Runs `fit`: one rank in this process, several by Lightning's launcher or by torchrun."""
     args = ["fit", *(f"--{key}={_text(value)}" for key, value in settings.items())]
     if settings["trainer.devices"] == 1 and nodes == 1:
         from lit_sft.cli.main import main
@@ -272,8 +268,8 @@ def fit(settings: dict[str, Any], nodes: int = 1) -> None:
         commands = [
             [*agent, f"--node_rank={node}", "-m", "lit_sft", *args] for node in range(nodes)
         ]
-    # What a run in this process may have left (Lightning sets LOCAL_RANK) would make the launcher
-    # wait for other ranks.
+    # Lightning sets LOCAL_RANK in a run of this process. The launcher would then wait for other
+    # ranks.
     of_ranks = ("SLURM_", "RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "MASTER_")
     environment = {key: value for key, value in os.environ.items() if not key.startswith(of_ranks)}
     running = [
@@ -296,7 +292,7 @@ def fit(settings: dict[str, Any], nodes: int = 1) -> None:
 
 
 def read(root: Path) -> Result:
-    """Losses and gradient norms from metrics.csv, weights from the last checkpoint."""
+    """Reads losses and gradient norms from metrics.csv, and weights from the last checkpoint."""
     from lit_sft.checkpoint.io import read_checkpoint
 
     folder = root / "lightning_logs" / "version_0"
@@ -312,8 +308,9 @@ def read(root: Path) -> Result:
 
 
 def differences(ours: Result, theirs: Result) -> dict[str, float]:
-    """The largest relative difference of losses, gradient norms and weights; infinite where there
-    are more or fewer.
+    """Returns the largest relative difference of losses, gradient norms and weights.
+
+    It is infinite if their numbers differ.
     """
     if len(ours.loss) != len(theirs.loss) or ours.weights.keys() != theirs.weights.keys():
         return dict.fromkeys(("loss", "grad_norm", "weights"), float("inf"))
@@ -328,7 +325,7 @@ def differences(ours: Result, theirs: Result) -> dict[str, float]:
 
 
 def missing(variant: Variant) -> str | None:
-    """Why a variant cannot be run here."""
+    """Returns the reason why a variant cannot run here; None if it can."""
     compiler = os.environ.get("CXX", "g++")
     return (
         f"no C++ compiler ({compiler})"
@@ -351,7 +348,7 @@ def _free_port() -> int:
 
 
 def compare(names: list[str], optimizer: str, scratch: Path) -> list[dict[str, Any]]:
-    """Runs variants and compares each with its reference; prints a line for each."""
+    """Runs the variants, compares each with its reference, and prints a line for each."""
     rows, done, table = write_rows(scratch / "train.jsonl"), {}, []
     for name in names:
         variant, started = VARIANTS[name], time.monotonic()

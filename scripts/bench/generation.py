@@ -3,9 +3,9 @@
     python scripts/fetch_smollm2.py
     python scripts/bench/generation.py --data alpaca_en_demo.json
 
-Both sides use the same weights in fp32, the same prompts and greedy decoding in one process; what
-is counted are the tokens of the texts. The loop is `model.generate` as transformers documents it.
-The texts are compared, all of them. The last line is one JSON object.
+Both sides run in one process with the same fp32 weights, the same prompts and greedy decoding. The
+loop is `model.generate` as transformers documents it. The tokens of the texts are counted, and all
+texts are compared. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main() -> None:
         seed=0,
     ).eval()
     stop_ids = stop_token_ids(data.tokenizer, lm.generation_config, data.stop_ids)
-    # What is made at the first call is not counted.
+    # A first call initializes caches, and is not counted.
     usual(lm, data, stop_ids, args.max_new_tokens, 1)
     loop_texts, loop_seconds = usual(lm, data, stop_ids, args.max_new_tokens, args.num_prompts)
     texts, seconds = batched(lm, data, stop_ids, args.max_new_tokens)
@@ -67,7 +67,7 @@ def main() -> None:
 def batched(
     lm: Any, data: Any, stop_ids: list[int], max_new_tokens: int
 ) -> tuple[list[str], float]:
-    """Texts in the order of the prompts, and seconds from rows to texts."""
+    """Answers with lit_sft; returns the texts in order, and the seconds from rows to texts."""
     started = time.perf_counter()
     options = GenerationOptions(max_new_tokens=max_new_tokens)
     found = []
@@ -84,7 +84,7 @@ def batched(
 def usual(
     lm: Any, data: Any, stop_ids: list[int], max_new_tokens: int, count: int
 ) -> tuple[list[str], float]:
-    """The same by a loop over prompts."""
+    """Answers with a loop over prompts, and returns the same."""
     lm.eval()
     started = time.perf_counter()
     texts = []

@@ -5,16 +5,16 @@
 
 Qwen3-0.6B and Llama-3-8B with random weights, full and with LoRA, in bf16 autocast (trained weights
 in fp32, a frozen base in bf16). Rows are random token ids of chat-like lengths, three fifths of
-them trained, the same on both sides and packed by each into `--max_length` tokens. What is timed
-lies between the end of the warm-up and that of the last optimizer step, each side in a process of
-its own. Tokens, targets and squares of lengths are counted from the batches, operations as in
-`train/mfu`. Peaks are of what is allocated while training. A case that lit_sft expects not to fit
-is left out on both sides. The machine needs neither a hub nor a tokenizer.
+them trained. Both sides get the same rows, and each packs them into `--max_length` tokens. Each
+side runs in a process of its own, timed from the end of the warm-up to the end of the last
+optimizer step. Tokens, targets and squares of lengths are counted from the batches, FLOPs as in
+`train/mfu`. Memory is the peak of allocated memory in training. A case that does not fit according
+to lit_sft's estimate is skipped on both sides. Neither a hub nor a tokenizer is needed.
 
 lit_sft  SFTModule and SFTTrainer, as `fit` uses them.
-TRL      packing (best fit, without padding), the fastest attention that its environment has, its
-         chunked loss, Liger's layers where they are installed. `--trl_attention` and
-         `--trl_micro_batch_size` take others.
+TRL      packing (best fit, without padding), the fastest attention of its environment, its
+         chunked loss, Liger's layers if installed. `--trl_attention` and `--trl_micro_batch_size`
+         override them.
 
 The last line is one JSON object, with the goals that were reached (null: not measured).
 """
@@ -59,7 +59,7 @@ SMOKE = {"max_length": 256, "warm_steps": 1, "steps": 2, "global_batch_size": 4}
 LENGTHS = (6.0, 0.8)
 """Mean and standard deviation of the logarithms: half of the rows have fewer than 404 tokens."""
 GOALS = {"tokens_per_second": ("8b-lora", 14_000), "mfu": ("0.6b-full", 0.45)}
-"""On an H100."""
+"""Figure -> case and goal on an H100."""
 FASTER, ESTIMATE = 1.3, 0.15
 
 
@@ -94,7 +94,7 @@ def main() -> None:
                         python[side], __file__, side, {**settings, "case": case, "work": work}
                     )
                 except SystemExit as error:
-                    # Out of memory, say: the other cases are measured still.
+                    # A case may run out of memory. The others are measured all the same.
                     result = {"failed": str(error.code)[-600:]}
                 results[case][side] = result
                 print(f"{case}, {side}: {json.dumps(result)}", flush=True)
@@ -102,7 +102,7 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    """The command line; `--smoke` changes what was not given."""
+    """Parses the command line. `--smoke` changes the defaults."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--only", choices=sides.SIDES, help="measure one side only")
@@ -133,9 +133,7 @@ def arguments() -> argparse.Namespace:
 
 
 def write_inputs(args: argparse.Namespace, case: str, work: Path) -> None:
-    """Writes a model directory without weights, with the built-in tokenizer; and the rows, for each
-    side.
-    """
+    """Writes a model directory without weights, and the rows for each side."""
     import shutil
 
     import numpy as np
@@ -168,14 +166,12 @@ def write_inputs(args: argparse.Namespace, case: str, work: Path) -> None:
 
 
 def micro_batch(args: argparse.Namespace) -> int:
-    """Packs per forward pass of lit_sft."""
+    """Returns the packs per forward pass of lit_sft."""
     return args.micro_batch_size or MICRO_BATCH[args.case.partition("-")[0]]
 
 
 def train_lit_sft(args: argparse.Namespace) -> dict[str, Any]:
-    """Trains with lit_sft; or says what a step is expected to take, where that is more than the
-    device has.
-    """
+    """Trains with lit_sft; returns only the expected memory if the step does not fit."""
     from lightning.pytorch.callbacks import Callback
 
     from lit_sft.data.cache import ExampleCache
@@ -183,7 +179,7 @@ def train_lit_sft(args: argparse.Namespace) -> dict[str, Any]:
     from lit_sft.memory_plan import needed_memory
 
     class Rows(SFTDataModule):
-        """Rows that are token ids already."""
+        """A data module whose rows are token ids already."""
 
         def prepare(self, stage: str) -> None:
             self.data.caches["train"] = ExampleCache(args.work / "rows")
@@ -244,7 +240,7 @@ def train_trl(args: argparse.Namespace) -> dict[str, Any]:
     from trl import SFTTrainer
 
     class Trainer(SFTTrainer):
-        """Counts what goes through the model."""
+        """Counts the tokens of each forward pass."""
 
         def training_step(self, model: Any, inputs: Any, *rest: Any, **kwargs: Any) -> Any:
             clock.speed.add(inputs)
@@ -298,7 +294,7 @@ def train_trl(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def fastest_attention() -> str:
-    """What transformers can use here; SDPA gets a mask over the packs."""
+    """Chooses the attention of the TRL side; SDPA needs a mask over the packs."""
     names = {"flash_attn_interface": "flash_attention_3", "flash_attn": "flash_attention_2"}
     found = [
         name for package, name in names.items() if importlib.util.find_spec(package) is not None
@@ -307,7 +303,7 @@ def fastest_attention() -> str:
 
 
 def report(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """All figures, ratios of the two sides, and goals."""
+    """Collects all figures, the ratios of the two sides, and the goals."""
     cases: dict[str, dict[str, Any]] = {}
     for case, of in results.items():
         ours, theirs = of.get("lit_sft", {}), of.get("trl", {})

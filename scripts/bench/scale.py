@@ -1,4 +1,4 @@
-"""How cost grows with packs, rows and ranks: what grows faster than the work is a defect.
+"""How time and memory grow with packs, rows and ranks: growth beyond the work is a defect.
 
     python scripts/fetch_smollm2.py
     python scripts/bench/scale.py
@@ -6,8 +6,9 @@
 On made-up rows: tokens per second and peak memory of a training step for packs of 512 to
 `--longest` tokens (`scripts/bench/step.py`), and seconds and peak memory of the preparation for
 1,000 to `--most_rows` rows (`scripts/bench_data.py --second_start`). Then `fit` itself on one rank
-and on two, each with one thread and two packs of 512 tokens per step: twice the work per step, so
-twice the tokens per second where a rank costs nothing. The last line is one JSON object.
+and on two, each with one thread and two packs of 512 tokens per step. Two ranks do twice the work
+per step, so without overhead they reach twice the tokens per second. The last line is one JSON
+object.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ from typing import Any
 
 HERE = Path(__file__).parent
 WORDS = 150
-"""Of an answer: rows of about 200 tokens, as in Alpaca, whatever the pack."""
+"""Words of an answer, for rows of about 200 tokens as in Alpaca."""
 
 
 def main() -> None:
-    """Measures both."""
+    """Measures packs, rows and ranks."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, default=Path("models/SmolLM2-135M-Instruct"))
     parser.add_argument("--longest", type=int, default=16384, help="tokens of the longest pack")
@@ -50,7 +51,7 @@ def main() -> None:
 
 
 def packs(args: argparse.Namespace, work: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """One training step with longer and longer packs."""
+    """Measures a training step with longer and longer packs."""
     length = 512
     while length <= args.longest:
         settings = {**common(args, work), "data.max_length": length, "data.global_batch_size": 1}
@@ -60,7 +61,7 @@ def packs(args: argparse.Namespace, work: Path) -> Iterator[tuple[int, dict[str,
 
 
 def rows(args: argparse.Namespace, work: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The preparation of more and more rows."""
+    """Measures the preparation of more and more rows."""
     count = 1000
     while count <= args.most_rows:
         arguments = ("--second_start", str(count), "--tokenizer", str(args.model))
@@ -69,7 +70,7 @@ def rows(args: argparse.Namespace, work: Path) -> Iterator[tuple[int, dict[str, 
 
 
 def ranks(args: argparse.Namespace, work: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """`fit` on one rank and on two; medians over the steps after the first two."""
+    """Measures `fit` on one rank and on two: medians over the steps after the first two."""
     for strategy, devices in (("auto", 1), ("ddp", 2), ("fsdp2", 2)):
         root = work / strategy
         settings = {
@@ -100,7 +101,7 @@ def ranks(args: argparse.Namespace, work: Path) -> Iterator[tuple[str, dict[str,
 
 
 def common(args: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """What all trainings share; writes their rows once."""
+    """Returns the settings that all trainings share, and writes their rows."""
     data = work / "rows.jsonl"
     if not data.exists():
         answer = "it is what it is and so on " * (WORDS // 8)
@@ -118,17 +119,17 @@ def common(args: argparse.Namespace, work: Path) -> dict[str, Any]:
 
 
 def options(settings: dict[str, Any]) -> list[str]:
-    """As a command line takes them."""
+    """Formats settings for the command line."""
     return [f"--{key}={value}" for key, value in settings.items()]
 
 
 def last_line(script: Path, *arguments: str) -> Any:
-    """What a script prints last, as an object."""
+    """Runs a script and parses its last line as JSON."""
     return json.loads(run(str(script), *arguments).splitlines()[-1])
 
 
 def run(*arguments: str, env: dict[str, str] | None = None) -> str:
-    """What a Python program prints."""
+    """Runs a Python program and returns its stdout."""
     command = [sys.executable, *arguments]
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, **(env or {})}

@@ -1,6 +1,4 @@
-"""What the comparisons with TRL share: a process for each side, the same recipe on both, nothing
-else around a run.
-"""
+"""Shared by the comparisons with TRL: one process per side, and the same recipe on both sides."""
 
 from __future__ import annotations
 
@@ -22,9 +20,7 @@ LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear
 
 
 def interpreters(sides: tuple[str, ...], venv: Path, lora: bool) -> dict[str, str]:
-    """The Python of each side: this one, and that of an environment with TRL, which is made where
-    there is none.
-    """
+    """Returns the Python of each side, after making an environment with TRL if there is none."""
     python = {"lit_sft": sys.executable}
     if "trl" in sides:
         python["trl"] = trl_python(venv.expanduser())
@@ -37,13 +33,13 @@ def interpreters(sides: tuple[str, ...], venv: Path, lora: bool) -> dict[str, st
 
 
 def run_side(python: str, script: str, side: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """One training run in a process of its own; what it prints last.
+    """Runs one training in a process of its own, and parses its last line as JSON.
 
     Args:
-        python: Interpreter.
+        python: The interpreter.
         script: The benchmark, which takes `--side`.
-        side: Of `SIDES`.
-        settings: Its other arguments by name; true is a flag, false and None are left out.
+        side: One of `SIDES`.
+        settings: Other arguments by name; True is a flag, False and None are left out.
     """
     command = [python, script, "--side", side]
     for name, value in settings.items():
@@ -63,7 +59,7 @@ def run_side(python: str, script: str, side: str, settings: dict[str, Any]) -> d
 
 
 def lit_sft_module(model: Path, lora: bool, **settings: Any) -> Any:
-    """The module of the lit_sft side."""
+    """Builds the module of the lit_sft side."""
     from torch.optim import AdamW
 
     from lit_sft.model.lora.lora_config import LoraConfig
@@ -81,7 +77,7 @@ def lit_sft_module(model: Path, lora: bool, **settings: Any) -> Any:
 
 
 def lit_sft_trainer(accelerator: str, callbacks: list[Any], **settings: Any) -> Any:
-    """lit_sft's own trainer, without what a run does around its steps."""
+    """Builds lit_sft's trainer without checkpoints, answers and exports."""
     from lit_sft.trainer import SFTTrainer
 
     return SFTTrainer(
@@ -103,9 +99,7 @@ def lit_sft_trainer(accelerator: str, callbacks: list[Any], **settings: Any) -> 
 
 
 def trl_config(output: Path, **settings: Any) -> Any:
-    """The same recipe for TRL. A mask over token ids counts only where `completion_only_loss` says
-    so.
-    """
+    """Returns the recipe for TRL, which uses a mask over ids only with `completion_only_loss`."""
     from trl import SFTConfig
 
     defaults = {
@@ -125,14 +119,14 @@ def trl_config(output: Path, **settings: Any) -> Any:
 
 
 def trl_lora() -> Any:
-    """The same adapters for TRL."""
+    """Returns the adapter settings for TRL."""
     from peft import LoraConfig
 
     return LoraConfig(task_type="CAUSAL_LM", **LORA)
 
 
 def trl_rows(file: Path) -> Any:
-    """Rows of token ids and masks, read without a trace in the user's cache."""
+    """Reads rows of token ids and masks, without writing to the user's cache."""
     import datasets
 
     return datasets.load_dataset(
@@ -141,7 +135,7 @@ def trl_rows(file: Path) -> Any:
 
 
 def write_trl_rows(file: Path, cache: Any) -> None:
-    """Writes a cache of lit_sft as TRL takes it: the same ids and masks, one row per line."""
+    """Writes a cache of lit_sft for TRL: the same ids and masks, one row per line."""
     with file.open("w") as lines:
         for input_ids, loss_mask, _ in (cache[index] for index in range(len(cache))):
             row = {"input_ids": input_ids.tolist(), "completion_mask": loss_mask.tolist()}

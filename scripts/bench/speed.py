@@ -1,6 +1,4 @@
-"""Tokens per second, FLOPs utilization and peak memory of a training run, counted alike for every
-trainer.
-"""
+"""Tokens per second, FLOPs utilization and peak memory, counted in the same way for any trainer."""
 
 from __future__ import annotations
 
@@ -15,9 +13,7 @@ from lit_sft.training.flops import peak_flops, step_cost
 
 
 class Speed:
-    """Tokens, time and memory between the warm-up and the last optimizer step of the process that
-    trains.
-    """
+    """Measures tokens, time and memory between the warm-up and the last optimizer step."""
 
     def __init__(self, device: torch.device, warm_steps: int) -> None:
         self.device, self.warm_steps, self.on_gpu = device, warm_steps, device.type == "cuda"
@@ -25,23 +21,22 @@ class Speed:
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats(device)
         self.sums = torch.zeros(3, dtype=torch.int64, device=device)
-        """Tokens, targets, squares of the examples' lengths: on the device, so that nothing waits
-        for it.
-        """
+        """[3] tokens, targets and squares of example lengths, on the device to avoid a sync."""
         self.began = 0.0
 
     def add(self, batch: Any) -> None:
-        """Counts a forward pass, from ids, labels and positions [1, T]; 1 + 3 + 5 + ... is the
-        square of a length.
+        """Counts a forward pass, from ids, labels and positions [1, T].
+
+        The square of a length is 1 + 3 + 5 + ..., a sum over positions.
         """
         input_ids, labels, position_ids = batch["input_ids"], batch["labels"], batch["position_ids"]
-        # a copied number would be waited for
+        # Copying a number to the device would synchronize, so the tensor is made there.
         tokens = torch.full((), input_ids.numel(), dtype=torch.int64, device=labels.device)
         sums = torch.stack([tokens, (labels >= 0).sum(), (2 * position_ids + 1).sum()])
         self.sums += sums.to(self.device, non_blocking=True)
 
     def step_ended(self, step: int) -> None:
-        """The clock starts at the end of the warm-up."""
+        """Ends a step; the clock starts at the end of the warm-up."""
         if step == self.warm_steps:
             self.sums.zero_()
             self.began = self._now()
@@ -52,7 +47,7 @@ class Speed:
         return time.perf_counter()
 
     def read(self, lm: Any, steps: int) -> dict[str, Any]:
-        """At the end of the last step."""
+        """Returns the figures at the end of the last step."""
         seconds = self._now() - self.began
         tokens, targets, squares = self.sums.tolist()
         peak = (

@@ -1,13 +1,12 @@
-"""What passes before anything happens: help, configuration, and from the command to the first
-training step.
+"""Start-up time: help, configuration, and from the command to the first training step.
 
     python scripts/fetch_smollm2.py
     python scripts/bench/start.py --data alpaca_en_demo.json
 
-Processor seconds of `import torch, lightning`, of `fit --help` and of `fit --print_config`; then,
-on data that are tokenized already, seconds from the command to the first batch, beside those of a
-program that loads the same model and does nothing else. Medians of the repetitions; the last line
-is one JSON object.
+Measures processor seconds of `import torch, lightning`, of `fit --help` and of `fit
+--print_config`. Then, with tokenized data, it measures seconds from the command to the first batch,
+beside those of a program that only loads the same model. All are medians of the repetitions. The
+last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -37,18 +36,18 @@ LOAD = (
 
 
 class EndAtFirstBatch(Callback):
-    """Says when it comes, and ends the program."""
+    """Prints the time of the first batch, and ends the program."""
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
-        """At the first batch."""
+        """Prints the time."""
         print(f"first batch at {time.time()}", flush=True)
         os._exit(0)
 
 
 def main() -> None:
-    """Measures all of it."""
+    """Measures all start-up times."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--model", type=Path, default=Path("models/SmolLM2-135M-Instruct"))

@@ -1,15 +1,15 @@
-"""One training step of a configuration taken apart, beside a bare PyTorch loop on the same batches.
+"""Time of the parts of a training step, beside a bare PyTorch loop on the same batches.
 
     python scripts/bench/step.py --config configs/smollm2_135m.yaml --data.train alpaca_en_demo.json
 
-Takes what `fit` takes. After `WARM` optimizer steps, `MEASURED` of them are timed; after each of
-these the same batches go through a bare loop (autocast, the loss module, backward, scaling,
-clipping, the same optimizer), so that both see the same machine. `--profile` prints torch's own
-table of one more step; `--brief` leaves the bare loop out, and half of the steps.
+Takes the arguments of `fit`. After `WARM` optimizer steps, `MEASURED` steps are timed. After each
+of them, a bare loop (autocast, the loss module, backward, scaling, clipping, the same optimizer)
+takes the same batches, so other load on the machine affects both. `--profile` prints torch's table
+of one more step. `--brief` skips the bare loop and half of the steps.
 
 The last line is one JSON object: milliseconds per optimizer step for data, backbone, head and loss,
-backward, optimizer and the rest (Lightning, logging); `lightning_share`, what the step takes longer
-than the bare one; `mfu` against the peak of the device (a matrix product on a CPU).
+backward, optimizer and the rest (Lightning, logging); `lightning_share`, the additional time of the
+step over the bare one; `mfu` against the peak of the device (on a CPU, of a matrix product).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ WARM, MEASURED, BRIEF = 2, 6, 3
 
 
 class Anatomy(Callback):
-    """Times the parts of each optimizer step; between steps, a bare one on the same batches."""
+    """Times the parts of each optimizer step, and makes a bare step after it."""
 
     def __init__(self, profile: bool = False, brief: bool = False) -> None:
         self.profile, self.brief = profile, brief
@@ -101,14 +101,14 @@ class Anatomy(Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Data: what passed since the last batch."""
+        """Adds the time since the last batch to the part `data`."""
         self.parts["data"] += self._now() - self.ended
         self.batches.append(batch)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """At the end of an optimizer step: its parts, then a bare step."""
+        """Stores the parts of an optimizer step, then makes a bare step."""
         self.ended = self._now()
         if trainer.fit_loop._should_accumulate():
             return
@@ -137,7 +137,7 @@ class Anatomy(Callback):
         self.began = self.ended = self._now()
 
     def report(self) -> dict[str, Any]:
-        """Medians over the measured steps, in milliseconds."""
+        """Returns medians over the measured steps, in milliseconds."""
 
         def median(value: Callable[[dict[str, float]], float]) -> float:
             return statistics.median(value(step) for step in self.steps)
@@ -175,7 +175,7 @@ class Anatomy(Callback):
 
 
 def bare_step(trainer: L.Trainer, module: Any) -> Callable[[list[Any]], None]:
-    """What a loop written by hand would do for one optimizer step."""
+    """Makes one optimizer step as a hand-written loop would."""
     (optimizer,), model = trainer.optimizers, module.model
     limit = trainer.gradient_clip_val
 
@@ -200,7 +200,7 @@ def bare_step(trainer: L.Trainer, module: Any) -> Callable[[list[Any]], None]:
 
 @contextlib.contextmanager
 def precision(name: str, device: str) -> Iterator[None]:
-    """Autocast as Lightning's precision says."""
+    """Returns the autocast of Lightning's precision."""
     dtype = torch.bfloat16 if name.startswith("bf16") else torch.float16
     with torch.autocast(device, dtype, enabled=name.endswith("mixed")):
         yield
@@ -212,7 +212,7 @@ def main(args: list[str]) -> None:
     args = [arg for arg in args if arg not in ("--profile", "--brief")]
 
     class Bench(main_module.SFTCLI):
-        """The real command line, without what a run does around its steps."""
+        """The real command line without checkpoints, answers and exports."""
 
         def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
             trainer = super().instantiate_trainer(**kwargs)

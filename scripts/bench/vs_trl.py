@@ -1,17 +1,16 @@
-"""One epoch on the same rows, lit_sft beside TRL's SFTTrainer: seconds per real token, peak
-resident memory, loss.
+"""One epoch of lit_sft beside TRL's SFTTrainer: seconds per token, peak memory and loss.
 
     python scripts/fetch_smollm2.py
     python scripts/bench/vs_trl.py --data alpaca_en_demo.json
 
-Each side trains SmolLM2-135M in bf16 autocast over fp32 weights, on the same 128 rows once, with
-the same token ids and masks (rendered here, so that both train the same targets), optimizer,
-schedule and clipping; in a process of its own, the two taking turns, median of the repetitions.
-What is timed lies between the first batch and the end of the last step; what is loaded, tokenized
-or saved is not. Memory is the peak of the whole process up to there. The held-out loss is computed
-afterwards by one function, in fp32, from what either side has learned.
+Each side trains SmolLM2-135M once on the same 128 rows, in bf16 autocast over fp32 weights, with
+the same optimizer, schedule and clipping. The rows are rendered once, so both sides get the same
+token ids and masks. The sides take turns, each in a process of its own, and medians of the
+repetitions are reported. Time is measured from the first batch to the end of the last step, without
+loading, tokenizing and saving. Memory is the peak of the whole process until then. Afterwards one
+function computes the held-out loss of both sides in fp32.
 
-lit_sft  packs of `--max_length` tokens, by default as many as the longest of the Alpaca rows has.
+lit_sft  packs of `--max_length` tokens, by default the length of the longest Alpaca row.
 TRL      the fastest of `TRL_SETTINGS` on a CPU (`--trl NAME` takes another), with its own chunked
          loss.
 
@@ -42,13 +41,11 @@ TRL_SETTINGS: dict[str, dict[str, Any]] = {
     "small": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
     "padding_free": {"per_device_train_batch_size": 8, "padding_free": True, "max_length": None},
 }
-"""Eight rows per optimizer step in each: so many that both sides take as many steps (lit_sft with 2
-packs of 824).
-"""
+"""Settings of TRL. Eight rows per optimizer step give as many steps as lit_sft's 2 packs of 824."""
 
 
 def main() -> None:
-    """Lets the two sides take turns."""
+    """Runs both sides and prints the comparison."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--data", type=Path, required=True, help="file of rows, in any format that data.train takes"
@@ -79,7 +76,7 @@ def main() -> None:
 
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
-    """All repetitions of both sides; medians and ratios."""
+    """Runs all repetitions of both sides, and returns medians and ratios."""
     tokens = write_rows(args)
     chosen = (args.only,) if args.only else sides.SIDES
     python = sides.interpreters(chosen, sides.TRL_VENV, args.lora)
@@ -120,9 +117,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def write_rows(args: argparse.Namespace) -> int:
-    """Renders all rows once: lit_sft's cache, and the same ids and masks as TRL takes them; the
-    number of tokens.
-    """
+    """Renders all rows for both sides, and returns the number of tokens."""
     datamodule = lit_sft_data(args)
     datamodule.prepare("fit")
     for name, cache in datamodule.data.caches.items():
@@ -131,7 +126,7 @@ def write_rows(args: argparse.Namespace) -> int:
 
 
 def lit_sft_data(args: argparse.Namespace) -> Any:
-    """The data module of the lit_sft side."""
+    """Builds the data module of the lit_sft side."""
     from lit_sft.datamodule import SFTDataModule
 
     return SFTDataModule(
@@ -140,7 +135,7 @@ def lit_sft_data(args: argparse.Namespace) -> Any:
         val_size=HELD_OUT,
         model_name_or_path=str(args.model),
         max_length=args.max_length,
-        # Neither side may train less than the other, nor less than is said.
+        # No row may be dropped, or the sides would train different rows.
         overlong="error",
         micro_batch_size=args.micro_batch_size,
         global_batch_size=max(1, round(8 * 206 / args.max_length)),
@@ -149,23 +144,19 @@ def lit_sft_data(args: argparse.Namespace) -> Any:
 
 
 def peak_memory() -> int:
-    """Peak resident bytes of this process. Not `ru_maxrss`, which a child inherits from the process
-    that starts it.
-    """
+    """Returns the peak resident memory in bytes. A child would inherit `ru_maxrss`."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status["VmHWM"].split()[0]) * 1024
 
 
 class Meter:
-    """Time from its making on, and memory, of the process that trains."""
+    """Measures time, from its construction on, and memory of this process."""
 
     def __init__(self) -> None:
         self.began, self.processor = time.perf_counter(), time.process_time()
 
     def read(self, steps: int) -> dict[str, Any]:
-        """`cpu_seconds` of all threads tell more than seconds where the machine has other work,
-        too.
-        """
+        """Returns the figures. `cpu_seconds` are reliable even if the machine has other work."""
         return {
             "seconds": round(time.perf_counter() - self.began, 2),
             "cpu_seconds": round(time.process_time() - self.processor, 2),
@@ -182,7 +173,7 @@ def train_lit_sft(args: argparse.Namespace) -> dict[str, Any]:
     from lit_sft.callbacks.throughput import Throughput
 
     class Clock(Callback):
-        """Takes the time, and the memory before anything is saved."""
+        """Measures time and memory before anything is saved."""
 
         def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
             self.meter = Meter()
@@ -204,7 +195,7 @@ def train_trl(args: argparse.Namespace) -> dict[str, Any]:
     from trl import SFTTrainer
 
     class Clock(TrainerCallback):
-        """Takes the time, and the memory before anything is saved."""
+        """Measures time and memory before anything is saved."""
 
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
             self.meter = Meter()
@@ -232,7 +223,7 @@ def train_trl(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def held_out_loss(args: argparse.Namespace, side: str) -> float:
-    """Mean loss over the targets of the held-out rows, in fp32, without packing."""
+    """Returns the mean loss over the targets of the held-out rows, in fp32, without packing."""
     import torch
     from transformers import AutoModelForCausalLM
 
