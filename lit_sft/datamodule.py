@@ -121,7 +121,7 @@ class SFTDataModule(L.LightningDataModule):
             changed.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the schema of `data`
         self,
         train: str | list[str | dict[str, Any]] = "banghua/DL-SFT-Dataset",
         validation: str | list[str | dict[str, Any]] | None = None,

@@ -95,7 +95,7 @@ class SFTModule(L.LightningModule):
         seed: Linked from seed_everything: seed of random weights, dropout, noise and sampling.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the schema of `model`
         self,
         model_name_or_path: str = "Qwen/Qwen3-0.6B-Base",
         revision: str | None = None,
