@@ -34,7 +34,7 @@ format:  ## Format the code
 	$(RUN) ruff format .
 
 docs:  ## Run every command, row and setting of README and docs/
-	$(RUN) pytest -m "" tests/test_readme.py
+	$(RUN) pytest -m "" tests/project/test_readme.py
 
 bench:  ## Compare time and memory with TRL on a CPU (DATA=FILE, by default alpaca_en_demo.json)
 	$(VENV)/bin/python scripts/fetch_smollm2.py --output $(MODEL)

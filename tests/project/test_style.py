@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 MISSPELT = "rec" + "ieve"
 TOOLS = {
     "lint": ["ruff", "check", "--no-cache"],

@@ -4,7 +4,7 @@ files, exit codes.
 The snapshot in `records/contract.json` is compared whole. A change of it is a change for users: it
 belongs into CHANGELOG, and a new snapshot is written by
 
-    python tests/test_contract.py
+    python tests/runs/test_contract.py
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from running import REPOSITORY, arguments, chat_rows, environment, version, writ
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import save_tiny
 
-SNAPSHOT = Path(__file__).parent / "records" / "contract.json"
+SNAPSHOT = Path(__file__).parents[1] / "records" / "contract.json"
 COMMANDS = ("fit", "validate", "test", "predict", "preview", "doctor")
 SETTINGS = {
     "data__val_size": 4,

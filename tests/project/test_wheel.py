@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from running import environment
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 SOURCES = ("lit_sft", "configs", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 RUN = """
 fit --config demo --trainer.max_steps 2 --trainer.check_val_every_n_epoch 1 --trainer.enable_progress_bar false

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from shape import is_private_touch
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 ROOT = REPOSITORY / "lit_sft"
 LINT_IMPORTS = (
     "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_logo=True))"

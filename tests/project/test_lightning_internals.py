@@ -13,7 +13,7 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from lit_sft.lightning_internals import kill_launched_ranks
 
-ROOT = Path(__file__).parent.parent / "lit_sft"
+ROOT = Path(__file__).parents[2] / "lit_sft"
 ROOMS = ("callbacks", "checkpoint", "commands", "datamodule.py", "distributed", "run", "trainer.py")
 """Where objects are Lightning's or our own."""
 NOT_PRIVATE = ("_exit", "_replace")

@@ -6,7 +6,7 @@ and with the library versions of the record, everything must be equal bit for bi
 and versions round otherwise, so there the bounds of `scripts/verify_equivalence.py` apply. A change
 that is meant to change the numbers writes a new record:
 
-    python tests/test_record.py
+    python tests/runs/test_record.py
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from typing import Any
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 from verify_equivalence import BF16_LIMIT, LIMIT, base, fit, read, write_rows  # noqa: E402
 
-RECORD = Path(__file__).parent / "records" / "training.json"
+RECORD = Path(__file__).parents[1] / "records" / "training.json"
 STEPS = 20
 PRECISIONS = {
     "fp32": {"trainer.precision": "32-true"},

@@ -98,7 +98,7 @@ def test_offline_the_error_is_one_sentence_that_comes_in_seconds(tmp_path):
         start = time.monotonic()
         outcome = subprocess.run(
             [sys.executable, "-c", program],
-            cwd=Path(__file__).parents[1],
+            cwd=Path(__file__).parents[2],
             env={"PATH": "", "HOME": str(tmp_path), "HF_HOME": str(tmp_path), **environment},
             capture_output=True,
             text=True,
