@@ -17,10 +17,7 @@ COMMANDS = {
     "test": "Measure a checkpoint on the test set.",
     "predict": "Write the answers of a checkpoint to a file.",
     "preview": "Show rows of the training set as the model will see them.",
-    "doctor": (
-        "Check data, steps, memory and disk before a run, with two real steps; exit code 1 on an"
-        " error."
-    ),
+    "doctor": "Check data, memory, disk before a run, with two real steps; exit code 1 on error.",
     "export": "Turn a checkpoint into a Hugging Face directory.",
 }
 """Command -> its line of help."""

@@ -50,8 +50,7 @@ class CommandTrainer(SFTTrainer):
         datamodule: SFTDataModule,
         output: Literal["rich", "json"] = "rich",
     ) -> None:
-        """Check data, steps, memory and disk before a run, with two real steps; exit code 1 on an
-        error.
+        """Check data, memory, disk before a run, with two real steps; exit code 1 on error.
 
         Args:
             model: Its settings are used.
