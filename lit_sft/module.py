@@ -3,12 +3,12 @@
 `__init__` only stores settings. `configure_model` loads the model.
 
 The loss average is exact: every target token of the global batch has the same weight, whatever the
-number of micro-batches and ranks. It takes three places, in this order:
+number of micro-batches and ranks. Two methods make it:
 
 1. `training_step` returns the *sum* of the token losses of a micro-batch, and adds its numbers of
    targets and tokens to `window`.
-2. `on_before_optimizer_step` sums `window` over all ranks.
-3. There, one multiplication turns the gradient of the sum into the gradient of the mean.
+2. `on_before_optimizer_step` sums `window` over all ranks. Then one multiplication turns the
+   gradient of the sum into the gradient of the mean.
 """
 
 from __future__ import annotations
@@ -45,7 +45,11 @@ if TYPE_CHECKING:
     from lightning.pytorch.utilities.types import OptimizerLRScheduler
 
 LOSS_SUM, NUM_TARGETS, NUM_TOKENS, NORM_SUM, NORM_SQUARE_SUM = range(5)
-"""Entries of `SFTModule.window`. The callback `Guard` fills the last two."""
+"""Entries of `SFTModule.window`.
+
+The callback `Guard` sets the last two before the sum over ranks: the gradient norm of the step
+before, as this rank has it, and its square. Their sums tell whether all ranks have the same norm.
+"""
 WINDOW_SIZE = 5
 
 
@@ -157,8 +161,8 @@ class SFTModule(L.LightningModule):
         self.loss_scale = 1.0
         """Factor on the loss in the backward pass. In fp16 a sum of losses would overflow."""
         self.window: Tensor = torch.zeros(WINDOW_SIZE, dtype=torch.float64)
-        """[5] sums since the last optimizer step: of this rank, and of all ranks from
-        `on_before_optimizer_step` on. The entries are named by `LOSS_SUM` and its neighbors.
+        """[5] sums of the current optimizer step: of this rank until `on_before_optimizer_step`,
+        then of all ranks. The entries are named by `LOSS_SUM` and its neighbors.
         """
         self.guard: Callable[[Optimizer, Tensor, Tensor], None] = _accept_step
         """Called with the optimizer, the window and the gradient norm before weights change."""
@@ -166,7 +170,7 @@ class SFTModule(L.LightningModule):
         self.between_answers: Callable[[], None] = lambda: None
         """Called between two batches of prompts; a preempted run leaves there."""
         self.in_bar = False
-        """Whether a progress bar of the user's own shows the loss."""
+        """Whether `train/loss` is shown in the progress bar: if the user has configured one."""
 
     # ------------------------------------------------------------------ the model
 
@@ -437,14 +441,14 @@ class SFTModule(L.LightningModule):
         """Restores the stop tokens.
 
         Raises:
-            UserError: The checkpoint belongs to another model, another base, or to other bits of
-                the base.
+            UserError: The checkpoint belongs to another model or another base, or its base is
+                quantized differently.
         """
         # Lightning's FSDP strategy takes the weights out before this hook.
         if "state_dict" in checkpoint:
             trainable.check_fits(self, checkpoint["state_dict"])
         base_fingerprint.check_base(checkpoint["base"], self.base)
-        # Only a resumed training needs a base of the same bits. To evaluate or merge over another
+        # Only a resumed training needs the same quantization. To evaluate or merge over another
         # one is a choice of the user.
         is_resumed = self.trainer.state.fn == "fit"
         if is_resumed and not data_of(self.trainer).options.allow_other_data:

@@ -6,7 +6,7 @@ whether entry t describes token t or the token after it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 if TYPE_CHECKING:
@@ -35,7 +35,9 @@ class Message:
     tool_call_id: str | None = None
     """Id of the call that a `tool` turn answers."""
     train: bool | None = None
-    """Whether the turn is trained. None leaves the decision to `data.train_on`."""
+    """Whether an assistant turn is trained; ignored for other roles. None leaves the decision to
+    `data.train_on`.
+    """
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the message as a chat template reads it, with only the keys that are set."""
@@ -94,20 +96,24 @@ class RenderedTurn:
     no offsets.
     """
     parts: tuple[tuple[int, int], ...]
-    """The trained ranges [begin, end): all from `start` on, or the parts that the template marks
-    with `{% generation %}`.
+    """Ranges [begin, end) of the answer whose mask the draft sets: all from `start` on, or the
+    parts that the template marks with `{% generation %}`. With `train_on: all` these are the ranges that
+    are not trained.
     """
     whole: str
     """`text`, followed by what the template writes after the stop token."""
     switch: tuple[tuple[str, bool], ...] = ()
     """Template variables that were set to prove this turn, such as (`enable_thinking`, False)."""
     notes: tuple[str, ...] = ()
-    """Counted in the log, as in `Example`."""
+    """The log counts them, as in `Example`. `lenient` also changes how `tokenize` works."""
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One tokenized conversation, or one of its turns if the template rewrites earlier turns.
+    """One tokenized conversation, or its text up to one trained turn.
+
+    There is one example per turn if the template rewrites earlier turns, or if prompt and answer
+    share a token.
 
     Letter: T tokens.
     """
@@ -115,8 +121,8 @@ class Example:
     input_ids: list[int]
     """[T] token ids."""
     loss_mask: list[int]
-    """[T] entry t describes token t itself: 1 if it is a target, which the model must predict from
-    the tokens before it, and 0 if it is only read. Nothing is shifted yet.
+    """[T] entry t describes token t itself: 1 if it is trained, 0 if it is only read. Nothing is
+    shifted yet. The first token has nothing before it, so `collate` drops it as a target.
     """
     row: int
     """Index of the conversation in its source."""
@@ -124,7 +130,7 @@ class Example:
     """Number of the example among those of its row, from 0."""
     stop_ids: tuple[int, ...] = ()
     """Ids of the stop tokens that end the trained turns."""
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
     """What was needed to prove the mask: `per_turn`, `switch:enable_thinking=false`, ... The log
     counts them.
     """
@@ -176,7 +182,7 @@ class Prompts(TypedDict):
     references: list[str | None]
     """[B] expected answers. None if the data has none."""
     number: int
-    """Position of the first prompt, -1 for a filler. Sampling is seeded with it."""
+    """Position of the first prompt, which seeds the sampling. -1 for a filler."""
 
 
 class LossOutput(NamedTuple):
@@ -187,4 +193,4 @@ class LossOutput(NamedTuple):
     num_targets: Tensor
     """[] int64, on the host."""
     num_correct: Tensor
-    """[] int64, the targets that are the arg max of the logits. 0 if they were not counted."""
+    """[] int64, the targets that are the arg max of the logits. May be 0 if nobody asked for it."""

@@ -6,7 +6,11 @@ with the first one. The rest, up to and with the stop token, is what the model h
 
     prompt   <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n
     whole    <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n
-                                                                    ^ start ^ stop
+                                                                    ^    ^
+                                                               start     stop
+
+A turn is proved if its text begins with its prompt, and if it fills the thinking block that the
+prompt opens. A switch is a set of template variables, such as `enable_thinking=False`.
 
 This module works on texts. `tokenize` proves the same for token ids.
 """
@@ -26,8 +30,9 @@ from lit_sft.errors import UserError
 from lit_sft.types import Conversation, Message, RenderedTurn
 
 TrainOn = Literal["completions", "last_completion", "all"]
-
+"""Every assistant turn, the last one, or every token. An assistant turn's own `train` wins."""
 _OPEN_THINKING = re.compile(r"[<\[][\w:|]*think[\w:|]*[>\]]\s*\Z", re.IGNORECASE)
+"""Opening tag of a thinking block at the end of a prompt: `<think>`, `[THINK]`, `<|think|>`."""
 _LONGEST_CLOSING = 300
 """Longest run of special tokens and white space at the end of a text, in characters."""
 
@@ -38,9 +43,9 @@ class Draft:
 
     text: str
     turns: tuple[RenderedTurn, ...] = ()
-    """The turns whose label differs from `label`. `text` begins with the text of each."""
-    label: int = 0
-    """The label of everything outside `turns`: 1 = trained."""
+    """Turns whose parts get the opposite of `default_mask`. `text` begins with the text of each."""
+    default_mask: int = 0
+    """Loss mask of the text outside `turns`: 1 = trained."""
     stops: tuple[str, ...] = ()
     """Stop tokens of the trained turns."""
     notes: tuple[str, ...] = ()
@@ -57,7 +62,7 @@ def make_drafts(
     Args:
         template: The chat template.
         conversation: Turns or plain text.
-        train_on: See `Renderer`.
+        train_on: Which turns are trained.
 
     Returns:
         One draft, or one per trained turn if the template rewrites earlier turns.
@@ -86,7 +91,7 @@ def text_draft(text: str, eos_token: str | None) -> Draft:
     before, _, behind = text.rpartition(eos_token)
     ends_with_eos = not behind.strip()
     body = before if ends_with_eos else text
-    return Draft(body + eos_token, label=1, stops=(eos_token,), needs_bos=True)
+    return Draft(body + eos_token, default_mask=1, stops=(eos_token,), needs_bos=True)
 
 
 def full_draft(template: ChatTemplate, conversation: Conversation, answers: Sequence[int]) -> Draft:
@@ -111,7 +116,7 @@ def full_draft(template: ChatTemplate, conversation: Conversation, answers: Sequ
         _, stop = find_stop(template, whole, conversation, len(messages) - 1)
         stops = (stop,)
     notes = _notes(turns) + of_conversation(template, conversation, [whole])
-    return Draft(whole, turns, label=1, stops=stops, notes=notes, needs_bos=template.is_raw)
+    return Draft(whole, turns, default_mask=1, stops=stops, notes=notes, needs_bos=template.is_raw)
 
 
 def completion_drafts(
@@ -198,8 +203,9 @@ def write_prompt(template: ChatTemplate, conversation: Conversation) -> str:
 def prove(template: ChatTemplate, conversation: Conversation, index: int) -> RenderedTurn:
     """Locates the assistant turn `messages[index]` and proves that it continues its prompt.
 
-    Later messages do not matter. The switches of the template are tried until the turn fits and
-    its reasoning is written.
+    Later messages are not rendered, except the next one, which may be needed to find the stop
+    token. The switches of the template are tried in their order, no switch first, until the turn
+    fits and its reasoning is written.
 
     Raises:
         UserError: No switch makes the turn fit, or the template does not end the turn, or does not
@@ -245,7 +251,9 @@ def _locate(
         stop_at, stop = find_stop(template, whole, conversation, index, switch, start)
         _check_no_stop_inside(template, whole[start:stop_at], stop, number)
     else:
-        # The begin of the answer is unknown. Only the content of the message surely belongs to it.
+        # Without `lenient` this turn is refused below, by `_check_prefix`. The start of the answer
+        # is unknown: only the content of the message surely belongs to it, and the stop token is
+        # searched from the end.
         start = len(os.path.commonprefix([prompt, whole]))
         stop_at, stop = find_stop(template, whole, conversation, index, switch)
         _check_no_stop_inside(template, message.content, stop, number)
@@ -289,7 +297,7 @@ def find_stop(
         conversation: The conversation; it may continue after the turn.
         index: Index of the turn.
         switch: Template variables of the text.
-        start: Begin of the answer in the text.
+        start: Where the answer starts in the text.
 
     Returns:
         Position of the stop token, and the token.
@@ -323,8 +331,8 @@ def _last_of_turn(
     """Chooses the stop token among the special tokens at the end of `text`.
 
     Some templates end a turn with several special tokens (DeepSeek's tool calls), others add eos
-    behind the whole text (Phi-3). The tokens that remain when the conversation continues belong to
-    the turn. The last of these is the stop token.
+    after the whole text (Phi-3). So the conversation is rendered once more with a following
+    message. A token that is still there belongs to the turn. The last such token is the stop token.
     """
     message = conversation.messages[index]
     if not message.content.strip() and not message.tool_calls:
@@ -391,24 +399,24 @@ def _check_prefix(
         message: The turn.
         number: Number of the turn, for messages.
     """
-    is_written = f"the row is written {whole[start : start + 40]!r}"
+    row_text = f"the row is written {whole[start : start + 40]!r}"
     opens_thinking = (
         not template.is_raw and _OPEN_THINKING.search(prompt, max(0, len(prompt) - 50)) is not None
     )
     if opens_thinking and not has_reasoning(message):
         raise UserError(
             f"turn {number} (assistant) has no reasoning, but the template's prompt opens a"
-            f" thinking block: after {prompt[-30:]!r} {is_written}; add reasoning_content, set"
+            f" thinking block: after {prompt[-30:]!r} {row_text}; add reasoning_content, set"
             " data.chat_template to one without that block, or data.unproved to lenient"
         )
     if start < len(prompt):
-        there = (
+        server = (
             f"after {prompt[max(0, start - 20) : start]!r} a server feeds"
             f" {prompt[start : start + 40]!r}"
         )
         raise UserError(
-            f"turn {number} (assistant) does not continue the prompt of a server: {there}, but"
-            f" {is_written}; set data.chat_template to a template whose turns begin as its"
+            f"turn {number} (assistant) does not continue the prompt of a server: {server}, but"
+            f" {row_text}; set data.chat_template to a template whose turns begin as its"
             " generation prompt does, or data.unproved to lenient"
         )
 

@@ -1,19 +1,21 @@
 """The order of the training data: which pack is in which optimizer step.
 
-Each epoch has one permutation of the P packs, which depends on (seed, epoch) only. Optimizer step s
+Each epoch has one permutation of the P packs. Given the packs and the global batch size, it depends
+on (seed, epoch) only. Optimizer step s
 takes the entries [s * G, (s + 1) * G) of it, where G is the global batch size. So the content of a
 step does not depend on the number of ranks, workers or micro-batches, and a position (epoch,
 optimizer steps done in it) is valid for any number of ranks.
 
-The ranks divide the G packs of a step, micro-batch by micro-batch. With G = 8, 2 ranks and
+A micro-batch is one forward pass of one rank. The ranks compute theirs together, and divide the G
+packs of a step in such rounds. With G = 8, 2 ranks and
 micro-batches of 2:
 
     packs of the step   p0 p1 | p2 p3 | p4 p5 | p6 p7
-    micro-batch           0   |   0   |   1   |   1
+    round                 0   |   0   |   1   |   1
     rank                  0   |   1   |   0   |   1
 
-In every micro-batch the ranks wait for the slowest one. So if costs are given, the packs of a step
-are first sorted by cost, and each micro-batch is dealt in a zigzag: p0 p3 to rank 0, p1 p2 to rank
+In every round the ranks wait for the slowest one. So if costs are given, the packs of a step are
+first sorted by cost, and each round is dealt in a zigzag: p0 p3 to rank 0, p1 p2 to rank
 1. That makes their costs about equal, and the step still has the same packs.
 """
 
@@ -176,7 +178,7 @@ class StepOrder:
         return max(1, steps) * self.accumulation
 
     def check_validations(self, by_clock: bool, over_epochs: bool) -> None:
-        """Refuses validations at times on which the ranks or the optimizer steps do not agree.
+        """Refuses validations that ranks would start at different times, or within a step.
 
         Args:
             by_clock: Whether a validation is due after some time.

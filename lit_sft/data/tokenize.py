@@ -164,10 +164,10 @@ class Renderer:
             _BoundaryInsideToken: The ids before a trained part differ from the ids of the prompt.
         """
         ids = tokens[draft.text].ids
-        mask = [draft.label] * len(ids)
+        mask = [draft.default_mask] * len(ids)
         for turn in draft.turns:
             for begin, end in self._spans(turn, draft.text, tokens):
-                mask[begin:end] = [1 - draft.label] * (end - begin)
+                mask[begin:end] = [1 - draft.default_mask] * (end - begin)
         return self._example(draft, ids, mask, row, part)
 
     def _example(
@@ -176,7 +176,7 @@ class Renderer:
         bos = self._missing_bos(ids) if draft.needs_bos else []
         return Example(
             input_ids=bos + ids,
-            loss_mask=[draft.label] * len(bos) + mask,
+            loss_mask=[draft.default_mask] * len(bos) + mask,
             row=row,
             part=part,
             stop_ids=tuple(self._id(stop) for stop in draft.stops),
@@ -187,7 +187,7 @@ class Renderer:
         """Finds the trained parts of a turn in the ids of a text.
 
         Raises:
-            _BoundaryInsideToken: A token crosses the begin or the end of a part.
+            _BoundaryInsideToken: A token crosses the start or the end of a part.
         """
         ids = tokens[text].ids
         stop_at = self._token_at(text, tokens, len(turn.text) - len(turn.stop))
@@ -210,6 +210,7 @@ class Renderer:
         ids = tokens[text].ids
         tail_ids = tokens[turn.prompt[turn.anchor :]].ids
         if "lenient" in turn.notes:
+            # The anchor of a lenient turn is 0, so these are the ids of the whole prompt.
             return len(os.path.commonprefix([tail_ids, ids]))
         first = 0 if turn.anchor == 0 else self._token_at(text, tokens, turn.anchor)
         begin = first + len(tail_ids)
@@ -241,7 +242,7 @@ class Renderer:
         If a single turn still has this problem, prompt and answer are tokenized separately.
         """
         turn = draft.turns[0]
-        if draft.label == 1:
+        if draft.default_mask == 1:
             raise UserError(
                 f"turn {turn.number} is not trained, but shares a token with others; set"
                 " data.train_on"
@@ -286,7 +287,7 @@ class Renderer:
             The ids of both; None if they do not decode to the text of the turn.
         """
         answer = turn.text[turn.start :]
-        # SentencePiece adds a space at the begin of a text. So the answer is tokenized behind a
+        # SentencePiece adds a space at the start of a text. So the answer is tokenized after a
         # lead that it does not merge with.
         leads = (turn.stop, "\n")
         texts = [turn.prompt, turn.text]

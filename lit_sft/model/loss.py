@@ -29,13 +29,14 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CHUNK_ELEMENTS = 2**26
-"""Logits that exist at once (C x V), in compute dtype: 128 MiB in bf16. Every chunk adds to the
-whole gradient of the head, which takes as long as the matrix product for 128 targets (on a CPU, V =
-49,152). So chunks are large, and few.
+"""Logits of a chunk (C x V), in compute dtype: 128 MiB in bf16.
+
+Each chunk reads and writes the head's whole gradient. On a CPU (V = 49,152) this costs as much as
+the matrix product for 128 targets. So chunks are large, and few.
 """
 PIECE_ELEMENTS = {"cpu": 2**21, "cuda": 2**24}
-"""Logits that become gradients at once, in fp32, by device. On a CPU 8 MiB stay in the cache; a GPU
-wants few kernel launches.
+"""Logits of a piece, by device. A chunk is split into pieces for its copies in fp32: on a CPU 8 MiB
+stay in the cache, a GPU wants few kernel launches.
 """
 
 
@@ -149,8 +150,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         Args:
             ctx: Context of autograd.
             hidden: [N, D] hidden states at the target positions, in compute dtype.
-            weight: [V, D] the head's weight, as it is stored.
-            bias: [V].
+            weight: [V, D] the head's weight, as it is stored. Weight and bias are arguments so
+                that autograd asks for their gradients.
+            bias: [V], or None.
             targets: [N] the ids to predict.
             task: All other arguments.
 
@@ -161,6 +163,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         sums = _Sums(task, hidden, weight.to(hidden.dtype), needed)
         for chunk in _slices(len(targets), CHUNK_ELEMENTS // len(weight)):
             projected = task.head.project(hidden[chunk], sums.compute_weight)
+            # From here on `projected` holds the gradient of the chunk, if one is needed.
             sums.add_losses_(projected, targets[chunk])
             sums.add_products(chunk, projected, hidden[chunk])
         ctx.save_for_backward(sums.grad_hidden, sums.grad_weight, sums.grad_bias)
@@ -336,7 +339,7 @@ class CausalLMLoss(nn.Module):
 
     @property
     def options(self) -> LossOptions:
-        """The loss that is computed now: in training the chosen one, in evaluation always nll.
+        """The loss that is computed now: the chosen one with gradients, nll without them.
 
         The nll makes models comparable. The dft loss rises before it falls.
         """
@@ -452,7 +455,7 @@ class CausalLMLoss(nn.Module):
 
 
 def _check_bias(lm: PreTrainedModel, head: Any) -> None:
-    """Refuses a head with a bias of which peft trains single rows.
+    """Refuses a head with a bias if peft trains single rows of the head.
 
     Raises:
         UserError: peft would drop the bias.
