@@ -96,9 +96,10 @@ class RenderedTurn:
     no offsets.
     """
     parts: tuple[tuple[int, int], ...]
-    """Ranges [begin, end) of the answer whose mask the draft sets: all from `start` on, or the
-    parts that the template marks with `{% generation %}`. With `train_on: all` these are the ranges that
-    are not trained.
+    """Ranges [begin, end) of the answer whose mask the draft sets.
+
+    All from `start` on, or the parts that the template marks with `{% generation %}`. With
+    `train_on: all` these are the ranges that are not trained.
     """
     whole: str
     """`text`, followed by what the template writes after the stop token."""
