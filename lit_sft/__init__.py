@@ -18,6 +18,11 @@ _HOMES = {
 }
 
 
+def __dir__() -> list[str]:
+    """Lists the public names, also those that are not imported yet."""
+    return sorted(__all__)
+
+
 def __getattr__(name: str) -> Any:
     """Imports a public class when it is first asked for: torch and Lightning take seconds."""
     if name not in _HOMES:

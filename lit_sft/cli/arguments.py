@@ -157,17 +157,32 @@ def _name_recipes(args: list[str]) -> list[str]:
     """Replaces the names of recipes by their files."""
     named: list[str] = []
     for arg in args:
-        if named and named[-1] in CONFIG_FLAGS and not Path(arg).is_file():
-            packaged = packaged_config(arg)
-            if packaged is None:
-                raise UserError(
-                    f"--config {arg}: there is no such file, and no recipe of that name in the"
-                    " package"
-                )
-            named.append(packaged)
-        else:
-            named.append(arg)
+        is_config = bool(named) and named[-1] in CONFIG_FLAGS
+        named.append(_config_file(arg) if is_config else arg)
     return named
+
+
+def _config_file(name: str) -> str:
+    """Finds the file of `--config`, which may be the name of a recipe.
+
+    Raises:
+        UserError: There is no such file or recipe, or the file is no text.
+    """
+    path = Path(name)
+    if not path.is_file():
+        packaged = packaged_config(name)
+        if packaged is None:
+            raise UserError(
+                f"--config {name}: there is no such file, and no recipe of that name in the package"
+            )
+        return packaged
+    try:
+        path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"--config {name} is no UTF-8 text ({error.reason}): save it as UTF-8"
+        ) from error
+    return name
 
 
 def _with_config_of_run(args: list[str]) -> list[str]:

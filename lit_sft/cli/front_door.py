@@ -35,10 +35,10 @@ def answer(args: list[str]) -> int | None:
     first = args[0] if args else ""
     if first in COMMANDS:
         return None
-    if first in ("--help", "-h"):
+    if first in ("--help", "-h", "help"):
         print(overview())
         return 0
-    if first == "--version":
+    if first in ("--version", "-V", "version"):
         print(f"{PROGRAM} {lit_sft.__version__}")
         return 0
     if args:

@@ -76,14 +76,22 @@ def test_no_command():
     assert code == 2 and out == "" and lists_the_commands(err)
 
 
-@pytest.mark.parametrize("flag", ["--help", "-h"])
+@pytest.mark.parametrize("flag", ["--help", "-h", "help"])
 def test_help_of_the_program(flag):
     code, out, err = program(flag)
     assert code == 0 and err == "" and lists_the_commands(out) and "Lightning" not in out
 
 
 def test_version():
-    assert program("--version") == (0, f"lit-sft {lit_sft.__version__}\n", "")
+    for word in ("--version", "-V", "version"):
+        assert program(word) == (0, f"lit-sft {lit_sft.__version__}\n", "")
+
+
+def test_a_config_that_is_no_text(tmp_path, capsys):
+    path = tmp_path / "config.yaml"
+    path.write_bytes(b"data:\n  train: \xff\xfe\n")
+    line = refused(capsys, "fit", ["--config", str(path)])
+    assert f"--config {path} is no UTF-8 text" in line and "save it as UTF-8" in line
 
 
 ALL = "fit, validate, test, predict, preview, doctor, export"
