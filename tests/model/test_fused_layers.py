@@ -37,8 +37,9 @@ def loss_and_gradients(lm, **autocast):
     }
 
 
-def pair(make, adapt=None):
+def pair(make, adapt=None, seed=0):
     """The model as transformers and peft write it, and fused."""
+    drawn = torch.Generator().manual_seed(seed)
     plain = make()
     packed.register()
     plain.set_attn_implementation(packed.PACKED)
@@ -46,7 +47,7 @@ def pair(make, adapt=None):
         apply_lora(plain, LoraConfig(r=4, target_modules="all-linear", **adapt), seed=0)
         for name, parameter in plain.named_parameters():
             if "lora_B" in name:  # zeros hide what A does
-                torch.nn.init.normal_(parameter, std=0.1)
+                torch.nn.init.normal_(parameter, std=0.1, generator=drawn)
     ours = copy.deepcopy(plain)
     return plain, ours, fused_layers.fuse_blocks(ours)
 
@@ -67,21 +68,21 @@ def test_the_same_loss_and_gradients(make, adapt):
     torch.testing.assert_close(our_gradients, gradients, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("adapt", [None, {}], ids=["full", "lora"])
-def test_the_same_rounding_under_autocast(adapt):
+@pytest.mark.parametrize(("adapt", "draws"), [(None, 1), ({}, 8)], ids=["full", "lora"])
+def test_the_same_rounding_under_autocast(adapt, draws):
     """The forward pass rounds where transformers and peft do, or later, so both are as far from
-    fp32.
+    fp32. Of one draw of adapters the sums differ by up to a fifth, of eight by 3 %.
     """
-    plain, ours, _ = pair(tiny_llama, adapt)
-    exact_loss, exact = loss_and_gradients(plain, enabled=False)
-    plain.zero_grad()
-    errors = []
-    for lm in (plain, ours):
-        loss, gradients = loss_and_gradients(lm, enabled=True)
-        torch.testing.assert_close(loss, exact_loss, rtol=1e-3, atol=0)
-        errors.append(
-            [float((gradients[name] - exact[name]).norm() / exact[name].norm()) for name in exact]
-        )
+    errors = [[], []]
+    for seed in range(draws):
+        plain, ours, _ = pair(tiny_llama, adapt, seed)
+        exact_loss, exact = loss_and_gradients(plain, enabled=False)
+        plain.zero_grad()
+        for lm, found in zip((plain, ours), errors, strict=True):
+            loss, gradients = loss_and_gradients(lm, enabled=True)
+            torch.testing.assert_close(loss, exact_loss, rtol=1e-3, atol=0)
+            for name, expected in exact.items():
+                found.append(float((gradients[name] - expected).norm() / expected.norm()))
     assert max(errors[1]) < 1.5 * max(errors[0])
     assert sum(errors[1]) < 1.1 * sum(errors[0])
 
