@@ -24,6 +24,7 @@ from typing_extensions import override
 from lit_sft.callbacks.step_callback import StepCallback
 from lit_sft.datamodule import data_of
 from lit_sft.errors import UserError
+from lit_sft.module import LOSS_SUM, NORM_SUM, NUM_TARGETS
 
 log = logging.getLogger(__name__)
 
@@ -138,7 +139,7 @@ class Guard(StepCallback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
     ) -> None:
         if self.norm is not None:
-            pl_module.window[3:] = torch.stack([self.norm, self.norm.square()])  # type: ignore[index, operator, assignment]
+            pl_module.window[NORM_SUM:] = torch.stack([self.norm, self.norm.square()])  # type: ignore[index, operator, assignment]
 
     def inspect(self, optimizer: Optimizer, window: Tensor, norm: Tensor) -> None:
         """Checks a step; the module calls it when the gradients are final.
@@ -156,7 +157,7 @@ class Guard(StepCallback):
         self.agree = max(RANKS_AGREE, torch.finfo(norm.dtype).eps)
         # The norm of offloaded gradients is on the CPU.
         norm = norm.to(window.device).double()
-        mean, square = window[3:] / self.trainer.world_size
+        mean, square = window[NORM_SUM:] / self.trainer.world_size
         # The relative standard deviation of the norms, the same on all ranks.
         apart = (square - mean.square()).clamp(min=0).sqrt() / mean
         self.norm = norm
@@ -164,7 +165,7 @@ class Guard(StepCallback):
         # A gradient scaler finds its scale by infinite gradients, and skips their steps itself.
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
             norm = norm.nan_to_num(nan=0, posinf=0, neginf=0)
-        numbers = torch.stack([window[0] / window[1].clamp(min=1), norm, apart])
+        numbers = torch.stack([window[LOSS_SUM] / window[NUM_TARGETS].clamp(min=1), norm, apart])
         deferred = _can_defer(optimizer, numbers)
         if deferred:
             bad = ~(numbers[:2].isfinite().all() & (norm <= self._limit))
