@@ -108,38 +108,30 @@ class Checkpointer(StepCallback, Checkpoint):
                 *(*before, monitor, mode),
             )
 
-    def resume_from(self, trainer: L.Trainer, path: Path, step: int, run_folder: Path) -> None:
-        """Points last.ckpt at the checkpoint that a run resumes from.
+    def restore_best(self, trainer: L.Trainer, run_folder: Path) -> None:
+        """Points best.ckpt at the best checkpoint so far, or forgets its score if it is gone.
 
-        Also forgets the best score if its checkpoint is gone. All ranks call it, after everything
-        is restored.
+        It is also gone if the run continues in another folder than that of its checkpoint. All
+        ranks call it, after everything is restored.
 
         Args:
             trainer: The trainer.
-            path: The checkpoint.
-            step: Its step.
-            run_folder: The folder of the run. The checkpoint may lie outside of it.
-
-        Raises:
-            UserError: The folder cannot be written; raised on all ranks.
+            run_folder: The folder of the run.
         """
+        if self.best_step is None:
+            return
         has_best = False
-        error: UserError | None = None
-        if trainer.is_global_zero and path.absolute().parent.parent == run_folder.absolute():
-            try:
-                has_best = checkpoint_files.go_back(path, step, self.best_step)
-            except UserError as failed:
-                error = failed
-        has_best, error = trainer.strategy.broadcast((has_best, error))
-        if error is not None:
-            raise error
-        if self.best_step is not None and not has_best:
-            log.info(
-                "the best checkpoint so far, of step %s, is gone: the next validation is the best",
-                self.best_step,
-            )
-            self.best_score = None
-            self.best_step = None
+        if trainer.is_global_zero:
+            has_best = checkpoint_files.restore_best(run_folder, self.best_step)
+        if trainer.strategy.broadcast(has_best):
+            return
+        log.info(
+            "the best checkpoint so far, of step %s, is not in the folder of this run: the next"
+            " validation is the best",
+            self.best_step,
+        )
+        self.best_score = None
+        self.best_step = None
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

@@ -33,7 +33,7 @@ class RunFolder(Callback):
         ckpt_path: The checkpoint to resume from or to evaluate; the run uses its folder.
         first_step: The step that a resumed run starts at.
         save_config: A function that writes the config to a path.
-        checkpointer: Points last.ckpt at the checkpoint to resume from.
+        checkpointer: Points best.ckpt at the best checkpoint when a run resumes.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class RunFolder(Callback):
         if global_rank() > 0:
             return
         ckpt_path = None if trainer.fast_dev_run else self.ckpt_path  # type: ignore[attr-defined]
-        folder = choose_folder(Path(trainer.default_root_dir), stage, ckpt_path)
+        folder = choose_folder(Path(trainer.default_root_dir), stage, ckpt_path, self.first_step)
         try:
             if stage == "fit":
                 run_lock.hold(folder, slurm.job_id())
@@ -139,8 +139,8 @@ class RunFolder(Callback):
     def begin(self, trainer: L.Trainer, has_steps: bool = True) -> None:
         """Makes the folder that of the resumed run, once everything is restored and checked.
 
-        Later checkpoints are set aside, rows of metrics that will be logged again are dropped, and
-        config.yaml is written. All ranks call it; further calls do nothing.
+        Rows of metrics that will be logged again are dropped, and config.yaml is written. All ranks
+        call it; further calls do nothing.
 
         Args:
             trainer: The trainer.
@@ -154,11 +154,7 @@ class RunFolder(Callback):
             if trainer.is_global_zero:
                 suffix = "" if has_steps else "; no step is left"
                 log.info("resumed %s at step %s%s", self.ckpt_path, self.first_step, suffix)
-            # This comes before `slurm.remember`: a requeued job that is marked in this folder
-            # resumes from its last.ckpt.
-            self.checkpointer.resume_from(
-                trainer, Path(self.ckpt_path), self.first_step, self.folder
-            )
+            self.checkpointer.restore_best(trainer, self.folder)
         if not trainer.is_global_zero:
             return
         if not self.config and has_steps:

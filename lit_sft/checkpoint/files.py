@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -31,8 +31,6 @@ BEST = "best.ckpt"
 STATE = "state.pt"
 PART = "part-{}.pt"
 MANIFEST = "manifest.json"
-LATER = ".{}.later"
-"""Name of a later checkpoint when a run resumes from an earlier one. The next save removes it."""
 
 
 def path_of(run_folder: Path, step: int) -> Path:
@@ -40,10 +38,9 @@ def path_of(run_folder: Path, step: int) -> Path:
     return run_folder / FOLDER / f"step={step:06d}.ckpt"
 
 
-def step_of(path: Path) -> int | None:
-    """Returns the optimizer step in the name of a checkpoint; None for another name."""
-    name = path.resolve().stem
-    return int(name.removeprefix("step=")) if name.startswith("step=") else None
+def step_of(path: Path) -> int:
+    """Returns the optimizer step in the name of a checkpoint."""
+    return int(path.stem.removeprefix("step="))
 
 
 def aside(path: Path) -> Path:
@@ -59,30 +56,25 @@ def runs_below(logs: Path) -> list[Path]:
     return [path for path in logs.glob("version_*") if re.fullmatch(r"version_\d+", path.name)]
 
 
-def checkpoints_of(run: Path) -> list[Path]:
-    """Returns the checkpoints of a run, and one of the user's if `last.ckpt` points at it."""
-    ours = [path for path in own_checkpoints(run / FOLDER) if not path.is_symlink()]
-    last = last_of(run)
-    if last is None or last in ours or not last.exists():
-        return ours
-    return [*ours, last]
-
-
-def last_of(run: Path) -> Path | None:
-    """Returns the checkpoint that `last.ckpt` of a run points at, whether it exists or not."""
-    name = files.target(run / FOLDER / LAST)
-    return None if name is None else Path(os.path.normpath(run / FOLDER / name))
-
-
 def own_checkpoints(folder: Path) -> list[Path]:
     """Returns the checkpoints of `Checkpointer`, without those of a user's `ModelCheckpoint`."""
     named_alike = folder.glob("step=*.ckpt")
     return [path for path in named_alike if re.fullmatch(r"step=\d{6,}\.ckpt", path.name)]
 
 
-def newest_first(paths: Iterable[Path]) -> list[Path]:
-    """Sorts by time of modification, and by name if times are equal."""
-    return sorted(paths, key=lambda path: (modified(path), path.name), reverse=True)
+def latest_first(run: Path) -> list[Path]:
+    """Returns the checkpoints of a run, sorted by step; the last one comes first.
+
+    The step decides and not the time, because a copy of a folder may have lost the times of its
+    files.
+    """
+    return sorted(own_checkpoints(run / FOLDER), key=step_of, reverse=True)
+
+
+def has_later(run: Path, step: int) -> bool:
+    """Whether a run has an intact checkpoint of a later step."""
+    later = [path for path in own_checkpoints(run / FOLDER) if step_of(path) > step]
+    return any(is_intact(path) for path in later)
 
 
 def modified(path: Path) -> int:
@@ -207,99 +199,36 @@ def keep(path: Path, policy: KeepPolicy) -> None:
         policy: Whether it is the best, and how many are kept.
     """
     folder = path.parent
-    _make_newest(path)
     files.point(folder / LAST, path.name)
     if policy.is_best:
         files.point(folder / BEST, path.name)
     kept = {files.target(folder / name) for name in (LAST, BEST)}
-    for other in newest_first(own_checkpoints(folder))[policy.keep_last :]:
+    for other in latest_first(folder.parent)[policy.keep_last :]:
         if other.name not in kept:
             remove(other)
-    # Remains of killed saves, and checkpoints that `go_back` has set aside.
+    # Remains of killed saves.
     for left in folder.glob(".step=*"):
         remove(left)
 
 
-def go_back(path: Path, step: int, best_step: int | None) -> bool:
-    """Points last.ckpt at the checkpoint that a run resumes from.
+def restore_best(run: Path, best_step: int) -> bool:
+    """Points `best.ckpt` of a resumed run at its best checkpoint so far.
 
-    Otherwise a crash before the next save would resume the abandoned branch. Later checkpoints are
-    set aside until that save is complete. If this is killed half-way, the next start completes it.
-
-    Args:
-        path: The checkpoint to resume from.
-        step: Its step.
-        best_step: The step of the best checkpoint so far, as `path` knows it.
-
-    Returns:
-        Whether `best.ckpt` now points at that best checkpoint; otherwise there is no `best.ckpt`.
-
-    Raises:
-        UserError: The folder cannot be written.
-    """
-    folder = path.parent.parent / FOLDER
-    with reported(path):
-        if path.name not in (LAST, BEST) and last_of(path.parent.parent) != path:
-            files.point(folder / LAST, os.path.relpath(path, folder))
-        # A checkpoint of another user keeps its time.
-        with suppress(PermissionError):
-            _make_newest(path)
-        has_best = _restore_best(folder, step, best_step)
-        later = [other for other in own_checkpoints(folder) if (step_of(other) or 0) > step]
-        for other in later:
-            put_by = other.with_name(LATER.format(other.name))
-            remove(put_by)
-            os.replace(other, put_by)
-    if later:
-        log.info(
-            "%s: what was saved after step %s is set aside as .step=*.later until the next save",
-            folder,
-            step,
-        )
-    return has_best
-
-
-def _restore_best(folder: Path, step: int, best_step: int | None) -> bool:
-    """Points `best.ckpt` at the best checkpoint up to a step, or removes the link.
+    A run that was killed between two links has switched `last.ckpt` only.
 
     Args:
-        folder: The folder of the checkpoints.
-        step: The step to resume from.
-        best_step: The step of the best checkpoint so far; None if it is not known.
+        run: The folder of the run.
+        best_step: The step of the best checkpoint, as the checkpoint to resume from knows it.
 
     Returns:
-        Whether `best.ckpt` points at a checkpoint that still exists.
+        Whether the best checkpoint still exists.
     """
-    link = folder / BEST
-    named = files.target(link)
-    best = None if best_step is None else path_of(folder.parent, best_step)
-    if best is not None and best.exists():
-        if named != best.name:
-            files.point(link, best.name)
-        return True
-    if named is None:
+    best = path_of(run, best_step)
+    if not best.exists():
         return False
-    is_later = (step_of(folder / named) or 0) > step
-    if is_later or not (folder / named).exists():
-        link.unlink()
-        return False
+    if files.target(best.with_name(BEST)) != best.name:
+        files.point(best.with_name(BEST), best.name)
     return True
-
-
-def _make_newest(path: Path) -> None:
-    """Makes a checkpoint newer than those of all runs, so that `--ckpt_path last` finds it.
-
-    The clock alone does not ensure that: it may have been turned back, and a run may resume from an
-    old checkpoint.
-    """
-    run = path.parent.parent
-    latest = 0
-    for folder in {run, *runs_below(run.parent)}:
-        for other in checkpoints_of(folder):
-            if other != path:
-                latest = max(latest, modified(other))
-    if latest >= modified(path):
-        os.utime(path, ns=(latest + 1, latest + 1))
 
 
 # ------------------------------------------------------------------ reading

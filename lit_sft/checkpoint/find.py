@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 
 from lit_sft.checkpoint import files
@@ -59,44 +58,40 @@ def _find_by_path(ckpt_path: str) -> Path:
     if found is None or not found.exists():
         raise UserError(f"--ckpt_path {ckpt_path}: there is no such checkpoint")
     if found.name in (files.LAST, files.BEST):
-        return Path(os.path.normpath(found.parent / (target(found) or found.name)))
+        return found.with_name(target(found) or found.name)
     return found
 
 
 def find_last(logs: Path, run: str | None = None) -> Path | None:
-    """Returns the last intact checkpoint of the newest run, or of one run.
+    """Returns the last intact checkpoint of the run that saved last, or of one run.
 
-    Torn checkpoints are skipped with a warning. Within a run `last.ckpt` decides and not the time,
-    because a copy of a folder may have lost the times of its files.
+    Torn checkpoints are skipped with a warning.
 
     Args:
         logs: The folder `lightning_logs`.
         run: Name of a run's folder; None searches all runs.
     """
-    run_of: dict[Path, Path] = {}
-    for folder in [logs / run] if run else files.runs_below(logs):
-        for path in files.checkpoints_of(folder):
-            run_of[path] = folder
-    newest = files.newest_first(run_of)
-    runs = list(dict.fromkeys(run_of[path] for path in newest))
-    named = {files.last_of(folder) for folder in runs}
-    for path in sorted(newest, key=lambda path: (runs.index(run_of[path]), path not in named)):
-        if files.is_intact(path):
-            return path
-        log.warning("%s is torn: passed over", path)
+    runs = [logs / run] if run else sorted(files.runs_below(logs), key=_last_save, reverse=True)
+    for folder in runs:
+        for path in files.latest_first(folder):
+            if files.is_intact(path):
+                return path
+            log.warning("%s is torn: passed over", path)
     return None
+
+
+def _last_save(run: Path) -> int:
+    """Returns when a run last saved a checkpoint, in nanoseconds; 0 if it never did."""
+    return max(map(files.modified, files.own_checkpoints(run / files.FOLDER)), default=0)
 
 
 def _best_beside(last: Path) -> Path:
     """Returns the best checkpoint of the run that a checkpoint belongs to.
 
-    Args:
-        last: A checkpoint of the run. It may be a user's file in another folder of the run.
-
     Raises:
         UserError: The run has no intact best checkpoint.
     """
-    folder = last.parent.parent / files.FOLDER
+    folder = last.parent
     name = target(folder / files.BEST)
     if name is None or not files.is_intact(folder / name):
         raise UserError(

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lit_sft import lightning_internals
+from lit_sft.checkpoint import files as checkpoint_files
 from lit_sft.errors import UserError
 from lit_sft.run import lock as run_lock
 from lit_sft.run.loggers import AppendingCSVLogger
@@ -102,25 +103,44 @@ def use_folder(loggers: Iterable[Any], folder: Path) -> None:
             lightning_internals.move_tensorboard_logger(logger, folder)
 
 
-def choose_folder(root: Path, stage: str, ckpt_path: str | None) -> Path:
+def choose_folder(root: Path, stage: str, ckpt_path: str | None, step: int | None) -> Path:
     """Returns the folder of the checkpoint's run, or makes a new one.
 
     Args:
         root: `trainer.default_root_dir`.
-        stage: `fit` always resumes in the folder of its checkpoint. Other stages write into a new
-            folder if a run still trains there, or if the folder cannot be written.
+        stage: The command, such as `fit`.
         ckpt_path: The checkpoint to resume from or to evaluate; None for a new folder.
+        step: The step of the checkpoint that `fit` resumes from; None for other commands.
     """
     folder = None if ckpt_path is None else run_folder(ckpt_path)
     if folder is None:
         return _new_folder(root / LOGS)
-    # Without write permission TensorBoard would fail in its own thread, with a traceback.
-    is_writable = os.access(folder, os.W_OK)
-    if stage == "fit" or (is_writable and not run_lock.is_held(folder)):
+    reason = _reason_to_leave(folder, stage, step)
+    if reason is None:
         return folder
-    reason = "a run still trains in it" if is_writable else "it cannot be written"
-    log.info("%s: %s, what this one writes goes elsewhere", folder, reason)
-    return _new_folder(root / LOGS)
+    new = _new_folder(root / LOGS)
+    log.info("%s: %s; this run writes into %s", folder, reason, new)
+    return new
+
+
+def _reason_to_leave(folder: Path, stage: str, step: int | None) -> str | None:
+    """Returns why a command must not write into the folder of its checkpoint; None if it may.
+
+    Args:
+        folder: The folder of the checkpoint's run.
+        stage: The command.
+        step: The step of the checkpoint that `fit` resumes from; None for other commands.
+    """
+    is_held = run_lock.is_held(folder)
+    if stage == "fit":
+        # While a run trains in the folder, `fit` stays, and the lock refuses it: the other run may
+        # have saved a later checkpoint since this one looked for the last.
+        is_older = step is not None and not is_held and checkpoint_files.has_later(folder, step)
+        return f"it has a checkpoint after step {step}" if is_older else None
+    # Without write permission TensorBoard would fail in its own thread, with a traceback.
+    if not os.access(folder, os.W_OK):
+        return "it cannot be written"
+    return "a run still trains in it" if is_held else None
 
 
 def _new_folder(logs: Path) -> Path:

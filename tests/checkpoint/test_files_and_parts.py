@@ -175,30 +175,34 @@ def test_a_checkpoint_of_a_run_that_went_another_way_is_replaced(before, now, tm
     assert [path.name for path in place(tmp_path).parent.iterdir()] == [place(tmp_path).name]
 
 
-def test_the_newest_stays_the_newest_when_the_clock_is_turned_back(tmp_path):
-    writer, future = CheckpointFiles(), time.time_ns() + 10**12
-    for version, step in ((0, 7), (1, 2)):
-        writer.save_checkpoint({"step": step}, place(tmp_path, step, version))
-        os.utime(place(tmp_path, step, version), ns=(future, future))
-    writer.save_checkpoint({"step": 8}, place(tmp_path, 8), KeepPolicy(False, keep_last=2))
+def test_the_last_checkpoint_of_a_run_has_the_highest_step(tmp_path):
+    """Whatever the times of the files: a copy may have lost them, and a clock may be set back."""
+    writer = CheckpointFiles()
+    for step in (1, 2, 3):
+        writer.save_checkpoint({"step": step}, place(tmp_path, step))
+    for step, age in ((3, 9), (1, 5), (2, 1)):
+        os.utime(place(tmp_path, step), (time.time() - age,) * 2)
+    assert find_last(tmp_path) == place(tmp_path, 3)
+    files.keep(place(tmp_path, 3), KeepPolicy(False, keep_last=2))
+    assert find_last(tmp_path) == place(tmp_path, 3) and not place(tmp_path, 1).exists()
+    place(tmp_path, 3).write_text("torn")
+    assert find_last(tmp_path) == place(tmp_path, 2)
+
+
+def test_the_run_that_saved_last_is_the_newest(tmp_path):
+    for version, step, age in ((0, 7, 9), (0, 8, 1), (1, 2, 5), (1, 9, 5)):
+        CheckpointFiles().save_checkpoint({"step": step}, place(tmp_path, step, version))
+        os.utime(place(tmp_path, step, version), (time.time() - age,) * 2)
     assert find_last(tmp_path) == place(tmp_path, 8)
 
 
-def test_the_last_of_a_copied_run_is_the_one_that_its_link_names(tmp_path):
-    writer = CheckpointFiles()
-    for step in (1, 2, 3):
-        writer.save_checkpoint(
-            {"step": step}, place(tmp_path, step), KeepPolicy(False, keep_last=3)
-        )
-    for step, age in ((3, 9), (1, 5), (2, 1)):  # copied in this order, without their times
-        os.utime(place(tmp_path, step), (time.time() - age,) * 2)
-    assert find_last(tmp_path) == place(tmp_path, 3)
-    writer.save_checkpoint(
-        {"step": 2}, place(tmp_path, 2), KeepPolicy(False, keep_last=3)
-    )  # went back and on from 1
-    assert find_last(tmp_path) == place(tmp_path, 2)
+def test_a_torn_checkpoint_is_not_a_later_one(tmp_path):
+    for step in (1, 2):
+        CheckpointFiles().save_checkpoint({"step": step}, place(tmp_path, step))
+    run = tmp_path / "version_0"
+    assert files.has_later(run, 1) and not files.has_later(run, 2)
     place(tmp_path, 2).write_text("torn")
-    assert find_last(tmp_path) == place(tmp_path, 1), "the newest of the rest"
+    assert not files.has_later(run, 1)
 
 
 class Slow:
@@ -313,37 +317,17 @@ def test_without_symbolic_links(tmp_path, monkeypatch):
     )
     assert find_checkpoint("best", logs, "validate") == str(place(logs, 1))
     assert find_checkpoint(str(folder / "best.ckpt"), logs, "validate") == str(place(logs, 1))
-    assert files.go_back(place(logs, 1), 1, best_step=1)
-    assert find_last(logs) == place(logs, 1) and not place(logs, 3).exists()
 
 
-@pytest.mark.parametrize("kind", ["file", "directory"])
-def test_going_back_sets_the_rest_aside_once_more(kind, tmp_path):
-    """A save that was killed before its link was switched leaves a second one of the same step."""
-    for _ in range(2):
-        for step in (1, 2, 3):
-            if kind == "directory":
-                sharded(place(tmp_path, step))
-            else:
-                CheckpointFiles().save_checkpoint({"step": step}, place(tmp_path, step))
-        assert not files.go_back(place(tmp_path, 1), 1, best_step=None)
-        assert find_last(tmp_path) == place(tmp_path, 1)
-    names = {"last.ckpt", "step=000001.ckpt", ".step=000002.ckpt.later", ".step=000003.ckpt.later"}
-    assert {path.name for path in place(tmp_path).parent.iterdir()} == names
-    files.keep(place(tmp_path, 1), KeepPolicy(False, keep_last=2))
-    assert {path.name for path in place(tmp_path).parent.iterdir()} == {
-        "last.ckpt",
-        "step=000001.ckpt",
-    }
-
-
-def test_a_checkpoint_that_is_gone_back_to_is_the_newest_of_all_runs(tmp_path):
-    for version, step in ((0, 1), (0, 2), (1, 1)):
-        files.clear(place(tmp_path, step, version), is_folder=False)
-        files.write({"step": step}, place(tmp_path, step, version))
-    assert find_last(tmp_path) == place(tmp_path, 1, version=1)
-    files.go_back(place(tmp_path, 1), 1, best_step=None)
-    assert find_last(tmp_path) == place(tmp_path, 1)
+def test_a_kill_between_the_two_links(tmp_path):
+    """The checkpoint to resume from is the best, but `best.ckpt` still names the best before it."""
+    writer = CheckpointFiles()
+    for step in (1, 2):
+        writer.save_checkpoint({"step": step}, place(tmp_path, step), KeepPolicy(step == 1, 2))
+    run = tmp_path / "version_0"
+    assert files.restore_best(run, 2)
+    assert os.readlink(run / "checkpoints" / "best.ckpt") == "step=000002.ckpt"
+    assert not files.restore_best(run, 9)
 
 
 def test_the_best_step_is_that_of_its_file(tmp_path):
@@ -363,18 +347,3 @@ def test_the_best_step_is_that_of_its_file(tmp_path):
     checkpointer.save(trainer)
     ((state, path),) = saved
     assert state["best_step"] == 5 and path.name == "step=000005.ckpt"
-
-
-@pytest.mark.parametrize("where", ["checkpoints", "own"])
-def test_a_file_of_the_users_that_a_run_went_back_to(where, tmp_path):
-    """Nothing else may be left of the way up to there."""
-    own = tmp_path / "version_0" / where / "good.ckpt"
-    for path in (place(tmp_path, 9), own, place(tmp_path, 1, version=1)):
-        files.clear(path, is_folder=False)
-        files.write({"step": 3}, path)
-    files.go_back(own, 3, best_step=None)
-    assert find_last(tmp_path) == own and not place(tmp_path, 9).exists()
-    CheckpointFiles().save_checkpoint(
-        {"step": 4}, place(tmp_path, 4), KeepPolicy(False, keep_last=1)
-    )
-    assert find_last(tmp_path) == place(tmp_path, 4) and own.exists()

@@ -11,12 +11,13 @@ import socket
 import sys
 
 import pytest
+import torch
 from running import arguments, chat_rows, run, scalars, version, write_rows
 from terminal import log_lines
 from tiny import save_tiny
 
 from lit_sft import files
-from lit_sft.checkpoint.find import find_checkpoint, find_last
+from lit_sft.checkpoint.files import latest_first, step_of
 from lit_sft.checkpoint.io import read_checkpoint
 
 FORK = multiprocessing.get_context("fork")
@@ -81,11 +82,12 @@ def links(root):
     }
 
 
-def steps(root, pattern="step=*.ckpt"):
-    return sorted(
-        int(path.name.split(".")[pattern[0] == "."][5:])
-        for path in version(root).glob(f"checkpoints/{pattern}")
-    )
+def folder_of(root, number=0):
+    return version(root, number) / "checkpoints"
+
+
+def steps(root, number=0):
+    return sorted(step_of(path) for path in latest_first(version(root, number)))
 
 
 def contents(root):
@@ -122,67 +124,82 @@ def _fit_in_a_job(args, output, variables):
 # ------------------------------------------------------------------ going back
 
 
-def test_a_run_that_went_back_does_not_jump_to_its_old_end(place, root, tmp_path):
-    """Killed before its first save: a restart by SLURM and `last` go on from where it went back
-    to.
-    """
+def files_of(folder):
+    """Path -> time and content of each file; the lock is opened, but stays as it is."""
+    return {
+        path: (path.lstat().st_mtime_ns, path.read_bytes())
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_an_earlier_checkpoint_begins_a_new_folder(place, root):
+    """With the same steps, for nothing else has changed; the folder of its run stays as it is."""
+    before = files_of(version(root))
+    with log_lines() as lines:
+        run("fit", [*settings(place, root), back(root, "step=000003.ckpt")])
+    said = f"{version(root)}: it has a checkpoint after step 3; this run writes into"
+    assert lines.count(f"{said} {version(root, 1)}") == 1
+    assert any(line.endswith("step=000003.ckpt at step 3") for line in lines)
+    assert files_of(version(root)) == before
+    # The row of the checkpoint's step comes first.
+    assert scalars(root, "train/loss", 1) == scalars(root, "train/loss")[2:]
+    assert steps(root, 1) == list(range(4, 11))
+    ours = read_checkpoint(folder_of(root, 1) / "last.ckpt")["state_dict"]
+    theirs = read_checkpoint(folder_of(root) / "last.ckpt")["state_dict"]
+    assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
+
+
+def test_a_job_that_went_back_does_not_jump_to_its_old_end(place, root, tmp_path):
+    """Killed before its first save, and after it: a restart by SLURM goes on from where it was."""
     args = [
         *settings(place, root, **SELDOM, trainer__val_check_interval=None),
         back(root, "step=000003.ckpt"),
     ]
     code, said = in_a_job(args, tmp_path / "out", KILL_AT="4")
-    assert code == -signal.SIGKILL and "what was saved after step 3 is set aside" in said
-    assert links(root) == {"last": "step=000003.ckpt", "best": "step=000002.ckpt"}
-    assert steps(root) == [1, 2, 3] and steps(root, ".step=*.later") == [4, 5, 6, 7, 8, 9, 10]
-    assert find_last(version(root).parent).name == "step=000003.ckpt"
-    code, said = in_a_job(args, tmp_path / "out", SLURM_RESTART_COUNT="1")
-    assert code == 0 and "step=000003.ckpt at step 3\n" in said and "set aside" not in said
-    assert steps(root) == [1, 2, 3, 5, 10] and steps(root, ".step=*.later") == []
-    assert len(scalars(root, "train/loss")) == 10 and not version(root, 1).exists()
+    assert code == -signal.SIGKILL and steps(root, 1) == []
+    code, said = in_a_job(args, tmp_path / "out", SLURM_RESTART_COUNT="1", KILL_AT="6")
+    assert code == -signal.SIGKILL and "step=000003.ckpt at step 3\n" in said
+    assert steps(root, 2) == [5]
+    code, said = in_a_job(args, tmp_path / "out", SLURM_RESTART_COUNT="2")
+    assert code == 0 and f"{version(root, 2)}/checkpoints/step=000005.ckpt at step 5\n" in said
+    assert steps(root, 2) == [5, 10] and steps(root) == list(range(1, 11))
+    assert not version(root, 3).exists()
 
 
-def test_the_best_checkpoint_is_of_the_same_way(place, root):
-    """`best.ckpt` holds the step and the score that the run remembers, also where all that follows
-    is worse.
-    """
+def test_the_best_checkpoint_lies_in_the_folder_of_its_run(place, root):
+    """Also where all that follows is worse than before: its score is of a checkpoint in it."""
     assert links(root)["best"] == "step=000010.ckpt" or links(root)["best"] == "step=000009.ckpt"
-    run(
-        "fit",
-        [
-            *settings(place, root, **SELDOM, model__optimizer__lr=1e-9),
-            back(root, "step=000003.ckpt"),
-        ],
+    with log_lines() as lines:
+        run(
+            "fit",
+            [
+                *settings(place, root, **SELDOM, model__optimizer__lr=1e-9),
+                back(root, "step=000003.ckpt"),
+            ],
+        )
+    said = (
+        "the best checkpoint so far, of step 2, is not in the folder of this run: the next"
+        " validation is the best"
     )
-    state = read_checkpoint(version(root) / "checkpoints" / "last.ckpt")["callbacks"][
-        "Checkpointer"
-    ]
-    best = read_checkpoint(version(root) / "checkpoints" / "best.ckpt")
-    assert best["global_step"] == state["best_step"]
+    assert lines.count(said) == 1
+    folder = folder_of(root, 1)
+    state = read_checkpoint(folder / "last.ckpt")["callbacks"]["Checkpointer"]
+    best = read_checkpoint(folder / "best.ckpt")
+    assert best["global_step"] == state["best_step"] > 3
     assert best["callbacks"]["Checkpointer"]["best_score"] == state["best_score"]
 
 
-def test_a_best_score_whose_checkpoint_is_gone_is_forgotten(place, root):
-    (version(root) / "checkpoints" / "step=000002.ckpt").unlink()
-    args = [
-        *settings(place, root, **SELDOM, trainer__max_steps=5, trainer__val_check_interval=None)
-    ]
+@pytest.mark.parametrize("name", ["best.ckpt", "last.ckpt", "renamed.ckpt"])
+def test_the_last_checkpoint_by_another_name(name, place, root):
+    """The step is read from the checkpoint. A copy without links has a file in their place."""
+    folder = folder_of(root)
+    (folder / name).unlink(missing_ok=True)
+    shutil.copy(folder / "step=000010.ckpt", folder / name)
     with log_lines() as lines:
-        run("fit", [*args, back(root, "step=000003.ckpt")])
-    assert (
-        "the best checkpoint so far, of step 2, is gone: the next validation is the best" in lines
-    )
-    assert links(root) == {"last": "step=000005.ckpt", "best": "step=000005.ckpt"}
-
-
-def test_a_link_may_lead_elsewhere(root):
-    """To a file of the user's: its best checkpoint is still that of its run."""
-    folder, own = version(root) / "checkpoints", version(root) / "own"
-    own.mkdir()
-    shutil.move(folder / "step=000003.ckpt", own / "good.ckpt")
-    files.point(folder / "last.ckpt", "../own/good.ckpt")
-    logs = version(root).parent
-    assert find_checkpoint(str(folder / "last.ckpt"), logs, "test") == str(own / "good.ckpt")
-    assert find_checkpoint("best", logs, "test") == str(folder / links(root)["best"])
+        run("fit", [*settings(place, root, trainer__max_epochs=3), back(root, name)])
+    assert f"resumed {folder / name} at step 10" in lines and not version(root, 1).exists()
+    assert len(scalars(root, "train/loss")) == 15 and links(root)["last"] == "step=000015.ckpt"
 
 
 def test_a_link_takes_the_place_of_a_copied_directory(tmp_path):
@@ -190,26 +207,6 @@ def test_a_link_takes_the_place_of_a_copied_directory(tmp_path):
     (tmp_path / "last.ckpt" / "part-0.pt").touch()
     files.point(tmp_path / "last.ckpt", "step=000003.ckpt")
     assert files.target(tmp_path / "last.ckpt") == "step=000003.ckpt"
-
-
-@pytest.mark.parametrize("name", ["best.ckpt", "renamed.ckpt"])
-def test_by_another_name(name, place, root):
-    """The step is read from the checkpoint: nothing is logged twice, and `last` means that file
-    until the next save.
-    """
-    folder = version(root) / "checkpoints"
-    if name == "best.ckpt":
-        (folder / name).unlink()
-        (folder / name).symlink_to("step=000002.ckpt")
-    else:
-        shutil.copy(folder / "step=000002.ckpt", folder / name)
-    with log_lines() as lines:
-        run("fit", [*settings(place, root, trainer__max_steps=2), back(root, name)])
-    meant = "step=000002.ckpt" if name == "best.ckpt" else name
-    assert f"resumed {folder / meant} at step 2; no step is left" in lines
-    assert links(root)["last"] == meant and find_last(version(root).parent) == folder / meant
-    run("fit", [*settings(place, root), "--ckpt_path=last"])
-    assert len(scalars(root, "train/loss")) == 10 and links(root)["last"] == "step=000010.ckpt"
 
 
 def test_another_score_to_choose_by(place, root):

@@ -236,7 +236,10 @@ def test_an_evaluation_of_a_run_that_cannot_be_written_writes_elsewhere(
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     with log_lines() as lines:
         run(command, [f"--ckpt_path={folder}", f"--trainer.default_root_dir={tmp_path / 'ours'}"])
-    assert f"{folder}: it cannot be written, what this one writes goes elsewhere" in lines
+    assert (
+        f"{folder}: it cannot be written; this run writes into {version(tmp_path / 'ours')}"
+        in lines
+    )
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
     written = "predictions.jsonl" if command == "predict" else "metrics.csv"
     assert (version(tmp_path / "ours") / written).is_file() and not version(
@@ -283,7 +286,7 @@ def test_a_checkpoint_that_vanishes_is_passed_over(tmp_path, monkeypatch):
     path = folder / "step=000002.ckpt"
     torch.save({}, path)
     gone = tmp_path / "version_1" / "checkpoints" / "step=000009.ckpt"
-    monkeypatch.setattr(files, "checkpoints_of", lambda run: [gone, path])
+    monkeypatch.setattr(files, "own_checkpoints", lambda run: [gone, path])
     keep(path, KeepPolicy(False, keep_last=1))
     assert find_last(tmp_path) == path
 
