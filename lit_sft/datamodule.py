@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import lightning as L
 from torch.utils.data import DataLoader, Dataset
 
-from lit_sft import lightning_internals, signals
+from lit_sft import intervals, lightning_internals, signals
 from lit_sft.data.cache import ExampleCache
 from lit_sft.data.collate import collate
 from lit_sft.data.loader import TimedLoader
@@ -287,12 +287,13 @@ class SFTDataModule(L.LightningDataModule):
         by_clock = lightning_internals.validates_by_clock(trainer)
         over_epochs = trainer.check_val_every_n_epoch is None
         counts_over_epochs = over_epochs and not by_clock and trainer.max_epochs != 1
-        order.check_validations(by_clock, counts_over_epochs)
+        intervals.check_validations(order, by_clock, counts_over_epochs)
         if by_clock:
             return
-        trainer.val_check_interval = order.validation_interval(
+        trainer.val_check_interval = intervals.validation_interval(
+            order,
             trainer.val_check_interval,
-            order.limited_batches(trainer.limit_train_batches),
+            intervals.limited_batches(order, trainer.limit_train_batches),
             each_epoch=not over_epochs,
         )
 
@@ -315,7 +316,7 @@ class SFTDataModule(L.LightningDataModule):
         trainer = self.trainer
         assert trainer is not None
         order = self.orders["train"]
-        batches = order.limited_batches(trainer.limit_train_batches)
+        batches = intervals.limited_batches(order, trainer.limit_train_batches)
         per_epoch = -(-batches // order.accumulation)
         has_max_steps = trainer.max_steps != -1
         if trainer.max_epochs in (None, -1):

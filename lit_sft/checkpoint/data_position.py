@@ -17,6 +17,7 @@ from lit_sft.data.cache import ExampleCache
 from lit_sft.data.packing import Packs
 from lit_sft.data.sampler import StepOrder
 from lit_sft.errors import UserError
+from lit_sft.intervals import limited_batches
 from lit_sft.settings import DataConfig
 
 log = logging.getLogger(__name__)
@@ -147,7 +148,7 @@ class Position:
         """
         epoch, steps = checkpoint[DATA_MODULE]["position"]
         global_step = checkpoint["global_step"]
-        is_over = order.batches_in_steps(steps) >= order.limited_batches(limit_train_batches)
+        is_over = order.batches_in_steps(steps) >= limited_batches(order, limit_train_batches)
         validation = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]["total"]
         in_validation = validation["ready"] != validation["processed"]
         if steps and is_over and not in_validation:
@@ -166,7 +167,7 @@ class Position:
             order: The order of the training set.
             limit_train_batches: `trainer.limit_train_batches`.
         """
-        per_epoch = order.limited_batches(limit_train_batches)
+        per_epoch = limited_batches(order, limit_train_batches)
         batches = min(order.batches_in_steps(self.steps), per_epoch)
         progress = loops["epoch_loop.batch_progress"]
         _shift(progress["current"], ready=batches or per_epoch)
