@@ -461,7 +461,7 @@ def _trained_adapter(lm: PreTrainedModel, name_or_path: str, options: ModelConfi
         UserError: It is not a LoRA adapter, or it was trained over another base.
     """
     folder = resolve(name_or_path, key="model.adapter_name_or_path", allow_adapter=True)
-    log.info("adapter: goes on from %s", name_or_path)
+    log.info("model.adapter_name_or_path: training continues from the adapter %s", name_or_path)
     base = base_fingerprint.base_of(lm, options.init, options.seed)
     base_name = options.model_name_or_path
     is_proved = base_fingerprint.check_recorded_base(Path(folder), base, base_name)
