@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,7 +58,13 @@ def check_not_removed(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Syncs a folder to disk: the names of its files survive a crash of the machine."""
+    """Syncs a folder to disk: the names of its files survive a crash of the machine.
+
+    Windows cannot open a folder, and syncs no file that is open for reading. There this does
+    nothing.
+    """
+    if sys.platform == "win32":
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -86,7 +93,7 @@ def point(link: Path, name: str) -> None:
     aside = link.with_name(f".{link.name}.tmp")
     aside.unlink(missing_ok=True)
     if link.is_dir() and not link.is_symlink():
-        # A copy that followed links (`rsync -L`) has a directory here.
+        # A copy that followed links (`scp -r`, `rsync -L`) has a directory here.
         shutil.rmtree(link)
     try:
         aside.symlink_to(name)
@@ -99,7 +106,7 @@ def target(link: Path) -> str | None:
     """Returns the name that a link points at, whether that exists or not.
 
     None means that `link` does not exist, or is a file or directory of its own: a copy that
-    followed links (`rsync -L`) has the checkpoint itself here.
+    followed links (`scp -r`, `rsync -L`) has the checkpoint itself here.
     """
     if link.is_symlink():
         return os.readlink(link)

@@ -3,6 +3,9 @@
 Handled are Ctrl-C (SIGINT), SIGTERM (`kill`, Kubernetes, SLURM's preemption and time limit) and
 SIGUSR1 (SLURM's `--signal`). Only the standard library is imported here, so that the handlers are
 installed before the slow import of torch.
+
+Windows has neither SIGUSR1 nor forks, and cannot wait for a pipe: there Ctrl-C and SIGTERM are
+handled, and nothing watches for a second Ctrl-C or a launcher that was killed.
 """
 
 from __future__ import annotations
@@ -18,8 +21,11 @@ from typing import NoReturn
 
 from lit_sft.ranks import global_rank
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+IS_WINDOWS = sys.platform == "win32"
+SIGNALS: tuple[signal.Signals, ...] = (signal.SIGINT, signal.SIGTERM)
 """In order of urgency: if ranks receive different signals, the last one in this list counts."""
+if sys.platform != "win32":
+    SIGNALS = (*SIGNALS, signal.SIGUSR1)
 ONE_PRESS = 0.5
 """Seconds within which a second SIGINT counts as the same Ctrl-C. A launcher between the terminal
 and this process passes on the one that the process has received already.
@@ -42,13 +48,19 @@ def install() -> None:
     global _pid
     if not _pid:
         _pid = os.getpid()
-        inbox, outbox = os.pipe()
-        os.set_blocking(outbox, False)
-        signal.set_wakeup_fd(outbox, warn_on_full_buffer=False)
-        os.register_at_fork(after_in_child=_leave_to_parent)
-        Thread(target=_watch, args=(inbox, _launcher()), daemon=True).start()
+        if not IS_WINDOWS:
+            _start_watching()
     for number in SIGNALS:
         signal.signal(number, _note)
+
+
+def _start_watching() -> None:
+    """Starts the thread that watches for a second Ctrl-C and for the end of the launcher."""
+    inbox, outbox = os.pipe()
+    os.set_blocking(outbox, False)
+    signal.set_wakeup_fd(outbox, warn_on_full_buffer=False)
+    os.register_at_fork(after_in_child=_leave_to_parent)
+    Thread(target=_watch, args=(inbox, _launcher()), daemon=True).start()
 
 
 def installed() -> bool:
@@ -86,6 +98,10 @@ def shield_worker(worker_id: int = 0) -> None:
     SLURM and Ctrl-C signal all processes at once. If the workers ended first, the run could not
     finish its step and save.
     """
+    if IS_WINDOWS:
+        # There is no SIGTERM of the parent to wait for: it ends its workers directly.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        return
     _leave_to_parent()
     Thread(target=_end_with_parents_word, daemon=True).start()
 
@@ -116,7 +132,8 @@ def _waits(number: int) -> bool:
     and would not be requeued.
     """
     in_job = "SLURM_JOB_ID" in os.environ and number != signal.SIGINT
-    return _training or (in_job and (sys.argv[1:2] == ["fit"] or number == signal.SIGUSR1))
+    is_from_sbatch = signal.Signals(number).name == "SIGUSR1"
+    return _training or (in_job and (sys.argv[1:2] == ["fit"] or is_from_sbatch))
 
 
 def _launcher() -> int | None:

@@ -192,6 +192,8 @@ def _block_numbers(text: Any, step: StepShape) -> int:
 def resident(peak: bool = False) -> int:
     """Returns the resident memory of this process, in bytes.
 
+    Windows has no `resource`: there it is not measured, and 0 is returned.
+
     Args:
         peak: Return the largest value so far.
     """
@@ -200,6 +202,8 @@ def resident(peak: bool = False) -> int:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith(name):
                 return int(line.split()[1]) * 1024
+    if sys.platform == "win32":
+        return 0
     # Elsewhere only the peak is available, which a process inherits from the one that started it.
     import resource
 
