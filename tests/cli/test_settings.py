@@ -123,14 +123,14 @@ def test_a_cache_and_a_position_are_found_again(tmp_path):
     identity = preparation.identity(SimpleNamespace(fingerprint="rows-1")) | {
         "libraries": ["a", "b"]
     }
-    assert cache_key(identity) == "40785d63caf4aa2d592d062c"
+    assert cache_key(identity) == "f1103735f6d203a9ad57d1a2"
     caches = {"train": SimpleNamespace(fingerprint="e")}
     assert remember(identity, module.options, caches, SimpleNamespace(fingerprint="p")) == {
         "examples": "e",
         "settings": {
             "tokenizer": '"t"',
             "train_on": '"completions"',
-            "cache": "7",
+            "cache": "8",
             "rows": '"rows-1"',
             "readings": '[[0, "messages", null]]',
             "libraries": '["a", "b"]',
