@@ -3,6 +3,10 @@
 The constructors of `SFTModule` and `SFTDataModule` are the schema of YAML and command line. So the
 default and the documentation of every setting are there. The fields here have the same names, in
 the same order.
+
+Ranges are checked in `__post_init__`, here and in the records of options, instead of by types such
+as `jsonargparse.typing.PositiveInt`: only the parser of the command line looks at those, and
+constructors that are called from Python would accept any number.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from typing import Any, Literal
 
 from torch.optim import Optimizer
 
+from lit_sft.data.formats.columns import FORMATS, WITH_PROMPT_TEMPLATE
 from lit_sft.errors import UserError
 from lit_sft.generation.scoring import EvaluationOptions
 from lit_sft.model.generate import GenerationOptions
@@ -143,3 +148,14 @@ class DataConfig:
             )
         if self.max_length < 2:
             raise UserError(f"data.max_length is {self.max_length}, it must be at least 2")
+        self._check_format()
+
+    def _check_format(self) -> None:
+        if self.format != "auto" and self.format not in FORMATS:
+            raise UserError(f"data.format is {self.format!r}, expected auto, {', '.join(FORMATS)}")
+        if self.prompt_template is None or self.format in ("auto", *WITH_PROMPT_TEMPLATE):
+            return
+        raise UserError(
+            f"data.prompt_template fills in columns, but data.format is {self.format}: set one of"
+            " them to its default"
+        )

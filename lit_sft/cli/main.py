@@ -123,12 +123,20 @@ class SFTCLI(LightningCLI):
         """Does nothing: Lightning would let values in the checkpoint override the user's."""
 
     def _set_seed(self) -> None:
-        """Refuses true and false as a seed: Lightning would take a random one, or none."""
-        if isinstance(self._get(self.config, "seed_everything"), bool):
+        """Refuses seeds that Lightning would replace by a random one, or fail on.
+
+        Raises:
+            UserError: The seed is true, false or out of range.
+        """
+        seed = self._get(self.config, "seed_everything")
+        if isinstance(seed, bool):
             raise UserError(
                 "seed_everything must be a number: the split, the order and start values follow"
                 " from it"
             )
+        # numpy seeds its generator with 32 bits.
+        if not 0 <= seed < 2**32:
+            raise UserError(f"seed_everything is {seed}, it must be from 0 to {2**32 - 1}")
         super()._set_seed()
 
     def before_instantiate_classes(self) -> None:

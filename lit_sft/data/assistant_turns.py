@@ -103,7 +103,12 @@ def full_draft(template: ChatTemplate, conversation: Conversation, answers: Sequ
         answers: Indices of the assistant turns.
     """
     messages = conversation.messages
-    turns = tuple(prove(template, conversation, i) for i in answers if messages[i].train is False)
+    turns = []
+    for i in answers:
+        if messages[i].train is False:
+            turn = prove(template, conversation, i)
+            # The whole turn is left out, also the text that `{% generation %}` does not mark.
+            turns.append(replace(turn, parts=((turn.start, len(turn.text)),)))
     whole, _ = template.write(conversation)
     for turn in turns:
         if not whole.startswith(turn.text):
@@ -116,7 +121,9 @@ def full_draft(template: ChatTemplate, conversation: Conversation, answers: Sequ
         _, stop = find_stop(template, whole, conversation, len(messages) - 1)
         stops = (stop,)
     notes = _notes(turns) + of_conversation(template, conversation, [whole])
-    return Draft(whole, turns, default_mask=1, stops=stops, notes=notes, needs_bos=template.is_raw)
+    return Draft(
+        whole, tuple(turns), default_mask=1, stops=stops, notes=notes, needs_bos=template.is_raw
+    )
 
 
 def completion_drafts(

@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lit_sft.data.assistant_turns import (
     Draft,
     TrainOn,
-    draft_of,
     drafts_per_turn,
     make_drafts,
     write_prompt,
@@ -267,7 +266,7 @@ class Renderer:
                 draft = replace(draft, notes=(*draft.notes, "split_boundary"))
                 return self._example(draft, prompt_ids + answer_ids, mask, row, part)
         if self.template.unproved == "lenient" and "lenient" not in turn.notes:
-            return self._lenient_example(turn, row, part)
+            return self._lenient_example(draft, turn, row, part)
         what = "what is marked"
         if is_trained_as_a_whole:
             what = (
@@ -305,10 +304,10 @@ class Renderer:
                 return prompt_ids, answer_ids
         return None
 
-    def _lenient_example(self, turn: RenderedTurn, row: int, part: int) -> Example:
+    def _lenient_example(self, draft: Draft, turn: RenderedTurn, row: int, part: int) -> Example:
         """Makes the example of one turn, trained from the end of the common prefix of the ids."""
         turn = replace(turn, anchor=0, notes=(*turn.notes, "lenient"))
-        drafts = [draft_of(turn.text, [turn], self.template.is_raw)]
+        drafts = [replace(draft, turns=(turn,), notes=(*draft.notes, "lenient"))]
         return self._examples(drafts, self._encode_drafts(drafts), row, part)[0]
 
     def _encode_drafts(self, drafts: Iterable[Draft]) -> dict[str, _Tokens]:

@@ -33,12 +33,16 @@ DATASHEET = {
     "L40S": 362e12,
     "L4": 121e12,
     "RTX 4090": 165e12,
+    "RTX 3090 Ti": 80e12,
     "RTX 3090": 71e12,
     "MI300X": 1307e12,
 }
 """Part of a device's name -> dense bf16 FLOPs per second with fp32 accumulation.
 
-The first part that matches counts.
+The first part that matches counts. `lightning.fabric.utilities.throughput.get_available_flops` is
+no replacement: Lightning 2.6 finds no H200, B200, H20 or MI300X, states the rate of sparse products
+for the H100 NVL and of the plain cores for A40 and RTX cards, and takes an L40S for an L4 and a
+slice of an H100 for the whole device.
 """
 
 

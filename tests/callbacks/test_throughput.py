@@ -95,7 +95,14 @@ def test_ranks_log_their_spread(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "peak"),
-    [("NVIDIA L4", 121e12), ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H200 NVL", 835e12)],
+    [
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H200 NVL", 835e12),
+        ("NVIDIA GeForce RTX 3090 Ti", 80e12),
+    ],
 )
 def test_peak_of_the_datasheet(name, peak, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)

@@ -43,7 +43,7 @@ def test_every_argument_reaches_its_field(module, record):
         name: object() for name in inspect.signature(module.__init__).parameters if name != "self"
     }
     allowed = {"lora": None, "trainable": None, "adapter_name_or_path": None, "quantization": None}
-    allowed |= {"validation": None, "max_length": 7, "add_tokens": ["<a>"]}
+    allowed |= {"validation": None, "max_length": 7, "add_tokens": ["<a>"], "format": "alpaca"}
     values |= {name: value for name, value in allowed.items() if name in values}
     assert vars(module(**values).options) == values
 
@@ -62,6 +62,22 @@ def test_the_refusals_of_the_data_settings():
         SFTDataModule(validation="rows.jsonl", val_size=0.1)
     with pytest.raises(UserError, match="data.max_length is 1, it must be at least 2"):
         SFTDataModule(max_length=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"format": "chatml"}, "data.format is 'chatml', expected auto, messages, sharegpt"),
+        (
+            {"format": "messages", "prompt_template": "{question}"},
+            "data.prompt_template fills in columns, but data.format is messages",
+        ),
+    ],
+)
+def test_a_wrong_format_is_no_bad_row(options, said):
+    """With `data.on_bad_row: skip` every row would be skipped for it."""
+    with pytest.raises(UserError, match=said):
+        SFTDataModule(on_bad_row="skip", **options)
 
 
 # ---------------------------------------------------------------------- a release continues what an
@@ -123,14 +139,14 @@ def test_a_cache_and_a_position_are_found_again(tmp_path):
     identity = preparation.identity(SimpleNamespace(fingerprint="rows-1")) | {
         "libraries": ["a", "b"]
     }
-    assert cache_key(identity) == "40785d63caf4aa2d592d062c"
+    assert cache_key(identity) == "f1103735f6d203a9ad57d1a2"
     caches = {"train": SimpleNamespace(fingerprint="e")}
     assert remember(identity, module.options, caches, SimpleNamespace(fingerprint="p")) == {
         "examples": "e",
         "settings": {
             "tokenizer": '"t"',
             "train_on": '"completions"',
-            "cache": "7",
+            "cache": "8",
             "rows": '"rows-1"',
             "readings": '[[0, "messages", null]]',
             "libraries": '["a", "b"]',

@@ -642,6 +642,15 @@ def test_generation_marks_train_neither_header_nor_newline_but_always_the_stop_t
     assert trained_texts(tokenizer, example) == ["Hello<|im_end|>", "Yes.<|im_end|>"]
 
 
+def test_a_turn_that_is_not_trained_loses_its_unmarked_text_too():
+    """With `train_on: all` every other token of the row is trained."""
+    tokenizer = tokenizer_of("marked")
+    renderer = renderer_of(tokenizer, ANSWER_ONLY, train_on="all")
+    [example] = render_one(renderer, user("Hi"), assistant("Hello", train=False), *TWO[2:])
+    [(_, begin), (end, _)] = runs(example)
+    assert tokenizer.decode(example.input_ids[begin:end]) == "Sure:\nHello<|im_end|>"
+
+
 @pytest.mark.parametrize("template", [NO_STOP, NO_MARK], ids=["no_stop", "no_mark"])
 def test_generation_marks_without_the_stop_token_are_refused(template):
     with pytest.raises(UserError, match=r"marks .* leave out the stop token of turn 2"):

@@ -190,7 +190,6 @@ ROWS = {
 }
 
 SETTINGS = {
-    "format": (PAIR, {"format": "chatml"}, ["`data.format` is 'chatml'", "auto, messages, sharegpt"]),
     "mapping to nowhere": (PAIR, {"column_mapping": {"question": "prompt"}}, ["`question`", "prompt, completion"]),
     "mapping collides": (PAIR, {"column_mapping": {"prompt": "completion"}}, ["data.column_mapping", "one name"]),
     "template column": (PAIR, {"prompt_template": "{question}"}, ["prompt_template {question}", "prompt, completion"]),
@@ -201,7 +200,6 @@ SETTINGS = {
     "template attribute": (PAIR, {"prompt_template": "{prompt.__class__}"}, ["plain {column} fields"]),
     "template width": (PAIR, {"prompt_template": "{prompt:>5}"}, ["plain {column} fields"]),
     "template fixed": (PAIR, {"prompt_template": "hello"}, ["plain {column} fields"]),
-    "template of messages": (PAIR, {"prompt_template": "{prompt}", "format": "messages"}, ["unset one of them"]),
     "template no answer": ({"q": "x", "a": "y"}, {"prompt_template": "{q}"}, ["a row without an answer"]),
 }  # fmt: skip
 

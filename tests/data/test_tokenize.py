@@ -31,6 +31,11 @@ from lit_sft.types import Conversation
 
 ONE = (user("Hi"), assistant("Hello"))
 TWO = (*ONE, user("x"), assistant("Yes."))
+SPACE_BEFORE_ANSWERS = (
+    "{% for message in messages %}{{ message.role + ': ' + message.content }}"
+    "{{ eos_token if message.role == 'assistant' else '\n' }}{% endfor %}"
+    "{{ 'assistant: ' if add_generation_prompt }}"
+)
 CHATML_FAMILY = FAMILIES["chatml"]
 NO_TEMPLATE = Family(None, ("<pad>",), eos="</s>", bos="<s>")
 
@@ -151,7 +156,20 @@ def test_a_boundary_that_cannot_be_kept_is_refused_or_lenient():
         render_one(renderer_of(tokenizer, "raw"), *messages)
     [example] = render_one(renderer_of(tokenizer, "raw", unproved="lenient"), *messages)
     assert trained_texts(tokenizer, example) == [" Hi</s>"]
-    assert "lenient" in example.notes
+    assert example.notes == ("lenient",)
+
+
+def test_a_lenient_example_keeps_the_notes_of_its_row():
+    """Two turns that share a token with their prompts become examples of their own."""
+    from tokenizers import normalizers
+
+    tokenizer = byte_tokenizer(replace(NO_TEMPLATE, template=SPACE_BEFORE_ANSWERS))
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Replace(" Hello", " Hi"), normalizers.Replace("Hello", "Yes")]
+    )
+    renderer = renderer_of(tokenizer, unproved="lenient")
+    examples = render_one(renderer, *ONE, user("x"), assistant("Hello"))
+    assert [example.notes for example in examples] == [("per_turn", "lenient")] * 2
 
 
 def test_stop_token_is_trained_where_pad_is_eos():

@@ -159,6 +159,7 @@ def test_early_stopping_says_so(place, tmp_path, monkeypatch):
     ("options", "words"),
     [
         ({"seed_everything": True}, "seed_everything must be a number"),
+        ({"seed_everything": -1}, "seed_everything is -1, it must be from 0 to 4294967295"),
         ({"trainer__overfit_batches": 2}, "trainer.overfit_batches must be 0"),
     ],
     ids=str,

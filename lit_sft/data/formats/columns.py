@@ -19,6 +19,8 @@ FIRST_COLUMNS = {
 """Column that shows the format -> the format."""
 FORMATS = tuple(FIRST_COLUMNS.values())
 """Names of all formats."""
+WITH_PROMPT_TEMPLATE = ("alpaca", "prompt_completion")
+"""Formats whose columns a `data.prompt_template` may fill in."""
 
 _READ = {
     "messages": ("messages", "system", "tools"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lit_sft.data.formats.columns import FORMATS, answer_column, rename_columns, unread_notes
+from lit_sft.data.formats.columns import answer_column, rename_columns, unread_notes
 from lit_sft.data.formats.prompt_template import fill_in, template_fields
 from lit_sft.data.formats.values import (
     as_object,
@@ -72,7 +72,6 @@ def to_conversation(
     Raises:
         UserError: The row does not fit; the message names neither file nor row number.
     """
-    _check_options(format, prompt_template)
     if column_mapping:
         row = rename_columns(row, column_mapping)
     row = as_object(row, "row")
@@ -110,16 +109,6 @@ def conversation_to_prompt(conversation: Conversation) -> tuple[Conversation, st
     last = conversation.messages[-1]
     asked = Conversation(conversation.messages[:-1], conversation.tools)
     return asked, None if last.train is False else last.content
-
-
-def _check_options(format: str, prompt_template: str | None) -> None:
-    if format not in FORMATS:
-        raise UserError(f"`data.format` is {format!r}, expected one of auto, {listed(FORMATS)}")
-    if prompt_template is not None and format not in ("alpaca", "prompt_completion"):
-        raise UserError(
-            f"`data.prompt_template` fills in columns, but `data.format` is {format}; unset one of"
-            " them"
-        )
 
 
 def _read_text(row: Mapping[str, Any]) -> Conversation:

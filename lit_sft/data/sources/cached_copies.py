@@ -1,4 +1,9 @@
-"""Cached copies of files: unpacked, or converted to another format."""
+"""Cached copies of files: unpacked, or converted to another format.
+
+`datasets` can do both, but names its copies by path and time of the source. Rows of an earlier
+content would be read where a file is replaced, and a compressed file that is cut off would be read
+as whole at the second try.
+"""
 
 from __future__ import annotations
 
