@@ -184,6 +184,15 @@ def test_the_newest_stays_the_newest_when_the_clock_is_turned_back(tmp_path):
     assert find_last(tmp_path) == place(tmp_path, 8)
 
 
+def test_a_new_checkpoint_is_the_newest_on_a_clock_of_whole_seconds(tmp_path):
+    second = 1_700_000_000 * 10**9
+    for step in (1, 2):
+        CheckpointFiles().save_checkpoint({"step": step}, place(tmp_path, step))
+        os.utime(place(tmp_path, step), ns=(second, second))
+    files.keep(place(tmp_path, 1), KeepPolicy(False, keep_last=2))
+    assert files.modified(place(tmp_path, 1)) > second
+
+
 def test_the_last_of_a_copied_run_is_the_one_that_its_link_names(tmp_path):
     writer = CheckpointFiles()
     for step in (1, 2, 3):

@@ -134,6 +134,19 @@ def test_an_answer_that_merges_with_the_header_is_tokenized_apart():
     )
 
 
+def test_a_turn_that_is_not_trained_must_not_share_a_token_with_what_is():
+    renderer = renderer_of(tokenizer_of("chatml"), train_on="all")
+    with pytest.raises(UserError, match="turn 2 is not trained, but shares a token with others"):
+        render_one(renderer, user("Hi"), assistant("\n Hello", train=False))
+
+
+def test_a_prompt_may_begin_with_a_space_that_no_offset_holds():
+    tokenizer = TOKENIZERS["trimmed_offsets"](replace(NO_TEMPLATE, bos=None))
+    [example] = render_one(renderer_of(tokenizer, "raw"), user(" Hi\n"), assistant("Hello"))
+    assert trained_texts(tokenizer, example) == ["Hello</s>"]
+    assert example.notes == ()
+
+
 def test_a_boundary_that_cannot_be_kept_is_refused_or_lenient():
     """A tokenizer that rewrites a word by what stands before it: tokenized apart, the text would be
     another.
