@@ -84,6 +84,8 @@ def test_the_rate_of_the_config_replaces_that_of_the_checkpoint():
 def test_settings_that_the_checkpoint_decides_are_listed():
     optimizer = AdamW([nn.Parameter(torch.ones(2))], lr=0.5, weight_decay=0.1)
     group = optimizer.param_groups[0]
+    # Without a schedule there is no initial_lr.
+    assert optim.restored(optimizer) == []
     group["initial_lr"] = 0.5
     assert optim.restored(optimizer) == []
     group.update(initial_lr=0.25, weight_decay=0.0)
