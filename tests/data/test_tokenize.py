@@ -140,9 +140,9 @@ def test_a_turn_that_is_not_trained_must_not_share_a_token_with_what_is():
         render_one(renderer, user("Hi"), assistant("\n Hello", train=False))
 
 
-def test_a_prompt_may_begin_with_a_space_that_no_offset_holds():
+def test_a_prompt_may_begin_with_a_space_that_no_offset_covers():
     tokenizer = TOKENIZERS["trimmed_offsets"](replace(NO_TEMPLATE, bos=None))
-    [example] = render_one(renderer_of(tokenizer, "raw"), user(" Hi\n"), assistant("Hello"))
+    [example] = render_one(renderer_of(tokenizer, "raw"), user("  Hi\n"), assistant("Hello"))
     assert trained_texts(tokenizer, example) == ["Hello</s>"]
     assert example.notes == ()
 
