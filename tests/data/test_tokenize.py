@@ -231,6 +231,9 @@ def test_train_on_all():
     [example] = render_one(renderer, user("Hi"), assistant("Hello", train=False), *TWO[2:])
     [(_, begin), (end, _)] = runs(example)
     assert tokenizer.decode(example.input_ids[begin:end]) == "Hello<|im_end|>"
+    # What ends a question is no stop token of the model.
+    [example] = render_one(renderer, *ONE, user("x"))
+    assert example.stop_ids == ()
 
 
 def test_train_on_all_needs_a_stop_token_but_no_prompt_that_fits():
