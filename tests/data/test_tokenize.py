@@ -139,6 +139,19 @@ def test_an_answer_that_merges_with_the_header_is_tokenized_apart():
     )
 
 
+def test_a_turn_that_is_not_trained_must_not_share_a_token_with_what_is():
+    renderer = renderer_of(tokenizer_of("chatml"), train_on="all")
+    with pytest.raises(UserError, match="turn 2 is not trained, but shares a token with others"):
+        render_one(renderer, user("Hi"), assistant("\n Hello", train=False))
+
+
+def test_a_prompt_may_begin_with_a_space_that_no_offset_covers():
+    tokenizer = TOKENIZERS["trimmed_offsets"](replace(NO_TEMPLATE, bos=None))
+    [example] = render_one(renderer_of(tokenizer, "raw"), user("  Hi\n"), assistant("Hello"))
+    assert trained_texts(tokenizer, example) == ["Hello</s>"]
+    assert example.notes == ()
+
+
 def test_a_boundary_that_cannot_be_kept_is_refused_or_lenient():
     """A tokenizer that rewrites a word by what stands before it: tokenized apart, the text would be
     another.
@@ -236,6 +249,9 @@ def test_train_on_all():
     [example] = render_one(renderer, user("Hi"), assistant("Hello", train=False), *TWO[2:])
     [(_, begin), (end, _)] = runs(example)
     assert tokenizer.decode(example.input_ids[begin:end]) == "Hello<|im_end|>"
+    # What ends a question is no stop token of the model.
+    [example] = render_one(renderer, *ONE, user("x"))
+    assert example.stop_ids == ()
 
 
 def test_train_on_all_needs_a_stop_token_but_no_prompt_that_fits():
@@ -244,8 +260,11 @@ def test_train_on_all_needs_a_stop_token_but_no_prompt_that_fits():
     assert example.loss_mask == [1] * len(example.input_ids)
     assert example.stop_ids == (tokenizer.eos_token_id,)
     assert example.notes == ()
-    with pytest.raises(UserError, match="open"):
+    with pytest.raises(UserError, match=r"turn 2 \(assistant\) open"):
         render_one(renderer_of(tokenizer_of("glm-4"), train_on="all"), *ONE)
+    # several special tokens at the end
+    [example] = render_one(renderer_of(tokenizer_of("phi-3"), train_on="all"), *TWO)
+    assert example.stop_ids == (tokenizer_of("phi-3").convert_tokens_to_ids("<|end|>"),)
     # what is not trained must be found in the text as it is
     with pytest.raises(
         UserError, match=r"turn 2 is not trained, but the template rewrites it; set data\.train_on"
@@ -306,9 +325,11 @@ def test_raw_does_not_double_a_bos():
 
 def test_raw_trains_the_last_answer_only():
     tokenizer = byte_tokenizer(NO_TEMPLATE)
-    [example] = render_one(renderer_of(tokenizer, "raw"), *TWO, user("Hi"))
-    assert tokenizer.decode(example.input_ids) == "HiHelloxYes.</s>"
-    assert trained_texts(tokenizer, example) == ["Yes.</s>"]
+    for train_on, trained in (("completions", "Yes.</s>"), ("all", "HiHelloxYes.</s>")):
+        renderer = renderer_of(tokenizer, "raw", train_on=train_on)
+        [example] = render_one(renderer, *TWO, user("Hi"))
+        assert tokenizer.decode(example.input_ids) == "HiHelloxYes.</s>"
+        assert trained_texts(tokenizer, example) == [trained]
 
 
 def test_raw_does_not_double_an_eos_and_trains_all_when_told():
@@ -446,9 +467,9 @@ def test_prompt():
     assert renderer.prompt(Conversation(ONE[:1])) == renderer.prompt(Conversation(ONE)) == served
     # an answer that could not be trained does not keep the question from being asked
     tokenizer = tokenizer_of("deepseek-r1")
-    assert tokenizer.decode(renderer_of(tokenizer).prompt(Conversation(ONE))).endswith(
-        "<｜Assistant｜><think>\n"
-    )
+    renderer = renderer_of(tokenizer)
+    prompt = tokenizer.decode(renderer.prompt(Conversation(ONE)))
+    assert prompt.endswith("<｜User｜>Hi<｜Assistant｜><think>\n")
     with pytest.raises(UserError, match="System role"):
         renderer_of(tokenizer_of("gemma")).prompt(Conversation((system("S"), user("Hi"))))
 
