@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from crash_test import CLOCK
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from lit_sft.checkpoint.io import read_checkpoint
@@ -92,7 +91,7 @@ def arguments(model: str, train: str, root: Path, **overrides: Any) -> list[str]
 
 def run(command: str, args: list[str], subprocesses: bool = False, timeout: float = 240) -> str:
     """Runs `python -m lit_sft COMMAND ...`; in this process unless ranks or exit codes matter.
-    Returns its output.
+    Several ranks are children of this process. Returns the output of other processes.
     """
     if not subprocesses:
         from lit_sft.cli.main import main
@@ -123,7 +122,7 @@ def devices(args: list[str]) -> int:
     return int(numbers[-1]) if numbers else 1
 
 
-def run_forked(command: str, args: list[str], timeout: float = 240) -> tuple[list[int], str]:
+def run_forked(command: str, args: list[str], timeout: float = 240) -> tuple[list[int | None], str]:
     """Runs a command on several ranks, without a launcher. Returns their exit codes and the output.
 
     The ranks are children of this process: they import nothing, which takes longer than a run.
@@ -141,7 +140,7 @@ def run_forked(command: str, args: list[str], timeout: float = 240) -> tuple[lis
             rank.join(max(0.0, end - time.monotonic()))
             rank.kill()
             rank.join()
-        return [rank.exitcode or 0 for rank in ranks], Path(log.name).read_text()
+        return [rank.exitcode for rank in ranks], Path(log.name).read_text()
 
 
 def _run_rank(
@@ -193,6 +192,9 @@ def scalars(root: Path, name: str, number: int = 0) -> list[float]:
 
 def rows(root: Path) -> list[dict[str, float]]:
     """The lines of metrics.csv, without what depends on the clock."""
+    # `scripts` is not on the path of a job that imports this file.
+    from crash_test import CLOCK
+
     with (version(root) / "metrics.csv").open() as file:
         return [
             {k: float(v) for k, v in row.items() if v and k not in CLOCK}
