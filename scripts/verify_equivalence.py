@@ -225,12 +225,27 @@ def write_rows(path: Path, count: int = ROWS) -> str:
     return str(path)
 
 
-def train(variant: Variant, optimizer: str, train_file: str, root: Path) -> Result:
-    """Makes the run in a folder of its own, and reads its results."""
+def train(
+    variant: Variant,
+    optimizer: str,
+    train_file: str,
+    root: Path,
+    start: Callable[[dict[str, Any], int], None] | None = None,
+) -> Result:
+    """Makes the run in a folder of its own, and reads its results.
+
+    Args:
+        variant: The way to make it.
+        optimizer: A key of `OPTIMIZERS`.
+        train_file: The rows.
+        root: The folder.
+        start: Takes settings and a number of nodes, and runs `fit`.
+    """
+    start = start or fit
     settings = {**base(train_file, root), **OPTIMIZERS[optimizer], **variant.settings}
     with variant.patch():
         if variant.resumed_at is not None:
-            fit(
+            start(
                 {**settings, "checkpoint.every_n_train_steps": 1, "checkpoint.keep_last": 99},
                 variant.nodes,
             )
@@ -242,13 +257,13 @@ def train(variant: Variant, optimizer: str, train_file: str, root: Path) -> Resu
                         else path.unlink()
                     )
             settings |= {"ckpt_path": "last", **variant.resume_with}
-        fit(settings, variant.nodes)
+        start(settings, variant.nodes)
     return read(root)
 
 
 def fit(settings: dict[str, Any], nodes: int = 1) -> None:
     """Runs `fit`: one rank in this process, several by Lightning's launcher or by torchrun."""
-    args = ["fit", *(f"--{key}={_text(value)}" for key, value in settings.items())]
+    args = ["fit", *options(settings)]
     if settings["trainer.devices"] == 1 and nodes == 1:
         from lit_sft.cli.main import main
 
@@ -332,6 +347,11 @@ def missing(variant: Variant) -> str | None:
         if variant.needs_compiler and shutil.which(compiler) is None
         else None
     )
+
+
+def options(settings: dict[str, Any]) -> list[str]:
+    """Returns the settings as options of the command line."""
+    return [f"--{key}={_text(value)}" for key, value in settings.items()]
 
 
 def _text(value: Any) -> str:

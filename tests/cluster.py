@@ -12,7 +12,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lightning.pytorch.callbacks import Callback
-from running import REPOSITORY, environment
+from running import REPOSITORY, environment, free_ports
 
 from lit_sft import signals
 
@@ -141,14 +140,6 @@ class Cluster:
             assert time.monotonic() < end, answer
             time.sleep(0.2)
         return answer
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
 
 
 @contextlib.contextmanager

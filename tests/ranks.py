@@ -8,18 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-START = "spawn" if torch.cuda.is_available() else "fork"
-"""A fork has everything imported, but CUDA does not survive one."""
+from running import START
 
 
 def run_ranks(function: Callable[..., None], *args: Any, world_size: int = 2) -> None:
     """Calls `function(*args)` on every rank; an error of one rank is raised here."""
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
-        torch.multiprocessing.start_processes(
-            _rank, (world_size, store, function, args), nprocs=world_size, start_method=START
-        )
+        given = (world_size, store, function, args)
+        torch.multiprocessing.start_processes(_rank, given, world_size, start_method=START)
 
 
 def _rank(

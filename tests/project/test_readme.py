@@ -3,12 +3,11 @@ tree are compared.
 
 Commands run in a directory of their own, where the files they name exist, tiny. Of a command only
 this is changed: what it would take from the hub is replaced by these files, runs are cut to a few
-steps, and 8 devices are 2 CPU ranks. Several ranks, the demo, and what runs beside TRL are marked
-slow. `scripts/setup.sh test` is not run: it runs this.
+steps, and 8 devices are 2 CPU ranks. Several ranks, and what runs beside TRL are marked slow.
+`scripts/setup.sh demo` is run by `demo/test_demo.py`; `scripts/setup.sh test` runs this.
 """
 
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -50,11 +49,7 @@ class Step(NamedTuple):
 
     @property
     def is_slow(self) -> bool:
-        return (
-            self.text == DEMO
-            or "--trainer.devices" in self.text
-            or bool(FETCHING.search(self.text))
-        )
+        return "--trainer.devices" in self.text or bool(FETCHING.search(self.text))
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:
@@ -76,7 +71,7 @@ def steps() -> list[Step]:
                     for line in text.replace("\\\n", " ").splitlines()
                     if line
                 ]
-    return [step for step in found if step.text != TESTS]
+    return [step for step in found if step.text not in (DEMO, TESTS)]
 
 
 def blocks_in(language: str) -> list[str]:
@@ -164,18 +159,6 @@ def ranks(command: str, folder: Path) -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
-def run_demo() -> None:
-    """The first of the two commands, in the environment of the tests."""
-    env = {**os.environ, "VENV": sys.prefix}
-    done = subprocess.run(
-        [REPOSITORY / DEMO.split()[0], "demo"], env=env, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    answers = [json.loads(line) for line in done.stdout.splitlines()[-3:]]
-    assert answers[1]["prompt"] == "Calculate 1+1-1"
-    assert answers[1]["prediction"].endswith("=1")
-
-
 STEPS = [
     pytest.param(
         step, id=f"{step.page.stem}-{number}", marks=[pytest.mark.slow] if step.is_slow else []
@@ -191,8 +174,6 @@ def test_step_runs(step, place_of, monkeypatch):
     program, *rest = shlex.split(step.text, comments=True) if step.language == "bash" else [""]
     if step.language == "python":
         exec(compile(step.text, str(step.page), "exec"), {})
-    elif step.text == DEMO:
-        run_demo()
     elif "--trainer.devices" in rest:
         ranks(step.text, folder)
     elif program == "python" and rest[:2] == ["-m", "lit_sft"]:

@@ -20,6 +20,7 @@ import torch
 from running import (
     REPOSITORY,
     arguments,
+    call_at,
     chat_rows,
     environment,
     final_weights,
@@ -180,17 +181,12 @@ def args(place, root, **overrides):
 
 def fit_until_step_3(place, root, ready):
     """A run that hangs in its fourth step."""
-    from lightning.pytorch.trainer import call
 
-    call_hooks = call._call_callback_hooks
+    def hang():
+        ready.touch()
+        time.sleep(600)
 
-    def hooked(trainer, name, *args, **kwargs):
-        if name == "on_train_batch_start" and trainer.global_step == 3:
-            ready.touch()
-            time.sleep(600)
-        return call_hooks(trainer, name, *args, **kwargs)
-
-    call._call_callback_hooks = hooked
+    call_at("on_train_batch_start", 3, 1, hang)
     run("fit", args(place, root))
 
 
@@ -232,12 +228,11 @@ def test_evaluation_beside_a_run_is_free(place, running):
     run("predict", [*args(place, running[0], data__predict=["abc"]), "--ckpt_path=last"])
 
 
-LAUNCHERS = {"Lightning": (), "torchrun": ("-m", "torch.distributed.run", "--nproc_per_node=2")}
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node=2")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("launcher", LAUNCHERS.values(), ids=LAUNCHERS)
+@pytest.mark.parametrize(("launcher", "strategy"), [((), "ddp"), (TORCHRUN, "fsdp2")])
 def test_all_ranks_end(launcher, strategy, place, running):
     """In a minute, with one line, whoever started them."""
     root, process = running

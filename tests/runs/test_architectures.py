@@ -3,17 +3,17 @@ caps, sinks, experts, state spaces, a vision tower beside the text, code that co
 """
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from running import arguments, chat_rows, environment, run, version, write_rows
+from lightning.pytorch.callbacks import Callback
+from running import arguments, chat_rows, run, version, write_rows
 from terminal import log_lines, refused
 from tiny import save_tiny, tiny_gpt2, tiny_llama, tiny_tokenizer
 
+from lit_sft.cli import main as main_module
 from lit_sft.model import trainable
 from lit_sft.model.lora.apply import apply_lora
 from lit_sft.model.lora.lora_config import LoraConfig
@@ -152,39 +152,33 @@ def test_a_tower_is_not_trained():
 
 @pytest.mark.parametrize("strategy", ["auto", pytest.param("fsdp2", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("options", [{}, LORA], ids=str)
-def test_bf16_true_casts_weights_and_nothing_else(strategy, options, tmp_path):
+def test_bf16_true_casts_weights_and_nothing_else(strategy, options, tmp_path, monkeypatch):
     """What was trained, and what plain transformers loads, have the same rotary frequencies;
     adapters stay in fp32.
     """
     model = save_tiny(tmp_path / "model", tiny_llama(max_position_embeddings=4096))
     rows = write_rows(tmp_path / "train.jsonl", chat_rows(8))
     settings = {"trainer__precision": "bf16-true", "trainer__strategy": strategy, **options}
-    code = (
-        "import sys; from lit_sft.cli import main as cli; from lightning.pytorch.callbacks import"
-        " Callback\nclass See(Callback):\n    def on_train_end(self, trainer, module):\n       "
-        " print('buffers', {str(b.dtype) for b in module.buffers()})\n        kinds = {True: set(),"
-        " False: set()}\n        for p in module.parameters():"
-        " kinds[p.requires_grad].add(str(getattr(p, '_local_tensor', p).dtype))\n       "
-        " print('trained', kinds[True], 'frozen', kinds[False])\nmake ="
-        " cli.run_callbacks\ncli.run_callbacks = lambda *args: [*make(*args),"
-        " See()]\ncli.main(sys.argv[1:])\n"
-    )
-    args = [
-        "fit",
-        *arguments(model, rows, tmp_path / "runs", data__global_batch_size=4, **settings),
-    ]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *args], capture_output=True, text=True, env=environment()
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "buffers {'torch.float32'}" in done.stdout
-    kinds = (
-        "trained {'torch.float32'} frozen {'torch.bfloat16'}"
-        if options
-        else "trained {'torch.bfloat16'} frozen set()"
-    )
-    assert kinds in done.stdout, done.stdout
+    see, make = SeeTypes(), main_module.run_callbacks
+    monkeypatch.setattr(main_module, "run_callbacks", lambda *given: [*make(*given), see])
+    run("fit", arguments(model, rows, tmp_path / "runs", data__global_batch_size=4, **settings))
+    assert see.buffers == {torch.float32}
+    if options:
+        assert (see.trained, see.frozen) == ({torch.float32}, {torch.bfloat16})
+    else:
+        assert (see.trained, see.frozen) == ({torch.bfloat16}, set())
     assert (version(tmp_path / "runs") / "hf").is_dir()
+
+
+class SeeTypes(Callback):
+    """Keeps the types of buffers and parameters; a shard has the type that it is stored in."""
+
+    def on_train_end(self, trainer, pl_module):
+        self.buffers = {buffer.dtype for buffer in pl_module.buffers()}
+        self.trained, self.frozen = set(), set()
+        for parameter in pl_module.parameters():
+            kinds = self.trained if parameter.requires_grad else self.frozen
+            kinds.add(getattr(parameter, "_local_tensor", parameter).dtype)
 
 
 def test_one_device_may_be_sharded(place, tmp_path):

@@ -9,7 +9,9 @@ belongs into CHANGELOG, and a new snapshot is written by
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import json
 import subprocess
 import sys
@@ -20,9 +22,18 @@ from typing import Any
 
 import pytest
 import yaml
-from running import REPOSITORY, arguments, chat_rows, environment, version, write_rows
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import save_tiny
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from running import (  # noqa: E402
+    REPOSITORY,
+    arguments,
+    chat_rows,
+    environment,
+    version,
+    write_rows,
+)
+from tiny import save_tiny  # noqa: E402
 
 SNAPSHOT = Path(__file__).parents[1] / "records" / "contract.json"
 COMMANDS = ("fit", "validate", "test", "predict", "preview", "doctor")
@@ -34,15 +45,25 @@ SETTINGS = {
 }
 
 
-def command(*args: str) -> subprocess.CompletedProcess[str]:
-    """`python -m lit_sft ARGS` in a process of its own."""
+def command(*args: str) -> tuple[int, str]:
+    """Exit code and stdout of `python -m lit_sft ARGS`, in this process."""
+    from lit_sft.cli.main import main
+
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        try:
+            main([*args])
+        except SystemExit as end:
+            return int(end.code or 0), output.getvalue()
+    return 0, output.getvalue()
+
+
+def exit_code(*args: str) -> int:
+    """Exit code of `python -m lit_sft ARGS`, as a shell sees it."""
+    command = [sys.executable, "-m", "lit_sft", *args]
     return subprocess.run(
-        [sys.executable, "-m", "lit_sft", *args],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        env=environment(),
-    )
+        command, cwd=REPOSITORY, env=environment(), capture_output=True
+    ).returncode
 
 
 def flat(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -55,9 +76,9 @@ def flat(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def defaults(name: str, *args: str) -> dict[str, Any]:
-    done = command(name, *args, "--print_config")
-    assert done.returncode == 0, done.stderr
-    return dict(flat(yaml.safe_load(done.stdout)))
+    code, config = command(name, *args, "--print_config")
+    assert code == 0
+    return dict(flat(yaml.safe_load(config)))
 
 
 def files(folder: Path) -> list[str]:
@@ -83,10 +104,9 @@ def observe(folder: Path) -> dict[str, Any]:
             if name == "fit"
             else [f"--ckpt_path={root}/lightning_logs/version_0/checkpoints/last.ckpt"]
         )
-        done = command(name, *base, *more)
-        assert done.returncode == 0, done.stderr
-    doctor = command("doctor", *base, "--output=json")
-    preview = command("preview", *base, "--output=json", "--num_rows=2")
+        assert command(name, *base, *more)[0] == 0
+    fine, doctor = command("doctor", *base, "--output=json")
+    _, preview = command("preview", *base, "--output=json", "--num_rows=2")
     run = version(root)
     with (run / "metrics.csv").open() as file:
         columns = sorted(csv.DictReader(file).fieldnames or [])
@@ -94,8 +114,8 @@ def observe(folder: Path) -> dict[str, Any]:
     predictions = root.glob("lightning_logs/version_*/predictions.jsonl")
     lines["predictions"] = next(predictions).read_text().splitlines()[0]
     lines["evaluation"] = (run / "evaluation.jsonl").read_text().splitlines()[0]
-    lines["preview"] = preview.stdout.splitlines()[0]
-    lines["doctor"] = doctor.stdout.splitlines()[-1]
+    lines["preview"] = preview.splitlines()[0]
+    lines["doctor"] = doctor.splitlines()[-1]
     checkpoint = run / "checkpoints" / "last.ckpt"
     return {
         "config": {name: defaults(name) for name in COMMANDS},
@@ -107,12 +127,12 @@ def observe(folder: Path) -> dict[str, Any]:
         "files": files(run),
         "checkpoint": checkpoint_keys(checkpoint),
         "exit": {
-            "no command": command().returncode,
-            "unknown key": command("fit", "--modle.lora.r=4").returncode,
-            "wrong value": command("fit", "--trainer.max_epochs=two").returncode,
-            "no such file": command("fit", *base, "--data.train=nowhere.jsonl").returncode,
-            "no checkpoint": command("export", "--ckpt_path=nowhere.ckpt").returncode,
-            "fine": doctor.returncode,
+            "no command": exit_code(),
+            "unknown key": exit_code("fit", "--modle.lora.r=4"),
+            "wrong value": command("fit", "--trainer.max_epochs=two")[0],
+            "no such file": command("fit", *base, "--data.train=nowhere.jsonl")[0],
+            "no checkpoint": command("export", "--ckpt_path=nowhere.ckpt")[0],
+            "fine": fine,
         },
     }
 

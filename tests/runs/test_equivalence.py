@@ -7,13 +7,16 @@ them.
 
 import pytest
 import torch
+from running import run
 from verify_equivalence import (
     EPOCHS,
     LIMIT,
     VARIANTS,
     Variant,
     differences,
+    fit,
     missing,
+    options,
     train,
     write_rows,
 )
@@ -37,6 +40,17 @@ def place(tmp_path_factory):
     return folder, write_rows(folder / "train.jsonl")
 
 
+def start(settings, nodes):
+    """As the script does it, but for ranks of one node, which are children of this process.
+
+    The threads of a compiler do not survive a fork.
+    """
+    if settings["trainer.devices"] == 1 or nodes > 1 or settings.get("model.compile"):
+        fit(settings, nodes)
+    else:
+        run("fit", options(settings), subprocesses=True)
+
+
 @pytest.fixture(scope="module")
 def result(place):
     """(variant, optimizer) -> what the run left, made once."""
@@ -45,7 +59,7 @@ def result(place):
     def get(name, optimizer):
         if (name, optimizer) not in done:
             root = place[0] / optimizer / name.replace(" ", "_")
-            done[name, optimizer] = train(VARIANTS[name], optimizer, place[1], root)
+            done[name, optimizer] = train(VARIANTS[name], optimizer, place[1], root, start)
         return done[name, optimizer]
 
     return get

@@ -22,6 +22,7 @@ from running import (
     environment,
     final_weights,
     run,
+    run_forked,
     scalars,
     version,
     write_rows,
@@ -33,7 +34,6 @@ from lit_sft.callbacks import nan_guard
 from lit_sft.checkpoint.files import step_of
 from lit_sft.module import SFTModule
 
-START = "forkserver" if torch.cuda.is_available() else "fork"
 PLAIN = {"data__packing": False, "data__global_batch_size": 4, "checkpoint__every_n_train_steps": 1}
 ROWS = 24
 BAD = 2
@@ -254,23 +254,14 @@ cli.main()
 """
 
 
-def fit_ranks(place, folder, script=BREAKING, launcher=(), timeout=60, **more):
-    """Runs `fit` on 2 ranks with a program; (exit code, stderr, seconds from the first failure to
-    the end).
-    """
-    (folder / "program.py").write_text(script)
-    settings = {
-        **PLAIN,
-        "trainer__devices": 2,
-        "trainer__strategy": "ddp",
-        **more.pop("overrides", {}),
-    }
-    args = arguments(place[1], more.pop("rows", place[2]), folder / "runs", **settings)
+def fit_breaking(place, folder, launcher, **variables):
+    """Runs `fit` on 2 ranks of which some fail; (exit code, stderr)."""
+    (folder / "program.py").write_text(BREAKING)
+    settings = {**PLAIN, "trainer__devices": 2, "trainer__strategy": "ddp"}
+    args = arguments(*place[1:], folder / "runs", **settings)
     command = [sys.executable, *launcher, str(folder / "program.py"), "fit", *args]
-    env = environment(PYTHONPATH=str(REPOSITORY), PYTHONUNBUFFERED="1", **more)
-    done = subprocess.run(
-        command, cwd=folder, env=env, capture_output=True, text=True, timeout=timeout
-    )
+    env = environment(PYTHONPATH=str(REPOSITORY), PYTHONUNBUFFERED="1", **variables)
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=60)
     return done.returncode, done.stderr
 
 
@@ -292,7 +283,7 @@ FAILING = {
 @pytest.mark.parametrize(("ranks", "kind", "launcher", "said"), FAILING.values(), ids=FAILING)
 def test_a_rank_fails(ranks, kind, launcher, said, place, tmp_path):
     """All ranks end within the minute of the time limit, and one of them tells why, in one line."""
-    code, err = fit_ranks(place, tmp_path, launcher=launcher, BREAKS=ranks, KIND=kind)
+    code, err = fit_breaking(place, tmp_path, launcher, BREAKS=ranks, KIND=kind)
     assert code != 0 and len(errors(err)) == 1 and errors(err)[0].startswith(said), err[-3000:]
     assert ("Traceback" in err) == (kind == "bug") or launcher, err[-3000:]
 
@@ -300,21 +291,18 @@ def test_a_rank_fails(ranks, kind, launcher, said, place, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_nan_on_one_rank(strategy, place, tmp_path):
-    rows, settings = bad_rows(tmp_path, BAD), {"trainer__strategy": strategy}
-    code, err = fit_ranks(
-        place, tmp_path, "from lit_sft.cli.main import main\nmain()", rows=rows, overrides=settings
-    )
-    assert code == 1 and len(errors(err)) == 1, err[-3000:]
+    settings = {**PLAIN, "trainer__devices": 2, "trainer__strategy": strategy}
+    inputs = place[1], bad_rows(tmp_path, BAD)
+    codes, err = run_forked("fit", arguments(*inputs, tmp_path / "runs", **settings))
+    assert codes == [1, 1] and len(errors(err)) == 1, err[-3000:]
     assert re.search(
         r"^error: step 3: the loss is nan.*rank \d: \S+bad.jsonl line 3;", errors(err)[0]
     ), err[-3000:]
     if strategy == "ddp":
         return
-    skip = {**settings, "faults__skip_steps": 1, "trainer__default_root_dir": tmp_path / "skipping"}
-    code, err = fit_ranks(
-        place, tmp_path, "from lit_sft.cli.main import main\nmain()", rows=rows, overrides=skip
-    )
-    assert code == 0 and scalars(tmp_path / "skipping", "train/skipped_steps")[-1] == 1, err[-3000:]
+    root = tmp_path / "skipping"
+    run("fit", arguments(*inputs, root, **settings, faults__skip_steps=1), subprocesses=True)
+    assert scalars(root, "train/skipped_steps")[-1] == 1
 
 
 # ------------------------------------------------------------------ the surroundings

@@ -3,16 +3,25 @@ belong together.
 """
 
 import csv
+import functools
 import multiprocessing
 import os
 import shutil
 import signal
-import socket
 import sys
 
 import pytest
 import torch
-from running import arguments, chat_rows, run, scalars, version, write_rows
+from running import (
+    arguments,
+    call_at,
+    chat_rows,
+    free_ports,
+    run,
+    scalars,
+    version,
+    write_rows,
+)
 from terminal import log_lines
 from tiny import save_tiny
 
@@ -108,16 +117,8 @@ def _fit_in_a_job(args, output, variables):
     kill_at = variables.pop("KILL_AT", None)
     os.environ.update(variables)
     if kill_at:
-        from lightning.pytorch.trainer import call
-
-        call_hooks = call._call_callback_hooks
-
-        def hooked(trainer, name, *args, **kwargs):
-            if name == "on_train_batch_start" and trainer.global_step == int(kill_at):
-                os.kill(os.getpid(), signal.SIGKILL)
-            return call_hooks(trainer, name, *args, **kwargs)
-
-        call._call_callback_hooks = hooked
+        kill = functools.partial(os.kill, os.getpid(), signal.SIGKILL)
+        call_at("on_train_batch_start", int(kill_at), 1, kill)
     run("fit", args)
 
 
@@ -313,9 +314,7 @@ def test_ranks_that_would_go_on_from_different_checkpoints(rank_1_at, place, roo
         shutil.copytree(root, other, symlinks=True)
         (version(other) / "checkpoints" / "step=000010.ckpt").unlink()
     before = contents(root)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     processes = []
     for rank, own in enumerate((root, other)):
         args = [

@@ -23,8 +23,9 @@ from typing import Any
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-from verify_equivalence import BF16_LIMIT, LIMIT, base, fit, read, write_rows  # noqa: E402
+sys.path[:0] = [str(Path(__file__).parents[2] / "scripts"), str(Path(__file__).parents[1])]
+import running  # noqa: E402
+from verify_equivalence import BF16_LIMIT, LIMIT, base, options, read, write_rows  # noqa: E402
 
 RECORD = Path(__file__).parents[1] / "records" / "training.json"
 STEPS = 20
@@ -94,7 +95,7 @@ def run(way: str, folder: Path) -> dict[str, Any]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        fit(settings)
+        running.run("fit", options(settings), subprocesses=settings["trainer.devices"] > 1)
     finally:
         torch.set_num_threads(threads)
     result = read(root)

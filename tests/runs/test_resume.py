@@ -4,7 +4,6 @@ bit, one folder.
 Runs are killed for real (SIGKILL, in a child process), at a named place of the training loop.
 """
 
-import csv
 import logging
 import multiprocessing
 import os
@@ -16,13 +15,16 @@ import time
 
 import pytest
 import torch
-from crash_test import CLOCK
 from lightning.pytorch.callbacks import Callback
 from running import (
     REPOSITORY,
+    START,
     arguments,
+    assert_same_run,
+    call_at,
     chat_rows,
     final_weights,
+    rows,
     run,
     scalars,
     version,
@@ -36,9 +38,6 @@ from lit_sft.checkpoint import files
 from lit_sft.checkpoint import io as checkpoint_io
 from lit_sft.run import folder as run_folder
 
-START = (
-    "forkserver" if torch.cuda.is_available() else "fork"
-)  # autograd's threads on a GPU do not survive a fork
 TWO_EPOCHS = {
     "data__packing": False,
     "data__global_batch_size": 8,  # 33 rows: 4 full steps and one of a single row, twice
@@ -86,83 +85,67 @@ def resume(place, root, **overrides):
     return int(told[0].rpartition(" at step ")[2].removesuffix("; no step is left"))
 
 
-def kill(place, root, hook, step, nth=1, **overrides):
-    """Starts a run that is killed when it is about to call the callbacks' `hook` for the nth time
-    at a step.
+@pytest.fixture(scope="module")
+def kill(place):
+    """Leaves the folder of a run that is killed when it is about to call the callbacks' `hook` for
+    the nth time at a step; one run for each place and set of options that starts from nothing.
     """
-    process = multiprocessing.get_context(START).Process(
-        target=_run_until, args=(place, root, hook, step, nth, overrides)
-    )
+    done = {}
+
+    def get(root, hook, step, nth=1, **overrides):
+        if "ckpt_path" in overrides:
+            die(_run_until, place, root, hook, step, nth, overrides)
+            return
+        key = str((hook, step, nth, sorted(overrides.items())))
+        if key not in done:
+            done[key] = place[0] / f"killed_{len(done)}"
+            die(_run_until, place, done[key], hook, step, nth, overrides)
+        shutil.copytree(done[key], root, symlinks=True)
+
+    return get
+
+
+def die(target, *args):
+    """Runs a function in a child that must be killed meanwhile."""
+    process = multiprocessing.get_context(START).Process(target=target, args=args)
     process.start()
     process.join(120)
-    assert process.exitcode == -signal.SIGKILL, (
-        f"it ended with {process.exitcode} before {hook} at step {step}"
-    )
+    assert process.exitcode == -signal.SIGKILL, f"it ended with {process.exitcode}: {args[1:]}"
 
 
 def _run_until(place, root, hook, step, nth, overrides):
-    from lightning.pytorch.trainer import call
-
-    call_hooks, seen = call._call_callback_hooks, []
-
-    def hooked(trainer, name, *args, **kwargs):
-        if name == hook and trainer.global_step == step:
-            seen.append(name)
-            if len(seen) == nth:
-                os.kill(os.getpid(), signal.SIGKILL)
-        return call_hooks(trainer, name, *args, **kwargs)
-
-    call._call_callback_hooks = hooked
+    call_at(hook, step, nth, lambda: os.kill(os.getpid(), signal.SIGKILL))
     fit(place, root, **overrides)
-
-
-def rows(root):
-    """The lines of metrics.csv, without what depends on the clock."""
-    with (version(root) / "metrics.csv").open() as file:
-        return [
-            {k: float(v) for k, v in row.items() if v and k not in CLOCK}
-            for row in csv.DictReader(file)
-        ]
 
 
 def saved(root):
     return {path.name: path for path in (version(root) / "checkpoints").iterdir()}
 
 
-def assert_same_run(root, expected):
-    assert rows(root) == rows(expected)
-    weights, others = final_weights(root), final_weights(expected)
-    assert weights.keys() == others.keys()
-    assert all(torch.equal(weights[name], others[name]) for name in others)
-
-
 # ------------------------------------------------------------------ bit for bit
 
 PLACES = {
-    "in the first window after a checkpoint": ("on_train_batch_start", 3, 1, 3),
     "within a window": ("on_train_batch_start", 3, 5, 3),
-    "after the last step of the epoch": ("on_validation_start", 5, 1, 4),
     "in the validation": ("on_validation_batch_end", 5, 3, 4),
     "before the epoch ends": ("on_train_epoch_end", 5, 1, 4),
     "between two epochs": ("on_train_epoch_start", 5, 1, 5),
-    "in the first window of an epoch": ("on_train_batch_start", 5, 3, 5),
     "in the second epoch": ("on_train_batch_start", 7, 2, 7),
     "after the last step": ("on_train_end", 10, 1, 10),
 }
 
 
 @pytest.mark.parametrize(("hook", "step", "nth", "from_step"), PLACES.values(), ids=PLACES)
-def test_killed(hook, step, nth, from_step, place, uninterrupted, tmp_path):
+def test_killed(hook, step, nth, from_step, place, uninterrupted, tmp_path, kill):
     root = tmp_path / "runs"
-    kill(place, root, hook, step, nth)
+    kill(root, hook, step, nth)
     assert resume(place, root) == from_step
     assert_same_run(root, uninterrupted())
 
 
-def test_killed_twice(place, uninterrupted, tmp_path):
+def test_killed_twice(place, uninterrupted, tmp_path, kill):
     root = tmp_path / "runs"
-    kill(place, root, "on_train_batch_start", 2)
-    kill(place, root, "on_train_batch_start", 6, ckpt_path="last")
+    kill(root, "on_train_batch_start", 2)
+    kill(root, "on_train_batch_start", 6, ckpt_path="last")
     assert resume(place, root) == 6
     assert_same_run(root, uninterrupted())
 
@@ -172,12 +155,7 @@ def test_killed_in_the_final_export(place, uninterrupted, tmp_path):
     gone.
     """
     root = tmp_path / "runs"
-    process = multiprocessing.get_context(START).Process(
-        target=_run_until_exported, args=(place, root)
-    )
-    process.start()
-    process.join(120)
-    assert process.exitcode == -signal.SIGKILL
+    die(_run_until_exported, place, root)
     assert not (version(root) / "hf").exists() and list(
         version(root).glob(".hf.*/new/model.safetensors")
     )
@@ -226,12 +204,12 @@ WITHIN = {"trainer__val_check_interval": 16}  # after steps 2 and 4 of each epoc
 @pytest.mark.parametrize(
     "hook", ["on_validation_start", "on_validation_end", "on_train_batch_start"]
 )
-def test_killed_around_a_validation_within_the_epoch(hook, place, uninterrupted, tmp_path):
+def test_killed_around_a_validation_within_the_epoch(hook, place, uninterrupted, tmp_path, kill):
     """The validation is neither left out nor done twice, and the best score so far is
     remembered.
     """
     root = tmp_path / "runs"
-    kill(place, root, hook, 2, **WITHIN)
+    kill(root, hook, 2, **WITHIN)
     resume(place, root, **WITHIN)
     assert_same_run(root, uninterrupted(**WITHIN))
     assert os.readlink(saved(root)["best.ckpt"]) == os.readlink(
@@ -266,21 +244,21 @@ def test_validation_by_the_clock(place, tmp_path):
 
 
 @pytest.mark.parametrize(("step", "limit"), [(2, 16), (2, 12), (3, 12)])
-def test_limited_batches(step, limit, place, uninterrupted, tmp_path):
+def test_limited_batches(step, limit, place, uninterrupted, tmp_path, kill):
     """An epoch that `limit_train_batches` ends early, also within a window, is followed by the next
     one.
     """
     root, options = tmp_path / "runs", {"trainer__limit_train_batches": limit}
-    kill(place, root, "on_train_batch_start", step, **options)
+    kill(root, "on_train_batch_start", step, **options)
     assert resume(place, root, **options) == step
     assert len(rows(uninterrupted(**options))) == 6  # two epochs of two steps and a validation
     assert_same_run(root, uninterrupted(**options))
 
 
 @pytest.mark.parametrize("step", [4, 5, 6])
-def test_max_steps(step, place, uninterrupted, tmp_path):
+def test_max_steps(step, place, uninterrupted, tmp_path, kill):
     root, options = tmp_path / "runs", {"trainer__max_steps": 7}
-    kill(place, root, "on_train_batch_start", step, **options)
+    kill(root, "on_train_batch_start", step, **options)
     assert resume(place, root, **options) == step
     assert len(scalars(uninterrupted(**options), "train/loss")) == 7
     assert_same_run(root, uninterrupted(**options))
@@ -306,7 +284,7 @@ def test_one_more_epoch(place, uninterrupted, tmp_path):
     assert_same_run(root, uninterrupted(**constant))
 
 
-def test_the_schedule_of_more_epochs(place, uninterrupted, tmp_path):
+def test_the_schedule_of_more_epochs(place, uninterrupted, tmp_path, kill):
     """From the first step on, which had the rate 0 at which the shorter schedule ended; it is
     said.
     """
@@ -318,7 +296,7 @@ def test_the_schedule_of_more_epochs(place, uninterrupted, tmp_path):
     (line,) = [line for line in lines if line.startswith("model.lr_schedule")]
     assert "over 10 steps in all (5 in the checkpoint): the next rate is 4.695e-05, not 0" in line
     shutil.rmtree(root)
-    kill(place, root, "on_train_batch_start", 3)
+    kill(root, "on_train_batch_start", 3)
     with log_lines() as lines:
         fit(place, root, "--ckpt_path=last")
     assert not [line for line in lines if line.startswith("model.lr_schedule")]
@@ -334,10 +312,10 @@ def test_the_schedule_of_more_epochs(place, uninterrupted, tmp_path):
         (5, {"trainer__limit_train_batches": 16, "trainer__max_steps": 8}, 8),
     ],
 )
-def test_shorter_epochs_after_a_resume(step, options, steps, place, tmp_path):
+def test_shorter_epochs_after_a_resume(step, options, steps, place, tmp_path, kill):
     """The schedule and the lines of the log end where the run does."""
     root = tmp_path / "runs"
-    kill(place, root, "on_train_batch_start", step, trainer__max_epochs=4, checkpoint__keep_last=9)
+    kill(root, "on_train_batch_start", step, trainer__max_epochs=4, checkpoint__keep_last=9)
     with log_lines() as lines:
         fit(place, root, "--ckpt_path=last", **{"trainer__max_epochs": 4, **options})
     rates = scalars(root, "train/lr")
@@ -370,12 +348,12 @@ def test_logged_steps_after_a_stop_within_the_epoch(why, place, uninterrupted, t
 
 
 @pytest.mark.parametrize("patience", [0, 1])
-def test_early_stopping_is_not_forgotten(patience, place, tmp_path):
+def test_early_stopping_is_not_forgotten(patience, place, tmp_path, kill):
     """A run that it ended, killed in its final export, has no step left; with more patience it
     has.
     """
     root, options = tmp_path / "runs", {"model__optimizer__lr": 0.3, **WITHIN}
-    kill(place, root, "on_train_end", 4, **options, early_stopping={"patience": patience})
+    kill(root, "on_train_end", 4, **options, early_stopping={"patience": patience})
     with log_lines() as lines:
         fit(place, root, "--ckpt_path=last", **options, early_stopping={"patience": patience})
     assert "stopped at step 4 of 10: val/loss did not improve for 1 validation" in lines
@@ -396,7 +374,7 @@ class StopAtStep(Callback):
 
 
 @pytest.mark.parametrize("step", [3, 6])
-def test_validations_over_epochs_after_another_accumulation(step, place, tmp_path):
+def test_validations_over_epochs_after_another_accumulation(step, place, tmp_path, kill):
     """Lightning counts the forward passes of all epochs: those of earlier ones, too, are taken as
     they would be now.
     """
@@ -406,7 +384,7 @@ def test_validations_over_epochs_after_another_accumulation(step, place, tmp_pat
         "trainer__max_epochs": 3,
     }
     root = tmp_path / "runs"
-    kill(place, root, "on_train_batch_start", step, nth=2, **every, trainer__val_check_interval=24)
+    kill(root, "on_train_batch_start", step, nth=2, **every, trainer__val_check_interval=24)
     resume(place, root, **every, trainer__val_check_interval=12, data__micro_batch_size=2)
     assert [row["step"] for row in rows(root) if "val/loss" in row] == [2, 5, 8, 11]
 
@@ -417,7 +395,7 @@ SLOW = [
 
 
 @pytest.mark.parametrize("what", ["dropout", "in the background", "8-bit optimizer", *SLOW])
-def test_kinds_of_runs(what, place, uninterrupted, tmp_path):
+def test_kinds_of_runs(what, place, uninterrupted, tmp_path, kill):
     """Random numbers go on too, and so do moments of 8 bits."""
     options = {
         "dropout": {"model__model_name_or_path": place[0] / "gpt2"},
@@ -430,7 +408,7 @@ def test_kinds_of_runs(what, place, uninterrupted, tmp_path):
     if what == "dropout":
         save_tiny(place[0] / "gpt2", tiny_gpt2(resid_pdrop=0.2, embd_pdrop=0.2, attn_pdrop=0.2))
     root = tmp_path / "runs"
-    kill(place, root, "on_train_batch_start", 3, **options)
+    kill(root, "on_train_batch_start", 3, **options)
     newest = (2, 3) if what == "in the background" else (3,)  # the third may not be complete
     assert resume(place, root, **options) in newest
     assert_same_run(root, uninterrupted(**options))
@@ -466,9 +444,9 @@ SPLITS = {
 
 @pytest.mark.parametrize("step", [3, pytest.param(5, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("before", "after"), SPLITS.values(), ids=SPLITS)
-def test_another_split_of_the_work(step, before, after, place, uninterrupted, tmp_path):
+def test_another_split_of_the_work(step, before, after, place, uninterrupted, tmp_path, kill):
     root = tmp_path / "runs"
-    kill(place, root, "on_train_batch_start", step, **before)
+    kill(root, "on_train_batch_start", step, **before)
     assert resume(place, root, **after) == step
     ours, theirs = rows(root), rows(uninterrupted())
     assert [row.keys() for row in ours] == [row.keys() for row in theirs]
@@ -644,9 +622,9 @@ def test_last_without_a_run_starts_one(place, tmp_path):
 # ------------------------------------------------------------------ the files
 
 
-def test_a_torn_checkpoint_is_passed_over(place, uninterrupted, tmp_path, capsys):
+def test_a_torn_checkpoint_is_passed_over(place, uninterrupted, tmp_path, capsys, kill):
     root = tmp_path / "runs"
-    kill(place, root, "on_train_batch_start", 4)
+    kill(root, "on_train_batch_start", 4)
     newest = saved(root)["step=000004.ckpt"]
     newest.write_bytes(newest.read_bytes()[:-100])
     (newest.parent / ".step=000005.ckpt.1.tmp").write_bytes(b"what a killed save leaves behind")
@@ -660,10 +638,10 @@ def test_a_torn_checkpoint_is_passed_over(place, uninterrupted, tmp_path, capsys
     assert_same_run(root, uninterrupted())
 
 
-def test_a_full_disk(place, tmp_path, capfd):
+def test_a_full_disk(place, tmp_path, capfd, kill):
     """One line; the earlier checkpoints stay whole, and no half file."""
     root = tmp_path / "runs"
-    kill(place, root, "on_train_batch_start", 3, checkpoint__keep_last=9)
+    kill(root, "on_train_batch_start", 3, checkpoint__keep_last=9)
     before = saved(root).keys()
     process = multiprocessing.get_context(START).Process(
         target=_run_with_small_files, args=(place, root)
@@ -709,10 +687,10 @@ def test_other_data_is_refused(other, said, place, uninterrupted, tmp_path, caps
     assert len(scalars(root, "train/loss")) > len(scalars(uninterrupted(), "train/loss"))
 
 
-def test_the_same_examples_by_another_setting(place, uninterrupted, tmp_path):
+def test_the_same_examples_by_another_setting(place, uninterrupted, tmp_path, kill):
     """What does not change an example does not stop a run."""
     root = tmp_path / "runs"
-    kill(place, root, "on_train_batch_start", 3)
+    kill(root, "on_train_batch_start", 3)
     assert resume(place, root, data__max_length=127) == 3
     assert_same_run(root, uninterrupted())
 
@@ -724,10 +702,10 @@ FROZEN = {
 
 
 @pytest.mark.parametrize("kind", FROZEN)
-def test_what_is_frozen_comes_from_its_base(kind, place, uninterrupted, tmp_path, capsys):
+def test_what_is_frozen_comes_from_its_base(kind, place, uninterrupted, tmp_path, capsys, kill):
     """It is not in the checkpoint; it may lie elsewhere, but it must be the same."""
     root, options = tmp_path / "runs", FROZEN[kind]
-    kill(place, root, "on_train_batch_start", 3, **options)
+    kill(root, "on_train_batch_start", 3, **options)
     names = torch.load(saved(root)["step=000003.ckpt"], weights_only=True)["state_dict"].keys()
     assert all("lora_" in name or "layers.1.mlp" in name for name in names)
     other = save_tiny(tmp_path / "other", tiny_llama(seed=5))
@@ -752,10 +730,10 @@ def test_another_model_is_refused_in_one_line(place, uninterrupted, tmp_path, ca
 
 
 @pytest.mark.parametrize("loss", ["row", "half a row"])
-def test_a_row_that_the_kill_has_swallowed_comes_back(loss, place, uninterrupted, tmp_path):
+def test_a_row_that_the_kill_has_swallowed_comes_back(loss, place, uninterrupted, tmp_path, kill):
     """The checkpoint of a step is there before the step's row in metrics.csv."""
     root = tmp_path / "runs"
-    kill(place, root, "on_train_batch_start", 3)
+    kill(root, "on_train_batch_start", 3)
     path = version(root) / "metrics.csv"
     *others, last = path.read_text().splitlines(keepends=True)
     path.write_text("".join(others) + ("" if loss == "row" else last[:-9]))

@@ -5,7 +5,6 @@ Most runs are children of this process, forked after the imports, which take lon
 the signals are real.
 """
 
-import csv
 import ctypes
 import multiprocessing
 import os
@@ -17,15 +16,14 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from cluster import free_ports
-from crash_test import CLOCK
 from running import (
     REPOSITORY,
     arguments,
+    assert_same_run,
+    call_at,
     chat_rows,
     environment,
-    final_weights,
+    free_ports,
     run,
     version,
     write_rows,
@@ -91,7 +89,7 @@ def start(place, root, *more, hook=None, step=None, nth=1, then=None, env=(), **
         sys.argv = ["lit_sft", "fit"]
         run_signals.install()
         if hook is not None:
-            _call_at(hook, step, nth, then or (lambda: os.kill(os.getpid(), signal.SIGTERM)))
+            call_at(hook, step, nth, then or (lambda: os.kill(os.getpid(), signal.SIGTERM)))
         run("fit", [*args(place, root, **overrides), *more])
 
     process = multiprocessing.get_context("fork").Process(target=child)
@@ -99,41 +97,13 @@ def start(place, root, *more, hook=None, step=None, nth=1, then=None, env=(), **
     return process
 
 
-def _call_at(hook, step, nth, then):
-    from lightning.pytorch.trainer import call
-
-    call_hooks, seen = call._call_callback_hooks, []
-
-    def hooked(trainer, name, *args, **kwargs):
-        if name == hook and step in (None, trainer.global_step):
-            seen.append(name)
-            if len(seen) == nth:
-                then()
-        return call_hooks(trainer, name, *args, **kwargs)
-
-    call._call_callback_hooks = hooked
-
-
 def code(process, timeout=300):
     process.join(timeout)
     return process.exitcode
 
 
-def rows(root):
-    """The lines of metrics.csv, without what depends on the clock."""
-    with (version(root) / "metrics.csv").open() as file:
-        return [
-            {k: float(v) for k, v in row.items() if v and k not in CLOCK}
-            for row in csv.DictReader(file)
-        ]
-
-
-def assert_same_run(root, expected):
-    assert rows(root) == rows(expected)
-    assert not version(root, 1).exists()
-    weights, others = final_weights(root), final_weights(expected)
-    assert weights.keys() == others.keys()
-    assert all(torch.equal(weights[name], others[name]) for name in others)
+def assert_same_export(root, expected):
+    assert_same_run(root, expected)
     assert (version(root) / "hf" / "model.safetensors").is_file()
 
 
@@ -166,7 +136,7 @@ def test_stopped(hook, step, nth, options, place, uninterrupted, tmp_path):
         code(start(place, root, hook=hook, step=step, nth=nth, **options)) == 128 + signal.SIGTERM
     )
     assert code(start(place, root, "--ckpt_path=last", **options)) == 0
-    assert_same_run(root, uninterrupted(**options))
+    assert_same_export(root, uninterrupted(**options))
 
 
 def test_stopped_in_the_last_of_epochs_that_got_shorter(place, tmp_path):
@@ -196,7 +166,7 @@ def test_the_test_can_fail(place, uninterrupted, tmp_path, monkeypatch):
     monkeypatch.undo()
     code(start(place, root, "--ckpt_path=last"))
     with pytest.raises(AssertionError):
-        assert_same_run(root, uninterrupted())
+        assert_same_export(root, uninterrupted())
 
 
 # ------------------------------------------------------------------ any moment
@@ -238,7 +208,7 @@ def test_two_ranks_under_fire(tmp_path):
     assert len(requeued) >= 2 and set(requeued) == {
         "4242"
     }  # a fast machine may finish before the last signal
-    assert_same_run(root, tmp_path / "whole")
+    assert_same_export(root, tmp_path / "whole")
 
 
 def _life(place, root, restarts, signals):
