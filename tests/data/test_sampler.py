@@ -148,7 +148,3 @@ def test_sampler_goes_on_in_the_middle_and_then_takes_whole_epochs():
     assert list(sampler) == whole[16:]
     sampler.set_epoch(1)
     assert list(sampler) == [(1, batch) for batch in range(19)]
-
-
-def test_in_order_without_shuffle():
-    assert order(shuffle=False).packs(0, 3, 0) == [3]
