@@ -38,7 +38,8 @@ def test_same_packs_as_the_textbook_and_every_example_once(seed):
 
 def test_empty_and_single():
     assert len(best_fit_decreasing(np.array([], dtype=np.int64), 8)) == 0
-    assert best_fit_decreasing(np.array([8]), 8)[0].tolist() == [0]
+    for length in (1, 8):
+        assert best_fit_decreasing(np.array([length]), 8)[0].tolist() == [0]
     assert [one_per_pack(3)[i].tolist() for i in range(3)] == [[0], [1], [2]]
 
 
