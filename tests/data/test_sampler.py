@@ -94,6 +94,7 @@ def test_not_divisible_says_what_to_change():
 
 @pytest.mark.parametrize("sizes", [{"micro": 0}, {"global_batch_size": 0}], ids=str)
 def test_a_batch_has_at_least_one_pack(sizes):
+    assert order(micro=1, global_batch_size=1).steps_per_epoch == 19
     with pytest.raises(UserError, match="set both to at least 1"):
         order(**sizes)
 
