@@ -11,6 +11,7 @@ def tokens(ids, mask, row=0):
 def test_labels_are_the_next_token_where_it_is_trained():
     batch = collate([tokens([10, 11, 12, 13], [0, 0, 1, 1], row=7)])
     assert batch["labels"].tolist() == [[IGNORE, 12, 13, IGNORE]]
+    assert batch["target_positions"].tolist() == [1, 2]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3]]
     assert (batch["lengths"], batch["rows"]) == ((4,), (7,))
 

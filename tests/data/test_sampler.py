@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
 
-from lit_sft.data.packing import TOKEN_COST, Packs, one_per_pack, pack_examples
+from lit_sft.data.packing import one_per_pack, pack_examples
 from lit_sft.data.sampler import PositionSampler, StepOrder
 from lit_sft.errors import UserError
+from lit_sft.intervals import check_validations, limited_batches, validation_interval
 
 
 def order(num_packs=19, global_batch_size=8, micro=1, world=1, seed=0, shuffle=True, costs=None):
@@ -30,13 +31,21 @@ def test_the_same_steps_for_any_split(micro, world, epoch, costs):
     assert steps(order(micro=micro, world=world, costs=costs), epoch) == steps(order(), epoch)
 
 
-def test_cost_of_a_pack_is_linear_in_tokens_and_in_squares_of_examples():
-    packs = Packs(np.array([2, 0, 1]), np.array([0, 1, 3]))
-    assert list(packs.costs(np.array([3, 4, 10]))) == [
-        50 + 10 * TOKEN_COST,
-        4.5 + 8 + 7 * TOKEN_COST,
+def packs_of_a_step(**arguments):
+    """The packs of every pass of the first step on rank 0, and on rank 1."""
+    o = order(num_packs=16, global_batch_size=16, world=2, shuffle=False, **arguments)
+    return [[o.packs(0, batch, rank) for batch in range(o.accumulation)] for rank in range(2)]
+
+
+def test_packs_of_a_step_are_dealt_in_their_order_or_in_a_zigzag_of_their_costs():
+    assert packs_of_a_step(micro=4) == [
+        [[0, 1, 2, 3], [8, 9, 10, 11]],
+        [[4, 5, 6, 7], [12, 13, 14, 15]],
     ]
-    assert len(one_per_pack(0).costs(np.array([], dtype=np.int64))) == 0
+    assert packs_of_a_step(micro=4, costs=-np.arange(16.0)) == [
+        [[0, 3, 4, 7], [8, 11, 12, 15]],
+        [[1, 2, 5, 6], [9, 10, 13, 14]],
+    ]
 
 
 def test_what_runs_at_the_same_time_costs_about_the_same():
@@ -84,15 +93,60 @@ def test_not_divisible_says_what_to_change():
         order(micro=3)
 
 
+@pytest.mark.parametrize("sizes", [{"micro": 0}, {"global_batch_size": 0}], ids=str)
+def test_a_batch_has_at_least_one_pack(sizes):
+    assert order(micro=1, global_batch_size=1).steps_per_epoch == 19
+    with pytest.raises(UserError, match="set both to at least 1"):
+        order(**sizes)
+
+
+def test_an_epoch_that_is_cut_short():
+    o = order(num_packs=10)
+    assert [limited_batches(o, limit) for limit in (None, 7, 70, 0.5)] == [10, 7, 10, 5]
+
+
+@pytest.mark.parametrize(
+    ("interval", "each_epoch", "expected"),
+    [
+        (4, True, 4),
+        (32, True, 32),
+        (36, False, 36),
+        (0.5, True, 16),
+        (0.3, True, 8),
+        (0.01, True, 4),
+        (1.0, True, 1.0),
+    ],
+)
+def test_validation_comes_after_whole_steps(interval, each_epoch, expected):
+    o = order(num_packs=32, global_batch_size=4)
+    assert validation_interval(o, interval, 32, each_epoch) == expected
+
+
+def test_validation_within_a_step_or_after_the_epoch():
+    o = order(num_packs=32, global_batch_size=4)
+    with pytest.raises(UserError, match="val_check_interval 6 .* set it to a multiple of 4"):
+        validation_interval(o, 6, 32)
+    with pytest.raises(UserError, match="val_check_interval 36 .* but an epoch has 32"):
+        validation_interval(o, 36, 32)
+
+
+def test_validation_by_the_clock_or_over_epochs():
+    partial_step = order(num_packs=10, global_batch_size=4)
+    check_validations(partial_step, by_clock=True, over_epochs=False)
+    with pytest.raises(UserError, match="check_val_every_n_epoch null .* 10, no multiple of the 4"):
+        check_validations(partial_step, by_clock=False, over_epochs=True)
+    two_ranks = order(num_packs=8, global_batch_size=4, world=2)
+    check_validations(two_ranks, by_clock=False, over_epochs=True)
+    with pytest.raises(UserError, match="trainer.val_check_interval by the clock"):
+        check_validations(two_ranks, by_clock=True, over_epochs=False)
+
+
 def test_sampler_goes_on_in_the_middle_and_then_takes_whole_epochs():
     sampler = PositionSampler(order())
     whole = list(sampler)
-    assert len(sampler) == len(whole) == 19
+    assert len(sampler) == 19
+    assert whole == [(0, batch) for batch in range(19)]
     sampler.start = (0, 2)
     assert list(sampler) == whole[16:]
     sampler.set_epoch(1)
     assert list(sampler) == [(1, batch) for batch in range(19)]
-
-
-def test_in_order_without_shuffle():
-    assert order(shuffle=False).packs(0, 3, 0) == [3]

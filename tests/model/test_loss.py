@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
 from tiny import tiny_gpt2, tiny_llama, tiny_qwen3
 from torch import nn
 
@@ -39,20 +40,24 @@ def packed(lm):
     return lm
 
 
-@pytest.fixture(params=["llama", "qwen3_tied", "gpt2"])
+def llama_with_a_bias():
+    lm = tiny_llama()
+    lm.lm_head.bias = nn.Parameter(torch.linspace(-1, 1, 320))
+    return lm
+
+
+@pytest.fixture(params=[tiny_llama, llama_with_a_bias, tiny_qwen3, tiny_gpt2])
 def lm(request):
-    return packed(
-        {"llama": tiny_llama, "qwen3_tied": tiny_qwen3, "gpt2": tiny_gpt2}[request.param]()
-    )
+    return packed(request.param())
 
 
 @pytest.mark.parametrize(
     "options", [LossOptions(), LossOptions(label_smoothing=0.1), LossOptions(type="dft")], ids=str
 )
 def test_chunked_equals_the_models_own_logits(lm, options, monkeypatch):
-    monkeypatch.setattr(
-        loss, "CHUNK_ELEMENTS", 3 * 320
-    )  # three targets per chunk, so that there are several
+    # Several chunks, of several pieces each.
+    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 3 * 320)
+    monkeypatch.setattr(loss, "PIECE_ELEMENTS", {"cpu": 2 * 320})
     model, inputs = CausalLMLoss(lm, options), batch()
     ours = model(**inputs, count_correct=True)
     ours.loss_sum.backward()
@@ -66,6 +71,35 @@ def test_chunked_equals_the_models_own_logits(lm, options, monkeypatch):
     torch.testing.assert_close(our_grads, gradients(model), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("chunk_elements", "piece_elements", "chunks", "pieces"),
+    [
+        (3 * 320, 2 * 320, [3, 3, 1], [2, 1, 2, 1, 1]),
+        (1, 1, [1] * 7, [1] * 7),  # the vocabulary is larger than a chunk
+    ],
+)
+def test_only_one_chunk_of_logits_exists_at_a_time(
+    chunk_elements, piece_elements, chunks, pieces, monkeypatch
+):
+    found = {"project": [], "logits": []}
+
+    def record(name):
+        method = getattr(loss.Head, name)
+
+        def recorded(head, rows, *args):
+            found[name].append(len(rows))
+            return method(head, rows, *args)
+
+        monkeypatch.setattr(loss.Head, name, recorded)
+
+    record("project")
+    record("logits")
+    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", chunk_elements)
+    monkeypatch.setattr(loss, "PIECE_ELEMENTS", {"cpu": piece_elements})
+    CausalLMLoss(packed(tiny_llama()))(**batch(lengths=(8,), share=1.0))
+    assert found == {"project": chunks, "logits": pieces}
+
+
 @pytest.mark.parametrize("own_logits", [False, True])
 @pytest.mark.parametrize(
     "options", [LossOptions(label_smoothing=0.1), LossOptions(type="dft")], ids=str
@@ -77,7 +111,7 @@ def test_models_are_compared_by_the_plain_loss(options, own_logits):
     lm, inputs = packed(tiny_llama()), batch()
     model, plain = CausalLMLoss(lm, options), CausalLMLoss(lm)
     model.own_logits = plain.own_logits = own_logits
-    assert abs(float(model(**inputs).loss_sum - plain(**inputs).loss_sum)) > 0.1
+    assert (model(**inputs).loss_sum - plain(**inputs).loss_sum).abs() > 0.1
     with torch.no_grad():
         assert torch.equal(model(**inputs).loss_sum, plain(**inputs).loss_sum)
 
@@ -156,11 +190,31 @@ def test_no_target_is_zero_and_still_reaches_every_parameter():
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
-def test_frozen_head_gets_no_gradient():
+@pytest.mark.parametrize("share", [0.5, 0.0])
+def test_gradients_that_nobody_needs_are_not_computed(share, monkeypatch):
+    """The gradient of a frozen head, and all of them in a validation, would cost time and memory
+    for nothing.
+    """
+    made = []
+
+    class RecordedSums(loss._Sums):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append(self)
+
+    monkeypatch.setattr(loss, "_Sums", RecordedSums)
     lm = packed(tiny_llama())
     lm.lm_head.requires_grad_(False)
-    CausalLMLoss(lm)(**batch()).loss_sum.backward()
-    assert lm.lm_head.weight.grad is None and lm.model.layers[0].mlp.up_proj.weight.grad.any()
+    model = CausalLMLoss(lm)
+    model(**batch(share=share)).loss_sum.backward()
+    frozen_head = made.pop()
+    assert frozen_head.grad_hidden is not None and frozen_head.grad_weight is None
+    assert lm.model.layers[0].mlp.up_proj.weight.grad.any() == (share > 0)
+    lm.lm_head.requires_grad_(True)
+    with torch.no_grad():
+        model(**batch(share=share))
+    validation = made.pop()
+    assert validation.grad_hidden is None and validation.grad_weight is None
 
 
 def test_autocast_computes_in_bf16_and_accumulates_in_fp32():
@@ -174,21 +228,27 @@ def test_autocast_computes_in_bf16_and_accumulates_in_fp32():
     assert model.lm.lm_head.weight.grad.dtype == torch.float32
 
 
-def test_check_head_falls_back_where_the_model_does_more(caplog):
+@pytest.mark.parametrize(
+    ("dtype", "factor", "differs"),
+    [
+        (torch.float32, 1.0, False),
+        (torch.float32, 1.001, True),
+        (torch.bfloat16, 1.01, False),  # as the rounding of another kernel
+        (torch.bfloat16, 2.0, True),
+    ],
+)
+def test_check_head_falls_back_where_the_model_does_more(dtype, factor, differs, caplog):
     class Scaled(type(tiny_llama())):
         def forward(self, *args, **kwargs):
             output = super().forward(*args, **kwargs)
-            output.logits = output.logits * 2
+            output.logits = output.logits * factor
             return output
 
-    lm = packed(tiny_llama())
+    lm = packed(tiny_llama()).to(dtype)
     lm.__class__ = Scaled
     model = CausalLMLoss(lm)
     model.check_head()
-    assert model.own_logits and "own full logits" in caplog.text
-    plain = CausalLMLoss(packed(tiny_llama()))
-    plain.check_head()
-    assert not plain.own_logits
+    assert model.own_logits == differs == ("own full logits" in caplog.text)
 
 
 def test_adapted_head_uses_own_logits(caplog):
@@ -198,13 +258,37 @@ def test_adapted_head_uses_own_logits(caplog):
 
 
 def test_rows_of_one_give_the_same_loss():
-    lm, inputs = packed(tiny_llama()), batch()
+    lm, inputs = packed(tiny_llama()), batch(lengths=(5, 9, 3))
+    shapes = []
+    lm.get_input_embeddings().register_forward_pre_hook(
+        lambda _, args: shapes.append(tuple(args[0].shape))
+    )
     model = CausalLMLoss(lm)
     expected = model(**inputs)
     model.separate_rows = True
     output = model(**inputs)
+    assert shapes == [(1, 17), (3, 9)]
     torch.testing.assert_close(output.loss_sum, expected.loss_sum)
     assert output.num_targets == expected.num_targets
+
+
+@pytest.mark.parametrize("separate_rows", [False, True])
+def test_rows_that_are_not_packed_stay_as_they_are(separate_rows):
+    lm, inputs = packed(tiny_llama()), batch(lengths=(12,))
+    model = CausalLMLoss(lm)
+    expected = model(**inputs)
+    model.separate_rows = separate_rows
+    rows = {name: inputs[name].expand(2, -1) for name in ("input_ids", "labels", "position_ids")}
+    output = model(**rows)
+    torch.testing.assert_close(output.loss_sum, 2 * expected.loss_sum)
+    assert output.num_targets == 2 * expected.num_targets
+
+
+def test_peft_would_drop_the_bias_of_a_head_whose_rows_are_trained():
+    rows = LoraConfig(target_modules=["q_proj"], trainable_token_indices={"lm_head": [1]})
+    CausalLMLoss(get_peft_model(tiny_llama(), rows).get_base_model())
+    with pytest.raises(UserError, match="the head of LlamaForCausalLM has a bias"):
+        CausalLMLoss(get_peft_model(llama_with_a_bias(), rows).get_base_model())
 
 
 @pytest.mark.parametrize(

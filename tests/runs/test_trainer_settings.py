@@ -29,9 +29,7 @@ from lit_sft.checkpoint.find import find_last
 from lit_sft.checkpoint.io import read_checkpoint
 from lit_sft.cli import main as main_module
 from lit_sft.cli import terminal_log
-from lit_sft.data.sampler import StepOrder
 from lit_sft.errors import UserError
-from lit_sft.intervals import check_validations
 from lit_sft.run import slurm
 
 
@@ -167,15 +165,6 @@ def test_what_cannot_be(place, tmp_path, capsys, options, words):
     assert words in refused(
         capsys, "fit", settings(place, tmp_path / "runs", data__val_size=4, **options)
     )
-
-
-def test_validations_over_epochs_come_between_steps():
-    order = StepOrder(num_packs=10, global_batch_size=4, micro_batch_size=1, world_size=1, seed=0)
-    check_validations(order, by_clock=False, over_epochs=False)
-    with pytest.raises(UserError, match="check_val_every_n_epoch null .* 10, no multiple of the 4"):
-        check_validations(order, by_clock=False, over_epochs=True)
-    with pytest.raises(UserError, match="trainer.val_check_interval by the clock"):
-        check_validations(StepOrder(8, 4, 1, 2, 0), by_clock=True, over_epochs=False)
 
 
 BY_CLOCK = {"trainer__val_check_interval": "00:00:00:00", "trainer__check_val_every_n_epoch": None}
