@@ -194,6 +194,8 @@ class FastPaths:
     """Whether each example gets a padded row of its own, because the model would mix the examples
     of a pack.
     """
+    one_by_one: bool
+    """Whether each example gets a forward pass of its own, because padding would change it."""
     own_logits: bool
     """Whether the model's own, full logits are used in place of the chunked loss."""
     fused: list[str]
@@ -257,7 +259,9 @@ def _build_with_rank_zero(options: ModelConfig, precision: str) -> BuiltModel:
     try:
         built = _load(options, precision, on_meta=not is_rank_zero)
         if is_rank_zero:
-            found = (probe(built.loss), built.loss.lm.generation_config)
+            # The ranks gather weights in each forward pass, so they need as many of them.
+            paths = replace(probe(built.loss), one_by_one=False)
+            found = (paths, built.loss.lm.generation_config)
     except Exception as error:
         # The other ranks wait for this broadcast.
         if is_rank_zero:
@@ -339,19 +343,28 @@ def probe(model: CausalLMLoss) -> FastPaths:
                 f"{name} lets tokens see those that follow: take a causal language model, or set"
                 " is_decoder to true in its config.json if it has that key"
             )
+        if self_check.numbers_positions_itself(lm):
+            raise UserError(
+                f"{name} does not number the tokens of an example from 0, which is not supported:"
+                " set model.model_name_or_path to another model"
+            )
         model.check_head()
         fused = fused_layers.fuse_blocks(lm)
         # A window that exists only in the mask may be placed by the position in the row, instead of
         # the position in the example.
         separate_rows = lost is not None or not self_check.packing_is_exact(lm)
+        one_by_one = separate_rows and not self_check.padding_is_exact(lm)
         fused_layers.unfuse_blocks(lm, fused)
-    if separate_rows:
+    if one_by_one:
+        log.warning("%s: each example gets a forward pass of its own, exact but slow", name)
+    elif separate_rows:
         log.warning(
             "%s: each example gets a padded row of its own, exact but slower than packs", name
         )
     return FastPaths(
         attention=_trained_attention(chosen, lost is not None, separate_rows),
         separate_rows=separate_rows,
+        one_by_one=one_by_one,
         own_logits=model.own_logits,
         fused=fused,
     )
@@ -392,6 +405,7 @@ def apply_fast_paths(model: CausalLMLoss, paths: FastPaths) -> None:
     if attention_of(model.lm) != paths.attention:
         set_attention(model.lm, paths.attention)
     model.separate_rows = paths.separate_rows
+    model.one_by_one = paths.one_by_one
     model.own_logits = paths.own_logits
     model.fused = fused_layers.fuse_blocks(model.lm, known=paths.fused)
 
