@@ -237,6 +237,7 @@ def build_model(options: ModelConfig, precision: str, *, sharded: bool = False) 
         apply_fast_paths(built.loss, probe(built.loss))
     lm = built.loss.lm
     _log_model(lm, options)
+    _log_router_loss(lm.config.get_text_config().to_dict())
     if options.neftune_noise_alpha is not None:
         neftune.apply_neftune(built.loss, lm.get_input_embeddings(), options.neftune_noise_alpha)
     if options.gradient_checkpointing:
@@ -286,11 +287,7 @@ def _load(options: ModelConfig, precision: str, on_meta: bool = False) -> BuiltM
             options.model_name_or_path,
         )
     config = load.load_config(path, trust_remote_code=options.trust_remote_code)
-    if getattr(config, "quantization_config", None) is not None and options.quantization is None:
-        raise UserError(
-            f"{path} holds quantized weights: set model.quantization to nf4, or use the model as"
-            " it was"
-        )
+    quantization.check_source(config, path, options.quantization)
     names_adapter = path != named
     dtype = stored_dtype(options.dtype, precision, options.is_adapted or names_adapter)
     lm = load.load_model(
@@ -319,6 +316,22 @@ def _log_model(lm: PreTrainedModel, options: ModelConfig) -> None:
         f"{options.quantization or str(lm.dtype).removeprefix('torch.')}, "
         f"{trained / total:.1%} trained, attention {attention_of(lm)}"
     )
+
+
+def _log_router_loss(config: dict[str, Any]) -> None:
+    """Warns if the config asks for a loss that balances the experts."""
+    asked = []
+    for name, value in config.items():
+        # Families spell it `router_aux_loss_coef`, `aux_loss_alpha` or `moe_loss_weight`.
+        is_weight = "aux_loss" in name or name == "moe_loss_weight"
+        is_number = isinstance(value, int | float)
+        if (is_weight and is_number and value > 0) or (name == "output_router_logits" and value):
+            asked.append(f"{name} {value}")
+    if asked:
+        log.warning(
+            "the loss that balances the experts is left out, for which the model's config has %s",
+            ", ".join(asked),
+        )
 
 
 def probe(model: CausalLMLoss) -> FastPaths:
@@ -444,7 +457,8 @@ def choose_trained(
     new_ids: list[int] = []
     if options.add_tokens:
         tokenizer = load.load_tokenizer(path, trust_remote_code=options.trust_remote_code)
-        new_ids = new_tokens.add_tokens(tokenizer, options.add_tokens)
+        rows = new_tokens.num_rows(lm)
+        new_ids = new_tokens.add_tokens(tokenizer, options.add_tokens, rows=rows)
         new_tokens.make_room(lm, new_ids)
     if options.lora is not None:
         lora = options.lora

@@ -28,7 +28,14 @@ from lit_sft.datamodule import data_of
 from lit_sft.errors import UserError
 from lit_sft.generation import answer as answer_module
 from lit_sft.generation.scoring import EvaluationOptions
-from lit_sft.model import base_fingerprint, memory_estimate, parallel, self_check, trainable
+from lit_sft.model import (
+    base_fingerprint,
+    memory_estimate,
+    new_tokens,
+    parallel,
+    self_check,
+    trainable,
+)
 from lit_sft.model.export import AdapterBase, ChatFormat, export_hf
 from lit_sft.model.generate import GenerationOptions, context_length, stop_token_ids
 from lit_sft.model.lora.lora_config import LoraConfig
@@ -153,6 +160,8 @@ class SFTModule(L.LightningModule):
         self.strict_loading = False
         self.model: CausalLMLoss | None = None
         """The model and its loss. None before `configure_model`."""
+        self.num_rows = 0
+        """Rows of the embedding, after `configure_model`."""
         self.base: str | None = None
         """Fingerprint of the frozen weights. None if all weights are trained."""
         self._peft = _Unregistered(None)
@@ -198,8 +207,10 @@ class SFTModule(L.LightningModule):
         # Lightning makes the GPU the default device. Random weights would differ from a CPU's.
         with torch.device("cpu"):
             model, adapter = build_model(self.options, self.trainer.precision, sharded=sharded)
-        longest = data_of(self.trainer).data.longest
-        self_check.check_length(model.lm, longest, context_length(model.lm.config))
+        data = data_of(self.trainer).data
+        self.num_rows = new_tokens.num_rows(model.lm)
+        new_tokens.check_rows(data.tokenizer, data.largest_id, self.num_rows)
+        self_check.check_length(model.lm, data.longest, context_length(model.lm.config))
         if self.trainer.precision.startswith("16"):
             self.loss_scale = 1.0 / 1024
         if trainable.is_frozen(model.lm):
@@ -409,11 +420,13 @@ class SFTModule(L.LightningModule):
             B lists of texts.
         """
         assert self.model is not None
+        tokenizer = data_of(self.trainer).tokenizer
+        new_tokens.check_id(tokenizer, int(prompts["input_ids"].max()), self.num_rows)
         # Callbacks call this outside of a step. The context gives them the precision of `predict`.
         with self.trainer.precision_plugin.forward_context():
             return answer_module.answer(
                 self.model,
-                data_of(self.trainer).tokenizer,
+                tokenizer,
                 prompts,
                 options=options or self.generation,
                 stop_ids=self.stop_ids,
