@@ -284,6 +284,7 @@ class SFTModule(L.LightningModule):
         is_new_step = batch_idx % self.trainer.accumulate_grad_batches == 0
         if is_new_step:
             self.window = torch.zeros_like(self.window)
+            optim.use_training_weights(self.trainer.optimizers[0])
             seed_all(self.options.seed, self.trainer.global_step, self.trainer.global_rank)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -349,8 +350,10 @@ class SFTModule(L.LightningModule):
         """Frees the gradients right after the step.
 
         Lightning would keep them until the next step begins, through a validation or a save.
+        Validations, saves and exports lie between two steps, so they get the evaluation weights.
         """
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        optim.use_evaluation_weights(self.trainer.optimizers[0])
         optim.clear_gradients(optimizer, self.trainer.strategy.model)
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
@@ -359,7 +362,8 @@ class SFTModule(L.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Returns the optimizer, with two parameter groups, and the schedule by optimizer step."""
         groups = optim.parameter_groups(self.named_parameters())
-        optimizer = self.options.optimizer(groups)
+        dtype = groups[0]["params"][0].dtype
+        optimizer = optim.build(self.options.optimizer, groups, dtype)
         is_scaled = self.trainer.precision == "16-mixed"
         optim.check_weights(optimizer, self._shards_weights, is_scaled)
         # With a gradient scaler, Lightning unscales the gradients before clipping. Fused Adam would

@@ -34,8 +34,8 @@ def check_source(config: PretrainedConfig, path: str, requested: str | None) -> 
     if method != "bitsandbytes":
         raise UserError(
             f"{path} holds weights that are quantized ({method}), which cannot be trained here,"
-            " also not with model.quantization: set model.model_name_or_path to a version of the model"
-            " in bf16"
+            " also not with model.quantization: set model.model_name_or_path to a version of the"
+            " model in bf16"
         )
     if not source.get("load_in_4bit"):
         raise UserError(
