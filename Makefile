@@ -43,6 +43,7 @@ bench:  ## Compare time and memory with TRL on a CPU (DATA=FILE, by default alpa
 shape:  ## Print figures of the code: sizes, densities, complexity, private attributes
 	$(VENV)/bin/python scripts/shape.py
 
-certify:  ## Run what takes hours: all equivalences, hundreds of kills
+certify:  ## Run what takes hours: all equivalences, all architectures, hundreds of kills
 	$(VENV)/bin/python scripts/verify_equivalence.py
+	$(RUN) pytest -m "" tests/model/test_architectures.py
 	$(VENV)/bin/python scripts/crash_test.py --kills 200

@@ -13,6 +13,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "lit_sft" / "__init__.py").
 QUANTIZATION = ["bitsandbytes>=0.50,<0.51"]
 TEST = [
     *QUANTIZATION,
+    "schedulefree>=1.4,<2",
     "pytest>=8",
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",

@@ -32,7 +32,7 @@ from lit_sft.errors import UserError, located
 from lit_sft.generation.prompts import Asked, Prompt, encode
 from lit_sft.hub import resolve
 from lit_sft.model import load, new_tokens
-from lit_sft.model_builder import tokenizer_directory
+from lit_sft.model_builder import base_directory, tokenizer_directory
 from lit_sft.preprocessing import Preparation, Reading, num_overlapping
 from lit_sft.settings import DataConfig
 from lit_sft.types import Conversation, Message
@@ -89,8 +89,16 @@ class SFTData:
         tokenizer = load.load_tokenizer(path, trust_remote_code=self.options.trust_remote_code)
         if self.options.add_tokens:
             template = resolve_chat_template(tokenizer, self.options.chat_template) or ""
-            new_tokens.add_tokens(tokenizer, self.options.add_tokens, template)
+            trust = self.options.trust_remote_code
+            config = load.load_config(base_directory(path), trust_remote_code=trust)
+            rows = config.get_text_config().vocab_size
+            new_tokens.add_tokens(tokenizer, self.options.add_tokens, template, rows=rows)
         return tokenizer
+
+    @property
+    def largest_id(self) -> int:
+        """The largest token id of all examples. -1 without examples."""
+        return max((cache.largest_id for cache in self.caches.values()), default=-1)
 
     @property
     def longest(self) -> int:

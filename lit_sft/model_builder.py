@@ -194,6 +194,8 @@ class FastPaths:
     """Whether each example gets a padded row of its own, because the model would mix the examples
     of a pack.
     """
+    one_by_one: bool
+    """Whether each example gets a forward pass of its own, because padding would change it."""
     own_logits: bool
     """Whether the model's own, full logits are used in place of the chunked loss."""
     fused: list[str]
@@ -235,6 +237,7 @@ def build_model(options: ModelConfig, precision: str, *, sharded: bool = False) 
         apply_fast_paths(built.loss, probe(built.loss))
     lm = built.loss.lm
     _log_model(lm, options)
+    _log_router_loss(lm.config.get_text_config().to_dict())
     if options.neftune_noise_alpha is not None:
         neftune.apply_neftune(built.loss, lm.get_input_embeddings(), options.neftune_noise_alpha)
     if options.gradient_checkpointing:
@@ -257,7 +260,9 @@ def _build_with_rank_zero(options: ModelConfig, precision: str) -> BuiltModel:
     try:
         built = _load(options, precision, on_meta=not is_rank_zero)
         if is_rank_zero:
-            found = (probe(built.loss), built.loss.lm.generation_config)
+            # The ranks gather weights in each forward pass, so they need as many of them.
+            paths = replace(probe(built.loss), one_by_one=False)
+            found = (paths, built.loss.lm.generation_config)
     except Exception as error:
         # The other ranks wait for this broadcast.
         if is_rank_zero:
@@ -282,11 +287,7 @@ def _load(options: ModelConfig, precision: str, on_meta: bool = False) -> BuiltM
             options.model_name_or_path,
         )
     config = load.load_config(path, trust_remote_code=options.trust_remote_code)
-    if getattr(config, "quantization_config", None) is not None and options.quantization is None:
-        raise UserError(
-            f"{path} holds quantized weights: set model.quantization to nf4, or use the model as"
-            " it was"
-        )
+    quantization.check_source(config, path, options.quantization)
     names_adapter = path != named
     dtype = stored_dtype(options.dtype, precision, options.is_adapted or names_adapter)
     lm = load.load_model(
@@ -317,6 +318,22 @@ def _log_model(lm: PreTrainedModel, options: ModelConfig) -> None:
     )
 
 
+def _log_router_loss(config: dict[str, Any]) -> None:
+    """Warns if the config asks for a loss that balances the experts."""
+    asked = []
+    for name, value in config.items():
+        # Families spell it `router_aux_loss_coef`, `aux_loss_alpha` or `moe_loss_weight`.
+        is_weight = "aux_loss" in name or name == "moe_loss_weight"
+        is_number = isinstance(value, int | float)
+        if (is_weight and is_number and value > 0) or (name == "output_router_logits" and value):
+            asked.append(f"{name} {value}")
+    if asked:
+        log.warning(
+            "the loss that balances the experts is left out, for which the model's config has %s",
+            ", ".join(asked),
+        )
+
+
 def probe(model: CausalLMLoss) -> FastPaths:
     """Compares our fast code paths with the model's own code, on a few tokens.
 
@@ -339,19 +356,28 @@ def probe(model: CausalLMLoss) -> FastPaths:
                 f"{name} lets tokens see those that follow: take a causal language model, or set"
                 " is_decoder to true in its config.json if it has that key"
             )
+        if self_check.numbers_positions_itself(lm):
+            raise UserError(
+                f"{name} does not number the tokens of an example from 0, which is not supported:"
+                " set model.model_name_or_path to another model"
+            )
         model.check_head()
         fused = fused_layers.fuse_blocks(lm)
         # A window that exists only in the mask may be placed by the position in the row, instead of
         # the position in the example.
         separate_rows = lost is not None or not self_check.packing_is_exact(lm)
+        one_by_one = separate_rows and not self_check.padding_is_exact(lm)
         fused_layers.unfuse_blocks(lm, fused)
-    if separate_rows:
+    if one_by_one:
+        log.warning("%s: each example gets a forward pass of its own, exact but slow", name)
+    elif separate_rows:
         log.warning(
             "%s: each example gets a padded row of its own, exact but slower than packs", name
         )
     return FastPaths(
         attention=_trained_attention(chosen, lost is not None, separate_rows),
         separate_rows=separate_rows,
+        one_by_one=one_by_one,
         own_logits=model.own_logits,
         fused=fused,
     )
@@ -392,6 +418,7 @@ def apply_fast_paths(model: CausalLMLoss, paths: FastPaths) -> None:
     if attention_of(model.lm) != paths.attention:
         set_attention(model.lm, paths.attention)
     model.separate_rows = paths.separate_rows
+    model.one_by_one = paths.one_by_one
     model.own_logits = paths.own_logits
     model.fused = fused_layers.fuse_blocks(model.lm, known=paths.fused)
 
@@ -430,7 +457,8 @@ def choose_trained(
     new_ids: list[int] = []
     if options.add_tokens:
         tokenizer = load.load_tokenizer(path, trust_remote_code=options.trust_remote_code)
-        new_ids = new_tokens.add_tokens(tokenizer, options.add_tokens)
+        rows = new_tokens.num_rows(lm)
+        new_ids = new_tokens.add_tokens(tokenizer, options.add_tokens, rows=rows)
         new_tokens.make_room(lm, new_ids)
     if options.lora is not None:
         lora = options.lora

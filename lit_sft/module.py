@@ -28,7 +28,14 @@ from lit_sft.datamodule import data_of
 from lit_sft.errors import UserError
 from lit_sft.generation import answer as answer_module
 from lit_sft.generation.scoring import EvaluationOptions
-from lit_sft.model import base_fingerprint, memory_estimate, parallel, self_check, trainable
+from lit_sft.model import (
+    base_fingerprint,
+    memory_estimate,
+    new_tokens,
+    parallel,
+    self_check,
+    trainable,
+)
 from lit_sft.model.export import AdapterBase, ChatFormat, export_hf
 from lit_sft.model.generate import GenerationOptions, context_length, stop_token_ids
 from lit_sft.model.lora.lora_config import LoraConfig
@@ -153,6 +160,8 @@ class SFTModule(L.LightningModule):
         self.strict_loading = False
         self.model: CausalLMLoss | None = None
         """The model and its loss. None before `configure_model`."""
+        self.num_rows = 0
+        """Rows of the embedding, after `configure_model`."""
         self.base: str | None = None
         """Fingerprint of the frozen weights. None if all weights are trained."""
         self._peft = _Unregistered(None)
@@ -198,8 +207,10 @@ class SFTModule(L.LightningModule):
         # Lightning makes the GPU the default device. Random weights would differ from a CPU's.
         with torch.device("cpu"):
             model, adapter = build_model(self.options, self.trainer.precision, sharded=sharded)
-        longest = data_of(self.trainer).data.longest
-        self_check.check_length(model.lm, longest, context_length(model.lm.config))
+        data = data_of(self.trainer).data
+        self.num_rows = new_tokens.num_rows(model.lm)
+        new_tokens.check_rows(data.tokenizer, data.largest_id, self.num_rows)
+        self_check.check_length(model.lm, data.longest, context_length(model.lm.config))
         if self.trainer.precision.startswith("16"):
             self.loss_scale = 1.0 / 1024
         if trainable.is_frozen(model.lm):
@@ -273,6 +284,7 @@ class SFTModule(L.LightningModule):
         is_new_step = batch_idx % self.trainer.accumulate_grad_batches == 0
         if is_new_step:
             self.window = torch.zeros_like(self.window)
+            optim.use_training_weights(self.trainer.optimizers[0])
             seed_all(self.options.seed, self.trainer.global_step, self.trainer.global_rank)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -338,8 +350,10 @@ class SFTModule(L.LightningModule):
         """Frees the gradients right after the step.
 
         Lightning would keep them until the next step begins, through a validation or a save.
+        Validations, saves and exports lie between two steps, so they get the evaluation weights.
         """
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        optim.use_evaluation_weights(self.trainer.optimizers[0])
         optim.clear_gradients(optimizer, self.trainer.strategy.model)
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
@@ -348,7 +362,8 @@ class SFTModule(L.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Returns the optimizer, with two parameter groups, and the schedule by optimizer step."""
         groups = optim.parameter_groups(self.named_parameters())
-        optimizer = self.options.optimizer(groups)
+        dtype = groups[0]["params"][0].dtype
+        optimizer = optim.build(self.options.optimizer, groups, dtype)
         is_scaled = self.trainer.precision == "16-mixed"
         optim.check_weights(optimizer, self._shards_weights, is_scaled)
         # With a gradient scaler, Lightning unscales the gradients before clipping. Fused Adam would
@@ -409,11 +424,13 @@ class SFTModule(L.LightningModule):
             B lists of texts.
         """
         assert self.model is not None
+        tokenizer = data_of(self.trainer).tokenizer
+        new_tokens.check_id(tokenizer, int(prompts["input_ids"].max()), self.num_rows)
         # Callbacks call this outside of a step. The context gives them the precision of `predict`.
         with self.trainer.precision_plugin.forward_context():
             return answer_module.answer(
                 self.model,
-                data_of(self.trainer).tokenizer,
+                tokenizer,
                 prompts,
                 options=options or self.generation,
                 stop_ids=self.stop_ids,

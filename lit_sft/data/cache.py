@@ -98,6 +98,11 @@ class ExampleCache:
     def __len__(self) -> int:
         return len(self._ends)
 
+    @property
+    def largest_id(self) -> int:
+        """The largest token id of all examples. -1 without examples."""
+        return int(self._input_ids.max(initial=-1))
+
     def __getitem__(self, index: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8], int]:
         """Returns input_ids [T], loss_mask [T] and row of an example, as views of the files.
 

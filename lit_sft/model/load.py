@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -9,10 +11,14 @@ import torch
 
 from lit_sft import hub
 from lit_sft.errors import UserError
+from lit_sft.model.attention.implementation import attention_of
+from lit_sft.model.attention.packed import PACKED
 from lit_sft.model.random_state import own_random_state
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 
 def load_config(path: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -100,17 +106,19 @@ def load_model(
     """
     config = load_config(path, trust_remote_code=trust_remote_code)
     _check_causal(config, path)
-    arguments = dict(
-        dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
-    )
+    arguments: dict[str, Any] = dict(dtype=dtype, trust_remote_code=trust_remote_code)
     if quantization_config is not None:
         # On the CPU; the strategy moves the model.
         arguments |= {"quantization_config": quantization_config, "device_map": {"": "cpu"}}
-    try:
+
+    def build(name: str | None) -> PreTrainedModel:
+        named = {**arguments, "attn_implementation": name}
         if on_meta or init == "random":
-            model = _random_model(config, arguments, seed, "meta" if on_meta else "cpu")
-        else:
-            model = _pretrained_model(path, arguments)
+            return _random_model(config, named, seed, "meta" if on_meta else "cpu")
+        return _pretrained_model(path, named)
+
+    try:
+        model = with_attention(build, attn_implementation)
     except (ImportError, ValueError) as error:
         is_about_attention = "attn_implementation" in str(error) or "Flash" in str(error)
         if isinstance(error, UserError) or not is_about_attention:
@@ -119,6 +127,41 @@ def load_model(
             f"model.attn_implementation {attn_implementation!r}: {_reason(error)}"
         ) from error
     model.train()
+    return model
+
+
+def with_attention(build: Callable[[str | None], PreTrainedModel], name: str) -> PreTrainedModel:
+    """Builds a model with an attention implementation, or with one that its own code knows.
+
+    Some models, such as Falcon, look the implementation up in a table of their own.
+
+    Args:
+        build: Builds the model with the attention implementation of that name in transformers. None
+            takes the one that transformers prefers for the model.
+        name: The implementation that is tried first.
+
+    Raises:
+        UserError: The user has chosen the implementation, and the model does not know it.
+    """
+    try:
+        return build(name)
+    except KeyError as error:
+        if error.args != (name,):
+            raise
+        if name != PACKED:
+            raise UserError(
+                f"model.attn_implementation {name!r}: the model has no such attention; set it to"
+                " auto"
+            ) from error
+    try:
+        model = build(None)
+    except KeyError:
+        model = build("eager")
+    log.warning(
+        "%s has a table of its own attention code: attention falls back to `%s`, exact but slower",
+        type(model).__name__,
+        attention_of(model),
+    )
     return model
 
 

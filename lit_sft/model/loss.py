@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lit_sft.errors import UserError
 from lit_sft.model.attention.packed import pack_kwargs
 from lit_sft.model.evaluation_mode import evaluation_mode
+from lit_sft.model.long_rope import choose_by_example
 from lit_sft.types import IGNORE_INDEX, LossOutput
 
 if TYPE_CHECKING:
@@ -324,6 +325,11 @@ class CausalLMLoss(nn.Module):
         """Whether each example becomes a padded row of its own, because the model would mix the
         examples of a pack.
         """
+        self.one_by_one = False
+        """Whether each example even has a forward pass of its own, because padding would change
+        it. Only with `separate_rows`.
+        """
+        choose_by_example(lm)
         head = lm.get_output_embeddings()
         _check_bias(lm, head)
         # peft wraps a head that is trained as a whole, or some rows of it.
@@ -377,28 +383,58 @@ class CausalLMLoss(nn.Module):
             target_positions: [N] positions in the flattened labels that are not IGNORE_INDEX. None
                 computes them, which synchronizes a GPU.
         """
-        if lengths is not None and self.separate_rows:
+        if lengths is not None and self.separate_rows and not self.one_by_one:
             input_ids, labels, position_ids = _unpacked_rows(input_ids, labels, lengths)
             lengths = target_positions = None
-        inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
-        if lengths is not None:
-            # The layers pass these keyword arguments down to attention.
-            inputs |= pack_kwargs(lengths, input_ids.device)
         if target_positions is None:
             target_positions = (labels.flatten() != IGNORE_INDEX).nonzero()[:, 0]
         targets = labels.flatten().index_select(0, target_positions)
         if self.own_logits:
-            logits = self.lm(**inputs).logits.flatten(0, 1).index_select(0, target_positions)
+            logits = self._outputs(self.lm, "logits", input_ids, position_ids, lengths)
+            logits = logits.flatten(0, 1).index_select(0, target_positions)
             loss_sum, num_correct = self._from_logits(logits, targets)
         else:
-            hidden = self.lm.base_model(**inputs).last_hidden_state.flatten(0, 1)
-            hidden = hidden.index_select(0, target_positions)
+            backbone = self.lm.base_model
+            hidden = self._outputs(backbone, "last_hidden_state", input_ids, position_ids, lengths)
+            hidden = hidden.flatten(0, 1).index_select(0, target_positions)
             loss_sum, num_correct = self._from_hidden(hidden, targets, count_correct)
         return LossOutput(loss_sum, torch.tensor(len(targets)), num_correct)
 
     def generate(self, **arguments: Any) -> Tensor:
         """Calls `lm.generate`. FSDP2 gathers the weights for this method of this module."""
         return self.lm.generate(**arguments)  # type: ignore[operator]
+
+    def _outputs(
+        self,
+        module: Any,
+        name: str,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        lengths: tuple[int, ...] | None,
+    ) -> Tensor:
+        """Returns an output [B, T, ...] of the model or its backbone.
+
+        Args:
+            module: The model or its backbone.
+            name: Name of the output.
+            input_ids: [B, T].
+            position_ids: [B, T].
+            lengths: [S] tokens of the examples in the one row, or None.
+        """
+        inputs = {"input_ids": input_ids, "position_ids": position_ids}
+        if lengths is None:
+            return getattr(module(**inputs, use_cache=False), name)  # type: ignore[no-any-return]
+        if not self.separate_rows:
+            # The layers pass these keyword arguments down to attention.
+            bounds = pack_kwargs(lengths, input_ids.device)
+            return getattr(module(**inputs, **bounds, use_cache=False), name)  # type: ignore[no-any-return]
+        outputs = []
+        for ids, positions in zip(
+            input_ids.split(lengths, 1), position_ids.split(lengths, 1), strict=True
+        ):
+            output = module(input_ids=ids, position_ids=positions, use_cache=False)
+            outputs.append(getattr(output, name))
+        return torch.cat(outputs, dim=1)
 
     def _from_hidden(
         self, hidden: Tensor, targets: Tensor, count_correct: bool
@@ -486,5 +522,8 @@ def _unpacked_rows(
     pad = torch.nn.utils.rnn.pad_sequence
     rows = pad(list(input_ids[0].split(lengths)), batch_first=True)
     row_labels = pad(list(labels[0].split(lengths)), batch_first=True, padding_value=IGNORE_INDEX)
-    position_ids = torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
+    places = torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
+    ends = torch.tensor(lengths, device=rows.device)[:, None]
+    # The padding counts from 0 again: the length of an example is read from its positions.
+    position_ids = torch.where(places < ends, places, places - ends)
     return rows, row_labels, position_ids

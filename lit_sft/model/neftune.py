@@ -40,7 +40,11 @@ def apply_neftune(loss: nn.Module, embedding: nn.Module, alpha: float) -> None:
         if not module.training:
             return embedded
         batch, width, size = embedded.shape
-        example_lengths = torch.tensor(lengths[0] or (width,) * batch, dtype=torch.float32)
+        known = lengths[0]
+        if known is None or (batch == 1 and sum(known) != width):
+            # Rows are not packed; or this is one example of several that are embedded one by one.
+            known = (width,) * batch
+        example_lengths = torch.tensor(known, dtype=torch.float32)
         if len(example_lengths) == batch:
             # Each row is one example, maybe padded.
             length = example_lengths[:, None, None]

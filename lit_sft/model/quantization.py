@@ -10,7 +10,43 @@ import torch
 from lit_sft.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig, PretrainedConfig
+
+
+def check_source(config: PretrainedConfig, path: str, requested: str | None) -> None:
+    """Refuses weights that are quantized already, as they are not trained.
+
+    Args:
+        config: The model's config.
+        path: Its directory, for the error.
+        requested: `model.quantization`.
+
+    Raises:
+        UserError: The weights are quantized, and not by bitsandbytes with `requested` 4 bits.
+    """
+    source: Any = getattr(config, "quantization_config", None)
+    if source is None:
+        return
+    if not isinstance(source, dict):
+        source = source.to_dict()
+    method = str(source.get("quant_method", "an unknown method"))
+    method = str(getattr(method, "value", method)).rpartition(".")[2].lower()
+    if method != "bitsandbytes":
+        raise UserError(
+            f"{path} holds weights that are quantized ({method}), which cannot be trained here,"
+            " also not with model.quantization: set model.model_name_or_path to a version of the"
+            " model in bf16"
+        )
+    if not source.get("load_in_4bit"):
+        raise UserError(
+            f"{path} holds weights in 8 bits (bitsandbytes), which cannot be trained here: set"
+            " model.model_name_or_path to a version of the model in bf16"
+        )
+    if requested is None:
+        raise UserError(
+            f"{path} holds weights in 4 bits (bitsandbytes): set model.quantization to nf4 and"
+            " train adapters (model.lora)"
+        )
 
 
 def nf4(compute_dtype: torch.dtype) -> BitsAndBytesConfig:

@@ -23,24 +23,98 @@ log = logging.getLogger(__name__)
 LENGTHS = (5, 7)
 """Tokens of the two examples that are compared."""
 
+THRESHOLD = 6
+"""A number of tokens between those of the two examples."""
+THRESHOLDS = (
+    # Attention windows, and chunks as in Llama 4.
+    "sliding_window",
+    "attention_chunk_size",
+    # The number of tokens that sparse attention selects: DeepSeek V3.2, GLM-5; Doge.
+    "index_topk",
+    "keep_window_size",
+    # The position from which queries are scaled: Llama 4 (arXiv:2501.19399), Inkling.
+    "floor_scale",
+    "log_scaling_n_floor",
+    # The length from which rotary frequencies change: `dynamic` and `longrope`.
+    "max_position_embeddings",
+    "original_max_position_embeddings",
+    "original_max_seq_len",
+)
+"""Names of the numbers of tokens from which a model computes differently.
+
+They are fields of configs or of modules in transformers 5.24. Real ones are thousands of tokens,
+and a comparison of as many would be slow. So they are lowered while a model is checked.
+"""
+SELECTIONS = ("index_topk", "index_topk_blocks", "keep_window_size")
+"""Fields of configs of models that attend to a selection of tokens.
+
+Tokens of the same score are chosen by their place among all tokens of the batch. Few tokens need
+not show it.
+"""
+
 
 @torch.no_grad()
 def packing_is_exact(lm: PreTrainedModel) -> bool:
     """Whether an example has the same hidden states in a pack as alone.
 
-    State-space layers, for example, carry their state from one example to the next.
+    State-space layers, for example, carry their state from one example to the next. Thresholds are
+    lowered, because some models count tokens from the start of the row, not of the example.
     """
+    if _selects_tokens(lm):
+        return False
     input_ids, position_ids = _inputs(lm)
     first = LENGTHS[0]
-    try:
-        packed = _states(lm, input_ids, position_ids, **pack_kwargs(LENGTHS, lm.device))
-    except TypeError:
-        # This architecture passes no keyword arguments down to its layers.
-        return False
     bounds = pack_kwargs(LENGTHS[1:], lm.device)
-    alone = _states(lm, input_ids[:, first:], position_ids[:, first:], **bounds)
+    with _lowered_thresholds(lm):
+        try:
+            packed = _states(lm, input_ids, position_ids, **pack_kwargs(LENGTHS, lm.device))
+        except Exception as error:
+            # Many architectures pass no keyword arguments down to their layers.
+            log.debug("%s with packed examples", type(lm).__name__, exc_info=error)
+            return False
+        alone = _states(lm, input_ids[:, first:], position_ids[:, first:], **bounds)
     # Small, because a leak may reach only the first few tokens of the second example.
     return _close(packed[:, first:], alone, tolerance=0.1)
+
+
+@torch.no_grad()
+def padding_is_exact(lm: PreTrainedModel) -> bool:
+    """Whether an example has the same hidden states in a padded row as alone.
+
+    The row beside it is longer, and passes every threshold.
+    """
+    if _selects_tokens(lm):
+        return False
+    first, second = LENGTHS
+    input_ids, position_ids = _inputs(lm)
+    padded_ids = torch.stack([input_ids[0, :second], input_ids[0, first:]])
+    rows = position_ids[:, first:].expand_as(padded_ids).clone()
+    # As in `CausalLMLoss`, the padding counts from 0 again.
+    rows[0, first:] = torch.arange(second - first, device=lm.device)
+    with _lowered_thresholds(lm):
+        padded = _states(lm, padded_ids, rows)
+        alone = _states(lm, input_ids[:, :first], position_ids[:, :first])
+    # Small, because the same code computes both.
+    return _close(padded[:1, :first], alone, tolerance=0.03)
+
+
+def _selects_tokens(lm: PreTrainedModel) -> bool:
+    config = lm.config.get_text_config()
+    return any(getattr(config, name, None) for name in SELECTIONS)
+
+
+@torch.no_grad()
+def numbers_positions_itself(lm: PreTrainedModel) -> bool:
+    """Whether the first position of a model is not 0.
+
+    In RoBERTa, for example, it is the id of the pad token plus 1.
+    """
+    input_ids = _inputs(lm)[0][:, LENGTHS[0] :]
+    position_ids = torch.arange(input_ids.shape[1], device=lm.device)[None]
+    # Small, because the same code computes both.
+    return not _close(
+        _states(lm, input_ids, position_ids), _states(lm, input_ids, None), tolerance=0.03
+    )
 
 
 @torch.no_grad()
@@ -74,7 +148,9 @@ def missing_feature(lm: PreTrainedModel) -> str | None:
     windows: set[int] = set()
     try:
         with _noting_windows(name, windows):
-            ours = _states_alone(lm, input_ids, position_ids)
+            _states_alone(lm, input_ids, position_ids)
+        # Without a mask, which some attention code needs.
+        ours = _states_alone(lm, input_ids, position_ids)
     except Exception as error:
         # Custom attention code may do anything with a mask that is None.
         log.debug("%s under %s", type(lm).__name__, name, exc_info=error)
@@ -119,6 +195,43 @@ def check_length(lm: PreTrainedModel, longest: int, context: int | None) -> None
         f"{longest:,}",
         f"{context:,}",
     )
+
+
+@contextmanager
+def _lowered_thresholds(lm: PreTrainedModel) -> Iterator[None]:
+    """Lowers the `THRESHOLDS` of a model to `THRESHOLD` tokens in a `with` block."""
+    holders: list[dict[str, Any]] = [vars(lm.config), vars(lm.config.get_text_config())]
+    for module in lm.modules():
+        holders.append(vars(module))
+    lowered: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    for holder in holders:
+        lowered += _lower(holder)
+    try:
+        yield
+    finally:
+        # In reverse, because a config may be among the holders twice.
+        for holder, before in reversed(lowered):
+            holder.update(before)
+
+
+def _lower(holder: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Lowers the thresholds in a dictionary and in those within it.
+
+    Returns:
+        The dictionaries that are changed, and their values before.
+    """
+    changed = []
+    before = {}
+    for name, value in holder.items():
+        if name in THRESHOLDS and isinstance(value, int | float) and value > THRESHOLD:
+            before[name] = value
+        # `rope_parameters`, which some models have for each type of layer.
+        if name.startswith("rope_") and isinstance(value, dict):
+            changed += _lower(value)
+            for inner in value.values():
+                changed += _lower(inner) if isinstance(inner, dict) else []
+    holder.update(dict.fromkeys(before, THRESHOLD))
+    return [*changed, (holder, before)]
 
 
 @contextmanager
@@ -185,7 +298,9 @@ def _states_alone(lm: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) 
         return _states(lm, input_ids, position_ids)
 
 
-def _states(lm: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, **kwargs: Any) -> Tensor:
+def _states(
+    lm: PreTrainedModel, input_ids: Tensor, position_ids: Tensor | None, **kwargs: Any
+) -> Tensor:
     """Returns the hidden states [1, T, D], or the logits of a model without a separate backbone."""
     with evaluation_mode(lm):
         output = lm.base_model(

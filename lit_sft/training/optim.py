@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Adam, AdamW, Optimizer
+from torch.optim import LBFGS, Adam, AdamW, Muon, Optimizer, SparseAdam
 from torch.optim.lr_scheduler import LambdaLR
 
 from lit_sft.errors import UserError
@@ -96,6 +96,62 @@ def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]]) -> list[dic
             (decay if parameter.ndim > 1 else no_decay).append(parameter)
     groups: list[dict[str, Any]] = [{"params": decay}, {"params": no_decay, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
+
+
+UNSUITABLE: dict[type[Optimizer], str] = {
+    LBFGS: "computes the loss several times per step, and has one parameter group",
+    Muon: "takes matrices only, and a model has vectors, too",
+    SparseAdam: "takes sparse gradients only",
+}
+"""Optimizers of torch that do not train a language model, and why."""
+
+
+def build(
+    make: Callable[[Iterable], Optimizer], parameters: Iterable[Any], dtype: torch.dtype
+) -> Optimizer:
+    """Makes the optimizer.
+
+    Args:
+        make: `model.optimizer`.
+        parameters: Parameters, or parameter groups.
+        dtype: Dtype of the parameters.
+
+    Raises:
+        UserError: The optimizer does not train a language model, or refuses the parameters.
+    """
+    try:
+        kind = type(make([nn.Parameter(torch.ones(1, 1, dtype=dtype))]))
+        for unsuitable, reason in UNSUITABLE.items():
+            if issubclass(kind, unsuitable):
+                raise UserError(
+                    f"model.optimizer {kind.__name__} {reason}: set it to another, such as"
+                    " torch.optim.AdamW"
+                )
+        return make(parameters)
+    except ValueError as error:
+        raise UserError(
+            f"model.optimizer: {error}: change its init_args, or set it to another, such as"
+            " torch.optim.AdamW"
+        ) from error
+
+
+def use_training_weights(optimizer: Optimizer) -> None:
+    """Gives the model the weights at which gradients are computed, before a step.
+
+    Schedule-free optimizers (arXiv:2405.15682) train other weights than those that are evaluated
+    and saved. They have methods `train` and `eval`, which exchange the two; other optimizers have
+    none.
+    """
+    exchange = getattr(optimizer, "train", None)
+    if exchange is not None:
+        exchange()
+
+
+def use_evaluation_weights(optimizer: Optimizer) -> None:
+    """Gives the model the weights that are evaluated and saved, after a step."""
+    exchange = getattr(optimizer, "eval", None)
+    if exchange is not None:
+        exchange()
 
 
 def prefer_fused(optimizer: Optimizer) -> None:
@@ -210,7 +266,8 @@ def bytes_per_parameter(make: Callable[[Iterable], Optimizer], dtype: torch.dtyp
     """
     parameter = nn.Parameter(torch.ones(512, 512, dtype=dtype))
     parameter.grad = torch.ones_like(parameter)
-    optimizer = make([parameter])
+    optimizer = build(make, [parameter], dtype)
+    use_training_weights(optimizer)
     optimizer.step()
     tensors = [
         value for value in optimizer.state[parameter].values() if isinstance(value, torch.Tensor)

@@ -225,7 +225,7 @@ LOST = {
         {"sliding_window": 4, "num_local_experts": 2, "num_experts_per_tok": 1},
         "a window of 4 tokens",
     ),
-    "Mpt": ({"d_model": 32, "n_heads": 4, "n_layers": 2}, "mask of its own"),
+    "Mpt": ({"d_model": 32, "n_heads": 4, "n_layers": 2}, "attention code of its own"),
     "Bloom": ({"n_head": 4, "n_layer": 2}, "mask of its own"),
 }
 

@@ -1,0 +1,90 @@
+"""Models as they come: tokens without a row, weights that are quantized already, routers."""
+
+import json
+
+import pytest
+import transformers
+from running import arguments, chat_rows, run, version, write_rows
+from terminal import refused
+from tiny import save_tiny, tiny_llama, tiny_tokenizer
+
+EXPERTS = dict(
+    vocab_size=320, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, bos_token_id=None, eos_token_id=0,
+)  # fmt: skip
+
+
+def rows_with(tmp_path, answer):
+    turns = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": answer}]
+    return write_rows(tmp_path / "rows.jsonl", [{"messages": turns}] * 4)
+
+
+def model_with(tmp_path, **special):
+    """A model with as many rows as the tokenizer had before it got another token."""
+    tokenizer = tiny_tokenizer()
+    lm = tiny_llama(len(tokenizer))
+    if special:
+        tokenizer.add_special_tokens(special)
+    else:
+        tokenizer.add_tokens(["<answer>"])
+    return save_tiny(tmp_path / "model", lm, tokenizer)
+
+
+def test_a_token_without_a_row(tmp_path, capsys):
+    place = model_with(tmp_path), rows_with(tmp_path, "<answer>2")
+    line = refused(capsys, "fit", arguments(*place, tmp_path / "runs"))
+    assert "the token '<answer>' has the id" in line and "model.add_tokens" in line
+    with pytest.raises(SystemExit) as end:
+        run("doctor", [*arguments(*place, tmp_path / "runs"), "--output=json"])
+    assert end.value.code == 1
+    [error] = json.loads(capsys.readouterr().out)["errors"]
+    assert error == line
+
+
+def test_the_remedy_gives_it_a_row(tmp_path):
+    place = model_with(tmp_path), rows_with(tmp_path, "<answer>2")
+    run("fit", arguments(*place, tmp_path / "runs", model__add_tokens=["<answer>"]))
+    exported = version(tmp_path / "runs") / "hf"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
+    config = transformers.AutoConfig.from_pretrained(exported)
+    assert config.vocab_size > tokenizer.convert_tokens_to_ids("<answer>")
+
+
+def test_a_token_without_a_row_in_a_question(tmp_path, capsys):
+    place = model_with(tmp_path), rows_with(tmp_path, "2")
+    line = refused(
+        capsys, "fit", arguments(*place, tmp_path / "runs", data__questions=["<answer>"])
+    )
+    assert "the token '<answer>' has the id" in line
+
+
+def test_a_pad_token_without_a_row(tmp_path, caplog):
+    place = model_with(tmp_path, pad_token="[PAD]"), rows_with(tmp_path, "2")
+    questions = ["Hi", "What is 1+1?"]
+    run("fit", arguments(*place, tmp_path / "runs", data__questions=questions))
+    assert "the pad token '[PAD]' has no row" in caplog.text
+
+
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+@pytest.mark.parametrize("method", ["mxfp4", "fp8"])
+def test_weights_that_are_quantized_already(method, quantization, tmp_path, capsys):
+    place = save_tiny(tmp_path / "model"), write_rows(tmp_path / "train.jsonl", chat_rows(4))
+    path = tmp_path / "model" / "config.json"
+    config = json.loads(path.read_text()) | {"quantization_config": {"quant_method": method}}
+    path.write_text(json.dumps(config))
+    options = {"model__lora": {"r": 2}, "model__quantization": quantization}
+    line = refused(capsys, "fit", arguments(*place, tmp_path / "runs", **options))
+    assert f"quantized ({method})" in line and "in bf16" in line and "nf4" not in line
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_router_loss_is_told(asked, tmp_path, caplog):
+    coefficient = 0.5 if asked else 0.0
+    config = transformers.MixtralConfig(
+        **EXPERTS, output_router_logits=asked, router_aux_loss_coef=coefficient
+    )
+    model = save_tiny(tmp_path / "model", transformers.MixtralForCausalLM(config), tiny_tokenizer())
+    rows = write_rows(tmp_path / "train.jsonl", chat_rows(4))
+    run("fit", arguments(model, rows, tmp_path / "runs"))
+    assert ("router_aux_loss_coef 0.5" in caplog.text) == asked
+    assert ("output_router_logits True" in caplog.text) == asked
