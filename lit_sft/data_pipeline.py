@@ -76,8 +76,8 @@ class SFTData:
         """`Preparation.identity` of the training rows, from before the source could change."""
 
     @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer of the model or adapter, with `add_tokens`."""
+    def tokenizer_source(self) -> str:
+        """The directory of the tokenizer: that of the model, or of the adapter if it has one."""
         path = tokenizer_directory(self.options.model_name_or_path, self.options.revision)
         adapter = self.options.adapter_name_or_path
         if adapter:
@@ -86,7 +86,14 @@ class SFTData:
             if (Path(beside) / "tokenizer_config.json").is_file():
                 path = beside
                 log.info("tokenizer and chat template: those of the adapter %s", path)
-        tokenizer = load.load_tokenizer(path, trust_remote_code=self.options.trust_remote_code)
+        return path
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of the model or adapter, with `add_tokens`."""
+        tokenizer = load.load_tokenizer(
+            self.tokenizer_source, trust_remote_code=self.options.trust_remote_code
+        )
         if self.options.add_tokens:
             template = resolve_chat_template(tokenizer, self.options.chat_template) or ""
             new_tokens.add_tokens(tokenizer, self.options.add_tokens, template)
