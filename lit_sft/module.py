@@ -405,7 +405,9 @@ class SFTModule(L.LightningModule):
         """The ids that end trained turns, of the data and of the loaded checkpoint."""
         return sorted({*self.saved_turn_end_ids, *data_of(self.trainer).stop_ids})
 
-    def answer(self, prompts: Prompts, options: GenerationOptions | None = None) -> list[list[str]]:
+    def answer(
+        self, prompts: Prompts, options: GenerationOptions | None = None
+    ) -> list[list[answer_module.Answer]]:
         """Generates the answers to each prompt (see `generation.answer`).
 
         Args:
@@ -413,7 +415,7 @@ class SFTModule(L.LightningModule):
             options: Length and sampling. None takes `model.generation`.
 
         Returns:
-            B lists of texts.
+            B lists of answers.
         """
         assert self.model is not None
         # Callbacks call this outside of a step. The context gives them the precision of `predict`.
@@ -429,7 +431,11 @@ class SFTModule(L.LightningModule):
             )
 
     def predict_step(self, batch: Prompts, batch_idx: int) -> list[dict[str, Any]]:
-        """Returns one record per prompt (see `generation.answer.records`)."""
+        """Returns one record per prompt (see `generation.answer.records`).
+
+        Batches hold prompts of similar length, so the records are not in the order of the data:
+        sort them by `index`.
+        """
         return answer_module.records(batch, self.answer(batch))
 
     # ------------------------------------------------------------------ checkpoints
