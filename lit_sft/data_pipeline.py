@@ -107,6 +107,13 @@ class SFTData:
     @cached_property
     def chat_template(self) -> str | None:
         """The text of the template, as it is exported; None for `raw`."""
+        if self.options.chat_template is None and self.tokenizer.chat_template is None:
+            log.info(
+                "chat template: the tokenizer has none, so turns are written below `System:`,"
+                " `User:` and `Assistant:`, and %s ends an answer; for another template set"
+                " data.chat_template to the path of a .jinja file, to its text, or to raw",
+                self.tokenizer.eos_token,
+            )
         return resolve_chat_template(self.tokenizer, self.options.chat_template)
 
     @cached_property

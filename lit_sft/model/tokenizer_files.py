@@ -77,7 +77,7 @@ def write_tokenizer(
         if changes.added_tokens:
             _add_tokens(tokenizer, changes.added_tokens, directory)
     config = _read(directory / CONFIG)
-    changed = _for_transformers_4(config)
+    changed = _for_transformers_4(config, tokenizer.model_input_names)
     if changes.eos_token is not None:
         changed["eos_token"] = changes.eos_token
         _change_special_tokens(directory / SPECIAL_TOKENS, changes.eos_token)
@@ -142,11 +142,18 @@ def _add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str], direc
     _write(directory / CONFIG, config)
 
 
-def _for_transformers_4(config: dict[str, Any]) -> dict[str, Any]:
-    """Replaces what only transformers 5 knows by the names that both know."""
+def _for_transformers_4(config: dict[str, Any], input_names: Sequence[str]) -> dict[str, Any]:
+    """Replaces what only transformers 5 knows by the names that both know.
+
+    Args:
+        config: The content of `tokenizer_config.json`.
+        input_names: Names of the tensors that the tokenizer makes.
+    """
     config = copy.deepcopy(config)
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        # transformers 4 would add `token_type_ids`, which `generate` refuses.
+        config.setdefault("model_input_names", list(input_names))
     if isinstance(config.get("extra_special_tokens"), list):
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
     return config
