@@ -44,9 +44,9 @@ def test_two_models_side_by_side(tmp_path):
 def test_one_precision_for_all_answers(tmp_path, settings):
     """Answers of the base in `fit`, in `predict` and on the page are equal: in bf16, not in fp32.
 
-    Logits that lie close together make a model whose answers depend on the type.
+    Large weights make a model whose answers depend on the type.
     """
-    model = save_tiny(tmp_path / "model", tiny_llama(initializer_range=0.02))
+    model = save_tiny(tmp_path / "model", tiny_llama(initializer_range=0.3))
     rows, root = write_rows(tmp_path / "rows.jsonl", chat_rows(8)), tmp_path / "runs"
     questions = ["What is a thread?", "Hello", "1+1"]
     asked = {"data__questions": questions, "model__generation__max_new_tokens": 40}

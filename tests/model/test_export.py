@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from terminal import log_lines
 from tiny import CHATML, save_tiny, tiny_gpt2, tiny_llama, tiny_qwen3, tiny_tokenizer
 
 from lit_sft.errors import UserError
@@ -238,7 +239,10 @@ def test_the_token_that_ends_every_turn_is_the_eos_token(tmp_path, caplog):
     """So `generate(eos_token_id=tokenizer.eos_token_id)` stops there. The old one stops, too."""
     tokenizer = saved_tokenizer(tmp_path)
     caplog.set_level("INFO", logger="lit_sft")
-    export(tiny_llama(), tmp_path / "hf", tokenizer=tokenizer, source=tmp_path, turn_end_ids=[2])
+    with log_lines() as lines:
+        export(
+            tiny_llama(), tmp_path / "hf", tokenizer=tokenizer, source=tmp_path, turn_end_ids=[2]
+        )
     assert load_tokenizer(str(tmp_path / "hf")).eos_token_id == 2
     assert read(tmp_path / "hf", "config.json")["eos_token_id"] == 2
     assert read(tmp_path / "hf", "generation_config.json")["eos_token_id"] == [2, 0]
@@ -249,7 +253,7 @@ def test_the_token_that_ends_every_turn_is_the_eos_token(tmp_path, caplog):
     assert (tmp_path / "hf" / "tokenizer.json").read_bytes() == (
         tmp_path / "tokenizer.json"
     ).read_bytes()
-    assert caplog.messages == [
+    assert lines == [
         "the eos token of the export is <|im_end|>, which ends every trained turn;"
         " generation_config.json also stops at <|endoftext|>"
     ]

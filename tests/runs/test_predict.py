@@ -9,7 +9,7 @@ import pytest
 import torch
 from running import arguments, chat_rows, run, version, write_rows
 from terminal import log_lines, refused
-from tiny import save_tiny
+from tiny import save_tiny, tiny_tokenizer
 
 from lit_sft.datamodule import SFTDataModule
 from lit_sft.generation import prompts
@@ -154,6 +154,19 @@ def test_a_plain_trainer_returns_rows_with_their_number(place):
     assert [record["prompt"] for record in records] != list(ANSWERS)
     records.sort(key=lambda record: record["index"])
     assert [record["prompt"] for record in records] == list(ANSWERS)
+
+
+def test_the_plain_chat_template_is_told(tmp_path, caplog):
+    """Once, with the remedy; a template that is set is not."""
+    model = save_tiny(tmp_path / "model", tokenizer=tiny_tokenizer(chat_template=None))
+    caplog.set_level("INFO", logger="lit_sft")
+    settings = {"model_name_or_path": model, "cache_dir": str(tmp_path), "predict": ["x"]}
+    with log_lines() as lines:
+        SFTDataModule(**settings).data.asked_by_predict()
+        SFTDataModule(chat_template="raw", **settings).data.asked_by_predict()
+    [line] = [line for line in lines if line.startswith("chat template: ")]
+    assert "`Assistant:`, and <|endoftext|> ends an answer" in line
+    assert "set data.chat_template to the path of a .jinja file" in line
 
 
 def test_the_questions_where_nothing_else_is_asked(place, tmp_path):
