@@ -45,4 +45,4 @@ shape:  ## Print figures of the code: sizes, densities, complexity, private attr
 
 certify:  ## Run what takes hours: all equivalences, hundreds of kills
 	$(VENV)/bin/python scripts/verify_equivalence.py
-	$(VENV)/bin/python scripts/crash_test.py --kills 200
+	$(VENV)/bin/python scripts/crash_test.py --kills 200 --full_disks 20 --predict builtin:arithmetic

@@ -1,5 +1,6 @@
 """Kills a run at random moments, resumes it, and compares it bit for bit with an undisturbed run.
 
+    python scripts/crash_test.py --kills 20 --full_disks 5 --predict builtin:arithmetic
     python scripts/crash_test.py --kills 20 --seed 1 --output_dir crash_test -- --config
     configs/demo.yaml ...
 
@@ -28,6 +29,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,19 @@ VALIDATING = "validating"
 PREDICTIONS = "predictions.jsonl"
 MOMENTS = {"start": 1, "any": 4, "validation": 2, "save": 2, "export": 1}
 """When a run is killed, and how often."""
+SIGNS = {
+    "validation": f"{ROWS}/{VALIDATING}",
+    "save": "lightning_logs/version_*/checkpoints/.step=*",
+    "export": "lightning_logs/version_*/.hf.*",
+}
+"""What exists below the folder of the run only during such a moment."""
+DEMO = [
+    "--config=demo",
+    "--trainer.max_steps=40",
+    "--trainer.val_check_interval=10",
+    "--checkpoint.every_n_train_steps=5",
+]
+"""Arguments of `fit` if none are given."""
 SMALLEST_FILE = 100_000
 """Bytes that a file may have on a full disk, so that log lines can still be written."""
 CLOCK = {
@@ -191,12 +206,17 @@ class Run:
         path = self.root / PREDICTIONS
         return path.read_text(encoding="utf-8") if path.is_file() else None
 
-    def is_at(self, moment: str) -> bool:
-        """Whether a process is in a validation, a save or the export, or was killed there."""
-        if moment == "validation":
-            return (self.root / ROWS / VALIDATING).exists()
-        hidden = {"save": "checkpoints/.step=*", "export": ".hf.*"}[moment]
-        return any(self.root.glob(f"lightning_logs/version_*/{hidden}"))
+    def signs(self, moment: str) -> set[tuple[Path, int]]:
+        """Returns the files and folders that exist only during a validation, a save or an export.
+
+        A kill leaves them behind, so each comes with its inode: a new one has another.
+        """
+        pattern = SIGNS[moment]
+        found = set()
+        for path in self.root.glob(pattern):
+            with suppress(FileNotFoundError):
+                found.add((path, path.stat().st_ino))
+        return found
 
     def checkpoint_size(self) -> int:
         """Returns the bytes of the largest file below the checkpoints."""
@@ -227,16 +247,19 @@ def kill_at_random(run: Run, seconds: float, generator: random.Random) -> str | 
         The kind of the moment: one of `MOMENTS`. None if the run ended before.
     """
     [moment] = generator.choices(list(MOMENTS), list(MOMENTS.values()))
-    process, started = run.start(), run.size()
-    delay = generator.uniform(0, 10)
-    if moment != "start":
-        while process.poll() is None and run.size() == started and not run.is_at("export"):
+    started = run.size()
+    left = run.signs(moment) if moment in SIGNS else set()
+    process = run.start()
+    if moment in SIGNS:
+        while process.poll() is None and run.signs(moment) <= left:
+            time.sleep(0.001)
+        delay = generator.uniform(0, 0.05)
+    elif moment == "any":
+        while process.poll() is None and run.size() == started:
             time.sleep(0.002)
         delay = generator.uniform(0, seconds)
-    if moment in ("validation", "save", "export"):
-        while process.poll() is None and not run.is_at(moment):
-            time.sleep(0.0005)
-        delay = generator.uniform(0, 0.05)
+    else:
+        delay = generator.uniform(0, 10)
     return moment if was_killed(process, delay, run) else None
 
 
@@ -314,11 +337,14 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="or after so long")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--output_dir", default="crash_test", help="emptied first")
-    parser.add_argument("fit_args", nargs="*", help="arguments of `fit`")
+    parser.add_argument(
+        "fit_args", nargs="*", help="arguments of `fit`; default: the built-in model"
+    )
     args = parser.parse_args()
+    fit_args = args.fit_args or DEMO
     started, root = time.monotonic(), Path(args.output_dir).absolute()
     shutil.rmtree(root, ignore_errors=True)
-    reference, run = Run(root / "reference", args.fit_args), Run(root / "killed", args.fit_args)
+    reference, run = Run(root / "reference", fit_args), Run(root / "killed", fit_args)
     seconds = finish(reference.start(), reference)
     generator = random.Random(args.seed)
     kills: Counter[str] = Counter()
@@ -338,7 +364,7 @@ def main() -> None:
             break
         # The run ended before the kill, so it starts again.
         shutil.rmtree(run.root)
-        run, runs = Run(run.root, args.fit_args), runs + 1
+        run, runs = Run(run.root, fit_args), runs + 1
     if not found:
         finish(run.start(), run)
         if args.predict is not None:
