@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TRAINED, READ = "bold green", "dim"
+SHOWN_LINES = 12
+"""Lines of a text that a table in the terminal shows."""
+SHOWN_CHARACTERS = 600
+"""Characters of it, which are about as many lines in a table of two answers."""
 
 
 def console() -> Console:
@@ -44,16 +48,29 @@ def coloured_tokens(
 
 
 def answers_table(questions: Sequence[str], columns: Mapping[str, Sequence[str]]) -> Table:
-    """Returns a table with one row per question and one column of answers per name."""
+    """Returns a table with one row per question and one column of answers per name.
+
+    Long texts are cut: a model that repeats itself would fill the terminal.
+    """
     table = Table(title="Answers", show_lines=True)
     table.add_column("Question", ratio=1, overflow="fold")
     for name in columns:
         table.add_column(name, ratio=2, overflow="fold")
     for row, question in enumerate(questions):
         table.add_row(
-            Text(question), *(Text(visible(answers[row])) for answers in columns.values())
+            Text(_shortened(question)),
+            *(Text(_shortened(answers[row])) for answers in columns.values()),
         )
     return table
+
+
+def _shortened(text: str) -> str:
+    """Returns the visible beginning of a text, and how many characters were cut."""
+    shown = "\n".join(text.split("\n")[:SHOWN_LINES])[:SHOWN_CHARACTERS]
+    if shown == text:
+        return visible(text)
+    cut = len(text) - len(shown)
+    return f"{visible(shown)}\n… {cut:,} more characters"
 
 
 def answers_markdown(questions: Sequence[str], columns: Mapping[str, Sequence[str]]) -> str:

@@ -76,8 +76,8 @@ class SFTData:
         """`Preparation.identity` of the training rows, from before the source could change."""
 
     @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer of the model or adapter, with `add_tokens`."""
+    def tokenizer_source(self) -> str:
+        """The directory of the tokenizer: that of the model, or of the adapter if it has one."""
         path = tokenizer_directory(self.options.model_name_or_path, self.options.revision)
         adapter = self.options.adapter_name_or_path
         if adapter:
@@ -86,7 +86,14 @@ class SFTData:
             if (Path(beside) / "tokenizer_config.json").is_file():
                 path = beside
                 log.info("tokenizer and chat template: those of the adapter %s", path)
-        tokenizer = load.load_tokenizer(path, trust_remote_code=self.options.trust_remote_code)
+        return path
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of the model or adapter, with `add_tokens`."""
+        tokenizer = load.load_tokenizer(
+            self.tokenizer_source, trust_remote_code=self.options.trust_remote_code
+        )
         if self.options.add_tokens:
             template = resolve_chat_template(tokenizer, self.options.chat_template) or ""
             trust = self.options.trust_remote_code
@@ -108,6 +115,13 @@ class SFTData:
     @cached_property
     def chat_template(self) -> str | None:
         """The text of the template, as it is exported; None for `raw`."""
+        if self.options.chat_template is None and self.tokenizer.chat_template is None:
+            log.info(
+                "chat template: the tokenizer has none, so turns are written below `System:`,"
+                " `User:` and `Assistant:`, and %s ends an answer; for another template set"
+                " data.chat_template to the path of a .jinja file, to its text, or to raw",
+                self.tokenizer.eos_token,
+            )
         return resolve_chat_template(self.tokenizer, self.options.chat_template)
 
     @cached_property

@@ -167,6 +167,8 @@ class SFTModule(L.LightningModule):
         self._peft = _Unregistered(None)
         self.saved_stop_ids: list[int] = []
         """Stop tokens of the run that made the loaded checkpoint."""
+        self.saved_turn_end_ids: list[int] = []
+        """Those of them that end its trained turns."""
         self.loss_scale = 1.0
         """Factor on the loss in the backward pass. In fp16 a sum of losses would overflow."""
         self.window: Tensor = torch.zeros(WINDOW_SIZE, dtype=torch.float64)
@@ -413,7 +415,14 @@ class SFTModule(L.LightningModule):
         extra = {*self.saved_stop_ids, *datamodule.stop_ids}
         return stop_token_ids(datamodule.tokenizer, self.model.lm.generation_config, extra)
 
-    def answer(self, prompts: Prompts, options: GenerationOptions | None = None) -> list[list[str]]:
+    @property
+    def turn_end_ids(self) -> list[int]:
+        """The ids that end trained turns, of the data and of the loaded checkpoint."""
+        return sorted({*self.saved_turn_end_ids, *data_of(self.trainer).stop_ids})
+
+    def answer(
+        self, prompts: Prompts, options: GenerationOptions | None = None
+    ) -> list[list[answer_module.Answer]]:
         """Generates the answers to each prompt (see `generation.answer`).
 
         Args:
@@ -421,7 +430,7 @@ class SFTModule(L.LightningModule):
             options: Length and sampling. None takes `model.generation`.
 
         Returns:
-            B lists of texts.
+            B lists of answers.
         """
         assert self.model is not None
         tokenizer = data_of(self.trainer).tokenizer
@@ -439,7 +448,11 @@ class SFTModule(L.LightningModule):
             )
 
     def predict_step(self, batch: Prompts, batch_idx: int) -> list[dict[str, Any]]:
-        """Returns one record per prompt (see `generation.answer.records`)."""
+        """Returns one record per prompt (see `generation.answer.records`).
+
+        Batches hold prompts of similar length, so the records are not in the order of the data:
+        sort them by `index`.
+        """
         return answer_module.records(batch, self.answer(batch))
 
     # ------------------------------------------------------------------ checkpoints
@@ -450,6 +463,7 @@ class SFTModule(L.LightningModule):
             "base": self.base,
             "quantization": self.options.quantization,
             "stop_ids": self.stop_ids,
+            "turn_end_ids": self.turn_end_ids,
         }
         if self.base is not None:
             checkpoint["state_dict"] = trainable.trained(self, checkpoint["state_dict"])
@@ -472,6 +486,8 @@ class SFTModule(L.LightningModule):
             now = self.options.quantization
             base_fingerprint.check_quantization(checkpoint.get("quantization", now), now)
         self.saved_stop_ids = checkpoint["stop_ids"]
+        # Checkpoints of earlier versions do not have it. Then the chat template alone tells.
+        self.saved_turn_end_ids = checkpoint.get("turn_end_ids", [])
 
     # ------------------------------------------------------------------ export
 
@@ -494,9 +510,17 @@ class SFTModule(L.LightningModule):
             base = AdapterBase(base_name(options.model_name_or_path), options.revision)
         if state_dict is not None:
             state_dict = {name.removeprefix("lm."): value for name, value in state_dict.items()}
+        chat = ChatFormat(
+            tokenizer=datamodule.tokenizer,
+            stop_ids=self.stop_ids,
+            chat_template=datamodule.data.chat_template,
+            turn_end_ids=self.turn_end_ids,
+            source=Path(datamodule.data.tokenizer_source),
+            added_tokens=options.add_tokens or (),
+        )
         export_hf(
             self.adapter or self.model.lm,
-            ChatFormat(datamodule.tokenizer, self.stop_ids, datamodule.data.chat_template),
+            chat,
             output_dir,
             base=base,
             state_dict=state_dict,

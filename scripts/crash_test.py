@@ -1,13 +1,17 @@
 """Kills a run at random moments, resumes it, and compares it bit for bit with an undisturbed run.
 
+    python scripts/crash_test.py --kills 20 --full_disks 5 --predict builtin:arithmetic
     python scripts/crash_test.py --kills 20 --seed 1 --output_dir crash_test -- --config
     configs/demo.yaml ...
 
 The arguments after `--` go to `fit`, on one machine with any `trainer.devices`. SIGKILL hits all
-processes of the run during start-up, steps, validations and saves. The comparison covers the rows
-of every computed micro-batch, the losses and gradient norms of `metrics.csv`, and the weights of
-the last checkpoint. On a CPU, and with deterministic GPU kernels, all must be equal. The last line
-is one JSON object.
+processes of the run during start-up, steps, validations, saves and the export. `--full_disks N`
+also fills the disk N times: no file may grow beyond a random size, at most that of a checkpoint.
+With `--predict ROWS`, the finished run answers these rows, and `predict` is killed, too.
+
+The comparison covers the rows of every computed micro-batch, the losses and gradient norms of
+`metrics.csv`, the weights of the last checkpoint and of `hf/`, and the predictions. On a CPU, and
+with deterministic GPU kernels, all must be equal. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -17,12 +21,15 @@ import csv
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +41,26 @@ from typing_extensions import override
 from lit_sft.checkpoint.io import read_checkpoint
 
 ROWS = "rows"
+VALIDATING = "validating"
+"""File beside the recorded rows that exists during a validation."""
+PREDICTIONS = "predictions.jsonl"
+MOMENTS = {"start": 1, "any": 4, "validation": 2, "save": 2, "export": 1}
+"""When a run is killed, and how often."""
+SIGNS = {
+    "validation": f"{ROWS}/{VALIDATING}",
+    "save": "lightning_logs/version_*/checkpoints/.step=*",
+    "export": "lightning_logs/version_*/.hf.*",
+}
+"""What exists below the folder of the run only during such a moment."""
+DEMO = [
+    "--config=demo",
+    "--trainer.max_steps=40",
+    "--trainer.val_check_interval=10",
+    "--checkpoint.every_n_train_steps=5",
+]
+"""Arguments of `fit` if none are given."""
+SMALLEST_FILE = 100_000
+"""Bytes that a file may have on a full disk, so that log lines can still be written."""
 CLOCK = {
     f"train/{name}"
     for name in (
@@ -69,6 +96,15 @@ class RecordRows(Callback):
         with (self.folder / f"rank{trainer.global_rank}.txt").open("a") as file:
             file.write(" ".join(map(str, record)) + "\n")
 
+    @override
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / VALIDATING).touch()
+
+    @override
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        (self.folder / VALIDATING).unlink(missing_ok=True)
+
 
 class Run:
     """One run and its attempts.
@@ -82,8 +118,13 @@ class Run:
         self.root, self.fit_args = root, fit_args
         root.mkdir(parents=True)
 
-    def start(self) -> subprocess.Popen:
-        """Starts the run, or resumes it from the newest checkpoint."""
+    def start(self, largest_file: int | None = None) -> subprocess.Popen:
+        """Starts the run, or resumes it from the newest checkpoint.
+
+        Args:
+            largest_file: The number of bytes that a file may have. None for no limit.
+        """
+        (self.root / ROWS / VALIDATING).unlink(missing_ok=True)
         record = [
             {"class_path": "crash_test.RecordRows", "init_args": {"folder": str(self.root / ROWS)}}
         ]
@@ -92,22 +133,36 @@ class Run:
             f"--trainer.default_root_dir={self.root}",
             f"--trainer.callbacks={json.dumps(record)}",
         ]
+        return self._process(["fit", *self.fit_args, *ours], largest_file)
+
+    def predict(self, rows: str) -> subprocess.Popen:
+        """Starts or continues the predictions of the finished run."""
+        asked = [f"--data.predict={rows}", f"--predict_output={self.root / PREDICTIONS}"]
+        return self._process(["predict", f"--ckpt_path={self.folder}", *asked])
+
+    def _process(self, command: list[str], largest_file: int | None = None) -> subprocess.Popen:
         path = os.pathsep.join(
             [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
         )
+
+        def limit_files() -> None:
+            if largest_file is not None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+
         with (self.root / "output.txt").open("a") as output:
             return subprocess.Popen(
-                [sys.executable, "-m", "lit_sft", "fit", *self.fit_args, *ours],
+                [sys.executable, "-m", "lit_sft", *command],
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "PYTHONPATH": path},
                 start_new_session=True,
+                preexec_fn=limit_files,
             )
 
     def records(self) -> dict[str, dict[str, set[str]]]:
         """Returns {file: {(epoch, step, micro-batch): rows}}."""
         found: dict[str, dict[str, set[str]]] = {}
-        for path in sorted((self.root / ROWS).iterdir()):
+        for path in sorted((self.root / ROWS).glob("*.txt")):
             for line in path.read_text().splitlines(keepends=True):
                 if line.endswith("\n"):
                     words = line.split()
@@ -142,9 +197,31 @@ class Run:
             self.folder / "checkpoints" / "last.ckpt", without=("optimizer_states",)
         )["state_dict"]
 
-    def is_saving(self) -> bool:
-        """Whether a kill left an incomplete save."""
-        return any(self.root.glob("lightning_logs/version_*/checkpoints/.step=*"))
+    def exported(self) -> dict[str, bytes]:
+        """Returns the weight files of `hf/` by name."""
+        return {path.name: path.read_bytes() for path in (self.folder / "hf").glob("*.safetensors")}
+
+    def predictions(self) -> str | None:
+        """Returns the predictions; None if none were asked for."""
+        path = self.root / PREDICTIONS
+        return path.read_text(encoding="utf-8") if path.is_file() else None
+
+    def signs(self, moment: str) -> set[tuple[Path, int]]:
+        """Returns the files and folders that exist only during a validation, a save or an export.
+
+        A kill leaves them behind, so each comes with its inode: a new one has another.
+        """
+        pattern = SIGNS[moment]
+        found = set()
+        for path in self.root.glob(pattern):
+            with suppress(FileNotFoundError):
+                found.add((path, path.stat().st_ino))
+        return found
+
+    def checkpoint_size(self) -> int:
+        """Returns the bytes of the largest file below the checkpoints."""
+        files = (self.folder / "checkpoints").rglob("*")
+        return max(path.stat().st_size for path in files if path.is_file())
 
 
 def finish(process: subprocess.Popen, run: Run) -> float:
@@ -158,21 +235,40 @@ def finish(process: subprocess.Popen, run: Run) -> float:
     return time.monotonic() - first_step
 
 
-def kill_at_random(run: Run, seconds: float, generator: random.Random) -> bool:
-    """Starts or resumes the run and kills it; returns False if it ended before.
+def kill_at_random(run: Run, seconds: float, generator: random.Random) -> str | None:
+    """Starts or resumes the run and kills it.
 
     Args:
         run: The run.
         seconds: Duration of the whole run from its first step.
-        generator: Draws the moment: in 9 of 10 cases after the first step, else during start-up.
+        generator: Draws the moment.
+
+    Returns:
+        The kind of the moment: one of `MOMENTS`. None if the run ended before.
     """
-    process, started = run.start(), run.size()
-    if generator.random() < 0.9:
+    [moment] = generator.choices(list(MOMENTS), list(MOMENTS.values()))
+    started = run.size()
+    left = run.signs(moment) if moment in SIGNS else set()
+    process = run.start()
+    if moment in SIGNS:
+        while process.poll() is None and run.signs(moment) <= left:
+            time.sleep(0.001)
+        delay = generator.uniform(0, 0.05)
+    elif moment == "any":
         while process.poll() is None and run.size() == started:
             time.sleep(0.002)
         delay = generator.uniform(0, seconds)
     else:
         delay = generator.uniform(0, 10)
+    return moment if was_killed(process, delay, run) else None
+
+
+def was_killed(process: subprocess.Popen, delay: float, run: Run) -> bool:
+    """Kills a process group after some seconds; returns False if it ended before.
+
+    Raises:
+        SystemExit: It ended with an error.
+    """
     try:
         process.wait(delay)
     except subprocess.TimeoutExpired:
@@ -184,6 +280,31 @@ def kill_at_random(run: Run, seconds: float, generator: random.Random) -> bool:
             f"a resumed run ended with {process.returncode}: see {run.root / 'output.txt'}"
         )
     return False
+
+
+def fill_disk(run: Run, size: int, generator: random.Random) -> bool:
+    """Starts or resumes the run while no file may grow beyond a random size.
+
+    Args:
+        run: The run.
+        size: Bytes of the largest file of a checkpoint.
+        generator: Draws the size.
+
+    Returns:
+        Whether the run ended with an error, as it must when a file cannot be written.
+    """
+    process = run.start(generator.randint(SMALLEST_FILE, size))
+    return process.wait() != 0
+
+
+def predict_with_kills(run: Run, rows: str, kills: int, generator: random.Random) -> int:
+    """Lets a finished run answer, with kills; returns their number."""
+    done = 0
+    for _ in range(kills):
+        done += was_killed(run.predict(rows), generator.uniform(2, 20), run)
+    if run.predict(rows).wait() != 0:
+        raise SystemExit(f"predict ended with an error: see {run.root / 'output.txt'}")
+    return done
 
 
 def differences(run: Run, reference: Run) -> Iterator[str]:
@@ -198,6 +319,10 @@ def differences(run: Run, reference: Run) -> Iterator[str]:
         torch.equal(weights[k], expected[k]) for k in expected
     ):
         yield "weights"
+    if run.exported() != reference.exported():
+        yield "hf/"
+    if run.predictions() != reference.predictions():
+        yield "predictions"
 
 
 def main() -> None:
@@ -206,31 +331,51 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kills", type=int, default=10, help="stop killing after so many")
+    parser.add_argument("--full_disks", type=int, default=0, help="fill the disk so many times")
+    parser.add_argument("--predict", help="rows that the finished run answers, as data.predict")
+    parser.add_argument("--predict_kills", type=int, default=2, help="kills of `predict`")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="or after so long")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--output_dir", default="crash_test", help="emptied first")
-    parser.add_argument("fit_args", nargs="*", help="arguments of `fit`")
+    parser.add_argument(
+        "fit_args", nargs="*", help="arguments of `fit`; default: the built-in model"
+    )
     args = parser.parse_args()
+    fit_args = args.fit_args or DEMO
     started, root = time.monotonic(), Path(args.output_dir).absolute()
     shutil.rmtree(root, ignore_errors=True)
-    reference, run = Run(root / "reference", args.fit_args), Run(root / "killed", args.fit_args)
+    reference, run = Run(root / "reference", fit_args), Run(root / "killed", fit_args)
     seconds = finish(reference.start(), reference)
-    generator, kills, in_saves, runs = random.Random(args.seed), 0, 0, 1
-    while kills < args.kills and time.monotonic() - started < 60 * args.minutes:
-        if kill_at_random(run, seconds, generator):
-            kills, in_saves = kills + 1, in_saves + run.is_saving()
+    generator = random.Random(args.seed)
+    kills: Counter[str] = Counter()
+    full_disks, runs, found = 0, 1, []
+    while kills.total() < args.kills or full_disks < args.full_disks:
+        if time.monotonic() - started > 60 * args.minutes:
+            break
+        if full_disks < args.full_disks and generator.random() < 0.5:
+            full_disks += fill_disk(run, reference.checkpoint_size(), generator)
             continue
-        if found := list(differences(run, reference)):
+        moment = kill_at_random(run, seconds, generator)
+        if moment is not None:
+            kills[moment] += 1
+            continue
+        found = list(differences(run, reference))
+        if found:
             break
         # The run ended before the kill, so it starts again.
         shutil.rmtree(run.root)
-        run, runs = Run(run.root, args.fit_args), runs + 1
-    else:
+        run, runs = Run(run.root, fit_args), runs + 1
+    if not found:
         finish(run.start(), run)
+        if args.predict is not None:
+            predict_with_kills(reference, args.predict, 0, generator)
+            asked = args.predict_kills
+            kills["predict"] = predict_with_kills(run, args.predict, asked, generator)
         found = list(differences(run, reference))
     result = {
-        "kills": kills,
-        "in_saves": in_saves,
+        "kills": kills.total(),
+        **kills,
+        "full_disks": full_disks,
         "runs": runs,
         "steps": len(reference.scalars()),
         "differ": found,

@@ -46,14 +46,18 @@ def convert(gguf: Path, output: Path) -> None:
     """Converts GGUF into config, bf16 safetensors and tokenizer."""
     import torch
 
+    from lit_sft.model.export import ChatFormat, export_hf
+    from lit_sft.model.generate import stop_token_ids
     from lit_sft.model.load import load_model, load_tokenizer
 
     folder = str(gguf.parent)
     model = load_model(
         folder, init="pretrained", dtype=torch.bfloat16, attn_implementation="sdpa", seed=0
     )
-    model.save_pretrained(output)
-    load_tokenizer(folder).save_pretrained(output)
+    tokenizer = load_tokenizer(folder)
+    stop_ids = stop_token_ids(tokenizer, model.generation_config)
+    # Its files load in transformers 4 and 5.
+    export_hf(model, ChatFormat(tokenizer, stop_ids), output)
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from lit_sft.console import answers_markdown
 from lit_sft.datamodule import data_of
 from lit_sft.errors import UserError
 from lit_sft.files import atomic_write
+from lit_sft.generation.answer import Answer
 from lit_sft.generation.prompts import Prompt
 from lit_sft.generation.scoring import choose_prompts, evaluate, too_long_to_match
 from lit_sft.model.generate import GenerationOptions, context_length
@@ -165,9 +166,9 @@ class Evaluation(Callback):
         greedy = GenerationOptions(max_new_tokens=module.generation.max_new_tokens)
         batches = data_of(trainer).prompt_batches(self.prompts[stage], greedy)
 
-        def answer(prompts: Prompts) -> list[list[str]]:
+        def answer(prompts: Prompts) -> list[list[Answer]]:
             module.between_answers()
-            answers: list[list[str]] = module.answer(prompts, greedy)
+            answers: list[list[Answer]] = module.answer(prompts, greedy)
             return answers
 
         scores, table = evaluate(batches, answer, module.evaluation)

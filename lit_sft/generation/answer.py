@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+class Answer(NamedTuple):
+    """A generated answer."""
+
+    text: str
+    finish_reason: Literal["stop", "length"]
+    """Why it ends: a stop token, or `max_new_tokens`. Servers use these names."""
+
+
 def answer(
     model: CausalLMLoss,
     tokenizer: PreTrainedTokenizerBase,
@@ -26,7 +34,7 @@ def answer(
     stop_ids: Sequence[int],
     seed: int,
     synced: bool = False,
-) -> list[list[str]]:
+) -> list[list[Answer]]:
     """Generates answers. Sampled tokens depend on seed and batch only, so a rerun repeats them.
 
     Args:
@@ -40,7 +48,7 @@ def answer(
             number of calls.
 
     Returns:
-        B lists of R texts.
+        B lists of R answers.
     """
     if options.do_sample:
         sequence = np.random.SeedSequence([seed, prompts["number"] + 1])
@@ -55,27 +63,42 @@ def answer(
         synced=synced,
         entry=model.generate,
     )
-    texts = [decode_completion(tokenizer, ids, stop_ids) for ids in completions]
+    answers = [_decoded(tokenizer, ids, stop_ids) for ids in completions]
     count = options.num_return_sequences
-    return [texts[start : start + count] for start in range(0, len(texts), count)]
+    return [answers[start : start + count] for start in range(0, len(answers), count)]
 
 
-def records(prompts: Prompts, answers: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
+def _decoded(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stop_ids: Sequence[int]
+) -> Answer:
+    """Decodes the token ids of an answer."""
+    text = decode_completion(tokenizer, ids, stop_ids)
+    return Answer(text, "stop" if ids[-1] in stop_ids else "length")
+
+
+def records(prompts: Prompts, answers: Sequence[Sequence[Answer]]) -> list[dict[str, Any]]:
     """Makes one record per prompt, without fillers.
 
     Returns:
-        Records with index, prompt and prediction (the first answer). `predictions` holds all
-        answers if there are several, `reference` the expected answer if the data has one.
+        Records with index, prompt, prediction (the text of the first answer) and its
+        finish_reason. `predictions` and `finish_reasons` hold those of all answers if there are
+        several, `reference` the expected answer if the data has one.
     """
     made = []
-    for index, text, texts, reference in zip(
+    for index, text, given, reference in zip(
         prompts["index"], prompts["texts"], answers, prompts["references"], strict=True
     ):
         if index < 0:
             continue
-        record: dict[str, Any] = {"index": index, "prompt": text, "prediction": texts[0]}
-        if len(texts) > 1:
-            record["predictions"] = list(texts)
+        record: dict[str, Any] = {
+            "index": index,
+            "prompt": text,
+            "prediction": given[0].text,
+            "finish_reason": given[0].finish_reason,
+        }
+        if len(given) > 1:
+            record["predictions"] = [each.text for each in given]
+            record["finish_reasons"] = [each.finish_reason for each in given]
         if reference is not None:
             record["reference"] = reference
         made.append(record)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lit_sft.errors import UserError
-from lit_sft.generation.answer import records
+from lit_sft.generation.answer import Answer, records
 from lit_sft.generation.prompts import Prompt, fits
 from lit_sft.generation.text_metrics import METRICS, score_names, text_scores
 from lit_sft.types import Prompts
@@ -129,7 +129,7 @@ def too_long_to_match(prompts: Sequence[Prompt], key: str, max_new_tokens: int) 
 
 def evaluate(
     batches: Iterable[Prompts],
-    answer: Callable[[Prompts], list[list[str]]],
+    answer: Callable[[Prompts], list[list[Answer]]],
     options: EvaluationOptions,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Answers the prompts of this rank, and scores the answers of all ranks.

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-import json
+import logging
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +20,14 @@ from torch import Tensor
 from lit_sft.errors import UserError
 from lit_sft.files import sync_tree
 from lit_sft.model.base_fingerprint import record_base
+from lit_sft.model.config_files import complete_config
+from lit_sft.model.tokenizer_files import TokenizerChanges, default_template, write_tokenizer
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 # Only sampling reads these. `save_pretrained` refuses a greedy generation config that has them.
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
@@ -36,13 +40,34 @@ class ChatFormat:
     """What is exported beside the weights, so that others prompt the model as we do."""
 
     tokenizer: PreTrainedTokenizerBase
-    """Written unchanged, except for its chat template."""
+    """Written as its source has it, except for the chat template and the eos token."""
     stop_ids: Sequence[int]
     """Ids that end an answer. In `generation_config.json` they make transformers' `generate` stop
     where ours does.
     """
     chat_template: str | None = None
     """The chat template of the training. None for the tokenizer's own."""
+    turn_end_ids: Collection[int] = ()
+    """Ids that end the trained turns. If there is only one, it becomes the eos token."""
+    source: Path | None = None
+    """The directory that the tokenizer was loaded from. None if it was not loaded from files."""
+    added_tokens: Sequence[str] = ()
+    """Tokens that were added to those of the source."""
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The eos token of the export: the token that ends every trained turn.
+
+        It is the tokenizer's own if turns end in several tokens. It is also the tokenizer's own if
+        the chat template writes `eos_token` somewhere, because another token would change what
+        the template writes.
+        """
+        own = self.tokenizer.eos_token_id
+        template = self.chat_template or default_template(self.tokenizer) or ""
+        if len(self.turn_end_ids) != 1 or "eos_token" in template:
+            return own
+        [end] = self.turn_end_ids
+        return end
 
 
 @dataclass(frozen=True)
@@ -89,27 +114,66 @@ def export_hf(
     lm = causal_lm(model)
     _check_target(target, lm.name_or_path if base is None else base.name_or_path)
     state = dict(lm.state_dict() if state_dict is None else state_dict)
-    settings = _generation_config(lm, chat)
-    tokenizer = copy.deepcopy(chat.tokenizer)
-    if chat.chat_template is not None:
-        tokenizer.chat_template = chat.chat_template
+    saved = _Saved(_generation_config(lm, chat), _new_eos(chat), dtype)
     with _replaced_when_complete(target, check) as staging:
         if not is_adapted(model):
-            _save_model(lm, state, staging, settings, dtype)
+            _save_model(lm, state, staging, saved)
         else:
             base_directory = Path(lm.name_or_path)
             if base is None or _init_changed_base(model):
                 base_directory = staging / "base"
-                _save_model(lm, _base_state(state), base_directory, settings, None)
-                tokenizer.save_pretrained(base_directory)
+                _save_model(lm, _base_state(state), base_directory, replace(saved, dtype=None))
+                _write_tokenizer(chat, base_directory)
                 base = AdapterBase(str(target.absolute() / "base"))
             _save_adapter(model, state, staging, base)
-            settings.save_pretrained(staging)
+            saved.generation_config.save_pretrained(staging)
             record_base(staging, base_directory)
-        tokenizer.save_pretrained(staging)
+        _write_tokenizer(chat, staging)
         # safetensors writes files that only their owner can read.
         for file in staging.rglob("*.safetensors"):
             shutil.copymode(staging / "generation_config.json", file)
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """What is written beside the weights of a whole model."""
+
+    generation_config: GenerationConfig
+    eos_token_id: int | None
+    """The new eos token. None keeps that of the model."""
+    dtype: torch.dtype | None
+    """Dtype of the written weights. None keeps theirs."""
+
+
+def _new_eos(chat: ChatFormat) -> int | None:
+    """The eos token that ends every trained turn, None if there is none; logs a change."""
+    eos = chat.eos_token_id
+    if eos is None or eos not in chat.turn_end_ids:
+        return None
+    if eos != chat.tokenizer.eos_token_id:
+        others = [_token(chat, token_id) for token_id in chat.stop_ids if token_id != eos]
+        log.info(
+            "the eos token of the export is %s, which ends every trained turn;"
+            " generation_config.json also stops at %s",
+            _token(chat, eos),
+            ", ".join(others),
+        )
+    return eos
+
+
+def _token(chat: ChatFormat, token_id: int) -> str:
+    """The text of a token."""
+    return str(chat.tokenizer.convert_ids_to_tokens(token_id))
+
+
+def _write_tokenizer(chat: ChatFormat, directory: Path) -> None:
+    """Writes the tokenizer with the chat template and the eos token of the training."""
+    eos = chat.eos_token_id
+    eos_token = None
+    if eos is not None and eos != chat.tokenizer.eos_token_id:
+        eos_token = _token(chat, eos)
+    changes = TokenizerChanges(chat.chat_template, eos_token, chat.added_tokens)
+    write_tokenizer(chat.tokenizer, chat.source, changes, directory)
 
 
 def is_adapted(model: Any) -> bool:
@@ -140,29 +204,26 @@ def _generation_config(lm: PreTrainedModel, chat: ChatFormat) -> GenerationConfi
     """The model's generation config, with the stop and pad tokens of the chat format."""
     config: Any = copy.deepcopy(lm.generation_config)
     stops = [int(token_id) for token_id in chat.stop_ids]
+    # The eos token comes first.
+    stops.sort(key=lambda token_id: (token_id != chat.eos_token_id, token_id))
     config.eos_token_id = stops[0] if len(stops) == 1 else stops or None
     config.pad_token_id = chat.tokenizer.pad_token_id
+    # transformers 4 would replace such a config by one from config.json, which has one stop token.
+    config._from_model_config = False
     if not config.do_sample:
         for name in _SAMPLING:
             setattr(config, name, None)
     return config
 
 
-def _save_model(
-    lm: Any,
-    state: dict[str, Tensor],
-    directory: Path,
-    settings: GenerationConfig,
-    dtype: torch.dtype | None,
-) -> None:
+def _save_model(lm: Any, state: dict[str, Tensor], directory: Path, saved: _Saved) -> None:
     """Writes a whole model.
 
     Args:
         lm: The causal LM. Its settings are changed while it is written.
         state: Its tensors.
         directory: The directory to write.
-        settings: The generation config to write.
-        dtype: Dtype of the written weights. None keeps theirs.
+        saved: What is written beside the weights.
     """
     config = lm.config.get_text_config()
     # Weights gathered from shards are copies, so transformers cannot detect that they are tied.
@@ -171,10 +232,10 @@ def _save_model(
     for name, value in state.items():
         if name in left_out:
             continue
-        is_cast = dtype is not None and value.is_floating_point()
-        written[name] = value.to(dtype) if is_cast else value
+        is_cast = saved.dtype is not None and value.is_floating_point()
+        written[name] = value.to(saved.dtype) if is_cast else value
     in_training = lm.generation_config, getattr(config, "use_cache", None)
-    lm.generation_config = settings
+    lm.generation_config = saved.generation_config
     config.use_cache = True
     # With a quantizer, transformers would ignore `state_dict`.
     quantizer = vars(lm).pop("hf_quantizer", None)
@@ -184,10 +245,9 @@ def _save_model(
         lm.generation_config, config.use_cache = in_training
         if quantizer is not None:
             lm.hf_quantizer = quantizer
-    if dtype is not None:
-        saved_config = json.loads((directory / "config.json").read_text())
-        saved_config["dtype"] = str(dtype).removeprefix("torch.")
-        (directory / "config.json").write_text(json.dumps(saved_config, indent=2) + "\n")
+    source = Path(lm.name_or_path) if lm.name_or_path else None
+    dtype = None if saved.dtype is None else str(saved.dtype).removeprefix("torch.")
+    complete_config(directory, source, dtype=dtype, eos_token_id=saved.eos_token_id)
 
 
 def _base_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

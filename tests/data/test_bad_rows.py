@@ -441,7 +441,7 @@ def test_specs(spec, words, tmp_path):
     one_line(caught, words)
 
 
-@pytest.mark.parametrize("size", [0, -0.1, 1.5, 10, 11.0, 0.01, 0.99, True])
+@pytest.mark.parametrize("size", [0, -0.1, 1.5, 10, 11.0, True])
 def test_val_size(size):
     with pytest.raises(UserError) as caught:
         split_rows(10, size, 0)

@@ -471,6 +471,12 @@ def test_split(size, count):
     assert not np.array_equal(validation, split_rows(100, size, seed=4)[1])
 
 
+@pytest.mark.parametrize(("rows", "share", "count"), [(4, 0.1, 1), (2, 0.01, 1), (4, 0.99, 3)])
+def test_a_share_of_few_rows_leaves_a_row_on_each_side(rows, share, count):
+    train, validation = split_rows(rows, share, seed=3)
+    assert (len(train), len(validation)) == (rows - count, count)
+
+
 def test_copies_of_a_row_stay_on_one_side(tmp_path):
     rows = mixture(tmp_path)
     train, validation = (

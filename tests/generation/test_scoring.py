@@ -102,6 +102,7 @@ def test_scores_of_a_fit(place):
             "index": n,
             "prompt": f"say {n}",
             "prediction": answer,
+            "finish_reason": "stop",
             "reference": answer,
         }
         for n, answer in enumerate(KNOWN)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import save_tiny, tiny_gpt2, tiny_llama, tiny_qwen3, tiny_tokenizer
+from terminal import log_lines
+from tiny import CHATML, save_tiny, tiny_gpt2, tiny_llama, tiny_qwen3, tiny_tokenizer
 
 from lit_sft.errors import UserError
 from lit_sft.model.attention import packed
@@ -19,16 +20,20 @@ from lit_sft.model.lora.apply import apply_lora
 from lit_sft.model.lora.load import load_adapter
 from lit_sft.model.lora.lora_config import LoraConfig
 from lit_sft.model.lora.merge import merge
+from lit_sft.model.new_tokens import add_tokens
 from lit_sft.model.verify_export import verify_export
 
 PROBES = [[5, 6, 7, 8], [100, 90, 80]]
 IDS = torch.arange(5, 29).reshape(2, 12)
 
 
+CHAT = ("turn_end_ids", "source", "added_tokens")
+
+
 def export(model, path, *, tokenizer=None, stop_ids=(0, 2), chat_template=None, **options):
-    export_hf(
-        model, ChatFormat(tokenizer or tiny_tokenizer(), stop_ids, chat_template), path, **options
-    )
+    more = {name: options.pop(name) for name in CHAT if name in options}
+    chat = ChatFormat(tokenizer or tiny_tokenizer(), stop_ids, chat_template, **more)
+    export_hf(model, chat, path, **options)
 
 
 def plain(path):
@@ -183,7 +188,155 @@ def test_plain_transformers_stops_at_the_end_of_turn_of_the_template(tmp_path):
     assert plain(tmp_path / "hf").generate(prompt, max_new_tokens=5)[0].tolist() == [5, 6, 7, 2]
     saved = read(tmp_path / "hf", "generation_config.json")
     assert saved["eos_token_id"] == [0, 2] and saved["pad_token_id"] == 0
+    # transformers 4 replaces a config with this mark by one that stops at one token.
+    assert not saved.get("_from_model_config")
     assert model.generation_config.eos_token_id == 0, "the caller's model was changed"
+
+
+def saved_tokenizer(path, template=CHATML, **config):
+    """A directory with the tiny tokenizer in the files of transformers 4, as most models have."""
+    tokenizer = tiny_tokenizer(chat_template=template)
+    tokenizer.save_pretrained(path)
+    (path / "chat_template.jinja").unlink(missing_ok=True)
+    settings = {
+        "added_tokens_decoder": {
+            "2": {
+                "content": "<|im_end|>",
+                "lstrip": False,
+                "normalized": False,
+                "rstrip": False,
+                "single_word": False,
+                "special": True,
+            }
+        },
+        "additional_special_tokens": ["<|im_start|>", "<|im_end|>"],
+        "chat_template": template,
+        "eos_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    (path / "tokenizer_config.json").write_text(json.dumps({**settings, **config}))
+    (path / "special_tokens_map.json").write_text('{"eos_token": {"content": "<|endoftext|>"}}')
+    (path / "vocab.json").write_text("{}")
+    return load_tokenizer(str(path))
+
+
+def test_the_files_of_the_tokenizer_are_copied(tmp_path):
+    tokenizer = saved_tokenizer(tmp_path)
+    export(
+        tiny_llama(),
+        tmp_path / "hf",
+        tokenizer=tokenizer,
+        source=tmp_path,
+        chat_template=tokenizer.chat_template,
+    )
+    for file in tmp_path.iterdir():
+        if file.is_file():
+            assert (tmp_path / "hf" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_the_token_that_ends_every_turn_is_the_eos_token(tmp_path, caplog):
+    """So `generate(eos_token_id=tokenizer.eos_token_id)` stops there. The old one stops, too."""
+    tokenizer = saved_tokenizer(tmp_path)
+    caplog.set_level("INFO", logger="lit_sft")
+    with log_lines() as lines:
+        export(
+            tiny_llama(), tmp_path / "hf", tokenizer=tokenizer, source=tmp_path, turn_end_ids=[2]
+        )
+    assert load_tokenizer(str(tmp_path / "hf")).eos_token_id == 2
+    assert read(tmp_path / "hf", "config.json")["eos_token_id"] == 2
+    assert read(tmp_path / "hf", "generation_config.json")["eos_token_id"] == [2, 0]
+    assert read(tmp_path / "hf", "special_tokens_map.json")["eos_token"] == "<|im_end|>"
+    before = read(tmp_path, "tokenizer_config.json")
+    after = read(tmp_path / "hf", "tokenizer_config.json")
+    assert after == {**before, "eos_token": "<|im_end|>"}
+    assert (tmp_path / "hf" / "tokenizer.json").read_bytes() == (
+        tmp_path / "tokenizer.json"
+    ).read_bytes()
+    assert lines == [
+        "the eos token of the export is <|im_end|>, which ends every trained turn;"
+        " generation_config.json also stops at <|endoftext|>"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("turn_end_ids", "template"),
+    [([0, 2], CHATML), ([], CHATML), ([2], CHATML + "{{ eos_token }}")],
+    ids=["several ends", "no turn", "the template writes eos"],
+)
+def test_the_eos_token_stays(tmp_path, turn_end_ids, template):
+    tokenizer = saved_tokenizer(tmp_path, template)
+    export(
+        tiny_llama(),
+        tmp_path / "hf",
+        tokenizer=tokenizer,
+        source=tmp_path,
+        turn_end_ids=turn_end_ids,
+    )
+    assert load_tokenizer(str(tmp_path / "hf")).eos_token_id == 0
+    assert read(tmp_path / "hf", "config.json")["eos_token_id"] == 0
+    assert read(tmp_path / "hf", "generation_config.json")["eos_token_id"] == [0, 2]
+
+
+def test_another_template_replaces_the_one_in_the_config(tmp_path):
+    tokenizer = saved_tokenizer(tmp_path)
+    template = "{% for message in messages %}{{ message['content'] }}<|im_end|>{% endfor %}"
+    export(
+        tiny_llama(),
+        tmp_path / "hf",
+        tokenizer=tokenizer,
+        source=tmp_path,
+        chat_template=template,
+    )
+    assert read(tmp_path / "hf", "tokenizer_config.json")["chat_template"] == template
+    assert (tmp_path / "hf" / "chat_template.jinja").read_text() == template
+
+
+def test_added_tokens_are_in_the_copied_files(tmp_path):
+    tokenizer = saved_tokenizer(tmp_path)
+    [new] = add_tokens(tokenizer, ["<answer>"])
+    export(
+        tiny_llama(),
+        tmp_path / "hf",
+        tokenizer=tokenizer,
+        source=tmp_path,
+        added_tokens=["<answer>"],
+    )
+    reloaded = load_tokenizer(str(tmp_path / "hf"))
+    text = "a <answer>b<|im_end|>"
+    assert new in reloaded(text).input_ids
+    assert reloaded(text).input_ids == tokenizer(text).input_ids
+    listed = read(tmp_path / "hf", "tokenizer_config.json")["added_tokens_decoder"]
+    assert listed[str(new)]["content"] == "<answer>" and not listed[str(new)]["special"]
+
+
+ROPE = {"rope_type": "linear", "factor": 4.0, "rope_theta": 5000.0}
+
+
+def test_the_config_has_the_keys_of_older_versions(tmp_path):
+    """transformers 4 ignores `rope_parameters`, and would compute with the base 10,000."""
+    export(tiny_llama(rope_parameters=dict(ROPE)), tmp_path / "hf", dtype=torch.bfloat16)
+    config = read(tmp_path / "hf", "config.json")
+    assert config["rope_theta"] == 5000.0
+    assert config["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+    assert config["torch_dtype"] == config["dtype"] == "bfloat16"
+    assert plain(tmp_path / "hf").config.rope_parameters == ROPE
+
+
+def test_older_keys_are_those_of_the_source(tmp_path):
+    source = save_tiny(tmp_path / "base", tiny_llama(rope_parameters=dict(ROPE)))
+    file = tmp_path / "base" / "config.json"
+    config = json.loads(file.read_text())
+    del config["rope_parameters"]
+    older = {"rope_theta": 5000.0, "rope_scaling": {"type": "linear", "factor": 4.0}}
+    file.write_text(json.dumps({**config, **older, "torch_dtype": "float32"}))
+    model = load_model(
+        source, init="pretrained", dtype=torch.float32, attn_implementation="sdpa", seed=0
+    )
+    export(model, tmp_path / "hf")
+    saved = read(tmp_path / "hf", "config.json")
+    assert {name: saved[name] for name in older} == older
+    assert torch.equal(logits(plain(tmp_path / "hf")), logits(model))
 
 
 def test_a_greedy_generation_config_with_sampling_options_is_mended(tmp_path):

@@ -4,14 +4,17 @@ where a turn does.
 
 import json
 
+import lightning as L
 import pytest
 import torch
 from running import arguments, chat_rows, run, version, write_rows
 from terminal import log_lines, refused
-from tiny import save_tiny
+from tiny import save_tiny, tiny_tokenizer
 
 from lit_sft.datamodule import SFTDataModule
 from lit_sft.generation import prompts
+from lit_sft.model.generate import GenerationOptions
+from lit_sft.module import SFTModule
 
 ANSWERS = {  # of different lengths, so that batches are padded and answers end at different steps
     "say a": "a",
@@ -73,7 +76,13 @@ def test_every_row_once_in_order_with_its_reference(place, tmp_path):
         place, tmp_path / "new" / "out.jsonl", f"--data.predict={place / 'rows.jsonl'}"
     )
     assert records == [
-        {"index": index, "prompt": prompt, "prediction": answer, "reference": answer}
+        {
+            "index": index,
+            "prompt": prompt,
+            "prediction": answer,
+            "finish_reason": "stop",
+            "reference": answer,
+        }
         for index, (prompt, answer) in enumerate(ANSWERS.items())
     ]
     assert [path.name for path in (tmp_path / "new").iterdir()] == [
@@ -115,14 +124,54 @@ def test_batched_text_equals_text_one_by_one(tmp_path, monkeypatch):
 def test_a_list_of_questions(place, tmp_path):
     records = predict(place, tmp_path / "out.jsonl", '--data.predict=["x", "count"]')
     assert records == [
-        {"index": 0, "prompt": "x", "prediction": ANSWERS["x"]},
-        {"index": 1, "prompt": "count", "prediction": ANSWERS["count"]},
+        {"index": 0, "prompt": "x", "prediction": ANSWERS["x"], "finish_reason": "stop"},
+        {"index": 1, "prompt": "count", "prediction": ANSWERS["count"], "finish_reason": "stop"},
     ]
+
+
+def test_an_answer_that_is_cut_says_so(place, tmp_path):
+    """The cut text is a beginning of the whole one; an answer that just fits has ended."""
+    asked = '--data.predict=["count", "x"]'
+    whole = predict(place, tmp_path / "whole.jsonl", asked)
+    cut = predict(place, tmp_path / "cut.jsonl", asked, "--model.generation.max_new_tokens=3")
+    assert [record["finish_reason"] for record in whole] == ["stop", "stop"]
+    assert [record["finish_reason"] for record in cut] == ["length", "length"]
+    for short, long in zip(cut, whole, strict=True):
+        assert long["prediction"].startswith(short["prediction"])
+
+
+def test_a_plain_trainer_returns_rows_with_their_number(place):
+    """They come in batches of similar length, with the index of the row."""
+    module = SFTModule(str(place / "model"), generation=GenerationOptions(max_new_tokens=2))
+    data = SFTDataModule(
+        model_name_or_path=str(place / "model"),
+        predict=str(place / "rows.jsonl"),
+        cache_dir=str(place / "cache"),
+    )
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    batches = trainer.predict(module, data)
+    records = [record for batch in batches for record in batch]
+    assert [record["prompt"] for record in records] != list(ANSWERS)
+    records.sort(key=lambda record: record["index"])
+    assert [record["prompt"] for record in records] == list(ANSWERS)
+
+
+def test_the_plain_chat_template_is_told(tmp_path, caplog):
+    """Once, with the remedy; a template that is set is not."""
+    model = save_tiny(tmp_path / "model", tokenizer=tiny_tokenizer(chat_template=None))
+    caplog.set_level("INFO", logger="lit_sft")
+    settings = {"model_name_or_path": model, "cache_dir": str(tmp_path), "predict": ["x"]}
+    with log_lines() as lines:
+        SFTDataModule(**settings).data.asked_by_predict()
+        SFTDataModule(chat_template="raw", **settings).data.asked_by_predict()
+    [line] = [line for line in lines if line.startswith("chat template: ")]
+    assert "`Assistant:`, and <|endoftext|> ends an answer" in line
+    assert "set data.chat_template to the path of a .jinja file" in line
 
 
 def test_the_questions_where_nothing_else_is_asked(place, tmp_path):
     records = predict(place, tmp_path / "out.jsonl", '--data.questions=["say a"]')
-    assert records == [{"index": 0, "prompt": "say a", "prediction": "a"}]
+    assert records == [{"index": 0, "prompt": "say a", "prediction": "a", "finish_reason": "stop"}]
 
 
 @pytest.mark.parametrize("key", ["questions", "predict"])
@@ -169,7 +218,12 @@ def test_rows_without_answer_and_rows_of_several_turns(place, tmp_path):
     records = predict(
         place, tmp_path / "out.jsonl", f"--data.predict={write_rows(tmp_path / 'rows.jsonl', rows)}"
     )
-    assert records[0] == {"index": 0, "prompt": "x", "prediction": ANSWERS["x"]}
+    assert records[0] == {
+        "index": 0,
+        "prompt": "x",
+        "prediction": ANSWERS["x"],
+        "finish_reason": "stop",
+    }
     assert records[1]["prompt"] == "count" and records[1]["reference"] == ANSWERS["count"]
 
 

@@ -238,7 +238,10 @@ def split_rows(
     if origins is None:
         origins = np.arange(n)
     distinct, first, copy_of = np.unique(origins, return_index=True, return_inverse=True)
-    count = round(val_size * len(distinct)) if 0 < val_size < 1 else int(val_size)
+    count = int(val_size)
+    if 0 < val_size < 1:
+        # A share of few rows is at least one row, and leaves one.
+        count = min(max(round(val_size * len(distinct)), 1), len(distinct) - 1)
     if isinstance(val_size, bool) or val_size <= 0 or (val_size > 1 and count != val_size):
         raise UserError(
             f"`data.val_size` is {val_size}, expected a share between 0 and 1 or a whole number of"
