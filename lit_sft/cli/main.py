@@ -29,7 +29,7 @@ from lit_sft.memory_plan import Plan
 from lit_sft.model_builder import refuse_adapter
 from lit_sft.module import SFTModule
 from lit_sft.run import folder as run_folder
-from lit_sft.run import slurm
+from lit_sft.run import launch, slurm
 from lit_sft.trainer import as_list, own_callbacks, run_callbacks
 
 log = logging.getLogger(__name__)
@@ -139,6 +139,11 @@ class SFTCLI(LightningCLI):
         settings.reject_unsupported(config.trainer, self.subcommand)
         settings.complete_trainer(config.trainer)
         slurm.check_launch()
+        if self.subcommand not in OURS:
+            asks_for_nodes = any(
+                item.key == "trainer.num_nodes" for item in arguments.written(sys.argv[1:])
+            )
+            self.environments = launch.take_ranks(config.trainer, asks_for_nodes)
         self.ckpt_path = settings.resolve_checkpoint(config, self.subcommand)
         if "ckpt_path" in config:
             config.ckpt_path = self.ckpt_path
@@ -197,7 +202,8 @@ class SFTCLI(LightningCLI):
         asked = dict(config.trainer)
         if is_fit:
             asked["callbacks"] = own_callbacks(config.trainer)
-        asked["plugins"] = slurm.plugins([*as_list(asked.get("plugins")), files])
+        plugins = [*as_list(asked.get("plugins")), *self.environments, files]
+        asked["plugins"] = slurm.plugins(plugins)
         if asked.get("logger") in (None, True):
             asked["logger"] = run_folder.loggers(root)
         try:
