@@ -137,6 +137,8 @@ class SFTCLI(LightningCLI):
         config = self.config[self.subcommand]
         errors.refuse_hidden({item.key: item.value for item in arguments.written(sys.argv[1:])})
         settings.reject_unsupported(config.trainer, self.subcommand)
+        if self.subcommand in ("fit", "doctor"):
+            settings.check_end(config)
         settings.complete_trainer(config.trainer)
         slurm.check_launch()
         if self.subcommand not in OURS:
