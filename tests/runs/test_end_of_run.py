@@ -1,5 +1,7 @@
 """When a run ends: by epochs, steps or time; ends that never come are refused."""
 
+import csv
+
 import pytest
 from running import arguments, chat_rows, run, scalars, version, write_rows
 from terminal import log_lines, refused
@@ -66,6 +68,12 @@ def test_steps_end_a_run_of_unlimited_epochs(args, tmp_path):
     assert len(rates) == 6 and rates[-1] < rates[1] / 10
 
 
+def files(folder):
+    """All files of the runs but those of TensorBoard, which opens one at each start."""
+    found = sorted(folder.glob("runs/**/*"))
+    return [path for path in found if "tfevents" not in path.name]
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -76,10 +84,10 @@ def test_steps_end_a_run_of_unlimited_epochs(args, tmp_path):
 def test_a_resume_behind_the_end(overrides, words, args, tmp_path, capsys):
     both = {"trainer__max_epochs": 2, "trainer__max_steps": 6}
     run("fit", args(**both))
-    before = sorted(tmp_path.glob("runs/**/*"))
+    before = files(tmp_path)
     settings = args(**{**both, "trainer__max_steps": -1, **overrides})
     assert words in refused(capsys, "fit", [*settings, "--ckpt_path=last"])
-    assert sorted(tmp_path.glob("runs/**/*")) == before
+    assert files(tmp_path) == before
 
 
 def test_steps_that_are_not_reached_are_told(args):
@@ -89,3 +97,47 @@ def test_steps_that_are_not_reached_are_told(args):
         "trainer.max_steps 9 is not reached: trainer.max_epochs 1 ends the run after 4 steps"
         in lines
     )
+
+
+# ------------------------------------------------------------------ the last validation
+
+
+def validated_at(root):
+    with (version(root) / "metrics.csv").open() as file:
+        return [int(row["step"]) + 1 for row in csv.DictReader(file) if row.get("val/loss")]
+
+
+ENDS = [
+    # Inside the first epoch, inside the second, and at the end of one.
+    ({"trainer__max_steps": 3}, [3]),
+    ({"trainer__max_steps": 6, "trainer__max_epochs": 9}, [4, 6]),
+    ({"trainer__max_steps": 4}, [4]),
+    ({}, [4]),
+    ({"trainer__max_steps": 3, "trainer__val_check_interval": 0.25}, [1, 2, 3]),
+    ({"trainer__max_steps": 3, "trainer__check_val_every_n_epoch": 2}, [3]),
+    ({"trainer__max_steps": 3, "trainer__limit_val_batches": 0}, []),
+    ({"trainer__max_steps": 3, "data__micro_batch_size": 2}, [3]),
+]
+
+
+@pytest.mark.parametrize(("overrides", "steps"), ENDS)
+def test_the_last_step_is_validated_once(overrides, steps, args, place, tmp_path):
+    run("fit", args(data__validation=place[1], data__max_samples=16, **overrides))
+    assert validated_at(tmp_path / "runs") == steps
+    best = version(tmp_path / "runs") / "checkpoints" / "best.ckpt"
+    assert best.exists() == bool(steps)
+
+
+def test_a_resumed_run_validates_its_last_step(args, place, tmp_path):
+    settings = {"data__validation": place[1], "trainer__max_epochs": 2}
+    run("fit", args(**settings, trainer__max_steps=2))
+    run("fit", [*args(**settings, trainer__max_steps=6), "--ckpt_path=last"])
+    assert validated_at(tmp_path / "runs") == [2, 4, 6]
+
+
+def test_the_clock_ends_with_a_validation(args, place, tmp_path):
+    limits = {"trainer__max_epochs": -1, "trainer__max_time": "00:00:00:02"}
+    settings = args(data__validation=place[1], **limits, **CONSTANT)
+    run("fit", [*settings, "--trainer.check_val_every_n_epoch=1000"])
+    steps = len(scalars(tmp_path / "runs", "train/lr"))
+    assert validated_at(tmp_path / "runs") == [steps]
