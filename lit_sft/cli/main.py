@@ -189,7 +189,7 @@ class SFTCLI(LightningCLI):
             "callbacks": own_callbacks(asked, dry=True),
             "default_root_dir": str(Path(asked.default_root_dir or ".")),
         }
-        trainer: Any = self._instantiate_trainer({**asked, **replaced}, [])
+        trainer: Any = self._build({**asked, **replaced}, [])
         present = trainer.accelerator.auto_device_count()
         trainer.plan = Plan.of_settings(asked.devices, asked.num_nodes, asked.strategy, present)
         resume_only_from_given_checkpoint(trainer)
@@ -208,16 +208,22 @@ class SFTCLI(LightningCLI):
         asked["plugins"] = slurm.plugins(plugins)
         if asked.get("logger") in (None, True):
             asked["logger"] = run_folder.loggers(root)
-        try:
-            trainer = self._instantiate_trainer(
-                {**asked, "default_root_dir": str(root), **kwargs}, callbacks
-            )
-        except (TypeError, ValueError, MisconfigurationException) as error:
-            raise UserError(f"trainer: {error}") from error
+        trainer = self._build({**asked, "default_root_dir": str(root), **kwargs}, callbacks)
         fsdp2.check(trainer.strategy)
         slurm.check_devices(trainer, asked["plugins"])
         resume_only_from_given_checkpoint(trainer)
         return trainer
+
+    def _build(self, settings: dict[str, Any], callbacks: list[Any]) -> Any:
+        """Builds a trainer.
+
+        Raises:
+            UserError: Lightning refuses a setting, or there is no such device.
+        """
+        try:
+            return self._instantiate_trainer(settings, callbacks)
+        except (TypeError, ValueError, MisconfigurationException) as error:
+            raise UserError(f"trainer: {error}") from error
 
     def _save_config(self, path: Path) -> None:
         """Writes config.yaml with the keys that every command can read, without secrets."""

@@ -11,6 +11,7 @@ import sys
 import time
 
 import pytest
+import torch
 import yaml
 from running import REPOSITORY, arguments, chat_rows, environment, run, scalars, version, write_rows
 from terminal import log_lines, refused
@@ -369,6 +370,13 @@ def test_wrong_setting(key, value, words, args, tmp_path, capsys):
     line = refused(capsys, "fit", args(**{key: value}))
     assert all(word in line for word in words), line
     assert not list(tmp_path.glob("**/*.ckpt"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("command", ["fit", "doctor"])
+def test_an_accelerator_that_is_not_there(command, args, capsys):
+    line = refused(capsys, command, args(trainer__accelerator="gpu"))
+    assert line.startswith("trainer: ") and "gpu" in line
 
 
 def test_validation_and_val_size_exclude_each_other(args, place, capsys):
