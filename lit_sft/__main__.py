@@ -3,12 +3,13 @@
 import sys
 
 from lit_sft import signals
-from lit_sft.cli import front_door
+from lit_sft.cli import front_door, streams
 
 
 def main() -> None:
     """Runs the command line."""
     signals.install()
+    streams.set_up(sys.argv[1:])
     code = front_door.answer(sys.argv[1:])
     if code is not None:
         sys.exit(code)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import html
+import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -24,6 +25,32 @@ def console() -> Console:
     """Returns the console for tables; 100 columns wide if stdout is no terminal."""
     plain = Console()
     return plain if plain.is_terminal else Console(width=100)
+
+
+def show(renderable: RenderableType) -> None:
+    """Prints a table or panel, and never fails: what only prints must not end a run.
+
+    Characters that the encoding of stdout lacks become `?`. If nobody reads stdout any more,
+    nothing is printed.
+    """
+    screen = console()
+    try:
+        try:
+            screen.print(renderable)
+        except UnicodeEncodeError as error:
+            # A new one, because the first still holds what it could not print.
+            screen = console()
+            with screen.capture() as capture:
+                screen.print(renderable)
+            print(capture.get().encode(error.encoding, "replace").decode(error.encoding), end="")
+    except (OSError, ValueError):
+        # A broken pipe, a terminal that is gone, or a closed stream.
+        return
+
+
+def takes_any_text() -> bool:
+    """Whether stdout has every character, so that a text can be printed as it is."""
+    return sys.stdout is not None and (sys.stdout.encoding or "").lower() in ("utf-8", "utf8")
 
 
 def coloured_tokens(

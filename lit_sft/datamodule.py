@@ -13,6 +13,7 @@ from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
+from lightning.pytorch.callbacks import EarlyStopping, Timer
 from torch.utils.data import DataLoader, Dataset
 
 from lit_sft import intervals, lightning_internals, signals
@@ -26,6 +27,7 @@ from lit_sft.errors import UserError
 from lit_sft.generation.prompts import Prompt, make_batches
 from lit_sft.model.generate import GenerationOptions
 from lit_sft.settings import DataConfig
+from lit_sft.training import optim
 from lit_sft.types import Batch, Prompts
 
 if TYPE_CHECKING:
@@ -271,15 +273,28 @@ class SFTDataModule(L.LightningDataModule):
             )
         trainer.accumulate_grad_batches = order.accumulation
         self._set_validation_interval(trainer, order)
-        if self.total_steps < 1:
+        total_steps = self.total_steps
+        if total_steps is None:
+            ends = any(isinstance(each, Timer | EarlyStopping) for each in trainer.callbacks)  # type: ignore[attr-defined]
+            optim.check_open_end(trainer.lightning_module.options.lr_schedule, ends)  # type: ignore[union-attr, arg-type]
+        elif total_steps < 1:
             raise UserError(
                 "this run has no optimizer step: check trainer.max_epochs, trainer.max_steps and "
                 "trainer.limit_train_batches"
             )
+        elif total_steps < trainer.max_steps:
+            log.warning(
+                "trainer.max_steps %s is not reached: trainer.max_epochs %s ends the run after %s"
+                " steps",
+                *(f"{trainer.max_steps:,}", trainer.max_epochs, f"{total_steps:,}"),
+            )
+        in_all = "no number of steps ends the run"
+        if total_steps is not None:
+            in_all = f"{total_steps:,} steps in all"
         log.info(
             f"train: {self._fill()}; {order.steps_per_epoch:,} optimizer steps per epoch of"
             f" {order.global_batch_size} (micro-batch {order.micro_batch_size} x {order.world_size}"
-            f" devices x accumulation {order.accumulation}); {self.total_steps:,} steps in all"
+            f" devices x accumulation {order.accumulation}); {in_all}"
         )
 
     def _set_validation_interval(self, trainer: L.Trainer, order: StepOrder) -> None:
@@ -307,8 +322,10 @@ class SFTDataModule(L.LightningDataModule):
         return f"{len(packs):,} packs of {max_length} tokens, filled to {fill:.1%}"
 
     @property
-    def total_steps(self) -> int:
+    def total_steps(self) -> int | None:
         """Optimizer steps of the whole run: those done before a resume, and those left.
+
+        None if neither `trainer.max_epochs` nor `trainer.max_steps` ends the run.
 
         Lightning's `trainer.estimated_stepping_batches` is wrong in a resumed run (Lightning
         #20550).
@@ -320,8 +337,7 @@ class SFTDataModule(L.LightningDataModule):
         per_epoch = -(-batches // order.accumulation)
         has_max_steps = trainer.max_steps != -1
         if trainer.max_epochs in (None, -1):
-            # Without any limit, 1,000 epochs stand for the end, as in Lightning's default.
-            return trainer.max_steps if has_max_steps else per_epoch * 1000
+            return trainer.max_steps if has_max_steps else None
         epoch, done = self.position
         left_in_epoch = max(0, per_epoch - done)
         epochs_left = trainer.max_epochs - epoch - 1

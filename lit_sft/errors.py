@@ -25,6 +25,10 @@ class UserError(ValueError):
     """
 
 
+class UsageError(UserError):
+    """A command line or config that cannot be read as settings; the exit code is 2."""
+
+
 @contextmanager
 def located(where: str) -> Iterator[None]:
     """Adds the place, such as file and row, to the message of a `UserError` in the block.
@@ -267,9 +271,9 @@ def keep_silent(error: BaseException) -> None:
 
 
 def exit_with_error(error: Exception) -> NoReturn:
-    """Reports an error and ends the program with exit code 1."""
+    """Reports an error and ends the program, with exit code 2 for a `UsageError` and else 1."""
     report_error(error)
     if isinstance(error, BrokenPipeError):
         # Otherwise the interpreter would fail again when it flushes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    sys.exit(1)
+    sys.exit(2 if isinstance(error, UsageError) else 1)

@@ -84,6 +84,24 @@ def validation_is_due(trainer: L.Trainer) -> bool:
     return trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
 
 
+def validate_at_the_end(trainer: L.Trainer) -> None:
+    """Makes Lightning validate after the last step, too, if the run ends inside an epoch.
+
+    Lightning does so for `trainer.max_time` in an epoch that validates, but not for
+    `trainer.max_steps`. No setting asks for it.
+    """
+    loop = trainer.fit_loop.epoch_loop
+
+    def is_due(fetcher: Any) -> bool:
+        by_steps = -1 != trainer.max_steps <= trainer.global_step
+        is_stopped = trainer.should_stop and trainer.fit_loop._can_stop_early
+        if trainer.enable_validation and (by_steps or is_stopped):
+            return True
+        return type(loop)._should_check_val_fx(loop, fetcher)
+
+    loop._should_check_val_fx = is_due  # type: ignore[method-assign, assignment]
+
+
 def validates_by_clock(trainer: L.Trainer) -> bool:
     """Whether `trainer.val_check_interval` is a time. The public attribute only holds numbers."""
     return trainer._val_check_time_interval is not None  # type: ignore[attr-defined]

@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import (
 )
 from typing_extensions import override
 
+from lit_sft import lightning_internals
 from lit_sft.callbacks.checkpointer import Checkpointer
 from lit_sft.callbacks.fail_together import FailTogether
 from lit_sft.callbacks.generation_metrics import Evaluation
@@ -71,6 +72,7 @@ class SFTTrainer(L.Trainer):
         """
         if self.state.fn != "fit":
             return super()._run_stage()
+        lightning_internals.validate_at_the_end(self)
         self.should_stop = self.should_stop or has_stopped_early(self)
         results = super()._run_stage()
         for callback in self.callbacks:  # type: ignore[attr-defined]

@@ -160,12 +160,12 @@ class Checkpointer(StepCallback, Checkpoint):
         steps = data_of(trainer).total_steps
         # Older checkpoints do not hold the planned number of steps.
         is_other_plan = self.planned not in (None, steps)
+        in_all = "no number of steps" if steps is None else f"{steps:,} steps in all"
         if before != now or is_other_plan:
             was = f" ({self.planned:,} in the checkpoint)" if is_other_plan else ""
             log.info(
-                "model.lr_schedule is computed anew, over %s steps in all%s: the next rate is %.4g,"
-                " not %.4g",
-                *(f"{steps:,}", was, now, before),
+                "model.lr_schedule is computed anew, over %s%s: the next rate is %.4g, not %.4g",
+                *(in_all, was, now, before),
             )
 
     @override
@@ -278,6 +278,7 @@ class Checkpointer(StepCallback, Checkpoint):
                 "the checkpoint holds averaged weights (WeightAveraging), which is not supported:"
                 " begin a new run (without --ckpt_path) from the exported weights"
             )
+        _refuse_an_earlier_end(trainer, checkpoint)
         self.planned = checkpoint.get("total_steps")
         optim.check_same(pl_module.options.optimizer, checkpoint.get("optimizer"))  # type: ignore[union-attr, arg-type]
         # The config decides the patience, and not the state in the checkpoint.
@@ -322,6 +323,28 @@ class Checkpointer(StepCallback, Checkpoint):
         """Saves a checkpoint that is on disk when this returns. All ranks call it."""
         self.save(trainer)
         self.files.wait()
+
+
+def _refuse_an_earlier_end(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
+    """Refuses to resume behind the end that the settings ask for.
+
+    Raises:
+        UserError: The checkpoint has more steps or epochs than the run may make.
+    """
+    epoch, steps_in_epoch = checkpoint[data_position.DATA_MODULE]["position"]
+    step = checkpoint["global_step"]
+    remedy = "raise it, or begin a new run (without --ckpt_path)"
+    if -1 != trainer.max_steps < step:
+        raise UserError(
+            f"the checkpoint has made {step:,} steps, and trainer.max_steps is"
+            f" {trainer.max_steps:,}: {remedy}"
+        )
+    begun = epoch + (1 if steps_in_epoch else 0)
+    if trainer.max_epochs not in (None, -1) and begun > trainer.max_epochs:  # type: ignore[operator]
+        raise UserError(
+            f"the checkpoint lies in epoch {begun}, and trainer.max_epochs is"
+            f" {trainer.max_epochs}: {remedy}"
+        )
 
 
 def _refuse_saves_within_a_step(trainer: L.Trainer) -> None:

@@ -131,7 +131,7 @@ class Lines(StepCallback):
         now = time.monotonic()
         step = trainer.global_step
         steps = data_of(trainer).total_steps
-        if now - self.last < LINES_EVERY and step < steps:
+        if now - self.last < LINES_EVERY and (steps is None or step < steps):
             return
         has_bar = trainer.progress_bar_callback is not None and rich.get_console().is_terminal
         if not trainer.is_global_zero or has_bar:
@@ -139,12 +139,12 @@ class Lines(StepCallback):
         assert self.began is not None
         self.last = now
         seconds_per_step = (now - self.began) / max(1, step - self.first_step)
-        left = timedelta(seconds=round(seconds_per_step * (steps - step)))
         numbers = trainer.callback_metrics
-        log.info(
-            "step %s of %s: loss %.4f, %s tokens/s, %s left",
-            *(f"{step:,}", f"{steps:,}", numbers[LOSS], f"{numbers[SPEED]:,.0f}", left),
-        )
+        line = f"loss {numbers[LOSS]:.4f}, {numbers[SPEED]:,.0f} tokens/s"
+        if steps is not None:
+            left = timedelta(seconds=round(seconds_per_step * (steps - step)))
+            line = f"{line}, {left} left"
+        log.info("%s: %s", _of(step, steps), line)
 
     @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -161,8 +161,13 @@ class Lines(StepCallback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Logs why training stopped early. Lightning skips this hook after signals and failures."""
         step, steps = trainer.global_step, data_of(trainer).total_steps
-        if trainer.is_global_zero and trainer.should_stop and step < steps:
-            log.info("stopped at step %s of %s: %s", f"{step:,}", f"{steps:,}", _why(trainer))
+        if trainer.is_global_zero and trainer.should_stop and (steps is None or step < steps):
+            log.info("stopped at %s: %s", _of(step, steps), _why(trainer))
+
+
+def _of(step: int, steps: int | None) -> str:
+    """Returns the step, and the number of all steps if it is known."""
+    return f"step {step:,}" if steps is None else f"step {step:,} of {steps:,}"
 
 
 def has_stopped_early(trainer: L.Trainer) -> bool:

@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from rich.panel import Panel
 from typing_extensions import override
 
-from lit_sft.console import answers_markdown, answers_table, coloured_tokens, console
+from lit_sft.console import answers_markdown, answers_table, coloured_tokens, show
 from lit_sft.datamodule import data_of
 from lit_sft.generation.answer import records
 from lit_sft.generation.prompts import check_room
@@ -29,7 +29,7 @@ class FirstExample(Callback):
         datamodule = data_of(trainer)
         input_ids, loss_mask, row = datamodule.data.caches["train"][0]
         text = coloured_tokens(datamodule.tokenizer, input_ids.tolist(), loss_mask.tolist())
-        console().print(
+        show(
             Panel(
                 text,
                 title=f"First training example (row {row}): green is trained, the rest is read",
@@ -86,7 +86,7 @@ class Answers(Callback):
         if self.asked_at != trainer.global_step:
             self._ask(trainer, pl_module, "after")
         if trainer.is_global_zero and self.columns.get("after"):
-            console().print(answers_table(_questions(trainer), self.columns))
+            show(answers_table(_questions(trainer), self.columns))
 
     def _ask(self, trainer: L.Trainer, pl_module: Any, column: str) -> None:
         questions = _questions(trainer)

@@ -5,6 +5,7 @@ Nothing here needs a parser.
 
 from __future__ import annotations
 
+import difflib
 import logging
 from collections.abc import Iterator, Mapping
 from importlib import resources
@@ -15,7 +16,8 @@ import yaml
 from jsonargparse import get_loader, set_loader
 
 from lit_sft.checkpoint import find
-from lit_sft.errors import UserError
+from lit_sft.config_text import check_config
+from lit_sft.errors import UsageError, UserError
 from lit_sft.run import folder as run_folder
 
 log = logging.getLogger(__name__)
@@ -51,6 +53,24 @@ def written(args: list[str]) -> list[Written]:
             tree = {flag[2:]: _parse_yaml(value if equals else following)}
             items += _flatten(tree, "command line")
     return items
+
+
+def flag_values(args: list[str]) -> Iterator[tuple[str, str]]:
+    """Lists the flags of the command line, without `--config`, with their values as text."""
+    for arg, following in _with_following(args):
+        flag, equals, value = arg.partition("=")
+        if flag.startswith("--") and flag not in CONFIG_FLAGS:
+            yield flag[2:], value if equals else following
+
+
+def included_files(item: Written) -> list[Path]:
+    """Finds the file that is written in place of the keys of a group (`trainer: FILE`).
+
+    A path in a config file is relative to that file.
+    """
+    path = Path(item.value).expanduser()
+    places = (path, Path(item.origin).parent / path)
+    return [place for place in places if place.is_file()][:1]
 
 
 def config_files(args: list[str]) -> list[str]:
@@ -113,14 +133,17 @@ def expand_arguments(args: list[str]) -> list[str]:
 
 def packaged_config(name: str) -> str | None:
     """Finds the file of a recipe in the package (`--config demo`); None if there is none."""
-    for folder in (
-        resources.files("lit_sft").joinpath("configs"),
-        Path(__file__).parents[2] / "configs",
-    ):
-        path = Path(str(folder)) / f"{name}.yaml"
+    for folder in _recipe_folders():
+        path = folder / f"{name}.yaml"
         if path.is_file():
             return str(path)
     return None
+
+
+def _recipe_folders() -> tuple[Path, Path]:
+    """Returns the folder of recipes of an installed package, and that of a repository."""
+    installed = Path(str(resources.files("lit_sft").joinpath("configs")))
+    return installed, Path(__file__).parents[2] / "configs"
 
 
 def read_moved_classes() -> None:
@@ -163,26 +186,46 @@ def _name_recipes(args: list[str]) -> list[str]:
 
 
 def _config_file(name: str) -> str:
-    """Finds the file of `--config`, which may be the name of a recipe.
+    """Finds and checks the file of `--config`, which may be the name of a recipe.
 
     Raises:
-        UserError: There is no such file or recipe, or the file is no text.
+        UsageError: There is no such file or recipe, or it is no config.
     """
-    path = Path(name)
-    if not path.is_file():
-        packaged = packaged_config(name)
-        if packaged is None:
-            raise UserError(
-                f"--config {name}: there is no such file, and no recipe of that name in the package"
-            )
-        return packaged
+    found = name if Path(name).is_file() else packaged_config(name)
+    if found is None:
+        raise UsageError(
+            f"--config {name}: there is no such file, and no recipe of that name in the package"
+            f"{_nearest_config(name)}"
+        )
+    check_config(read_config(found, f"--config {name}"), f"--config {name}")
+    return found
+
+
+def read_config(path: str, origin: str) -> str:
+    """Returns the text of a config file.
+
+    Args:
+        path: The file.
+        origin: The file, as an error names it.
+
+    Raises:
+        UsageError: The file is no text.
+    """
     try:
-        path.read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"--config {name} is no UTF-8 text ({error.reason}): save it as UTF-8"
-        ) from error
-    return name
+        raise UsageError(f"{origin} is no UTF-8 text ({error.reason}): save it as UTF-8") from error
+
+
+def _nearest_config(name: str) -> str:
+    """Suggests the config file or recipe with the nearest name; empty if none is near."""
+    path = Path(name)
+    if path.is_dir():
+        return ": it is a folder, give a file in it"
+    beside = [str(file) for file in path.parent.glob("*.y*ml")]
+    recipes = [file.stem for folder in _recipe_folders() for file in folder.glob("*.yaml")]
+    nearest = difflib.get_close_matches(name, [*recipes, *beside], n=1)
+    return f": did you mean {nearest[0]}?" if nearest else ""
 
 
 def _with_config_of_run(args: list[str]) -> list[str]:
@@ -204,7 +247,9 @@ def _with_config_of_run(args: list[str]) -> list[str]:
     folder = run_folder.run_folder(found)
     if folder is None:
         return args
-    return [command, "--config", str(folder / run_folder.CONFIG), *args[1:]]
+    config = str(folder / run_folder.CONFIG)
+    check_config(read_config(config, config), config)
+    return [command, "--config", config, *args[1:]]
 
 
 def _prints_config(args: list[str]) -> bool:

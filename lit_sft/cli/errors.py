@@ -21,10 +21,18 @@ MESSAGES = (
         OF_KEY + r".*callable class: (?P<reason>No module named '(?P<package>\w+)')\.? Got value",
         "{key} ({origin}): {reason}: `pip install {package}`, or choose another class",
     ),
+    (
+        OF_KEY + r".*Expected an import path or a subclass spec, but got (?P<given>\w+)",
+        "{key} ({origin}): got {given}, expected {expected}",
+    ),
     (OF_KEY + r".*callable class: (?P<reason>.*?)\.? Got value", "{key} ({origin}): {reason}"),
     (
         OF_KEY + r"(?P<types>.*(?:Got value|Given value|dot import path string)): (?P<given>.*)$",
         "{key} ({origin}): got {given}, expected {expected}",
+    ),
+    (
+        OF_KEY + r"Unable to load config ['\"](?P<given>.*?)['\"](?: - |$)",
+        "{key} ({origin}): got {given}, expected keys with values",
     ),
     (OF_KEY + r"(?P<reason>.*?)(?: - |$)", "{key} ({origin}): {reason}"),
     (
@@ -140,9 +148,13 @@ def _fields(
         key, origin = _place(str(found["unknown"]), args, known)
         return {**found, "key": key, "origin": origin, "suggestion": suggestion(key, known)}
     if found.get("key"):
-        key, origin = _place(str(found["key"]), args, set(), found.get("given"))
+        given = found.get("given")
+        # Python's word; YAML's is null.
+        given = "null" if given == "None" else given
+        key, origin = _place(str(found["key"]), args, set(), given)
         return {
             **found,
+            "given": given,
             "key": key,
             "origin": origin,
             "expected": expected(found.get("types") or ""),

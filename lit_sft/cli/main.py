@@ -29,7 +29,7 @@ from lit_sft.memory_plan import Plan
 from lit_sft.model_builder import refuse_adapter
 from lit_sft.module import SFTModule
 from lit_sft.run import folder as run_folder
-from lit_sft.run import slurm
+from lit_sft.run import launch, slurm
 from lit_sft.trainer import as_list, own_callbacks, run_callbacks
 
 log = logging.getLogger(__name__)
@@ -145,8 +145,15 @@ class SFTCLI(LightningCLI):
         config = self.config[self.subcommand]
         errors.refuse_hidden({item.key: item.value for item in arguments.written(sys.argv[1:])})
         settings.reject_unsupported(config.trainer, self.subcommand)
+        if self.subcommand in ("fit", "doctor"):
+            settings.check_end(config)
         settings.complete_trainer(config.trainer)
         slurm.check_launch()
+        if self.subcommand not in OURS:
+            asks_for_nodes = any(
+                item.key == "trainer.num_nodes" for item in arguments.written(sys.argv[1:])
+            )
+            self.environments = launch.take_ranks(config.trainer, asks_for_nodes)
         self.ckpt_path = settings.resolve_checkpoint(config, self.subcommand)
         if "ckpt_path" in config:
             config.ckpt_path = self.ckpt_path
@@ -190,7 +197,7 @@ class SFTCLI(LightningCLI):
             "callbacks": own_callbacks(asked, dry=True),
             "default_root_dir": str(Path(asked.default_root_dir or ".")),
         }
-        trainer: Any = self._instantiate_trainer({**asked, **replaced}, [])
+        trainer: Any = self._build({**asked, **replaced}, [])
         present = trainer.accelerator.auto_device_count()
         trainer.plan = Plan.of_settings(asked.devices, asked.num_nodes, asked.strategy, present)
         resume_only_from_given_checkpoint(trainer)
@@ -205,19 +212,26 @@ class SFTCLI(LightningCLI):
         asked = dict(config.trainer)
         if is_fit:
             asked["callbacks"] = own_callbacks(config.trainer)
-        asked["plugins"] = slurm.plugins([*as_list(asked.get("plugins")), files])
+        plugins = [*as_list(asked.get("plugins")), *self.environments, files]
+        asked["plugins"] = slurm.plugins(plugins)
         if asked.get("logger") in (None, True):
             asked["logger"] = run_folder.loggers(root)
-        try:
-            trainer = self._instantiate_trainer(
-                {**asked, "default_root_dir": str(root), **kwargs}, callbacks
-            )
-        except (TypeError, ValueError, MisconfigurationException) as error:
-            raise UserError(f"trainer: {error}") from error
+        trainer = self._build({**asked, "default_root_dir": str(root), **kwargs}, callbacks)
         fsdp2.check(trainer.strategy)
         slurm.check_devices(trainer, asked["plugins"])
         resume_only_from_given_checkpoint(trainer)
         return trainer
+
+    def _build(self, settings: dict[str, Any], callbacks: list[Any]) -> Any:
+        """Builds a trainer.
+
+        Raises:
+            UserError: Lightning refuses a setting, or there is no such device.
+        """
+        try:
+            return self._instantiate_trainer(settings, callbacks)
+        except (TypeError, ValueError, MisconfigurationException) as error:
+            raise UserError(f"trainer: {error}") from error
 
     def _save_config(self, path: Path) -> None:
         """Writes config.yaml with the keys that every command can read, without secrets."""

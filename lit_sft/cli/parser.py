@@ -17,8 +17,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
 from lit_sft import errors
-from lit_sft.cli.arguments import Written, written
+from lit_sft.cli.arguments import Written, flag_values, included_files, read_config, written
 from lit_sft.cli.errors import expected, one_line, shown
+from lit_sft.config_text import check_config, check_value
 from lit_sft.lightning_internals import option_type, parser_actions
 
 
@@ -35,6 +36,7 @@ class OneLineParser(LightningArgumentParser):
     @override
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
         """Parses, and refuses values that jsonargparse accepts but cannot use."""
+        self._refuse_double_keys()
         config = super().parse_args(*args, **kwargs)
         command = config.get("subcommand")
         if command is None:
@@ -46,6 +48,29 @@ class OneLineParser(LightningArgumentParser):
             if item is not None and problem is not None:
                 self.error(f"{action.dest} ({item.origin}): {problem}")
         return config
+
+    def _refuse_double_keys(self) -> None:
+        """Refuses a key that is written twice in a value of the command line or in a file of keys.
+
+        The files of `--config` are checked before.
+
+        Raises:
+            UsageError: A key is written twice.
+        """
+        args = sys.argv[1:]
+        command = self.commands.get(args[0]) if args else None
+        if command is None:
+            return
+        kinds = {action.dest: option_type(action) for action in parser_actions(command)}
+        for key, text in flag_values(args):
+            # A text such as a template may look like YAML, but not like `{...}`.
+            if not _takes_text(kinds.get(key, str)) or text.startswith(("{", "[")):
+                check_value(text, f"--{key}")
+        for item in written(args):
+            is_group = item.key in kinds and not _takes_text(kinds[item.key])
+            if is_group and isinstance(item.value, str):
+                for file in included_files(item):
+                    check_config(read_config(str(file), str(file)), str(file))
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -114,6 +139,11 @@ def _problem(action: Action, item: Written, config: Any) -> str | None:
     if item.value is None and type(None) not in typing.get_args(kind):
         return f"got null, expected {expected(' '.join(map(str, _alternatives(kind))))}"
     return None
+
+
+def _takes_text(kind: Any) -> bool:
+    """Whether an option takes any text; a group of keys does not, it has no type."""
+    return str in _alternatives(kind)
 
 
 def _alternatives(kind: Any) -> tuple[Any, ...]:

@@ -12,6 +12,7 @@ from lit_sft.checkpoint import find
 from lit_sft.errors import UserError
 from lit_sft.run import folder as run_folder
 from lit_sft.run import slurm
+from lit_sft.training.optim import check_open_end
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,22 @@ def reject_unsupported(trainer: Any, command: str) -> None:
             "trainer.enable_checkpointing must be true: to save less, raise"
             " checkpoint.every_n_minutes"
         )
+
+
+def check_end(config: Any) -> None:
+    """Refuses a run that has neither an end nor a number of steps (see `check_open_end`).
+
+    Args:
+        config: The settings of the command.
+
+    Raises:
+        UserError: It has not.
+    """
+    trainer = config.trainer
+    if trainer.max_epochs in (None, -1) and trainer.max_steps == -1:
+        # Whether a callback of the user ends the run is checked later, when it exists.
+        ends = (trainer.max_time, config.early_stopping, trainer.callbacks)
+        check_open_end(config.model.lr_schedule, any(ends))
 
 
 def complete_trainer(trainer: Any) -> None:

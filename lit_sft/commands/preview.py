@@ -10,7 +10,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from lit_sft.console import coloured_tokens, console
+from lit_sft.console import coloured_tokens, console, takes_any_text
 from lit_sft.data.sources.rows import first_rows
 from lit_sft.data.stats import Counts
 from lit_sft.data_pipeline import SFTData
@@ -47,7 +47,7 @@ def preview(data: SFTData, num_rows: int, output: Literal["rich", "json"]) -> No
                 "input_ids": example.input_ids,
                 "loss_mask": example.loss_mask,
             }
-            print(json.dumps(record, ensure_ascii=False))
+            print(json.dumps(record, ensure_ascii=not takes_any_text()))
         return
     screen = console()
     kept = dict.fromkeys(example.row for example in examples)
@@ -92,5 +92,5 @@ def _said(message: Message) -> str:
     if message.content:
         parts.append(message.content)
     for call in message.tool_calls or ():
-        parts.append(f"[call] {json.dumps(call['function'], ensure_ascii=False)}")
+        parts.append(f"[call] {json.dumps(call['function'], ensure_ascii=not takes_any_text())}")
     return "\n".join(parts)

@@ -48,12 +48,41 @@ class ScheduleOptions:
             )
 
 
-def lr_factor(options: ScheduleOptions, total_steps: int) -> Callable[[int], float]:
+def check_open_end(options: ScheduleOptions, ends: bool) -> None:
+    """Checks a run without a last step, which `trainer.max_epochs` -1 or null makes.
+
+    Args:
+        options: The schedule, a share of a number of steps that is not known.
+        ends: Whether a time limit or early stopping ends the run.
+
+    Raises:
+        UserError: The run would never end, or its schedule needs the number of steps.
+    """
+    if not ends:
+        raise UserError(
+            "trainer.max_epochs sets no end: set it to a number, or set trainer.max_steps,"
+            " trainer.max_time or early_stopping"
+        )
+    if options.type != "constant" or (options.warmup_steps is None and options.warmup_ratio):
+        raise UserError(
+            "trainer.max_epochs sets no number of steps, which the learning rate follows: set"
+            " model.lr_schedule.type to constant and model.lr_schedule.warmup_steps to a number, or"
+            " set trainer.max_steps or trainer.max_epochs"
+        )
+
+
+def lr_factor(options: ScheduleOptions, total_steps: int | None) -> Callable[[int], float]:
     """Returns the function from the number of finished optimizer steps to the factor on `lr`.
 
     In a warm-up of n steps, the first step has 1 / n of the rate and step n has all of it.
+
+    Args:
+        options: The schedule.
+        total_steps: Optimizer steps of the run; None if no number ends it (`check_open_end`).
     """
     warmup = options.warmup_steps
+    # A run without a number of steps has no share of them, and a constant rate.
+    total_steps = total_steps or 0
     if warmup is None:
         warmup = math.ceil(options.warmup_ratio * total_steps)
 

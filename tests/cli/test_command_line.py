@@ -11,6 +11,7 @@ import sys
 import time
 
 import pytest
+import torch
 import yaml
 from running import REPOSITORY, arguments, chat_rows, environment, run, scalars, version, write_rows
 from terminal import log_lines, refused
@@ -18,6 +19,7 @@ from tiny import save_tiny, tiny_tokenizer
 from transformers import AutoTokenizer
 
 import lit_sft
+from lit_sft.cli import arguments as cli_arguments
 from lit_sft.cli import front_door
 from lit_sft.cli.arguments import packaged_config
 from lit_sft.cli.errors import MESSAGES, one_line
@@ -90,7 +92,7 @@ def test_version():
 def test_a_config_that_is_no_text(tmp_path, capsys):
     path = tmp_path / "config.yaml"
     path.write_bytes(b"data:\n  train: \xff\xfe\n")
-    line = refused(capsys, "fit", ["--config", str(path)])
+    line = refused(capsys, "fit", ["--config", str(path)], code=2)
     assert f"--config {path} is no UTF-8 text" in line and "save it as UTF-8" in line
 
 
@@ -181,12 +183,20 @@ SAID = [
         ),
     ),
     (
+        NO_CLASS.format("Expected an import path or a subclass spec, but got None"),
+        "data.kind (command line): got null, expected a class, e.g. torch.optim.AdamW",
+    ),
+    (
         NO_CLASS.format("module 'torch' has no attribute 'Y'"),
         "data.kind (command line): module 'torch' has no attribute 'Y'",
     ),
     (
         f'Parser key "length":\n  {UNION}',
         "data.length (command line): got x, expected a whole number or null",
+    ),
+    (
+        "Parser key \"data\": Unable to load config 'null'",
+        "data (command line): got null, expected keys with values",
     ),
     (
         "Parser key \"data.kind\": 'z' not among choices ['a', 'b'] - or so",
@@ -300,6 +310,7 @@ VALUES = {
         "data.val_size (FILE): got lots, expected a whole number, a number or null"
     ),
     "data: {questions: hello}": "data.questions (FILE): got hello, expected a list",
+    "model: {optimizer: null}": "model.optimizer (FILE): got null, expected a class",
     "data: null": "data (FILE): got null, expected keys with values",
     "trainer: 3": "trainer (FILE): got 3, expected keys with values",
     "model: {generation: [3]}": "model.generation (FILE): got [3], expected keys with values",
@@ -361,6 +372,13 @@ def test_wrong_setting(key, value, words, args, tmp_path, capsys):
     assert not list(tmp_path.glob("**/*.ckpt"))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("command", ["fit", "doctor"])
+def test_an_accelerator_that_is_not_there(command, args, capsys):
+    line = refused(capsys, command, args(trainer__accelerator="gpu"))
+    assert line.startswith("trainer: ") and "gpu" in line
+
+
 def test_validation_and_val_size_exclude_each_other(args, place, capsys):
     line = refused(capsys, "fit", args(data__validation=place[2], data__val_size=0.1))
     assert "data.validation and data.val_size" in line
@@ -369,10 +387,13 @@ def test_validation_and_val_size_exclude_each_other(args, place, capsys):
 # ------------------------------------------------------------------ files
 
 CONFIGS = {
-    "broken": ("data:\n  max_length: [1, 2\n  format: auto\n", "line 3"),
-    "tab": ("data:\n\tmax_length: 3\n", "line 2"),
-    "empty": ("", "expected keys with values"),
-    "list": ("- data\n", "expected keys with values"),
+    "broken": ("data:\n  max_length: [1, 2\n  format: auto\n", ": line 3, column 9: "),
+    "tab": ("data:\n\tmax_length: 3\n", ": line 2, column 1: "),
+    "two documents": ("data: {}\n---\ndata: {}\n", ": line 2, column 1: "),
+    "empty": ("", " is empty: expected keys with values"),
+    "comments": ("# data: {}\n", " is empty: expected keys with values"),
+    "list": ("- data\n", " holds no keys: expected keys with values"),
+    "text": ("data\n", " holds no keys: expected keys with values"),
 }
 
 
@@ -380,14 +401,105 @@ CONFIGS = {
 def test_broken_config(text, expected, tmp_path, capsys):
     file = config(tmp_path, text)
     line = refused(capsys, "fit", ["--config", file], code=2)
-    assert line.startswith(f"--config {file}: ") and expected in line
+    assert line.startswith(f"--config {file}{expected}")
+
+
+TWICE = {
+    "a section": (
+        "trainer: {devices: 1}\nmodel: {}\ntrainer: {max_epochs: 3}\n",
+        "trainer",
+        "1 and 3",
+    ),
+    "nested": (
+        "data:\n  max_length: 64\n  packing: true\n  max_length: 32\n",
+        "data.max_length",
+        "2 and 4",
+    ),
+    "a list": (
+        "data:\n  train:\n  - path: a\n    weight: 1\n    weight: 2\n",
+        "data.train[0].weight",
+        "4 and 5",
+    ),
+    "of a class": (
+        "model:\n  optimizer:\n    class_path: torch.optim.SGD\n    init_args:\n      lr: 1\n      lr: 2\n",
+        "model.optimizer.init_args.lr",
+        "5 and 6",
+    ),
+    "in one line": ("model: {lora: {r: 4, r: 8}}\n", "model.lora.r", None),
+}
+
+
+@pytest.mark.parametrize(("text", "key", "lines"), TWICE.values(), ids=TWICE)
+def test_a_key_twice(text, key, lines, tmp_path, capsys):
+    file = config(tmp_path, text)
+    line = refused(capsys, "fit", ["--config", file, "--print_config"], code=2)
+    place = "line 1" if lines is None else f"lines {lines}"
+    assert line.startswith(f"--config {file}: {key} is written twice, in {place}, ")
+
+
+def test_a_dotted_key_beside_its_group(tmp_path, capsys):
+    file = config(tmp_path, "trainer.max_epochs: 3\ntrainer: {devices: 1}\n")
+    line = refused(capsys, "fit", ["--config", file], code=2)
+    assert "trainer.max_epochs in line 1 stands beside trainer in line 2" in line
+
+
+def test_a_key_twice_in_a_recipe(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli_arguments, "_recipe_folders", lambda: (tmp_path, tmp_path))
+    config(tmp_path, "data: {}\ndata: {}\n")
+    line = refused(capsys, "fit", ["--config", "mine"], code=2)
+    assert line.startswith("--config mine: data is written twice, in lines 1 and 2")
+
+
+@pytest.mark.parametrize(
+    ("typed", "origin"),
+    [
+        ("--model.lora={r: 4, r: 8}", "--model.lora: r "),
+        ("--model=lora:\n  r: 4\n  r: 8", "--model: lora.r "),
+        ('--data.chat_template_kwargs={"a": 1, "a": 2}', "--data.chat_template_kwargs: a "),
+        ("--model.optimizer.init_args={lr: 1, lr: 2}", "--model.optimizer.init_args: lr "),
+    ],
+)
+def test_a_key_twice_on_the_command_line(typed, origin, capsys):
+    line = refused(capsys, "fit", [typed, "--print_config"], code=2)
+    assert line.startswith(f"{origin}is written twice")
+
+
+@pytest.mark.parametrize("in_file", [True, False])
+def test_a_key_twice_in_an_included_file(in_file, tmp_path, capsys):
+    keys = tmp_path / "keys.yaml"
+    keys.write_text("devices: 1\ndevices: 2\n")
+    typed = [f"--trainer={keys}"]
+    if in_file:
+        typed = ["--config", config(tmp_path, "trainer: keys.yaml\n")]
+    line = refused(capsys, "fit", typed, code=2)
+    assert line.startswith(f"{keys}: devices is written twice")
+
+
+def test_texts_that_look_like_keys_are_texts(tmp_path, capsys):
+    template = "Q: {prompt}\nQ: {more}\nA: "
+    printed = print_config(capsys, [f"--data.prompt_template={template}"])
+    assert printed["data"]["prompt_template"] == template
+
+
+def test_merged_mappings_are_no_double_keys(tmp_path, capsys):
+    text = "model:\n  lora: &a {r: 4}\ndata:\n  chat_template_kwargs: {<<: *a, <<: {s: 1}}\n"
+    printed = print_config(capsys, ["--config", config(tmp_path, text)])
+    assert printed["data"]["chat_template_kwargs"] == {"r": 4, "s": 1}
+
+
+def test_the_nearest_config_is_named(tmp_path, capsys):
+    file = config(tmp_path, "data: {}\n")
+    for typed, nearest in (("demoo", "demo"), (file.replace("mine", "mnie"), file)):
+        line = refused(capsys, "fit", ["--config", typed], code=2)
+        assert line.endswith(f": did you mean {nearest}?")
 
 
 @pytest.mark.parametrize(
     "typed", [["--config", "gone.yaml"], ["--config=gone.yaml"], ["-c", "gone.yaml"]]
 )
 def test_missing_config(typed, capsys):
-    assert refused(capsys, "fit", typed).startswith("--config gone.yaml: there is no such file")
+    line = refused(capsys, "fit", typed, code=2)
+    assert line.startswith("--config gone.yaml: there is no such file")
 
 
 def test_a_recipe_by_its_name_from_anywhere(tmp_path, monkeypatch, capsys):

@@ -247,7 +247,8 @@ def test_the_logs_of_a_run_that_was_moved_lie_with_it(place, tmp_path):
     shutil.copytree(tmp_path / "before", tmp_path / "now", symlinks=True)
     others = (version(tmp_path / "before") / "metrics.csv").read_bytes()
     run("validate", [f"--ckpt_path={version(tmp_path / 'now')}"])
-    assert len(scalars(tmp_path / "now", "val/loss")) == 1
+    # That of the last step of `fit`, and that of `validate`.
+    assert len(scalars(tmp_path / "now", "val/loss")) == 2
     args = settings(place, tmp_path / "before", trainer__max_steps=2, data__validation=place[1])
     run("fit", [*args, f"--ckpt_path={version(tmp_path / 'now')}"])
     assert len(scalars(tmp_path / "now", "train/loss")) == 2
