@@ -25,7 +25,7 @@ from typing import Literal
 
 from lit_sft.data.chat_template import ChatTemplate, Span, Switch, WrittenTurn
 from lit_sft.data.generation_markers import marked_parts
-from lit_sft.data.reasoning import has_reasoning, move_reasoning, opens_thinking
+from lit_sft.data.reasoning import MOVED, has_reasoning, move_reasoning, opens_thinking
 from lit_sft.data.server_prompt import answer_start, tails_behind_history
 from lit_sft.data.template_omissions import of_answer, of_conversation
 from lit_sft.errors import UserError
@@ -72,7 +72,17 @@ def make_drafts(
     """
     if conversation.text is not None:
         return [text_draft(conversation.text, template.tokenizer.eos_token)]
-    conversation = move_reasoning(template, conversation)
+    moved = move_reasoning(template, conversation)
+    drafts = _turn_drafts(template, moved, train_on)
+    if moved is conversation:
+        return drafts
+    return [replace(draft, notes=(*draft.notes, MOVED)) for draft in drafts]
+
+
+def _turn_drafts(
+    template: ChatTemplate, conversation: Conversation, train_on: TrainOn
+) -> list[Draft]:
+    """Makes the drafts of a conversation that has turns; see `make_drafts`."""
     answers = [i for i, message in enumerate(conversation.messages) if message.role == "assistant"]
     if template.is_raw and answers:
         # Without a template, everything before the last answer is its prompt.

@@ -16,11 +16,10 @@ from lit_sft.data.chat_template import ChatTemplate
 from lit_sft.errors import UserError
 from lit_sft.types import Conversation, Message
 
-END_OF_THINKING = re.compile(r"[<\[]/[\w:|]*think[\w:|]*[>\]]", re.IGNORECASE)
-"""Closing tag of a thinking block: `</think>`, `[/THINK]`, `</thinking>`."""
-_START_OF_THINKING = re.compile(r"[<\[][\w:|]*think[\w:|]*[>\]]", re.IGNORECASE)
-_OPEN_THINKING = re.compile(r"[<\[][\w:|]*think[\w:|]*[>\]]\s*\Z", re.IGNORECASE)
-"""Opening tag of a thinking block at the end of a prompt: `<think>`, `[THINK]`, `<|think|>`."""
+END_OF_THINKING = re.compile(r"[<\[]\|?(?:/|end)[\w:|]*think[\w:|]*[>\]]", re.IGNORECASE)
+"""Closing tag of a thinking block: `</think>`, `[/THINK]`, `</thinking>`, `<|END_THINKING|>`."""
+_START_OF_THINKING = re.compile(r"[<\[](?!\|?end)[\w:|]*think[\w:|]*[>\]]", re.IGNORECASE)
+"""Opening tag of a thinking block: `<think>`, `[THINK]`, `<|think|>`, `<|START_THINKING|>`."""
 MOVED = "moved:reasoning"
 """Note on a row whose reasoning was moved out of the content."""
 _REASON = "Zq7 reason"
@@ -37,8 +36,10 @@ def has_reasoning(message: Message) -> bool:
 
 def opens_thinking(template: ChatTemplate, prompt: str) -> bool:
     """Whether a prompt ends with the opening tag of a thinking block."""
-    end = max(0, len(prompt) - 50)
-    return not template.is_raw and _OPEN_THINKING.search(prompt, end) is not None
+    if template.is_raw:
+        return False
+    tags = list(_START_OF_THINKING.finditer(prompt, max(0, len(prompt) - 50)))
+    return bool(tags) and not prompt[tags[-1].end() :].strip()
 
 
 def split_content(content: str) -> tuple[str, str, str, str] | None:
@@ -70,14 +71,12 @@ def move_reasoning(template: ChatTemplate, conversation: Conversation) -> Conver
         conversation: The row.
 
     Returns:
-        The conversation, with a note if something was moved.
+        The conversation itself if nothing is to be moved.
     """
-    messages = []
-    for message in conversation.messages:
-        messages.append(_moved(template, message))
-    if tuple(messages) == conversation.messages:
+    messages = tuple(_moved(template, message) for message in conversation.messages)
+    if messages == conversation.messages:
         return conversation
-    return replace(conversation, messages=tuple(messages), notes=(*conversation.notes, MOVED))
+    return replace(conversation, messages=messages)
 
 
 def _moved(template: ChatTemplate, message: Message) -> Message:
