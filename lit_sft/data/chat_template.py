@@ -342,7 +342,7 @@ class ChatTemplate:
     def _render(
         self,
         messages: list[dict[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None,
+        tools: Sequence[dict[str, Any]] | None,
         switch: Switch,
         generation_prompt: bool,
     ) -> tuple[str, list[Span]]:
