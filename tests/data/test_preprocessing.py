@@ -429,7 +429,6 @@ SAME = {
 }
 OTHER = {
     "chat_template": CHATML.replace("im_end|>'", "im_end|>' + ' '"),
-    "chat_template_kwargs": {"enable_thinking": False},
     "system_prompt": "You are a helpful assistant.",
     "max_length": 65,
     "overlong": "truncate",
@@ -444,6 +443,16 @@ OTHER = {
 def key(data):
     rows = data.open("train")
     return cache_key(data.preparation(rows).identity(rows))
+
+
+def test_template_variables_change_the_key(open_data):
+    template = "{{ colour }}" + CHATML
+    keys = set()
+    for colour in ("red", "blue"):
+        kwargs = {"colour": colour}
+        data = open_data([A, B], chat_template=template, chat_template_kwargs=kwargs)
+        keys.add(key(data))
+    assert len(keys) == 2
 
 
 @pytest.mark.parametrize("option", SAME)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from chat_templates import CHATML
 from running import REPOSITORY, arguments, chat_rows, environment, run, version, write_rows
 from terminal import log_lines, refused
 from tiny import save_tiny
@@ -96,6 +97,8 @@ def test_secrets_reach_no_file_and_no_line(place, tmp_path):
         "init_args": {"save_dir": str(root), "prefix": TOKEN},
     }
     settings = {
+        # The template reads the variables, and writes none of them.
+        "data__chat_template": "{% if api_key and address and more %}{% endif %}" + CHATML,
         "data__chat_template_kwargs": {
             "api_key": "not-in-the-environment",
             "address": ADDRESS,
