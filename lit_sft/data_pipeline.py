@@ -97,7 +97,9 @@ class SFTData:
         if self.options.add_tokens:
             template = resolve_chat_template(tokenizer, self.options.chat_template) or ""
             trust = self.options.trust_remote_code
-            config = load.load_config(base_directory(path), trust_remote_code=trust)
+            config = load.load_config(
+                base_directory(self.tokenizer_source), trust_remote_code=trust
+            )
             rows = config.get_text_config().vocab_size
             new_tokens.add_tokens(tokenizer, self.options.add_tokens, template, rows=rows)
         return tokenizer
