@@ -365,7 +365,8 @@ class SFTModule(L.LightningModule):
         """Returns the optimizer, with two parameter groups, and the schedule by optimizer step."""
         groups = optim.parameter_groups(self.named_parameters())
         dtype = groups[0]["params"][0].dtype
-        optimizer = optim.build(self.options.optimizer, groups, dtype)
+        embeddings = {id(weight) for weight in self._embedding_weights()}
+        optimizer = optim.build(self.options.optimizer, groups, dtype, embeddings)
         is_scaled = self.trainer.precision == "16-mixed"
         optim.check_weights(optimizer, self._shards_weights, is_scaled)
         # With a gradient scaler, Lightning unscales the gradients before clipping. Fused Adam would
@@ -381,6 +382,16 @@ class SFTModule(L.LightningModule):
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _embedding_weights(self) -> list[Tensor]:
+        """Lists the weights of the embeddings and the head."""
+        assert self.model is not None
+        lm = self.model.lm
+        weights: list[Tensor] = []
+        for module in (lm.get_input_embeddings(), lm.get_output_embeddings()):
+            if module is not None:
+                weights += list(module.parameters())
+        return weights
 
     # ------------------------------------------------------------------ evaluation
 

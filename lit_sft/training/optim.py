@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from torch.optim import LBFGS, Adam, AdamW, Muon, Optimizer, SparseAdam
 from torch.optim.lr_scheduler import LambdaLR
 
 from lit_sft.errors import UserError
+from lit_sft.training.muon import MuonWithAdamW
 
 SMALLEST_FP16 = 2.0**-24
 """The smallest positive number of fp16."""
@@ -129,21 +130,24 @@ def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]]) -> list[dic
 
 UNSUITABLE: dict[type[Optimizer], str] = {
     LBFGS: "computes the loss several times per step, and has one parameter group",
-    Muon: "takes matrices only, and a model has vectors, too",
     SparseAdam: "takes sparse gradients only",
 }
 """Optimizers of torch that do not train a language model, and why."""
 
 
 def build(
-    make: Callable[[Iterable], Optimizer], parameters: Iterable[Any], dtype: torch.dtype
+    make: Callable[[Iterable], Optimizer],
+    groups: Iterable[dict[str, Any]],
+    dtype: torch.dtype,
+    embeddings: Collection[int] = (),
 ) -> Optimizer:
     """Makes the optimizer.
 
     Args:
         make: `model.optimizer`.
-        parameters: Parameters, or parameter groups.
+        groups: Parameter groups.
         dtype: Dtype of the parameters.
+        embeddings: `id` of the weights of embeddings and head, which Muon does not train.
 
     Raises:
         UserError: The optimizer does not train a language model, or refuses the parameters.
@@ -156,7 +160,9 @@ def build(
                     f"model.optimizer {kind.__name__} {reason}: set it to another, such as"
                     " torch.optim.AdamW"
                 )
-        return make(parameters)
+        if kind is Muon:
+            return MuonWithAdamW(make, groups, embeddings)
+        return make(groups)
     except ValueError as error:
         raise UserError(
             f"model.optimizer: {error}: change its init_args, or set it to another, such as"
@@ -275,7 +281,8 @@ def check_same(make: Callable[[Iterable], Optimizer], saved: str | None) -> None
     Raises:
         UserError: The optimizers differ.
     """
-    asked = name_of(make([nn.Parameter(torch.ones(1, 1))]))
+    weight = nn.Parameter(torch.ones(1, 1))
+    asked = name_of(build(make, [{"params": [weight]}], weight.dtype))
     if saved not in (None, asked):
         raise UserError(
             f"model.optimizer is {asked}, and the checkpoint holds the state of {saved}: set it to"
@@ -295,7 +302,7 @@ def bytes_per_parameter(make: Callable[[Iterable], Optimizer], dtype: torch.dtyp
     """
     parameter = nn.Parameter(torch.ones(512, 512, dtype=dtype))
     parameter.grad = torch.ones_like(parameter)
-    optimizer = build(make, [parameter], dtype)
+    optimizer = build(make, [{"params": [parameter]}], dtype)
     use_training_weights(optimizer)
     optimizer.step()
     tensors = [
@@ -324,6 +331,11 @@ def check_weights(optimizer: Optimizer, sharded: bool, scaled: bool) -> None:
         raise UserError(
             f"model.optimizer {name} with fused: true would clip gradients that are still scaled "
             "for fp16: leave fused out, or set trainer.precision to bf16-mixed"
+        )
+    if sharded and isinstance(optimizer, MuonWithAdamW):
+        raise UserError(
+            "model.optimizer Muon does not take sharded weights: set trainer.strategy to ddp or"
+            " auto, or model.optimizer to torch.optim.AdamW"
         )
     has_own_kernels = any(
         kind.__module__.partition(".")[0] == "bitsandbytes" for kind in type(optimizer).__mro__
