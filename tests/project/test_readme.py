@@ -38,7 +38,10 @@ SHORTER = {
 FETCHING = re.compile(r"scripts/(verify_|compare_with_trl)")
 """Scripts that make an environment with TRL."""
 LIMITS = "## Limits"
-KEY = re.compile(r"`((?:trainer|model|data|checkpoint|early_stopping|resume)\.(?!py`)[a-z_.]+)\b")
+KEY = re.compile(
+    r"`((?:trainer|model|data|checkpoint|early_stopping|resume)\.(?!py`)[a-z_.]+)\b(?!\()"
+)
+"""Settings in the text; a call, such as `trainer.predict(...)`, is none."""
 
 
 class Step(NamedTuple):
