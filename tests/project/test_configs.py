@@ -8,8 +8,9 @@ import sys
 
 import pytest
 import yaml
+from chat_templates import QWEN3
 from running import REPOSITORY, chat_rows, environment, run, scalars, version, write_rows
-from tiny import save_tiny
+from tiny import save_tiny, tiny_tokenizer
 
 from lit_sft.cli.arguments import packaged_config
 
@@ -31,7 +32,9 @@ SMALL = {
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("configs")
-    return folder, save_tiny(folder / "model"), write_rows(folder / "train.jsonl", chat_rows(160))
+    # The recipes set `enable_thinking`, which only a template that reads it takes.
+    model = save_tiny(folder / "model", tokenizer=tiny_tokenizer(chat_template=QWEN3))
+    return folder, model, write_rows(folder / "train.jsonl", chat_rows(160))
 
 
 def flat(tree, prefix=""):

@@ -93,6 +93,8 @@ PRIVATE = {
     },
     # The name of the attention in use.
     "model/attention/implementation.py": {"_attn_implementation"},
+    # The mark of a generation config that transformers 4 would make anew from config.json.
+    "model/export.py": {"_from_model_config"},
     # Hooks of a module, which a fused step would skip.
     "model/fused_layers.py": {"_forward_hooks"},
     # The cast that shards of a parameter follow.

@@ -17,8 +17,9 @@ from typing import NamedTuple
 
 import pytest
 import yaml
+from chat_templates import QWEN3
 from running import REPOSITORY, chat_rows, environment, write_rows
-from tiny import save_tiny
+from tiny import save_tiny, tiny_tokenizer
 
 DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 PAGES = [*DOCUMENTS, *(REPOSITORY / name for name in ("CONTRIBUTING.md", "CHANGELOG.md"))]
@@ -37,7 +38,10 @@ SHORTER = {
 FETCHING = re.compile(r"scripts/(verify_|compare_with_trl)")
 """Scripts that make an environment with TRL."""
 LIMITS = "## Limits"
-KEY = re.compile(r"`((?:trainer|model|data|checkpoint|early_stopping|resume)\.(?!py`)[a-z_.]+)\b")
+KEY = re.compile(
+    r"`((?:trainer|model|data|checkpoint|early_stopping|resume)\.(?!py`)[a-z_.]+)\b(?!\()"
+)
+"""Settings in the text; a call, such as `trainer.predict(...)`, is none."""
 
 
 class Step(NamedTuple):
@@ -88,8 +92,10 @@ def place_of(tmp_path_factory):
             folder = made[page] = tmp_path_factory.mktemp(page.stem)
             for name in ("configs", "scripts"):
                 (folder / name).symlink_to(REPOSITORY / name)
-            for name in ("Qwen3-0.6B-Base", "SmolLM2-135M-Instruct"):
-                save_tiny(folder / "models" / name)
+            # The recipes set `enable_thinking`, which only a template that reads it takes.
+            qwen = tiny_tokenizer(chat_template=QWEN3)
+            save_tiny(folder / "models" / "Qwen3-0.6B-Base", tokenizer=qwen)
+            save_tiny(folder / "models" / "SmolLM2-135M-Instruct")
             for name in ("train.jsonl", "test.jsonl"):
                 write_rows(folder / name, chat_rows(40))
             alpaca = [

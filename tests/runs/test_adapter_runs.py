@@ -285,7 +285,7 @@ def test_a_base_saved_in_4_bits_needs_the_setting(finished, place, tmp_path, cap
     hf = version(finished("qlora tokens")) / "hf"
     options = {"model__model_name_or_path": hf / "base", "model__adapter_name_or_path": hf}
     message = refused(capsys, "fit", settings(place, tmp_path / "runs", **options))
-    assert "holds quantized weights: set model.quantization to nf4" in message
+    assert "holds weights in 4 bits (bitsandbytes): set model.quantization to nf4" in message
     fit(
         place,
         tmp_path / "set",
