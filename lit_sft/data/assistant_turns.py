@@ -23,16 +23,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from lit_sft.data.chat_template import ChatTemplate, Span, Switch
+from lit_sft.data.chat_template import ChatTemplate, Span, Switch, WrittenTurn
 from lit_sft.data.generation_markers import marked_parts
-from lit_sft.data.template_omissions import has_reasoning, of_answer, of_conversation
+from lit_sft.data.reasoning import has_reasoning, move_reasoning, opens_thinking
+from lit_sft.data.server_prompt import answer_start, tails_behind_history
+from lit_sft.data.template_omissions import of_answer, of_conversation
 from lit_sft.errors import UserError
 from lit_sft.types import Conversation, Message, RenderedTurn
 
 TrainOn = Literal["completions", "last_completion", "all"]
 """Every assistant turn, the last one, or every token. An assistant turn's own `train` wins."""
-_OPEN_THINKING = re.compile(r"[<\[][\w:|]*think[\w:|]*[>\]]\s*\Z", re.IGNORECASE)
-"""Opening tag of a thinking block at the end of a prompt: `<think>`, `[THINK]`, `<|think|>`."""
 _LONGEST_CLOSING = 300
 """Longest run of special tokens and white space at the end of a text, in characters."""
 
@@ -72,6 +72,7 @@ def make_drafts(
     """
     if conversation.text is not None:
         return [text_draft(conversation.text, template.tokenizer.eos_token)]
+    conversation = move_reasoning(template, conversation)
     answers = [i for i, message in enumerate(conversation.messages) if message.role == "assistant"]
     if template.is_raw and answers:
         # Without a template, everything before the last answer is its prompt.
@@ -198,6 +199,7 @@ def write_prompt(template: ChatTemplate, conversation: Conversation) -> str:
     Raises:
         UserError: The template cannot write it.
     """
+    conversation = move_reasoning(template, conversation)
     messages = conversation.messages
     if messages and messages[-1].role == "assistant":
         try:
@@ -212,15 +214,17 @@ def prove(template: ChatTemplate, conversation: Conversation, index: int) -> Ren
 
     Later messages are not rendered, except the next one, which may be needed to find the stop
     token. The switches of the template are tried in their order, no switch first, until the turn
-    fits and its reasoning is written.
+    fits and its reasoning is written. If none fits, the answer is put behind the prompt of a server
+    (see `server_prompt`).
 
     Raises:
         UserError: No switch makes the turn fit, or the template does not end the turn, or does not
             write its calls.
     """
+    switches = _switches_for(template, conversation.messages[index])
     second_best = None
     refusal = None
-    for switch in template.switches:
+    for switch in switches:
         try:
             turn = _locate(template, conversation, index, switch)
         except UserError as error:
@@ -231,60 +235,141 @@ def prove(template: ChatTemplate, conversation: Conversation, index: int) -> Ren
         second_best = second_best or turn
     if second_best is not None:
         return second_best
+    for switch in switches:
+        try:
+            return _locate_behind_prompt(template, conversation, index, switch)
+        except UserError:
+            # The first refusal says more: it compares the row with the prompt.
+            continue
     if template.unproved == "lenient":
-        return _locate(template, conversation, index, (), lenient=True)
+        return _locate_lenient(template, conversation, index)
     assert refusal is not None
     raise refusal
 
 
+def _switches_for(template: ChatTemplate, message: Message) -> list[Switch]:
+    """Returns the switches that suit a turn: thinking is switched on only for reasoning."""
+    if has_reasoning(message):
+        return template.switches
+    return [switch for switch in template.switches if not any(value for _, value in switch)]
+
+
 def _locate(
+    template: ChatTemplate, conversation: Conversation, index: int, switch: Switch
+) -> RenderedTurn:
+    """Locates a turn whose text begins with its prompt.
+
+    Raises:
+        UserError: The turn does not continue its prompt.
+    """
+    message = conversation.messages[index]
+    written = template.write_turn(conversation, index, switch)
+    if not written.whole.startswith(written.prompt):
+        # A call that the template never writes is the better reason to refuse the row.
+        of_answer(message, written.whole, index + 1)
+        _check_prefix(template, written.prompt, written.whole, message, index + 1)
+    turn = _turn_at(template, conversation, index, switch, written, len(written.prompt))
+    _check_prefix(template, written.prompt, written.whole, message, index + 1)
+    return turn
+
+
+def _locate_behind_prompt(
+    template: ChatTemplate, conversation: Conversation, index: int, switch: Switch
+) -> RenderedTurn:
+    """Locates a turn whose answer the template writes behind another history than its prompt has.
+
+    The text of the turn is the prompt of a server, then the answer.
+
+    Raises:
+        UserError: The answer cannot be told from its history, or does not fit the prompt.
+    """
+    written = template.write_turn(conversation, index, switch)
+    start = answer_start(template, conversation, index, switch, written)
+    if start is None:
+        raise UserError(f"turn {index + 1} (assistant) cannot be told from its history")
+    # What was found in the text of the template moves with the answer.
+    shift = len(written.prompt) - start
+    moved = WrittenTurn(
+        prompt=written.prompt,
+        whole=written.prompt + written.whole[start:],
+        marks=[(first + shift, last + shift) for first, last in written.marks],
+    )
+    turn = _turn_at(template, conversation, index, switch, moved, len(moved.prompt), written.whole)
+    return replace(turn, notes=(*turn.notes, "server_prompt"))
+
+
+def _locate_lenient(template: ChatTemplate, conversation: Conversation, index: int) -> RenderedTurn:
+    """Locates a turn that does not fit its prompt, for `data.unproved: lenient`.
+
+    It is trained from where its text leaves the prompt, but never before its own first character.
+
+    Raises:
+        UserError: The end of the message before the turn cannot be found in the text.
+    """
+    written = template.write_turn(conversation, index)
+    start = len(os.path.commonprefix([written.prompt, written.whole]))
+    if index > 0:
+        tails = tails_behind_history(template, conversation, index, (), written)
+        if tails is None:
+            raise UserError(
+                f"turn {index + 1} (assistant) cannot be told from the messages before it, so even"
+                " data.unproved: lenient cannot train it; set data.chat_template to a template"
+                " whose turns begin as its generation prompt does, or remove the row"
+            )
+        start = max(start, len(written.whole) - len(tails.whole) + tails.common)
+    turn = _turn_at(template, conversation, index, (), written, start)
+    return replace(turn, anchor=0, notes=("lenient", *turn.notes))
+
+
+def _turn_at(
     template: ChatTemplate,
     conversation: Conversation,
     index: int,
     switch: Switch,
-    *,
-    lenient: bool = False,
+    written: WrittenTurn,
+    start: int,
+    template_text: str | None = None,
 ) -> RenderedTurn:
-    """Locates a turn with one switch of the template.
+    """Makes the record of a turn whose answer starts at a character of its text.
+
+    Args:
+        template: The chat template.
+        conversation: Has the turn.
+        index: Index of the turn.
+        switch: Template variables of the text.
+        written: Prompt and text of the turn.
+        start: Where the answer starts in the text.
+        template_text: The text as the template writes it, if `written` is put together.
 
     Raises:
-        UserError: The turn does not continue its prompt, unless `lenient`.
+        UserError: The template does not end the turn, or does not write its calls, or the answer
+            holds a stop token.
     """
     message = conversation.messages[index]
     number = index + 1
-    prompt, whole, marks = template.write_turn(conversation, index, switch)
-    if whole.startswith(prompt):
-        start = len(prompt)
-        stop_at, stop = find_stop(template, whole, conversation, index, switch, start)
-        _check_no_stop_inside(template, whole[start:stop_at], stop, number)
-    else:
-        # Without `lenient` this turn is refused below, by `_check_prefix`. The start of the answer
-        # is unknown: only the content of the message surely belongs to it, and the stop token is
-        # searched from the end.
-        start = len(os.path.commonprefix([prompt, whole]))
-        stop_at, stop = find_stop(template, whole, conversation, index, switch)
-        _check_no_stop_inside(template, message.content, stop, number)
-    omissions = of_answer(message, whole[start:stop_at], number)
-    if not lenient:
-        _check_prefix(template, prompt, whole, start, message, number)
+    whole = written.whole
+    source = whole if template_text is None else template_text
+    shift = len(whole) - len(source)
+    found, stop = find_stop(template, source, conversation, index, switch, start - shift)
+    stop_at = found + shift
     end = stop_at + len(stop)
+    _check_no_stop_inside(template, whole[start:stop_at], stop, number)
+    omissions = of_answer(message, whole[start:stop_at], number)
     parts: tuple[Span, ...] = ((start, end),)
     if template.has_marks:
-        parts = marked_parts(marks, start, stop_at, end, number)
-    notes = [f"switch:{name}={str(value).lower()}" for name, value in switch]
-    if lenient:
-        notes.append("lenient")
+        parts = marked_parts(written.marks, start, stop_at, end, number)
+    switched = tuple(f"switch:{name}={str(value).lower()}" for name, value in switch)
     return RenderedTurn(
         number=number,
-        prompt=prompt,
+        prompt=written.prompt,
         text=whole[:end],
         stop=stop,
         start=start,
-        anchor=0 if lenient else _anchor(template, prompt),
+        anchor=_anchor(template, written.prompt),
         parts=parts,
         whole=whole,
         switch=switch,
-        notes=(*notes, *omissions),
+        notes=(*switched, *omissions),
     )
 
 
@@ -394,7 +479,7 @@ def _check_no_stop_inside(template: ChatTemplate, answer: str, stop: str, number
 
 
 def _check_prefix(
-    template: ChatTemplate, prompt: str, whole: str, start: int, message: Message, number: int
+    template: ChatTemplate, prompt: str, whole: str, message: Message, number: int
 ) -> None:
     """Refuses a turn that does not continue its prompt.
 
@@ -402,15 +487,12 @@ def _check_prefix(
         template: The chat template.
         prompt: The prompt of a server.
         whole: The text with the turn.
-        start: Length of the common prefix of both.
         message: The turn.
         number: Number of the turn, for messages.
     """
+    start = len(os.path.commonprefix([prompt, whole]))
     row_text = f"the row is written {whole[start : start + 40]!r}"
-    opens_thinking = (
-        not template.is_raw and _OPEN_THINKING.search(prompt, max(0, len(prompt) - 50)) is not None
-    )
-    if opens_thinking and not has_reasoning(message):
+    if opens_thinking(template, prompt) and not has_reasoning(message):
         raise UserError(
             f"turn {number} (assistant) has no reasoning, but the template's prompt opens a"
             f" thinking block: after {prompt[-30:]!r} {row_text}; add reasoning_content, set"

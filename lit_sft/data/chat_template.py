@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import date, datetime
+from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from uuid import uuid4
@@ -56,6 +58,21 @@ Span = tuple[int, int]
 _SWITCHES = ("enable_thinking", "thinking")
 """Template variables that switch thinking off or on."""
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_GENERATION_TAGS = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
+_OWN_VARIABLES = {
+    "messages",
+    "tools",
+    "documents",
+    "add_generation_prompt",
+    "bos_token",
+    "eos_token",
+    "pad_token",
+    "unk_token",
+    "raise_exception",
+    TODAY,
+}
+"""Variables that transformers sets. They are not offered to the user."""
+_PROBED_ARGUMENTS = {"key": "value"}
 _REMEDIES = {
     "system": "remove the system turn, and set data.system_prompt to null",
     "alternat": "merge neighbouring turns of one role, or remove the row",
@@ -231,12 +248,16 @@ class ChatTemplate:
             chat_template_kwargs: More template variables.
             unproved: `lenient` accepts a turn that does not fit its prompt, and trains it from the
                 end of their common prefix.
+
+        Raises:
+            UserError: The template does not read a variable.
         """
         self.tokenizer = tokenizer
         self.text = text
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self.unproved = unproved
         self.is_raw = text is None
+        _check_variables(text, self.chat_template_kwargs)
         self._variables = {**tokenizer.special_tokens_map, **self.chat_template_kwargs}
         self.has_marks = text is not None and _GENERATION.search(text) is not None
         self.special = _special_tokens(tokenizer)
@@ -254,7 +275,9 @@ class ChatTemplate:
             "unproved": self.unproved,
         }
 
-    def write_turn(self, conversation: Conversation, index: int, switch: Switch) -> WrittenTurn:
+    def write_turn(
+        self, conversation: Conversation, index: int, switch: Switch = ()
+    ) -> WrittenTurn:
         """Renders the turn `messages[index]` twice: its prompt alone, and the prompt with the turn.
 
         Raises:
@@ -282,20 +305,55 @@ class ChatTemplate:
         Raises:
             UserError: The template refuses these messages, or fails on them.
         """
-        from transformers.utils.chat_template_utils import render_jinja_template
-
         messages = []
         for message in conversation.messages:
             variables = message.to_dict()
             if message.reasoning_content:
                 # gpt-oss reads reasoning under this name. transformers adds it only since 5.23.
                 variables["thinking"] = message.reasoning_content
+            if message.tool_calls and self.takes_arguments_as_text:
+                variables["tool_calls"] = [_with_text_arguments(c) for c in message.tool_calls]
             messages.append(variables)
+        return self._render(messages, conversation.tools, switch, generation_prompt)
+
+    @cached_property
+    def takes_arguments_as_text(self) -> bool:
+        """Whether the template expects the arguments of a call as JSON text, not as an object.
+
+        Most templates take an object. Some join it to other text, which fails, or print it as
+        Python does.
+        """
+        question = {"role": "user", "content": "."}
+        function = {"name": "f", "arguments": _PROBED_ARGUMENTS}
+        # Mistral takes only ids of nine letters and digits.
+        call = {"id": "abcdefghi", "type": "function", "function": function}
+        texts = []
+        for item in (call, _with_text_arguments(call)):
+            turn = {"role": "assistant", "content": "", "tool_calls": [item]}
+            try:
+                text, _ = self._render([question, turn], None, (), False)
+            except UserError:
+                text = ""
+            texts.append(text)
+        as_object, as_text = texts
+        is_right = json.dumps(_PROBED_ARGUMENTS) in as_text
+        return is_right and (not as_object or str(_PROBED_ARGUMENTS) in as_object)
+
+    def _render(
+        self,
+        messages: list[dict[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        switch: Switch,
+        generation_prompt: bool,
+    ) -> tuple[str, list[Span]]:
+        """Renders messages as the template reads them; see `write`."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
         result: Any
         try:
             result = render_jinja_template(
                 [messages],
-                tools=None if conversation.tools is None else list(conversation.tools),
+                tools=None if tools is None else list(tools),
                 chat_template=RAW_TEMPLATE if self.text is None else self.text,
                 add_generation_prompt=generation_prompt,
                 return_assistant_tokens_mask=self.has_marks,
@@ -311,6 +369,41 @@ class ChatTemplate:
         if not marks:
             return text, []
         return text, marks[0]
+
+
+def _with_text_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes the arguments of a tool call as JSON text."""
+    function = call["function"]
+    text = json.dumps(function["arguments"], ensure_ascii=False)
+    return {**call, "function": {**function, "arguments": text}}
+
+
+def _check_variables(text: str | None, chat_template_kwargs: Mapping[str, Any]) -> None:
+    """Refuses template variables that the template does not read.
+
+    Raises:
+        UserError: It does not read one of them.
+    """
+    unknown = set(chat_template_kwargs) - _variables_of(text or "")
+    for name in sorted(unknown):
+        readable = sorted(_variables_of(text or "") - _OWN_VARIABLES)
+        near = get_close_matches(name, readable, n=1)
+        remedy = f"did you mean `{near[0]}`?" if near else "remove it"
+        raise UserError(
+            f"`data.chat_template_kwargs` sets `{name}`, which the chat template does not read (it"
+            f" reads {', '.join(readable) or 'none'}); {remedy}"
+        )
+
+
+def _variables_of(text: str) -> set[str]:
+    """Returns the variables that a template reads and does not set itself."""
+    from jinja2 import Environment, meta
+
+    # Jinja knows no generation tags: they are an extension of transformers.
+    without_marks = _GENERATION_TAGS.sub("", text)
+    # Nothing is rendered here, so the environment needs no sandbox.
+    environment = Environment(extensions=["jinja2.ext.loopcontrols"])  # noqa: S701
+    return meta.find_undeclared_variables(environment.parse(without_marks))
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:

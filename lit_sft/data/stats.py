@@ -82,7 +82,14 @@ class Counts:
 
 NOTES = {
     "per_turn": "one example per assistant turn, because the template rewrites earlier turns",
+    "server_prompt": (
+        "trained behind the prompt of a server, because the template writes their history"
+        " differently"
+    ),
     "lenient": "trained from the longest common prefix, because the mask could not be proved",
+    "moved:reasoning": (
+        "reasoning moved from the content to reasoning_content, where the template expects it"
+    ),
     "left_out:reasoning_content": (
         "reasoning that the template does not write, so it is not trained"
     ),

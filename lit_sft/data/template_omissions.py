@@ -13,22 +13,14 @@ from functools import lru_cache
 from itertools import takewhile
 
 from lit_sft.data.chat_template import ChatTemplate, without_date
+from lit_sft.data.reasoning import END_OF_THINKING, split_content
 from lit_sft.errors import UserError
 from lit_sft.types import Conversation, Message
 
-_END_OF_THINKING = re.compile(r"[<\[]/[\w:|]*think[\w:|]*[>\]]", re.IGNORECASE)
 _COMMANDS = re.compile(r"/(?:no_?think|think|system_override)\b")
 """Commands in a message that a template obeys and removes (SmolLM3, Nemotron)."""
 _ESCAPES = re.compile(r"""\\+[nrtfb]?|["']""")
 """Characters that JSON and Python escape, at any depth of nesting."""
-
-
-def has_reasoning(message: Message) -> bool:
-    """Whether a message has reasoning, in its own field or in the content."""
-    return (
-        bool((message.reasoning_content or "").strip())
-        or _END_OF_THINKING.search(message.content) is not None
-    )
 
 
 def of_answer(message: Message, answer: str, number: int) -> tuple[str, ...]:
@@ -50,13 +42,21 @@ def of_answer(message: Message, answer: str, number: int) -> tuple[str, ...]:
                 " set data.chat_template to a template with tool calls, or remove the row"
             )
     notes = []
-    if (message.reasoning_content or "").strip() not in answer:
+    if not _writes_reasoning(message, answer):
         notes.append("left_out:reasoning_content")
     # A template may take reasoning out of the content and write it in its own way.
     content = message.content.strip()
-    if content not in answer and _END_OF_THINKING.split(content)[-1].strip() not in answer:
+    if content not in answer and END_OF_THINKING.split(content)[-1].strip() not in answer:
         notes.append("left_out:content")
     return tuple(notes)
+
+
+def _writes_reasoning(message: Message, answer: str) -> bool:
+    """Whether the text of an answer has all reasoning of its message."""
+    if (message.reasoning_content or "").strip() not in answer:
+        return False
+    block = split_content(message.content)
+    return block is None or block[1] in answer
 
 
 def of_conversation(

@@ -210,7 +210,8 @@ class Renderer:
         tail_ids = tokens[turn.prompt[turn.anchor :]].ids
         if "lenient" in turn.notes:
             # The anchor of a lenient turn is 0, so these are the ids of the whole prompt.
-            return len(os.path.commonprefix([tail_ids, ids]))
+            common = len(os.path.commonprefix([tail_ids, ids]))
+            return max(common, self._token_with(text, tokens, turn.start))
         first = 0 if turn.anchor == 0 else self._token_at(text, tokens, turn.anchor)
         begin = first + len(tail_ids)
         if ids[first:begin] != tail_ids:
@@ -234,6 +235,18 @@ class Renderer:
         if index is None or span is None or span[0] != char:
             raise _BoundaryInsideToken
         return int(index)
+
+    def _token_with(self, text: str, tokens: dict[str, _Tokens], char: int) -> int:
+        """Finds the token that contains a character, or the next one if none does."""
+        ids, encoding = tokens[text]
+        if encoding is None:
+            before = self._encode([text[:char]])[text[:char]].ids
+            return len(os.path.commonprefix([ids, before]))
+        for position in range(char, len(text)):
+            index = encoding.char_to_token(position)
+            if index is not None:
+                return int(index)
+        return len(ids)
 
     def _separated_examples(self, draft: Draft, row: int, part: int) -> list[Example]:
         """Makes one example per turn, because prompt and answer share a token.

@@ -157,11 +157,13 @@ def test_a_date_is_written_as_it_would_be_on_that_day(name, monkeypatch):
     assert written == expected and expected.startswith(
         ("\n", "Today Date: 04 Mar", "Current date: 2025-03-04")
     )
-    kwargs = {"date_string": "then"}
-    given = renderer_of(
-        tokenizer_of("chatml"), with_date(template, "2025-03-04"), chat_template_kwargs=kwargs
-    ).template
-    assert ("then" in given.write(ONE)[0]) == (name == "llama-3.2")
+    if name == "llama-3.2":
+        given = renderer_of(
+            tokenizer_of("chatml"),
+            with_date(template, "2025-03-04"),
+            chat_template_kwargs={"date_string": "then"},
+        ).template
+        assert "then" in given.write(ONE)[0]
 
 
 def test_the_date_of_a_file_is_todays_where_there_is_none(tmp_path):

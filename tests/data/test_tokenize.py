@@ -500,8 +500,9 @@ def test_fingerprint_changes_with_what_decides_the_ids(kind):
         renderer_of(make(replace(CHATML_FAMILY, eos="<|im_end|>"))),
         renderer_of(tokenizer, CHATML + " "),
         renderer_of(tokenizer, "raw"),
-        renderer_of(tokenizer, chat_template_kwargs={"a": 1}),
+        renderer_of(tokenizer, "{{ a }}" + CHATML, chat_template_kwargs={"a": 1}),
+        renderer_of(tokenizer, "{{ a }}" + CHATML, chat_template_kwargs={"a": 2}),
         renderer_of(tokenizer, train_on="all"),
         renderer_of(tokenizer, unproved="lenient"),
     ]
-    assert len({json.dumps(other.fingerprint()) for other in others} | {json.dumps(base)}) == 8
+    assert len({json.dumps(other.fingerprint()) for other in others} | {json.dumps(base)}) == 9
