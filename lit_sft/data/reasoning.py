@@ -16,10 +16,10 @@ from lit_sft.data.chat_template import ChatTemplate
 from lit_sft.errors import UserError
 from lit_sft.types import Conversation, Message
 
-END_OF_THINKING = re.compile(r"[<\[]/[\w:|]*think[\w:|]*[>\]]", re.IGNORECASE)
-"""Closing tag of a thinking block: `</think>`, `[/THINK]`, `</thinking>`."""
-_START_OF_THINKING = re.compile(r"[<\[][\w:|]*think[\w:|]*[>\]]", re.IGNORECASE)
-_OPEN_THINKING = re.compile(r"[<\[][\w:|]*think[\w:|]*[>\]]\s*\Z", re.IGNORECASE)
+END_OF_THINKING = re.compile(r"[<\[](?:/|\|end_)[\w:|]*think[\w:|]*[>\]]", re.IGNORECASE)
+"""Closing tag of a thinking block: `</think>`, `[/THINK]`, `</thinking>`, `<|END_THINKING|>`."""
+_START_OF_THINKING = re.compile(r"[<\[](?!\|end_)[\w:|]*think[\w:|]*[>\]]", re.IGNORECASE)
+_OPEN_THINKING = re.compile(rf"{_START_OF_THINKING.pattern}\s*\Z", re.IGNORECASE)
 """Opening tag of a thinking block at the end of a prompt: `<think>`, `[THINK]`, `<|think|>`."""
 MOVED = "moved:reasoning"
 """Note on a row whose reasoning was moved out of the content."""
@@ -39,6 +39,11 @@ def opens_thinking(template: ChatTemplate, prompt: str) -> bool:
     """Whether a prompt ends with the opening tag of a thinking block."""
     end = max(0, len(prompt) - 50)
     return not template.is_raw and _OPEN_THINKING.search(prompt, end) is not None
+
+
+def starts_thinking(answer: str) -> bool:
+    """Whether an answer begins with the opening tag of a thinking block."""
+    return _START_OF_THINKING.match(answer.lstrip()) is not None
 
 
 def split_content(content: str) -> tuple[str, str, str, str] | None:
