@@ -115,6 +115,7 @@ class Server:
     def __init__(self, template: str) -> None:
         """Makes a tokenizer with the special tokens of the template."""
         self.template = template
+        self.is_marked = re.search(r"\{%-?\s*generation\b", template) is not None
         self.family = family_of(template)
         self.tokenizer = byte_tokenizer(self.family)
         self.renderer: Renderer = renderer_of(self.tokenizer)
@@ -214,7 +215,7 @@ def judge_examples(server: Server, row: Row, examples: Sequence[Example]) -> Ver
 
 def _turn_runs(server: Server, example: Example) -> list[tuple[int, int]]:
     """Joins the marked parts of one turn: a turn ends only with its stop token."""
-    if "{% generation" not in server.template and "{%- generation" not in server.template:
+    if not server.is_marked:
         return runs(example)
     joined: list[tuple[int, int]] = []
     is_open = False
@@ -242,37 +243,41 @@ def _judge_run(
     """Judges one run of trained tokens, that of the turn `number`."""
     ids = example.input_ids
     text = server.tokenizer.decode(ids[begin:end])
-    before = ids[:begin]
-    faults = []
-    switches = _switches(example.notes)
-    is_marked = "generation %}" in server.template
-    fed = []
-    wholes = []
-    for turns in _histories(row):
-        for switch in switches:
-            prompt = server.text(turns[:number], row.tools, add_generation_prompt=True, **switch)
-            if _fits(server, server.ids(prompt), before, is_marked):
-                fed.append(prompt)
-            wholes.append(server.text(turns[: number + 1], row.tools, **switch))
-    if not fed:
-        faults.append(f"no server feeds {server.tokenizer.decode(before)[-160:]!r} before {text!r}")
-    asked = server.renderer.prompt(row.conversation(number + 1))
-    if not _fits(server, asked, before, is_marked):
-        faults.append(f"predict asks {server.tokenizer.decode(asked)[-160:]!r} for {text!r}")
-    faults += _judge_content(server, row, example.notes, number, text)
+    fed, wholes = _texts_of_server(server, row, example, number)
+    faults = _judge_content(server, row, example.notes, number, text)
     faults += _judge_stop(server, ids[begin:end], text)
-    for prompt in fed[:1]:
-        faults += _judge_doubling(prompt, text)
-        if _leaves_open(prompt, prompt + text):
-            faults.append(f"the thinking block of the prompt is never closed: {text!r}")
-        if not is_marked and not any(text in whole for whole in wholes):
-            faults.append(f"the template never writes {text!r}")
+    if not server.is_marked and not any(text in whole for whole in wholes):
+        faults.append(f"the template never writes {text!r}")
+    before = server.tokenizer.decode(ids[:begin])[-160:]
+    asked = server.renderer.prompt(row.conversation(number + 1))
+    if not _fits(server, asked, ids[:begin]):
+        faults.append(f"predict does not ask {before!r} for {text!r}")
+    fitting = [prompt for prompt in fed if _fits(server, server.ids(prompt), ids[:begin])]
+    if not fitting:
+        return [*faults, f"no server feeds {before!r} before {text!r}"]
+    faults += _judge_doubling(fitting[0], text)
+    if _leaves_open(fitting[0], fitting[0] + text):
+        faults.append(f"the thinking block of the prompt is never closed: {text!r}")
     return faults
 
 
-def _fits(server: Server, prompt: list[int], before: list[int], is_marked: bool) -> bool:
+def _texts_of_server(
+    server: Server, row: Row, example: Example, number: int
+) -> tuple[list[str], list[str]]:
+    """Renders the prompts that a server may feed for a turn, and the texts up to this turn."""
+    fed = []
+    wholes = []
+    for turns in _histories(row):
+        for switch in _switches(example.notes):
+            prompt = server.text(turns[:number], row.tools, add_generation_prompt=True, **switch)
+            fed.append(prompt)
+            wholes.append(server.text(turns[: number + 1], row.tools, **switch))
+    return fed, wholes
+
+
+def _fits(server: Server, prompt: list[int], before: list[int]) -> bool:
     """Whether the ids before a run are the prompt; marks may leave out what begins an answer."""
-    if not is_marked:
+    if not server.is_marked:
         return prompt == before
     rest = server.tokenizer.decode(before[len(prompt) :])
     return before[: len(prompt)] == prompt and not re.search(r"[wrv]\w+?z\dz", rest)
