@@ -25,7 +25,14 @@ from typing import Literal
 
 from lit_sft.data.chat_template import ChatTemplate, Span, Switch, WrittenTurn
 from lit_sft.data.generation_markers import marked_parts
-from lit_sft.data.reasoning import MOVED, has_reasoning, move_reasoning, opens_thinking
+from lit_sft.data.reasoning import (
+    END_OF_THINKING,
+    MOVED,
+    has_reasoning,
+    move_reasoning,
+    opens_thinking,
+    starts_thinking,
+)
 from lit_sft.data.server_prompt import answer_start, tails_behind_history
 from lit_sft.data.template_omissions import of_answer, of_conversation
 from lit_sft.errors import UserError
@@ -35,6 +42,10 @@ TrainOn = Literal["completions", "last_completion", "all"]
 """Every assistant turn, the last one, or every token. An assistant turn's own `train` wins."""
 _LONGEST_CLOSING = 300
 """Longest run of special tokens and white space at the end of a text, in characters."""
+
+
+class _PromptMismatch(UserError):
+    """A turn does not continue its prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,12 +244,12 @@ def prove(template: ChatTemplate, conversation: Conversation, index: int) -> Ren
     """
     switches = _switches_for(template, conversation.messages[index])
     second_best = None
-    refusal = None
+    refusal: UserError | None = None
     for switch in switches:
         try:
             turn = _locate(template, conversation, index, switch)
         except UserError as error:
-            refusal = refusal or error
+            refusal = _better_reason(refusal, error)
             continue
         if "left_out:reasoning_content" not in turn.notes:
             return turn
@@ -255,6 +266,18 @@ def prove(template: ChatTemplate, conversation: Conversation, index: int) -> Ren
         return _locate_lenient(template, conversation, index)
     assert refusal is not None
     raise refusal
+
+
+def _better_reason(first: UserError | None, error: UserError) -> UserError:
+    """Returns the first refusal, unless only a later switch makes the turn fit its prompt.
+
+    Such a turn has another fault, which another remedy mends.
+    """
+    if first is None:
+        return error
+    if isinstance(first, _PromptMismatch) and not isinstance(error, _PromptMismatch):
+        return error
+    return first
 
 
 def _switches_for(template: ChatTemplate, message: Message) -> list[Switch]:
@@ -305,6 +328,7 @@ def _locate_behind_prompt(
         marks=[(first + shift, last + shift) for first, last in written.marks],
     )
     turn = _turn_at(template, conversation, index, switch, moved, len(moved.prompt), written.whole)
+    _check_prefix(template, moved.prompt, moved.whole, conversation.messages[index], index + 1)
     return replace(turn, notes=(*turn.notes, "server_prompt"))
 
 
@@ -363,7 +387,7 @@ def _turn_at(
     found, stop = find_stop(template, source, conversation, index, switch, start - shift)
     stop_at = found + shift
     end = stop_at + len(stop)
-    _check_no_stop_inside(template, whole[start:stop_at], stop, number)
+    _check_no_stop_inside(template, whole[start:stop_at], stop, message, number)
     omissions = of_answer(message, whole[start:stop_at], number)
     parts: tuple[Span, ...] = ((start, end),)
     if template.has_marks:
@@ -441,6 +465,7 @@ def _last_of_turn(
         raise UserError(f"turn {index + 1} (assistant) is blank; fill it in or remove the row")
     if not message.tool_calls:
         found = _without_own(template, message, found)
+    found = _up_to_eos(template, found)
     following = _following(conversation.messages, index)
     history, _ = template.write(
         replace(conversation, messages=(*conversation.messages[: index + 1], *following)), switch
@@ -465,6 +490,14 @@ def _without_own(
     return found[len(tokens) :] or found
 
 
+def _up_to_eos(template: ChatTemplate, found: list[re.Match[str]]) -> list[re.Match[str]]:
+    """Drops the special tokens behind eos: Cohere's templates always write another header."""
+    for i, match in enumerate(found):
+        if match.group() == template.tokenizer.eos_token:
+            return found[: i + 1]
+    return found
+
+
 def _following(messages: Sequence[Message], index: int) -> Sequence[Message]:
     """Returns the next message; after the last turn, messages that could follow."""
     if index + 1 < len(messages):
@@ -478,14 +511,23 @@ def _following(messages: Sequence[Message], index: int) -> Sequence[Message]:
     ]
 
 
-def _check_no_stop_inside(template: ChatTemplate, answer: str, stop: str, number: int) -> None:
+def _check_no_stop_inside(
+    template: ChatTemplate, answer: str, stop: str, message: Message, number: int
+) -> None:
     """Refuses an answer that contains a token at which a server would stop."""
     for token in (stop, template.tokenizer.eos_token):
-        if token and token in answer:
-            raise UserError(
-                f"turn {number} (assistant) holds {token!r} before its end, where a server would"
-                " stop; remove it from the row"
+        if not token or token not in answer:
+            continue
+        remedy = "remove it from the row"
+        if token not in str(message.to_dict()):
+            remedy = (
+                "the chat template writes it, so set data.chat_template to another, or remove the"
+                " row"
             )
+        raise UserError(
+            f"turn {number} (assistant) holds {token!r} before its end, where a server would stop;"
+            f" {remedy}"
+        )
 
 
 def _check_prefix(
@@ -503,7 +545,7 @@ def _check_prefix(
     start = len(os.path.commonprefix([prompt, whole]))
     row_text = f"the row is written {whole[start : start + 40]!r}"
     if opens_thinking(template, prompt) and not has_reasoning(message):
-        raise UserError(
+        raise _PromptMismatch(
             f"turn {number} (assistant) has no reasoning, but the template's prompt opens a"
             f" thinking block: after {prompt[-30:]!r} {row_text}; add reasoning_content, set"
             " data.chat_template to one without that block, or data.unproved to lenient"
@@ -513,10 +555,28 @@ def _check_prefix(
             f"after {prompt[max(0, start - 20) : start]!r} a server feeds"
             f" {prompt[start : start + 40]!r}"
         )
-        raise UserError(
+        raise _PromptMismatch(
             f"turn {number} (assistant) does not continue the prompt of a server: {server}, but"
             f" {row_text}; set data.chat_template to a template whose turns begin as its"
             " generation prompt does, or data.unproved to lenient"
+        )
+    if opens_thinking(template, prompt):
+        _check_thinking(prompt, whole[start:], number)
+
+
+def _check_thinking(prompt: str, answer: str, number: int) -> None:
+    """Refuses an answer that does not fill the thinking block that its prompt opens."""
+    after = f"after {prompt[-30:]!r} the row is written {answer[:40]!r}"
+    if starts_thinking(answer):
+        raise _PromptMismatch(
+            f"turn {number} (assistant) opens a thinking block again that the template's prompt"
+            f" opens: {after}; remove the tag from the content"
+        )
+    if END_OF_THINKING.search(answer) is None:
+        raise _PromptMismatch(
+            f"turn {number} (assistant) leaves the thinking block open that the template's prompt"
+            f" opens: {after}; set data.chat_template to one that writes reasoning, or"
+            " data.unproved to lenient"
         )
 
 

@@ -73,6 +73,7 @@ _OWN_VARIABLES = {
 }
 """Variables that transformers sets. They are not offered to the user."""
 _PROBED_ARGUMENTS = {"key": "value"}
+_PROBED_CONTENT = "Zq7 content"
 _REMEDIES = {
     "system": "remove the system turn, and set data.system_prompt to null",
     "alternat": "merge neighbouring turns of one role, or remove the row",
@@ -313,6 +314,8 @@ class ChatTemplate:
                 variables["thinking"] = message.reasoning_content
             if message.tool_calls and self.takes_arguments_as_text:
                 variables["tool_calls"] = [_with_text_arguments(c) for c in message.tool_calls]
+            if self.takes_content_as_parts:
+                variables["content"] = _as_parts(message.content)
             messages.append(variables)
         return self._render(messages, conversation.tools, switch, generation_prompt)
 
@@ -338,6 +341,23 @@ class ChatTemplate:
         as_object, as_text = texts
         is_right = json.dumps(_PROBED_ARGUMENTS) in as_text
         return is_right and (not as_object or str(_PROBED_ARGUMENTS) in as_object)
+
+    @cached_property
+    def takes_content_as_parts(self) -> bool:
+        """Whether the template expects a content as a list of parts, not as a text.
+
+        Templates of models that read images loop over parts. Some fail on a text, others write
+        nothing.
+        """
+        texts = []
+        for content in (_PROBED_CONTENT, _as_parts(_PROBED_CONTENT)):
+            try:
+                text, _ = self._render([{"role": "user", "content": content}], None, (), False)
+            except UserError:
+                text = ""
+            texts.append(text)
+        as_text, as_parts = texts
+        return _PROBED_CONTENT not in as_text and _PROBED_CONTENT in as_parts
 
     def _render(
         self,
@@ -376,6 +396,11 @@ def _with_text_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
     function = call["function"]
     text = json.dumps(function["arguments"], ensure_ascii=False)
     return {**call, "function": {**function, "arguments": text}}
+
+
+def _as_parts(content: str) -> list[dict[str, str]]:
+    """Writes a content as templates of models that read images take it."""
+    return [{"type": "text", "text": content}]
 
 
 def _check_variables(text: str | None, chat_template_kwargs: Mapping[str, Any]) -> None:

@@ -42,6 +42,11 @@ def opens_thinking(template: ChatTemplate, prompt: str) -> bool:
     return bool(tags) and not prompt[tags[-1].end() :].strip()
 
 
+def starts_thinking(answer: str) -> bool:
+    """Whether an answer begins with the opening tag of a thinking block."""
+    return _START_OF_THINKING.match(answer.lstrip()) is not None
+
+
 def split_content(content: str) -> tuple[str, str, str, str] | None:
     """Splits a content that begins with reasoning.
 

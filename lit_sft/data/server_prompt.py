@@ -40,6 +40,8 @@ class Tails:
     """In the text with the turn: the same, then the answer."""
     common: int
     """Length of what both begin with. It ends before the text that depends on the turn."""
+    of_any_turn: str
+    """What `whole` begins with, whatever the turn says."""
 
 
 def answer_start(
@@ -65,15 +67,19 @@ def answer_start(
     tails = tails_behind_history(template, conversation, index, switch, written)
     if tails is None:
         return None
-    only_in_prompt = tails.prompt[tails.common :]
+    start = tails.common
+    only_in_prompt = tails.prompt[start:]
     turn = conversation.messages[index]
     if only_in_prompt.strip() and (has_reasoning(turn) or not _is_closed(only_in_prompt, tails)):
-        return None
+        behind = _end_of_header(template, tails)
+        if behind is None:
+            return None
+        start = behind
     if not has_reasoning(turn) and _waits_for_reasoning(
         template, conversation, index, switch, written.prompt
     ):
         return None
-    return len(written.whole) - len(tails.whole) + tails.common
+    return len(written.whole) - len(tails.whole) + start
 
 
 def tails_behind_history(
@@ -104,7 +110,7 @@ def tails_behind_history(
         return None
     of_any_turn = os.path.commonprefix([whole, changed[1]])
     common = len(os.path.commonprefix([prompt, of_any_turn]))
-    return Tails(prompt, whole, _back_to_tag(prompt, of_any_turn, common))
+    return Tails(prompt, whole, _back_to_tag(prompt, of_any_turn, common), of_any_turn)
 
 
 def _tails_of(
@@ -147,10 +153,32 @@ def _back_to_tag(prompt: str, whole: str, common: int) -> int:
     return common
 
 
+def _end_of_header(template: ChatTemplate, tails: Tails) -> int | None:
+    """Finds the end of the prompt, from its last tag or special token on, before an answer.
+
+    Both texts may close the message before the turn in different ways, and then write the same
+    header.
+    """
+    markup = re.compile(rf"{template.special.pattern}|{_TAG.pattern}")
+    tags = list(markup.finditer(tails.prompt))
+    # Other text than markup is no end of a message.
+    if not tags or markup.sub("", tails.prompt[: tags[-1].start()]).strip():
+        return None
+    header = tails.prompt[tags[-1].start() :]
+    found = tails.of_any_turn.find(header)
+    return None if found < 0 else found + len(header)
+
+
 def _is_closed(block: str, tails: Tails) -> bool:
-    """Whether a block has an opening and a closing tag, and the answer does not repeat it."""
+    """Whether a block has an opening and a closing tag, and the answer does not repeat it.
+
+    A block whose tags delimit turns, too, is no block, but a turn that only the prompt has.
+    """
     tags = _TAG.findall(block)
-    return len(tags) >= 2 and tags[-1] not in tails.whole[tails.common :]
+    tags_of_turns = _TAG.findall(tails.prompt[: tails.common])
+    if len(tags) < 2 or not set(tags).isdisjoint(tags_of_turns):
+        return False
+    return tags[-1] not in tails.whole[tails.common :]
 
 
 def _waits_for_reasoning(

@@ -32,7 +32,8 @@ def of_answer(message: Message, answer: str, number: int) -> tuple[str, ...]:
         number: Number of the turn, for messages.
 
     Raises:
-        UserError: A tool call is missing. Without it, the model would learn an empty answer.
+        UserError: A tool call or the whole content is missing. Without it, the model would learn
+            an empty answer.
     """
     for call in message.tool_calls or ():
         name = call["function"]["name"]
@@ -46,6 +47,11 @@ def of_answer(message: Message, answer: str, number: int) -> tuple[str, ...]:
         notes.append("left_out:reasoning_content")
     # A template may take reasoning out of the content and write it in its own way.
     content = message.content.strip()
+    if content and not answer.strip():
+        raise UserError(
+            f"turn {number} (assistant) has a content that the chat template does not write; set"
+            " data.chat_template to one that writes it, or remove the row"
+        )
     if content not in answer and END_OF_THINKING.split(content)[-1].strip() not in answer:
         notes.append("left_out:content")
     return tuple(notes)

@@ -735,3 +735,110 @@ def test_any_text_is_right_or_refused(family):
             for i, text in zip(answers, trained_texts(tokenizer, example), strict=True):
                 assert messages[i].content.split("</think>")[-1].strip() in text
     assert proved > 10 or family in ("deepseek-r1", "glm-4", "qwen3-thinking")
+
+
+PARTS = CHATML.replace(
+    "message.content",
+    "message.content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join",
+)
+"""Of a model that reads images: a content is a list of parts."""
+ALWAYS_HEADER = FAMILIES["cohere"].template.replace("if add_generation_prompt", "if true")
+QUIET_HEADER = FAMILIES["cohere"].template.replace(
+    "<|CHATBOT_TOKEN|>' }}{%- endif",
+    "<|CHATBOT_TOKEN|><|START_THINKING|><|END_THINKING|>' }}{%- endif",
+)
+"""The prompt has an empty thinking block that no turn has."""
+CLOSES_LATER = (
+    r"{%- for message in messages %}{{- '<|im_start|>' + message.role + '\n' + message.content }}"
+    r"{%- if message.role == 'user' and not loop.last %}{{- '\n' }}{%- endif %}{{- '<|im_end|>' }}"
+    r"{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
+)
+"""A user's turn ends with a newline once an answer follows."""
+REMINDS = CHATML.replace(
+    "{{- '<|im_start|>assistant",
+    "{{- '<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>assistant",
+)
+"""The prompt has a turn of its own."""
+CLOSES_THINKING = FAMILIES["deepseek-v3.1"].template.replace(
+    "('<think>' if thinking else '</think>')", "'<think></think>'"
+)
+
+
+@pytest.mark.parametrize(
+    ("family", "template", "trained", "notes"),
+    [
+        ("chatml", PARTS, "Hello<|im_end|>", ()),
+        ("cohere", ALWAYS_HEADER, "<|START_RESPONSE|>Hello<|END_RESPONSE|><|END_OF_TURN_TOKEN|>", ()),
+        (
+            "cohere",
+            QUIET_HEADER,
+            "<|START_RESPONSE|>Hello<|END_RESPONSE|><|END_OF_TURN_TOKEN|>",
+            ("server_prompt",),
+        ),
+        ("chatml", CLOSES_LATER, "Hello<|im_end|>", ("server_prompt",)),
+        ("deepseek-v3.1", CLOSES_THINKING, f"Hello{EOS}", ("server_prompt",)),
+    ],
+)  # fmt: skip
+def test_quirks_of_templates(family, template, trained, notes):
+    tokenizer = tokenizer_of(family)
+    renderer = renderer_of(tokenizer, template)
+    [example] = render_one(renderer, *ONE)
+    assert trained_texts(tokenizer, example) == [trained]
+    assert example.notes == notes
+    [(begin, _)] = runs(example)
+    assert example.input_ids[:begin] == renderer.prompt(Conversation(ONE[:1]))
+    assert "Hi" in tokenizer.decode(example.input_ids[:begin])
+
+
+OPENS_THINKING = CHATML.replace("assistant\\n' }}", "assistant\\n<think>\\n' }}").replace(
+    "'\\n' + message.content",
+    "('\\n<think>\\n' if message.role == 'assistant' else '\\n') + message.content",
+)
+"""Writes a thinking block, but no reasoning."""
+NO_END = (
+    r"{%- for message in messages %}{{- '<|' + message.role + '|>' }}"
+    r"{%- if message.role == 'assistant' %}{{- '</think>' }}{%- endif %}{{- message.content }}"
+    r"{%- endfor %}{%- if add_generation_prompt %}{{- '<|assistant|>' }}"
+    r"{{- '</think>' if enable_thinking is false else '<think>' }}{%- endif %}"
+)
+"""GLM 4.7: the next turn's token ends a turn, and none follows the last one."""
+TWO_ENDS = CHATML.replace(
+    "{%- endfor %}",
+    "{{- message.tool_calls[0].function.name + '<|im_end|>' if message.tool_calls }}{%- endfor %}",
+)
+
+
+@pytest.mark.parametrize(
+    ("family", "template", "answer", "said"),
+    [
+        (
+            "qwen3",
+            OPENS_THINKING,
+            assistant("Hello", reasoning_content="hm"),
+            r"turn 2 .*leaves the thinking block open that the template's prompt opens: after .*think",
+        ),
+        (
+            "qwen3",
+            OPENS_THINKING,
+            assistant("<think>\nhm\n</think>\n\nHello"),
+            r"turn 2 .*opens a thinking block again .*remove the tag from the content",
+        ),
+        ("glm-4", NO_END, assistant("Hello"), r"leaves turn 2 \(assistant\) open"),
+        (
+            "qwen3",
+            TWO_ENDS,
+            assistant("Let me see.", tool_calls=call("get_weather")),
+            r"turn 2 .*holds '<\|im_end\|>'.*the chat template writes it",
+        ),
+        (
+            "chatml",
+            CHATML.replace("message.content", "('' if message.role == 'assistant' else message.content)"),
+            assistant("Hello"),
+            r"turn 2 \(assistant\) has a content that the chat template does not write",
+        ),
+        ("chatml", REMINDS, assistant("Hello"), r"turn 2 .*does not continue the prompt"),
+    ],
+)  # fmt: skip
+def test_quirks_that_no_mask_can_fit(family, template, answer, said):
+    with pytest.raises(UserError, match=said):
+        render_one(renderer_of(tokenizer_of(family), template), user("Hi"), answer)
