@@ -364,7 +364,13 @@ def test_settings_of_formats(row, settings, words):
 
 @pytest.mark.parametrize(
     "rows",
-    [[], [{"question": "a", "answer": "b"}], [{"prompt": None}], [{"a\nb": "x", "c" * 999: "y"}]],
+    [
+        [],
+        [{"question": "a", "answer": "b"}],
+        [{"prompt": None}],
+        [{"prompt:question": "a"}],
+        [{"a\nb": "x", "c" * 999: "y"}],
+    ],
 )
 def test_no_format_fits(rows):
     with pytest.raises(UserError) as caught:
@@ -394,6 +400,13 @@ FILES = {
     "no header": (b"hi,hi\nho,ho\n", "a.csv", ["a.csv", "no header", "add one"]),
     "long header": (b"x" * 99 + b",y\n1,2\n", "a.csv", ["a.csv", "no header"]),
     "ragged csv": (b"prompt,completion\na,b\nc,d,e\n", "a.csv", ["a.csv", "['c', 'd', 'e'] has 3 fields", "2"]),
+    "ragged after blank lines": (b"\n prompt,completion\r\n\r\na,\"b\r\nc\"\r\nd,e,f\r\n", "a.csv", ["line 6:", "has 3 fields", "','"]),
+    "too few fields": (b"prompt;completion\na;b\nc\n", "a.csv", ["line 3:", "1 fields", "';'"]),
+    "text behind the last column": (b"prompt,completion,\na,b,\na,b,c\n", "a.csv", ["line 3:", "3 fields"]),
+    "quote within quotes": (b'prompt,completion\na,b\n"x "y" z",b\n', "a.csv", ["a.csv", "line 3:", "','"]),
+    "open quote in the middle": (b'prompt,completion\na,b\n"a,b\nc,d\n', "a.csv", ["line 3:", "unexpected end of data"]),
+    "no names": (b",,\na,b,c\n", "a.csv", ["no header"]),
+    "only a separator": (b"sep=;\n", "a.csv", ["no header"]),
     "open quote": (b'prompt,completion\n"a,b\n', "a.csv", ["a.csv", "unexpected end of data"]),
     "latin csv": ("prompt,completion\né,b\n".encode("latin-1"), "a.csv", ["a.csv", "not UTF-8"]),
     "no parquet": (b"PAR0 nonsense", "a.parquet", ["a.parquet", "complete", "suffix"]),
