@@ -107,7 +107,7 @@ def test_every_row_is_counted(prepared):
     told = counts(data)
     assert (told.rows_read, told.rows_kept, told.examples) == (6, 2, 2)
     assert told.dropped == {
-        "bad row (data.on_bad_row: skip)": 2,
+        "bad row (data.on_bad_row: skip): it does not fit the format": 2,
         "longer than data.max_length 64": 1,
         "no token of it is trained": 1,
     }
@@ -123,7 +123,7 @@ def test_every_row_is_counted(prepared):
             f"train: 2 of 6 rows kept as 2 examples, {told.tokens} tokens,"
             f" {told.trained_tokens / told.tokens:.0%} of them trained, the longest {told.longest}"
         ),
-        "train: 2 rows dropped: bad row (data.on_bad_row: skip)",
+        "train: 2 rows dropped: bad row (data.on_bad_row: skip): it does not fit the format",
         "train: 1 rows dropped: longer than data.max_length 64",
         "train: 1 rows dropped: no token of it is trained",
         f"train: {answer} target tokens lost to data.max_length",
@@ -345,7 +345,9 @@ def test_many_skipped_rows_do_not_fill_the_screen(prepared):
         data = prepared([bad] * 40 + [chat("Hello", "world")], on_bad_row="skip")
     skips = [line for line in lines if line.startswith("skipped: ")]
     assert len(skips) == preprocessing.SHOWN_SKIPS and "train.jsonl line 1: " in skips[0]
-    assert counts(data).dropped == {"bad row (data.on_bad_row: skip)": 40}
+    assert counts(data).dropped == {
+        "bad row (data.on_bad_row: skip): it does not fit the format": 40
+    }
 
 
 # ------------------------------------------------------------------ copies

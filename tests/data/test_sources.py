@@ -251,10 +251,12 @@ def media_table():
         "film": datasets.Video(),
         "paper": datasets.Pdf(),
         "nothing": datasets.Image(),
+        "notes": datasets.Json(),
     })  # fmt: skip
     row = {
         "messages": [{"role": "user", "image": blob}],
         "pictures": [blob],
+        "notes": '{"a": [1]}',
         **dict.fromkeys(["image", "voice", "film", "paper"], blob),
     }
     return pa.Table.from_pylist([row], schema=features.arrow_schema)
@@ -280,7 +282,7 @@ def test_pictures_and_sound_are_not_decoded(kind, tmp_path):
     blob = {"bytes": b"not a picture"}
     expected = {**dict.fromkeys(["image", "voice", "film", "paper"], blob), "pictures": [blob]}
     message = {"role": "user", "image": blob}
-    assert rows[0] == {"messages": [message], **expected, "nothing": None}
+    assert rows[0] == {"messages": [message], **expected, "nothing": None, "notes": {"a": [1]}}
 
 
 def test_a_damaged_row_of_a_table(tmp_path):

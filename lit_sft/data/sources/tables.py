@@ -76,7 +76,10 @@ def _undecoded(feature: Any) -> Any:
         return {name: _undecoded(item) for name, item in feature.items()}
     if isinstance(feature, datasets.List | datasets.LargeList):
         return replace(feature, feature=_undecoded(feature.feature))
-    # Each version of `datasets` knows more kinds of media. They have this field in common.
+    # `Json` is text, and no media.
+    if isinstance(feature, datasets.Json):
+        return feature
+    # Each version of `datasets` knows more kinds of media, which have this field in common.
     if any(field.name == "decode" for field in fields(feature)):
         return replace(feature, decode=False)
     return feature
