@@ -353,7 +353,7 @@ class Preparation:
             meta.update(vars(counts))
 
         started = time.monotonic()
-        cache = write_cache(path, blocks(), meta)
+        cache = write_cache(path, blocks(), meta, rows.name)
         log.info("tokenized %s rows in %.1f s", f"{counts.rows_read:,}", time.monotonic() - started)
         return cache
 
