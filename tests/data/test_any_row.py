@@ -7,18 +7,24 @@ What is right is computed here from the row by hand, without the code that is te
 from __future__ import annotations
 
 import copy
+import csv
+import gzip
+import io
 import json
 import os
 import tempfile
 from pathlib import Path
 
 import hypothesis
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 from chat_templates import Family, byte_tokenizer
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from lit_sft.data.chat_template import ChatTemplate
+from lit_sft.data.formats.columns import detect_format, report_unread
 from lit_sft.data.sources.open_rows import open_rows
 from lit_sft.data.sources.rows import subset
 from lit_sft.data.stats import Counts
@@ -215,9 +221,12 @@ def lines_of(draw, format):
     return lines
 
 
+DAMAGES = ("cut", "byte", "latin", "utf-16", "digits", "other")
+
+
 def damaged(draw, line):
     """Damages the bytes of a line, sometimes."""
-    what = draw(st.sampled_from((*[""] * 12, "cut", "byte", "latin", "utf-16", "other")))
+    what = draw(st.sampled_from((*[""] * 12, *DAMAGES)))
     if what == "cut":
         return line[: draw(st.integers(1, len(line)))]
     if what == "byte":
@@ -227,6 +236,8 @@ def damaged(draw, line):
         return line + " é".encode("latin-1")
     if what == "utf-16":
         return line.decode("utf-8", "replace").encode("utf-16").replace(b"\n", b"")
+    if what == "digits":
+        return line.replace(b"{", b'{"n": ' + b"9" * 5000 + b", ", 1)
     if what == "other":
         return json.dumps(draw(VALUES)).encode()
     return line
@@ -416,12 +427,22 @@ def check_examples(format, line, examples):
         assert whole == [text for text, _ in right], row
 
 
+def check_detection(rows):
+    """The format and the columns that are not read are told, or one line says why not."""
+    try:
+        format, _ = detect_format(rows, None, None)
+        report_unread(rows, format, None, None)
+    except UserError as error:
+        assert "\n" not in str(error) and len(str(error)) < 1000
+
+
 def check_file(format, lines, folder):
     path = Path(folder, "any.jsonl")
     path.write_bytes(b"\n".join(lines))
     rows = open_rows(str(path))
     lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
     assert len(rows) == len(lines)
+    check_detection(rows.head(3))
     strict, lenient = preparation_of(format, "error"), preparation_of(format, "skip")
     kept = []
     for i, line in enumerate(lines):
@@ -474,3 +495,90 @@ def test_any_row(format):
     assert num_rows >= FILES_PER_FORMAT * ROWS_PER_FILE * 0.9
     # Neither side of the check is empty.
     assert min(OUTCOMES.values()) > num_rows / 10
+
+
+# ------------------------------------------------------------------ files
+
+
+ANY_FILE = hypothesis.settings(
+    max_examples=FILES_PER_FORMAT * 2,
+    derandomize="ANY_ROW_SEED" not in os.environ,
+    database=None,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+CELLS = st.text(st.sampled_from("ab ,;\t|\"'\\\r\n\0é\ufeff{}=你"), max_size=8)
+
+
+@ANY_FILE
+@given(
+    st.lists(st.tuples(CELLS, CELLS), min_size=1, max_size=6),
+    st.sampled_from(",;\t|"),
+    st.sampled_from((csv.QUOTE_MINIMAL, csv.QUOTE_ALL)),
+    st.sampled_from(("\n", "\r\n")),
+    st.sampled_from(("", "\ufeff")),
+    st.booleans(),
+)
+def test_any_csv_that_python_writes(cells, separator, quoting, end, mark, is_declared):
+    cells = [row for row in cells if "".join(row).strip()]
+    file = io.StringIO(newline="")
+    writer = csv.writer(file, delimiter=separator, quoting=quoting, lineterminator=end)
+    writer.writerows([("prompt", "completion"), *cells])
+    declared = f"sep={separator}{end}" if is_declared else ""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "any.csv")
+        path.write_bytes((mark + declared + file.getvalue()).encode())
+        if not cells:
+            with pytest.raises(UserError, match="is empty"):
+                open_rows(str(path), cache_dir=folder)
+            return
+        rows = open_rows(str(path), cache_dir=folder)
+        found = [rows[i] for i in range(len(rows))]
+    assert found == [{"prompt": one, "completion": two} for one, two in cells]
+
+
+def whole_file(suffix):
+    """A file that can be read."""
+    rows = [{"prompt": 'é "a", b', "completion": "x\ny"}] * 3
+    table = pa.Table.from_pylist(rows)
+    sink = pa.BufferOutputStream()
+    if suffix == ".parquet":
+        pyarrow.parquet.write_table(table, sink)
+    elif suffix == ".arrow":
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+    elif suffix in (".csv", ".csv.gz"):
+        text = table.to_pandas().to_csv(index=False).encode()
+        return gzip.compress(text) if suffix == ".csv.gz" else text
+    elif suffix == ".json":
+        return json.dumps(rows, indent=1).encode()
+    return sink.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".csv.gz", ".json", ".parquet", ".arrow"])
+def test_any_damaged_file(suffix):
+    """A file that is cut, or has other bytes somewhere, is read or refused in one line."""
+    whole = whole_file(suffix)
+
+    @ANY_FILE
+    @given(
+        st.integers(0, len(whole)),
+        st.binary(max_size=6) | st.sampled_from((b'"', b"\n", b"\0", b"\xff", b",", b"[" * 3000)),
+        st.sampled_from((0, 0, 1, 4, len(whole))),
+    )
+    def check(at, inserted, lost):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, f"any{suffix}")
+            path.write_bytes(whole[:at] + inserted + whole[at + lost :])
+            try:
+                rows = open_rows(str(path), cache_dir=folder)
+            except UserError as error:
+                assert "\n" not in str(error) and "any" in str(error)
+                return
+            for i in range(len(rows)):
+                try:
+                    rows[i]
+                except UserError as error:
+                    assert "\n" not in str(error)
+
+    check()

@@ -286,16 +286,34 @@ def test_pictures_and_sound_are_not_decoded(kind, tmp_path):
 
 
 def test_a_damaged_row_of_a_table(tmp_path):
-    table = pa.table({"prompt": ["a", "bb", "c"]})
-    broken = pa.StringArray.from_buffers(
+    prompts = pa.StringArray.from_buffers(
         3, pa.py_buffer(np.array([0, 1, 3, 4], np.int32)), pa.py_buffer(b"a\xff\xfec")
     )
+    pyarrow.parquet.write_table(pa.table({"prompt": prompts}), tmp_path / "a.parquet")
+    # A date that Python does not have.
+    dates = pa.array([0, 10**15, 0], pa.timestamp("s"))
+    with pa.ipc.new_stream(tmp_path / "a.arrow", pa.schema([("prompt", dates.type)])) as writer:
+        writer.write_table(pa.table({"prompt": dates}))
+    for name in ("a.parquet", "a.arrow"):
+        rows = open_rows(str(tmp_path / name), cache_dir=tmp_path / "cache")
+        with pytest.raises(UserError, match="the row cannot be read"):
+            rows[1]
+        assert list(rows[0]) == list(rows[2]) == ["prompt"]
+
+
+def test_an_arrow_file_with_wrong_offsets(tmp_path):
+    """Reading such a row would end the process."""
+    table = pa.table({"prompt": ["a" * 9, "b" * 9]})
     with pa.ipc.new_stream(tmp_path / "a.arrow", table.schema) as writer:
-        writer.write_table(pa.table({"prompt": broken}))
-    rows = open_rows(str(tmp_path / "a.arrow"))
-    with pytest.raises(UserError, match="the row cannot be read"):
-        rows[1]
-    assert [rows[0], rows[2]] == [{"prompt": "a"}, {"prompt": "c"}]
+        writer.write_table(table)
+    offsets = np.array([0, 9, 18], np.int32)
+    content = (tmp_path / "a.arrow").read_bytes()
+    assert content.count(offsets.tobytes()) == 1
+    offsets[1] = 2**30
+    broken = content.replace(np.array([0, 9, 18], np.int32).tobytes(), offsets.tobytes())
+    (tmp_path / "a.arrow").write_bytes(broken)
+    with pytest.raises(UserError, match="cannot read .*a.arrow"):
+        open_rows(str(tmp_path / "a.arrow"))
 
 
 def test_structs_lose_the_nulls_of_other_rows(tmp_path):

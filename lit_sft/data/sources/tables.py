@@ -114,7 +114,11 @@ def open_table(path: str, suffix: str, fingerprint: str, cache_dir: str | Path |
     if suffix in convert:
         name = f"{fingerprint}{suffix}-{_CONVERSION}.arrow"
         path = cached_copy(cache_dir, name, convert[suffix])
-    return arrow_rows(_read_arrow(path))
+        return arrow_rows(_read_arrow(path))
+    dataset = _read_arrow(path)
+    # Arrow follows damaged offsets without a look, which ends the process.
+    dataset.data.table.validate(full=True)
+    return arrow_rows(dataset)
 
 
 def _convert_csv(path: str, separator: str, target: str) -> None:
