@@ -204,8 +204,11 @@ INDEX = "column 1 without a name"
     ("text", "row"),
     [
         ("prompt,completion\r\nHi,Hello; you\r\n", PAIR),
-        ("\n\n prompt , completion \nHi,Hello; you\n\n , \n,,\n", PAIR),
+        ("\n\n prompt ,completion \nHi,Hello; you\n\n , \n,,\n", PAIR),
         ("prompt,completion,\nHi,Hello; you,\n", PAIR),
+        ('"prompt", "completion"\n"Hi", "Hello; you"\n', PAIR),
+        ("prompt, completion\nHi, Hello; you\n", PAIR),
+        ("prompt,completion\nHi, Hello\n", {"prompt": "Hi", "completion": " Hello"}),
         ("prompt,completion,,\nHi,Hello; you\n", PAIR),
         ("prompt,completion\nHi,Hello; you,,\n", PAIR),
         (",prompt,completion\n0,Hi,Hello; you\n", {INDEX: "0", **PAIR}),

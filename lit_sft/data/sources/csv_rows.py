@@ -54,6 +54,8 @@ class CsvRows:
             chain([first], self._lines),
             delimiter=separator,
             escapechar="\\" if has_escapes else None,
+            # Who writes a space behind the separator in the header does so in every line.
+            skipinitialspace=f"{separator} " in first,
             strict=True,
         )
         self._rows = self._located(reader)
