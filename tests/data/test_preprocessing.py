@@ -803,7 +803,7 @@ def test_a_chunk_of_rows_is_read_at_a_time(open_data, small_chunks, monkeypatch)
     )
     seen = []
 
-    def watch(path, blocks, meta):
+    def watch(path, blocks, meta, name):
         for block in blocks:
             seen.append((len(block.lengths), len(read)))
 
