@@ -17,6 +17,7 @@ TEST = [
     "pytest>=8",
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
+    "hypothesis>=6.100",
     "ruff>=0.16,<0.18",  # its formatter decides how the code looks, and so whether a test passes
     "mypy>=2.4,<2.5",
     "codespell>=2.4,<3",

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_sft.checkpoint import data_position
-from lit_sft.data import template_omissions
+from lit_sft.data import cache_entries, template_omissions
 from lit_sft.data.assistant_turns import write_prompt
 from lit_sft.data.cache import ExampleCache, cache_key
 from lit_sft.data.chat_template import (
@@ -34,6 +33,7 @@ from lit_sft.hub import resolve
 from lit_sft.model import load, new_tokens
 from lit_sft.model_builder import base_directory, tokenizer_directory
 from lit_sft.preprocessing import Preparation, Reading, num_overlapping
+from lit_sft.ranks import global_rank
 from lit_sft.settings import DataConfig
 from lit_sft.types import Conversation, Message
 
@@ -190,10 +190,24 @@ class SFTData:
         for name in needed:
             if name in self.rows and name not in self.caches:
                 self._prepare_set(name)
+        self._trim_cache()
         if stage in ("validate", "test") and needed[0] not in self.caches:
             either = " or data.val_size" if stage == "validate" else ""
             raise UserError(
                 f"data.{needed[0]}{either} is not set: `{stage}` has nothing to evaluate"
+            )
+
+    def _trim_cache(self) -> None:
+        """Removes the oldest entries of a cache that is larger than `data.cache_max_gb`."""
+        if self.options.cache_max_gb is None or global_rank() != 0:
+            return
+        removed = cache_entries.trim(self._cache_dir(), self.options.cache_max_gb * 1e9)
+        if removed:
+            log.info(
+                "cache: removed %s entries, %s, that were not used for the longest time"
+                " (data.cache_max_gb)",
+                len(removed),
+                cache_entries.total(removed),
             )
 
     def _prepare_set(self, name: str) -> None:
@@ -379,7 +393,7 @@ class SFTData:
     def _cache_dir(self) -> Path:
         if self.options.cache_dir is not None:
             return Path(self.options.cache_dir).expanduser()
-        return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "lit_sft"
+        return cache_entries.default_folder()
 
     def question(self, text: str) -> Conversation:
         """Makes a conversation of a question.

@@ -112,6 +112,8 @@ class SFTDataModule(L.LightningDataModule):
             CPU and 2 on a GPU, and tokenizes with one per core.
         cache_dir: Directory of the tokenized data. null takes `lit_sft` in the user's cache
             directory.
+        cache_max_gb: Size of `cache_dir`. What was not used for the longest time is removed, but
+            nothing that was used in the last day. null removes nothing.
         model_name_or_path: Linked from model.model_name_or_path: the model whose tokenizer is used.
         revision: Linked from model.revision.
         trust_remote_code: Linked from model.trust_remote_code.
@@ -150,6 +152,7 @@ class SFTDataModule(L.LightningDataModule):
         max_samples: int | None = None,
         num_workers: int | Literal["auto"] = "auto",
         cache_dir: str | None = None,
+        cache_max_gb: float | None = 100.0,
         model_name_or_path: str = "Qwen/Qwen3-0.6B-Base",
         revision: str | None = None,
         trust_remote_code: bool = False,
@@ -183,6 +186,7 @@ class SFTDataModule(L.LightningDataModule):
             max_samples=max_samples,
             num_workers=num_workers,
             cache_dir=cache_dir,
+            cache_max_gb=cache_max_gb,
             model_name_or_path=model_name_or_path,
             revision=revision,
             trust_remote_code=trust_remote_code,

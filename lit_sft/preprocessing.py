@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -36,7 +37,7 @@ from lit_sft.types import Conversation, Example
 
 log = logging.getLogger(__name__)
 
-CACHE_VERSION = 8
+CACHE_VERSION = 9
 """Part of the cache key. Raise it when formats, rendering or the layout of the cache change."""
 CHUNK_ROWS = 200
 """Rows that are rendered and tokenized together."""
@@ -69,6 +70,15 @@ class Chunk(NamedTuple):
     """One message per skipped row, with its place."""
 
 
+class BadRow(NamedTuple):
+    """A row without examples."""
+
+    error: UserError
+    """With the place of the row."""
+    reason: str
+    """In which step it failed, for the counts."""
+
+
 class Reading(NamedTuple):
     """How the rows of one source are read."""
 
@@ -95,16 +105,28 @@ class Preparation:
         Raises:
             UserError: The row is bad; the message names file and row.
         """
+        return self._parse(rows, index, self._read(rows, index), need_answer)
+
+    def _read(self, rows: Rows, index: int) -> dict[str, Any]:
+        with located(rows.where(index)):
+            return rows[index]
+
+    def _parse(
+        self, rows: Rows, index: int, row: Mapping[str, Any], need_answer: bool = True
+    ) -> Conversation:
         reading = self.readings[rows.source_of(index)]
         with located(rows.where(index)):
-            return to_conversation(
-                rows[index],
-                format=reading.format,
-                column_mapping=reading.column_mapping,
-                prompt_template=self.prompt_template,
-                system_prompt=self.system_prompt,
-                need_answer=need_answer,
-            )
+            try:
+                return to_conversation(
+                    row,
+                    format=reading.format,
+                    column_mapping=reading.column_mapping,
+                    prompt_template=self.prompt_template,
+                    system_prompt=self.system_prompt,
+                    need_answer=need_answer,
+                )
+            except RecursionError:
+                raise UserError("the row is nested too deep to be read; remove it") from None
 
     def examples(self, rows: Rows, counts: Counts) -> list[Example]:
         """Returns all examples of a few rows, in order, and adds what was dropped to `counts`.
@@ -120,13 +142,13 @@ class Preparation:
         examples: list[Example] = []
         for index, result in self._render(rows, indices, counts):
             counts.rows_read += 1
-            if not isinstance(result, UserError):
+            if not isinstance(result, BadRow):
                 examples += self._keep(result, rows.where(index), counts)
             elif self.on_bad_row == "error":
-                raise result
+                raise result.error
             else:
-                counts.dropped["bad row (data.on_bad_row: skip)"] += 1
-                skipped.append(str(result))
+                counts.dropped[f"bad row (data.on_bad_row: skip): {result.reason}"] += 1
+                skipped.append(str(result.error))
         return examples
 
     def _chunk(self, rows: Rows, indices: range) -> Chunk:
@@ -164,26 +186,57 @@ class Preparation:
 
     def _render(
         self, rows: Rows, indices: range, counts: Counts
-    ) -> Iterator[tuple[int, list[Example] | UserError]]:
-        """Yields each row with its examples, or with the error that a bad row has."""
+    ) -> Iterator[tuple[int, list[Example] | BadRow]]:
+        """Yields each row with its examples, or as a bad row."""
         conversations: dict[int, Conversation] = {}
-        results: dict[int, list[Example] | UserError] = {}
+        results: dict[int, list[Example] | BadRow] = {}
         for index in indices:
             try:
-                conversations[index] = self.conversation(rows, index)
+                row = self._read(rows, index)
             except UserError as error:
-                results[index] = error
+                results[index] = BadRow(error, "it cannot be read")
+                continue
+            try:
+                conversations[index] = self._parse(rows, index, row)
+            except UserError as error:
+                results[index] = BadRow(error, "it does not fit the format")
         for conversation in conversations.values():
             counts.placeholders.update(find_placeholders(conversation))
             counts.blank.update(conversation.blank)
             counts.notes.update(conversation.notes)
-        rendered = self.renderer.render(list(conversations.values()), list(conversations))
-        for index, result in zip(conversations, rendered, strict=True):
+        for index, result in self._rendered(conversations).items():
             if isinstance(result, UserError):
-                result = UserError(f"{rows.where(index)}: {result}")
-            results[index] = result
+                located_error = UserError(f"{rows.where(index)}: {result}")
+                reason = "the template or the tokenizer does not take it"
+                results[index] = BadRow(located_error, reason)
+            else:
+                results[index] = result
         for index in indices:
             yield index, results[index]
+
+    def _rendered(
+        self, conversations: Mapping[int, Conversation]
+    ) -> dict[int, list[Example] | UserError]:
+        """Renders conversations, and returns {row: its examples, or its error}."""
+        try:
+            results = self.renderer.render(list(conversations.values()), list(conversations))
+            return dict(zip(conversations, results, strict=True))
+        except (MemoryError, OSError):
+            raise
+        # A tokenizer may be any program. All texts of a chunk go through it in one call.
+        except Exception as error:
+            if len(conversations) == 1:
+                reason = f"{type(error).__name__}: {shorten(str(error), 200)}"
+                failure = UserError(
+                    f"the tokenizer does not take the row ({reason}); remove the row, or report"
+                    " the error"
+                )
+                failure.__cause__ = error
+                return dict.fromkeys(conversations, failure)
+            alone: dict[int, list[Example] | UserError] = {}
+            for index, conversation in conversations.items():
+                alone |= self._rendered({index: conversation})
+            return alone
 
     def _fit(self, example: Example, where: str, counts: Counts) -> Example | str:
         """Returns the example, truncated if `overlong` says so, or the reason to drop it."""
@@ -300,7 +353,7 @@ class Preparation:
             meta.update(vars(counts))
 
         started = time.monotonic()
-        cache = write_cache(path, blocks(), meta)
+        cache = write_cache(path, blocks(), meta, rows.name)
         log.info("tokenized %s rows in %.1f s", f"{counts.rows_read:,}", time.monotonic() - started)
         return cache
 

@@ -133,6 +133,7 @@ class DataConfig:
     max_samples: int | None
     num_workers: int | Literal["auto"]
     cache_dir: str | None
+    cache_max_gb: float | None
     model_name_or_path: str
     revision: str | None
     trust_remote_code: bool
@@ -148,6 +149,11 @@ class DataConfig:
             )
         if self.max_length < 2:
             raise UserError(f"data.max_length is {self.max_length}, it must be at least 2")
+        # Also false for nan.
+        if self.cache_max_gb is not None and not self.cache_max_gb >= 0:
+            raise UserError(
+                f"data.cache_max_gb is {self.cache_max_gb}, it must be 0 or more, or null"
+            )
         self._check_format()
 
     def _check_format(self) -> None:

@@ -21,6 +21,9 @@ COMMANDS = {
     "export": "Turn a checkpoint into a Hugging Face directory.",
 }
 """Command -> its line of help."""
+CACHE = "cache"
+"""A command without settings of a run, which Lightning's command line does not know."""
+_ALL = {**COMMANDS, CACHE: "List or clean the cache of tokenized data."}
 
 
 def answer(args: list[str]) -> int | None:
@@ -33,6 +36,10 @@ def answer(args: list[str]) -> int | None:
         The exit code; None if the first argument is a command.
     """
     first = args[0] if args else ""
+    if first == CACHE:
+        from lit_sft.commands import cache
+
+        return cache.run(PROGRAM, args[1:])
     if first in COMMANDS:
         return None
     if first in ("--help", "-h", "help"):
@@ -50,8 +57,8 @@ def answer(args: list[str]) -> int | None:
 
 def overview() -> str:
     """Returns the help of the program."""
-    width = max(map(len, COMMANDS))
-    commands = "\n".join(f"  {name:{width}}  {text}" for name, text in COMMANDS.items())
+    width = max(map(len, _ALL))
+    commands = "\n".join(f"  {name:{width}}  {text}" for name, text in _ALL.items())
     return f"""\
 usage: {PROGRAM} COMMAND [--config FILE] [--KEY VALUE ...]
 
@@ -71,9 +78,9 @@ options:
 def _problem(args: list[str]) -> str:
     """Explains why the first argument is no command."""
     if args[0].startswith("-"):
-        return f"the command comes first, before {args[0]}: one of {', '.join(COMMANDS)}"
-    nearest = difflib.get_close_matches(args[0], COMMANDS, n=1)
-    remedy = f"the commands are {', '.join(COMMANDS)}"
+        return f"the command comes first, before {args[0]}: one of {', '.join(_ALL)}"
+    nearest = difflib.get_close_matches(args[0], _ALL, n=1)
+    remedy = f"the commands are {', '.join(_ALL)}"
     if nearest:
         remedy = f"did you mean {nearest[0]}?"
     return f"there is no command `{args[0]}`: {remedy}"

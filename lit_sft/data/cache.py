@@ -23,6 +23,7 @@ from uuid import uuid4
 import numpy as np
 import numpy.typing as npt
 
+from lit_sft.data.cache_entries import NAME, mark_used
 from lit_sft.errors import UserError
 from lit_sft.files import atomic_write
 from lit_sft.types import Example
@@ -192,13 +193,16 @@ def to_block(examples: Sequence[Example]) -> Block:
     )
 
 
-def write_cache(path: Path, blocks: Iterable[Block], meta: dict[str, Any]) -> ExampleCache:
+def write_cache(
+    path: Path, blocks: Iterable[Block], meta: dict[str, Any], name: str = ""
+) -> ExampleCache:
     """Writes a cache.
 
     Args:
         path: Directory of the cache.
         blocks: The examples.
         meta: Metadata. It is written after the last block, so the caller may fill it until then.
+        name: Name of the data set, for the command `cache list`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     building = path.with_name(f"{path.name}.{uuid4().hex}.building")
@@ -217,6 +221,7 @@ def write_cache(path: Path, blocks: Iterable[Block], meta: dict[str, Any]) -> Ex
                 arrays: tuple[npt.NDArray[Any], ...] = (ends, *block[1:])
                 for file, array in zip(files.values(), arrays, strict=True):
                     file.write(array.data)
+        (building / NAME).write_text(name, encoding="utf-8", errors="replace")
         _write_meta(building / META, meta)
         publish(building, path)
     finally:
@@ -238,8 +243,13 @@ def open_cache(path: Path) -> ExampleCache | None:
     if not path.exists():
         return None
     try:
-        return ExampleCache(path)
+        cache = ExampleCache(path)
+        mark_used(path)
+        return cache
     except (OSError, ValueError) as error:
+        if not path.exists():
+            # Another process has just removed it.
+            return None
         damaged = path.with_name(f"{path.name}.damaged.{os.getpid()}")
         path.rename(damaged)
         log.warning(

@@ -107,6 +107,10 @@ NOTES = {
         )
         for role in ("system", "developer", "user", "tool")
     },
+    "neighbours": (
+        "neighbouring assistant turns, between which the model learns to stop; if they are one"
+        " answer, merge them"
+    ),
     "unread:chat_template_kwargs": (
         "chat_template_kwargs of the row are not read; those of all rows are "
         "data.chat_template_kwargs"

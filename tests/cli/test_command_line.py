@@ -96,7 +96,7 @@ def test_a_config_that_is_no_text(tmp_path, capsys):
     assert f"--config {path} is no UTF-8 text" in line and "save it as UTF-8" in line
 
 
-ALL = "fit, validate, test, predict, preview, doctor, export"
+ALL = "fit, validate, test, predict, preview, doctor, export, cache"
 NO_COMMAND = {
     "pedict": "there is no command `pedict`: did you mean predict?",
     "train": f"there is no command `train`: the commands are {ALL}",

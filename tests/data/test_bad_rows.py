@@ -19,6 +19,7 @@ from lit_sft.preprocessing import Preparation, Reading
 
 USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
 HUMAN, GPT = {"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}
+SHARED_CALL = {"from": "function_call", "value": '{"name": "f"}'}
 PAIR = {"prompt": "hi", "completion": "hello"}
 
 
@@ -112,6 +113,59 @@ ROWS = {
     "weight of a half": (says("x", weight=0.5), "`messages[1]`", "weight 0.5", "0 or 1"),
     "weight a word": (says("x", train="yes"), "'yes'", "0 or 1"),
     "weight of a user": (asks("x", weight=1), "`messages[0]` (user)", "only in assistant"),
+    "loss scale of two": (says("x", loss_scale=2.0), "`messages[1]`", "loss_scale 2.0", "0 or 1"),
+    "loss mask a list": (says("x", loss_mask=[0, 1]), "`messages[1]`", "loss_mask [0, 1]"),
+    "loss a word": (says("x", loss="false"), "loss 'false'", "true, false"),
+    "flags that contradict": (
+        says("x", weight=0, train=True),
+        "`messages[1]` has flags that contradict",
+        "weight, train",
+    ),
+    "masked but trained": (says("x", masked=True, loss=True), "contradict", "loss, masked"),
+    "flags of parts": (
+        share(
+            HUMAN, {**GPT, "train_detail": [{"begin_offset": 0, "end_offset": 1, "train": False}]}
+        ),
+        "`conversations[1].train_detail`",
+        "as a whole",
+    ),
+    "user not masked": (asks("x", masked=False), "`messages[0]` (user)", "only in assistant"),
+    "half a turn trained": (
+        share(HUMAN, {**GPT, "loss": False}, SHARED_CALL),
+        "`conversations[1]` and `conversations[2]`",
+        "same flag",
+    ),
+    "two values": (share(HUMAN, {**GPT, "content": "other"}), "`conversations[1].content` differ"),
+    "two speakers": (share(HUMAN, {**GPT, "role": "user"}), "`conversations[1].role` differ"),
+    "two calls": (
+        share(HUMAN, {**SHARED_CALL, "tool_calls": [{"name": "g"}]}),
+        "`conversations[1].tool_calls` differ",
+    ),
+    "pictures of a turn": (asks("x", images=["a.png"]), "`messages[0].images`", "only text"),
+    "a placeholder": (
+        chat({**USER, "content": "<image>\nWhat?"}, ANSWER, images=["a.png"]),
+        "`messages[0]` has <image>",
+        "column `images`",
+        "only text",
+    ),
+    "a placeholder for a picture": (
+        chat({**USER, "content": "Say <audio>"}, ANSWER, voice={"bytes": "x", "path": None}),
+        "`messages[0]` has <audio>",
+        "column `voice`",
+    ),
+    "a placeholder in a text": (
+        ("text", {"text": "<video> x", "video": "a"}),
+        "`text` has <video>",
+    ),
+    "arguments of another name": (
+        calls(name="f", parameters={"a": 1}),
+        "tool_calls[0]` has no `arguments`",
+        "parameters",
+    ),
+    "arguments in another place": (
+        calls(function={"name": "f"}, arguments={"a": 1}),
+        "tool_calls[0]` has no `arguments`",
+    ),
     "blank answer": (says(" \n"), "assistant turn `messages[1]` is blank"),
     "blank question": (asks(""), "user turn `messages[0]` is blank"),
     "only system": (
@@ -310,7 +364,13 @@ def test_settings_of_formats(row, settings, words):
 
 @pytest.mark.parametrize(
     "rows",
-    [[], [{"question": "a", "answer": "b"}], [{"prompt": None}], [{"a\nb": "x", "c" * 999: "y"}]],
+    [
+        [],
+        [{"question": "a", "answer": "b"}],
+        [{"prompt": None}],
+        [{"prompt:question": "a"}],
+        [{"a\nb": "x", "c" * 999: "y"}],
+    ],
 )
 def test_no_format_fits(rows):
     with pytest.raises(UserError) as caught:
@@ -340,6 +400,13 @@ FILES = {
     "no header": (b"hi,hi\nho,ho\n", "a.csv", ["a.csv", "no header", "add one"]),
     "long header": (b"x" * 99 + b",y\n1,2\n", "a.csv", ["a.csv", "no header"]),
     "ragged csv": (b"prompt,completion\na,b\nc,d,e\n", "a.csv", ["a.csv", "['c', 'd', 'e'] has 3 fields", "2"]),
+    "ragged after blank lines": (b"\n prompt,completion\r\n\r\na,\"b\r\nc\"\r\nd,e,f\r\n", "a.csv", ["line 6:", "has 3 fields", "','"]),
+    "too few fields": (b"prompt;completion\na;b\nc\n", "a.csv", ["line 3:", "1 fields", "';'"]),
+    "text behind the last column": (b"prompt,completion,\na,b,\na,b,c\n", "a.csv", ["line 3:", "3 fields"]),
+    "quote within quotes": (b'prompt,completion\na,b\n"x "y" z",b\n', "a.csv", ["a.csv", "line 3:", "','"]),
+    "open quote in the middle": (b'prompt,completion\na,b\n"a,b\nc,d\n', "a.csv", ["line 3:", "unexpected end of data"]),
+    "no names": (b",,\na,b,c\n", "a.csv", ["no header"]),
+    "only a separator": (b"sep=;\n", "a.csv", ["no header"]),
     "open quote": (b'prompt,completion\n"a,b\n', "a.csv", ["a.csv", "unexpected end of data"]),
     "latin csv": ("prompt,completion\né,b\n".encode("latin-1"), "a.csv", ["a.csv", "not UTF-8"]),
     "no parquet": (b"PAR0 nonsense", "a.parquet", ["a.parquet", "complete", "suffix"]),

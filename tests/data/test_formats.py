@@ -12,7 +12,7 @@ from lit_sft.types import Conversation, Message
 
 HI = (Message("user", "hi"), Message("assistant", "hello"))
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": None}}}
-PARTS = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
+PARTS = [{"type": "text", "text": "hi"}]
 TOOL = {"name": "add", "parameters": {"type": "object"}}
 
 
@@ -155,11 +155,93 @@ def test_think_marks_stay_in_the_content():
         ({"weight": 1.0}, True),
         ({"train": False}, False),
         ({"train": 1}, True),
+        ({"training": False}, False),
+        ({"loss": False}, False),
+        ({"loss": True}, True),
+        ({"loss": 0}, False),
+        ({"loss": None}, None),
+        ({"loss_scale": 0.0}, False),
+        ({"loss_weight": 1}, True),
+        ({"loss_mask": 0}, False),
+        ({"masked": True}, False),
+        ({"masked": False}, True),
+        ({"mask": 1}, False),
+        ({"train": False, "weight": 0, "masked": True}, False),
+        ({"train_detail": []}, None),
         ({}, None),
     ],
 )
 def test_flags_of_a_turn(flags, train):
     assert assistant(content="x", **flags).train is train
+    turns = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "x", **flags}]
+    shared = to_conversation({"conversations": turns}, format="sharegpt")
+    assert shared.messages[1].train is train
+
+
+@pytest.mark.parametrize("kind", ["text", "input_text", "output_text"])
+def test_text_parts_are_joined_by_a_newline(kind):
+    parts = [{"type": kind, "text": text} for text in ("a", "b ", "", "c")]
+    assert assistant(content=parts).content == "a\nb \n\nc"
+
+
+def notes_of(format, row):
+    return to_conversation(row, format=format).notes
+
+
+def test_keys_of_turns_that_nothing_reads_are_noted():
+    row = {"messages": [
+        turn("user", "hi", timestamp=3, id=None, name="Eve"),
+        turn("assistant", "x", loss=True, annotations=[], toxic=False, timestamp=4, tool_calls=[]),
+    ]}  # fmt: skip
+    expected = (
+        "the key 'timestamp' of a turn is not read",
+        "the key 'toxic' of a turn is not read",
+    )
+    assert notes_of("messages", row) == expected
+    assert (
+        notes_of("prompt_completion", {"prompt": row["messages"], "completion": "y"})[1:]
+        == expected
+    )
+    turns = [{"from": "human", "value": "hi", "emotion": "calm"}, {"from": "gpt", "value": "x"}]
+    assert notes_of("sharegpt", {"conversations": turns}) == (
+        "the key 'emotion' of a turn is not read",
+    )
+
+
+def test_neighbouring_answers_are_noted_and_stay_apart():
+    turns = [turn("user", "hi"), turn("assistant", "a"), turn("assistant", "", tool_calls=[CALL])]
+    conversation = to_conversation({"messages": turns}, format="messages")
+    assert (len(conversation.messages), conversation.notes) == (3, ("neighbours",))
+    shared = [{"from": "human", "value": "hi"}, *[{"from": "gpt", "value": "a"}] * 2]
+    conversation = to_conversation({"conversations": shared}, format="sharegpt")
+    assert (len(conversation.messages), conversation.notes) == (3, ("neighbours",))
+    assert notes_of("sharegpt", {"conversations": shared[:2]}) == ()
+
+
+def share_calls(*turns):
+    """Assistant turns of a row in ShareGPT's format, in pieces."""
+    row = {"conversations": [{"from": "human", "value": "hi"}, *turns]}
+    conversation = to_conversation(row, format="sharegpt")
+    return list(conversation.messages[1:])
+
+
+def test_a_call_of_sharegpt_joins_the_turn_before_it():
+    call = {
+        "from": "function_call",
+        "value": json.dumps({"name": "add", "arguments": {"a": 1, "b": None}}),
+    }
+    text, answer = {"from": "gpt", "value": "Let me see."}, {"from": "observation", "value": "2"}
+    assert share_calls(text, call) == [Message("assistant", "Let me see.", tool_calls=(CALL,))]
+    assert share_calls(call, call) == [Message("assistant", "", tool_calls=(CALL, CALL))]
+    thought = {**text, "reasoning_content": "hm", "loss": True}
+    joined = Message("assistant", "Let me see.", "hm", (CALL, CALL, CALL), train=True)
+    flagged = {**call, "weight": 1}
+    assert share_calls(thought, flagged, {**call, "mask": 0}, flagged) == [joined]
+    assert share_calls(call, answer, call)[2] == Message("assistant", "", tool_calls=(CALL,))
+    # An answer behind a call without a result is a turn of its own, as nothing else says where it ends.
+    assert [len(message.content) for message in share_calls(call, text)] == [0, 11]
+    thoughtful = {**call, "reasoning_content": "and"}
+    assert len(share_calls(text, thoughtful)) == 2
 
 
 def test_sharegpt_with_tools():

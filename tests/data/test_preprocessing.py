@@ -22,6 +22,7 @@ from lit_sft import preprocessing
 from lit_sft.data import chat_template
 from lit_sft.data.cache import COLUMNS, META, TOKENS, Block, cache_key, write_cache
 from lit_sft.data.packing import one_per_pack
+from lit_sft.data.sources.rows import subset
 from lit_sft.data.stats import Counts
 from lit_sft.data.tokenize import Renderer
 from lit_sft.data.workers import map_in_order
@@ -107,7 +108,7 @@ def test_every_row_is_counted(prepared):
     told = counts(data)
     assert (told.rows_read, told.rows_kept, told.examples) == (6, 2, 2)
     assert told.dropped == {
-        "bad row (data.on_bad_row: skip)": 2,
+        "bad row (data.on_bad_row: skip): it does not fit the format": 2,
         "longer than data.max_length 64": 1,
         "no token of it is trained": 1,
     }
@@ -123,7 +124,7 @@ def test_every_row_is_counted(prepared):
             f"train: 2 of 6 rows kept as 2 examples, {told.tokens} tokens,"
             f" {told.trained_tokens / told.tokens:.0%} of them trained, the longest {told.longest}"
         ),
-        "train: 2 rows dropped: bad row (data.on_bad_row: skip)",
+        "train: 2 rows dropped: bad row (data.on_bad_row: skip): it does not fit the format",
         "train: 1 rows dropped: longer than data.max_length 64",
         "train: 1 rows dropped: no token of it is trained",
         f"train: {answer} target tokens lost to data.max_length",
@@ -339,13 +340,58 @@ def test_a_bad_row_stops_with_its_place(open_data):
         open_data(MIXED).prepare("fit")
 
 
+def test_rows_that_cannot_be_read_or_tokenized_are_skipped_by_reason(
+    open_data, tmp_path, monkeypatch
+):
+    """Also where none of the first rows can be read, and where a tokenizer fails on one text."""
+    good = json.dumps(chat("Hello", "world")).encode()
+    bad = [b'{"messages": [', b"3", '"é"'.encode("latin-1"), b'{"messages": 1' + b"0" * 5000 + b"}"]
+    lost = json.dumps(chat("Hello", "no words for this")).encode()
+    path = tmp_path / "torn.jsonl"
+    path.write_bytes(b"\n".join([*bad * 6, good, lost, good, b'{"messages": []}', good]))
+    data = open_data(str(path), on_bad_row="skip")
+    encode = type(data.tokenizer)._encode_plus
+
+    def fail_on_one(self, text, *args, **kwargs):
+        if any("no words" in one for one in text):
+            raise TypeError("a text\nwithout words")
+        return encode(self, text, *args, **kwargs)
+
+    monkeypatch.setattr(type(data.tokenizer), "_encode_plus", fail_on_one)
+    with log_lines() as lines:
+        data.prepare("fit")
+    reason = "bad row (data.on_bad_row: skip): "
+    assert counts(data).dropped == {
+        f"{reason}it cannot be read": 24,
+        f"{reason}the template or the tokenizer does not take it": 1,
+        f"{reason}it does not fit the format": 1,
+    }
+    assert [row for _, _, row in examples(data)] == [24, 26, 28]
+    assert any("more than 4,300 digits" in line for line in lines)
+    with pytest.raises(UserError, match=r"line 26: the tokenizer .*\(TypeError: a text without"):
+        open_data(str(path), on_bad_row="error").preparation(data.rows["train"]).examples(
+            subset(data.rows["train"], [25]), Counts()
+        )
+
+
+def test_keys_of_turns_that_nothing_reads_are_counted(prepared):
+    """All rows count, not only the first ones."""
+    rows = [chat("Hello", f"world {i}") for i in range(40)]
+    for row in rows[30:]:
+        row["messages"][1]["rating"] = 5
+    lines = counts(prepared(rows)).lines("train")
+    assert "train: 10 rows: the key 'rating' of a turn is not read" in lines
+
+
 def test_many_skipped_rows_do_not_fill_the_screen(prepared):
     bad = {"messages": [{"role": "user", "content": "no answer"}]}
     with log_lines() as lines:
         data = prepared([bad] * 40 + [chat("Hello", "world")], on_bad_row="skip")
     skips = [line for line in lines if line.startswith("skipped: ")]
     assert len(skips) == preprocessing.SHOWN_SKIPS and "train.jsonl line 1: " in skips[0]
-    assert counts(data).dropped == {"bad row (data.on_bad_row: skip)": 40}
+    assert counts(data).dropped == {
+        "bad row (data.on_bad_row: skip): it does not fit the format": 40
+    }
 
 
 # ------------------------------------------------------------------ copies
@@ -766,7 +812,7 @@ def test_a_chunk_of_rows_is_read_at_a_time(open_data, small_chunks, monkeypatch)
     )
     seen = []
 
-    def watch(path, blocks, meta):
+    def watch(path, blocks, meta, name):
         for block in blocks:
             seen.append((len(block.lengths), len(read)))
 

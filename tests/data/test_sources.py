@@ -196,6 +196,129 @@ def test_csv_fields_are_text(tmp_path):
     assert rows == [{"q": "NA", "a": "007"}, {"q": 'a "b",\nc', "a": ""}, {"q": "1e3", "a": "None"}]
 
 
+PAIR = {"prompt": "Hi", "completion": "Hello; you"}
+INDEX = "column 1 without a name"
+
+
+@pytest.mark.parametrize(
+    ("text", "row"),
+    [
+        ("prompt,completion\r\nHi,Hello; you\r\n", PAIR),
+        ("\n\n prompt ,completion \nHi,Hello; you\n\n , \n,,\n", PAIR),
+        ("prompt,completion,\nHi,Hello; you,\n", PAIR),
+        ('"prompt", "completion"\n"Hi", "Hello; you"\n', PAIR),
+        ("prompt, completion\nHi, Hello; you\n", PAIR),
+        ("prompt,completion\nHi, Hello\n", {"prompt": "Hi", "completion": " Hello"}),
+        ("prompt,completion,,\nHi,Hello; you\n", PAIR),
+        ("prompt,completion\nHi,Hello; you,,\n", PAIR),
+        (",prompt,completion\n0,Hi,Hello; you\n", {INDEX: "0", **PAIR}),
+        ('prompt;completion\nHi;"Hello; you"\n', PAIR),
+        ('\ufeffsep=;\r\nprompt;completion\r\nHi;"Hello; you"\r\n', PAIR),
+        ('"sep=,"\nprompt,completion\nHi,Hello; you\n', PAIR),
+        ('sep=;\na,b;c\n1;2\n', {"a,b": "1", "c": "2"}),
+        ("prompt\tcompletion\nHi\tHello; you\n", PAIR),
+        ("prompt|completion\nHi|Hello; you\n", PAIR),
+        ("prompt\nHi; ho\n", {"prompt": "Hi; ho"}),
+        ('"prompt;a"\nHi; ho\n', {"prompt;a": "Hi; ho"}),
+        ('a,b\n"1 ""2""",x\n"3 \\"4\\", 5",y\n', {"a": '1 "2"', "b": "x"}),
+        ('a,b\n"\\frac \\\\ \\"4\\", 5",\\n\n', {"a": '\\frac \\\\ "4", 5', "b": "\\n"}),
+        ('a,b\n"C:\\\\x \\"4\\", 5",y\n', {"a": 'C:\\x "4", 5', "b": "y"}),
+        ('a,b\n"C:\\",\\"\n', {"a": "C:\\", "b": '\\"'}),
+    ],
+)  # fmt: skip
+def test_csv_as_it_is_written(text, row, tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(text.encode())
+    assert read(open_rows(str(path), cache_dir=tmp_path))[0] == row
+
+
+@pytest.mark.parametrize("options", [{}, {"escapechar": "\\", "doublequote": False}, {"sep": ";"}])
+def test_csv_of_pandas(options, tmp_path):
+    rows = [
+        {"prompt": 'say "a, b"', "completion": "C:\\new\n;"},
+        {"prompt": "c\r\n", "completion": '"'},
+    ]
+    pa.Table.from_pylist(rows).to_pandas().to_csv(tmp_path / "a.csv", **options)
+    found = read(open_rows(str(tmp_path / "a.csv"), cache_dir=tmp_path))
+    assert found == [{INDEX: str(i), **row} for i, row in enumerate(rows)]
+
+
+def media_table():
+    """One row with pictures and sound that cannot be decoded, also within its messages."""
+    blob = {"bytes": b"not a picture", "path": None}
+    features = datasets.Features({
+        "messages": datasets.List({"role": datasets.Value("string"), "image": datasets.Image()}),
+        "image": datasets.Image(),
+        "pictures": datasets.List(datasets.Image()),
+        "voice": datasets.Audio(),
+        "film": datasets.Video(),
+        "paper": datasets.Pdf(),
+        "nothing": datasets.Image(),
+        "notes": datasets.Json(),
+    })  # fmt: skip
+    row = {
+        "messages": [{"role": "user", "image": blob}],
+        "pictures": [blob],
+        "notes": '{"a": [1]}',
+        **dict.fromkeys(["image", "voice", "film", "paper"], blob),
+    }
+    return pa.Table.from_pylist([row], schema=features.arrow_schema)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow", "saved", "saved as numpy"])
+def test_pictures_and_sound_are_not_decoded(kind, tmp_path):
+    table = media_table()
+    path = tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        pyarrow.parquet.write_table(table, path)
+    else:
+        file = tmp_path / "a.arrow"
+        with pa.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table)
+        dataset = datasets.Dataset.from_file(str(file))
+        if kind == "saved as numpy":
+            dataset = dataset.with_format("numpy", columns=["image"])
+        if kind != "arrow":
+            dataset.save_to_disk(path)
+    rows = open_rows(str(path), cache_dir=tmp_path / "cache")
+    assert rows.parts[0].rows.features["image"] == datasets.Image(decode=False)
+    blob = {"bytes": b"not a picture"}
+    expected = {**dict.fromkeys(["image", "voice", "film", "paper"], blob), "pictures": [blob]}
+    message = {"role": "user", "image": blob}
+    assert rows[0] == {"messages": [message], **expected, "nothing": None, "notes": {"a": [1]}}
+
+
+def test_a_damaged_row_of_a_table(tmp_path):
+    prompts = pa.StringArray.from_buffers(
+        3, pa.py_buffer(np.array([0, 1, 3, 4], np.int32)), pa.py_buffer(b"a\xff\xfec")
+    )
+    pyarrow.parquet.write_table(pa.table({"prompt": prompts}), tmp_path / "a.parquet")
+    # A date that Python does not have.
+    dates = pa.array([0, 10**15, 0], pa.timestamp("s"))
+    with pa.ipc.new_stream(tmp_path / "a.arrow", pa.schema([("prompt", dates.type)])) as writer:
+        writer.write_table(pa.table({"prompt": dates}))
+    for name in ("a.parquet", "a.arrow"):
+        rows = open_rows(str(tmp_path / name), cache_dir=tmp_path / "cache")
+        with pytest.raises(UserError, match="the row cannot be read"):
+            rows[1]
+        assert list(rows[0]) == list(rows[2]) == ["prompt"]
+
+
+def test_an_arrow_file_with_wrong_offsets(tmp_path):
+    """Reading such a row would end the process."""
+    table = pa.table({"prompt": ["a" * 9, "b" * 9]})
+    with pa.ipc.new_stream(tmp_path / "a.arrow", table.schema) as writer:
+        writer.write_table(table)
+    offsets = np.array([0, 9, 18], np.int32)
+    content = (tmp_path / "a.arrow").read_bytes()
+    assert content.count(offsets.tobytes()) == 1
+    offsets[1] = 2**30
+    broken = content.replace(np.array([0, 9, 18], np.int32).tobytes(), offsets.tobytes())
+    (tmp_path / "a.arrow").write_bytes(broken)
+    with pytest.raises(UserError, match="cannot read .*a.arrow"):
+        open_rows(str(tmp_path / "a.arrow"))
+
+
 def test_structs_lose_the_nulls_of_other_rows(tmp_path):
     rows = [
         {"m": [{"role": "a", "arguments": {"x": 1}}]},

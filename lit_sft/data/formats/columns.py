@@ -91,10 +91,16 @@ def detect_format(
         if first in columns:
             return format, f"format {format}, because the rows have the column `{first}`"
     raise UserError(
-        f"no format fits the columns {listed(columns)}: {listed(FORMATS)} start from"
+        f"no format fits the columns {_named(columns)}: {listed(FORMATS)} start from"
         f" {listed(FIRST_COLUMNS)}; see `data.column_mapping` (such as {{question: prompt, answer:"
         " completion}) and `data.format`"
     )
+
+
+def _named(columns: Sequence[str]) -> str:
+    if len(columns) != 1:
+        return listed(columns)
+    return f"{listed(columns)} (one; in a csv file, `,`, `;`, `|` or a tab separates columns)"
 
 
 def report_unread(

@@ -6,14 +6,19 @@ them. A key that is null counts as absent, because Arrow fills missing fields wi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from lit_sft.data.formats.columns import answer_column, rename_columns, unread_notes
 from lit_sft.data.formats.prompt_template import fill_in, template_fields
 from lit_sft.data.formats.values import (
+    MEDIA,
     as_object,
     check_text,
+    has_value,
     kind,
     listed,
     parsed_messages,
@@ -21,10 +26,15 @@ from lit_sft.data.formats.values import (
     read_tools,
     required,
     typed,
+    unread_keys,
 )
 from lit_sft.errors import UserError
 from lit_sft.types import Conversation, Message
 
+_PLACEHOLDER = re.compile(r"<\|?(image|video|audio)\|?>")
+"""Stands in a text for a picture, a film or a sound."""
+_MEDIA_KEYS = frozenset({"bytes", "path"})
+"""Keys of a picture, film or sound in a file of `datasets`."""
 _SYSTEM_ROLES = ("system", "developer")
 _FUNCTION_CALL = "function_call"
 _SPEAKER_ROLES = {
@@ -46,6 +56,8 @@ class _Turn(NamedTuple):
     key: str
     """The key of the turn in the row, for messages."""
     message: Message
+    unread: tuple[str, ...] = ()
+    """Keys of the turn that have a value and are not read."""
 
 
 def to_conversation(
@@ -88,11 +100,13 @@ def to_conversation(
         turns = turns[:-1]
     _check_turns(turns, need_answer)
     _check_contents(turns)
+    for turn in turns:
+        _check_media(turn.key, turn.message.content, row)
     return Conversation(
         messages=tuple(turn.message for turn in turns),
         tools=read_tools(row["tools"]) if row.get("tools") else None,
         blank=tuple(name for name in fields if row[name] == ""),
-        notes=unread_notes(row, fields),
+        notes=(*unread_notes(row, fields), *_turn_notes(turns)),
     )
 
 
@@ -116,6 +130,7 @@ def _read_text(row: Mapping[str, Any]) -> Conversation:
     if not text.strip():
         raise UserError("`text` is blank; remove the row")
     check_text(text, "text")
+    _check_media("text", text, row)
     return Conversation(messages=(), text=text)
 
 
@@ -126,15 +141,23 @@ def _read_messages(
     turns = []
     for i, item in enumerate(typed(required(row, column), list, column)):
         key = f"{column}[{i}]"
-        turns.append(_Turn(key, read_message(item, key, train)))
+        turns.append(_message_turn(as_object(item, key), key, train))
     return turns
 
 
+def _message_turn(raw: Mapping[str, Any], key: str, train: bool | None = None) -> _Turn:
+    return _Turn(key, read_message(raw, key, train), unread_keys(raw))
+
+
 def _read_sharegpt(row: Mapping[str, Any]) -> list[_Turn]:
-    turns = []
+    turns: list[_Turn] = []
     for i, value in enumerate(typed(required(row, "conversations"), list, "conversations")):
         key = f"conversations[{i}]"
-        turns.append(_Turn(key, read_message(_from_sharegpt(as_object(value, key), key), key)))
+        turn = _message_turn(_from_sharegpt(as_object(value, key), key), key)
+        if turns and _continues(turns[-1].message, turn.message):
+            turns[-1] = _joined(turns[-1], turn)
+        else:
+            turns.append(turn)
     return turns
 
 
@@ -147,12 +170,46 @@ def _from_sharegpt(turn: dict[str, Any], key: str) -> dict[str, Any]:
         raise UserError(
             f"`{key}.{name}` is {speaker!r:.40}, expected one of {listed(_SPEAKER_ROLES)}"
         )
+    del turn[name]
+    other_role = _SPEAKER_ROLES.get(str(turn.pop("role", speaker)))
     if "value" in turn:
-        turn["content"] = typed(turn["value"], str, f"{key}.value")
-    if role == _FUNCTION_CALL:
-        role = "assistant"
-        turn["tool_calls"] = turn.pop("content", None)
-    return {**turn, "role": role}
+        value = typed(turn.pop("value"), str, f"{key}.value")
+        _refuse_second(turn.get("content", value), value, f"`{key}.value` and `{key}.content`")
+        turn["content"] = value
+    if role == _FUNCTION_CALL and "content" in turn:
+        value = turn.pop("content")
+        _refuse_second(turn.get("tool_calls", value), value, f"the call and `{key}.tool_calls`")
+        turn["tool_calls"] = value
+    _refuse_second(other_role, role, f"`{key}.from` and `{key}.role`")
+    return {**turn, "role": "assistant" if role == _FUNCTION_CALL else role}
+
+
+def _refuse_second(second: object, first: object, names: str) -> None:
+    """Refuses a value that would be ignored beside another one."""
+    if second != first and has_value(second):
+        raise UserError(f"{names} differ; keep one of them")
+
+
+def _continues(first: Message, second: Message) -> bool:
+    """Whether a call belongs to the assistant turn before it.
+
+    ShareGPT has no turn with both text and calls, or with several calls, so such a turn stands
+    there in pieces.
+    """
+    only_calls = bool(second.tool_calls) and not second.content and not second.reasoning_content
+    return first.role == second.role == "assistant" and only_calls
+
+
+def _joined(first: _Turn, second: _Turn) -> _Turn:
+    """Joins an assistant turn and the calls behind it."""
+    if first.message.train is not second.message.train:
+        raise UserError(
+            f"`{first.key}` and `{second.key}` are one assistant turn, but only one is trained;"
+            " give both the same flag"
+        )
+    calls = (*(first.message.tool_calls or ()), *(second.message.tool_calls or ()))
+    message = replace(first.message, tool_calls=calls)
+    return _Turn(first.key, message, first.unread + second.unread)
 
 
 def _read_alpaca(row: Mapping[str, Any]) -> list[_Turn]:
@@ -266,10 +323,42 @@ def _check_turns(turns: Sequence[_Turn], need_answer: bool) -> None:
 
 
 def _check_contents(turns: Sequence[_Turn]) -> None:
-    for key, message in turns:
+    for key, message, _ in turns:
         check_text(message.to_dict(), key)
         is_blank = not message.content.strip() and not message.tool_calls
         if is_blank and message.role in ("user", "assistant"):
             raise UserError(
                 f"the {message.role} turn `{key}` is blank; fill it in or remove the row"
             )
+
+
+def _check_media(key: str, text: str, row: Mapping[str, Any]) -> None:
+    """Refuses text with a placeholder for something that another column holds."""
+    found = _PLACEHOLDER.search(text)
+    if found is None:
+        return
+    for column, value in row.items():
+        if has_value(value) and (column in MEDIA or _is_media(value)):
+            raise UserError(
+                f"`{key}` has {found.group()}, which stands for the column `{column}`, but only"
+                " text is trained; remove the row"
+            )
+
+
+def _is_media(value: object) -> bool:
+    """Whether a value is a picture, film or sound of `datasets`, or a list of them."""
+    if isinstance(value, list):
+        return bool(value) and _is_media(value[0])
+    return isinstance(value, dict) and bool(value) and value.keys() <= _MEDIA_KEYS
+
+
+def _turn_notes(turns: Sequence[_Turn]) -> tuple[str, ...]:
+    """Notes neighbouring assistant turns, and keys of turns that are not read."""
+    notes: dict[str, None] = {}
+    for first, second in pairwise(turns):
+        if first.message.role == second.message.role == "assistant":
+            notes["neighbours"] = None
+    for turn in turns:
+        for name in turn.unread:
+            notes[f"the key {name!r:.60} of a turn is not read"] = None
+    return tuple(notes)

@@ -7,12 +7,25 @@ from collections.abc import Iterable, Mapping
 from textwrap import shorten
 from typing import Any
 
+from lit_sft.data.formats.turn_flags import FLAGS, train_flag
 from lit_sft.errors import UserError
 from lit_sft.types import Message
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+"""Columns of rows, and keys of messages, with pictures, films and sound."""
 
 _REASONING = ("reasoning_content", "reasoning", "thinking")
+_TEXT_PARTS = ("text", "input_text", "output_text")
+"""Types of content parts that are text: OpenAI's chat completions and responses."""
+_READ = (
+    *("role", "content", "name", "tool_call_id", "tool_calls", "function_call"),
+    *_REASONING,
+    *FLAGS,
+)
+"""Keys of a message that are read."""
+_CALL = ("id", "type", "index", "function", "name", "description", "strict")
+"""Keys of a tool call that hold no arguments."""
 _TYPE_NAMES: dict[type, str] = {str: "a string", list: "a list", dict: "an object"}
 
 
@@ -76,7 +89,7 @@ def read_message(value: object, key: str, train: bool | None = None) -> Message:
     Args:
         value: The object.
         key: Name in errors.
-        train: Default for an assistant turn without `weight` or `train`.
+        train: Default for an assistant turn without a flag.
 
     Raises:
         UserError: The object has another shape.
@@ -85,8 +98,9 @@ def read_message(value: object, key: str, train: bool | None = None) -> Message:
     role = required(raw, "role", f"{key}.role")
     if role not in ROLES:
         raise UserError(f"`{key}.role` is {role!r:.40}, expected one of {listed(ROLES)}")
+    _check_media_keys(raw, key)
     calls = _read_calls(raw, role, key)
-    train = _train_flag(raw, role, key, train)
+    train = train_flag(raw, role, key, train)
     if "function_call" in raw and not calls:
         _check_old_call(raw["function_call"], f"{key}.function_call")
     names = {}
@@ -98,6 +112,29 @@ def read_message(value: object, key: str, train: bool | None = None) -> Message:
     else:
         content = _text_of(required(raw, "content", f"{key}.content"), f"{key}.content")
     return Message(role, content, _reasoning(raw, key), calls or None, train=train, **names)
+
+
+def unread_keys(raw: Mapping[str, Any]) -> tuple[str, ...]:
+    """Lists the keys of a message that have a value and are not read."""
+    unread = []
+    for name, value in raw.items():
+        if name not in _READ and has_value(value):
+            unread.append(name)
+    return tuple(unread)
+
+
+def has_value(value: object) -> bool:
+    """Whether a value is more than null or empty."""
+    return value not in (None, "", [], {})
+
+
+def _check_media_keys(raw: Mapping[str, Any], key: str) -> None:
+    """Refuses a message with pictures, films or sound beside its text."""
+    for name in MEDIA:
+        if has_value(raw.get(name)):
+            raise UserError(
+                f"`{key}.{name}` is no text, but only text is trained; remove it, or the row"
+            )
 
 
 def _read_calls(raw: Mapping[str, Any], role: str, key: str) -> tuple[dict[str, Any], ...]:
@@ -112,21 +149,6 @@ def _read_calls(raw: Mapping[str, Any], role: str, key: str) -> tuple[dict[str, 
     return calls
 
 
-def _train_flag(raw: Mapping[str, Any], role: str, key: str, default: bool | None) -> bool | None:
-    """Returns the own flag of an assistant turn, or the default; None for other roles."""
-    flag = raw.get("weight", raw.get("train"))
-    if flag not in (None, 0, 1) or (flag and role != "assistant"):
-        raise UserError(
-            f"`{key}` ({role}) has the weight {flag!r:.40}, expected 0 or 1, and 1 only in"
-            " assistant turns"
-        )
-    if role != "assistant":
-        return None
-    if flag is None:
-        return default
-    return bool(flag)
-
-
 def _check_old_call(call: object, key: str) -> None:
     """Refuses OpenAI's deprecated `function_call`, unless it is empty."""
     is_empty = not any(call.values()) if isinstance(call, dict) else not call
@@ -137,16 +159,21 @@ def _check_old_call(call: object, key: str) -> None:
 
 
 def _text_of(value: object, key: str) -> str:
-    """Reads the content of a message: a string, or a list of text parts."""
+    """Reads the content of a message: a string, or a list of text parts.
+
+    Servers join text parts with a newline for templates that take text.
+    """
     if not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
         return str(typed(value, str, key))
+    texts = []
     for i, part in enumerate(value):
-        if part.get("type") != "text":
+        if part.get("type") not in _TEXT_PARTS:
             raise UserError(
                 f"`{key}[{i}].type` is {part.get('type')!r:.40}, but only text is trained; remove"
-                " the part"
+                " the part, or the row"
             )
-    return "".join(typed(part.get("text"), str, f"{key}[{i}].text") for i, part in enumerate(value))
+        texts.append(typed(part.get("text"), str, f"{key}[{i}].text"))
+    return "\n".join(texts)
 
 
 def _reasoning(message: Mapping[str, Any], key: str) -> str | None:
@@ -171,12 +198,25 @@ def _tool_calls(value: object, key: str) -> tuple[dict[str, Any], ...]:
     for i, call in enumerate(as_objects(value, key)):
         function = as_object(call.get("function", call), f"{key}[{i}].function")
         name = typed(required(function, "name", f"{key}[{i}].name"), str, f"{key}[{i}].name")
+        _check_arguments(call, function, f"{key}[{i}]")
         arguments = typed(function.get("arguments", {}), dict, f"{key}[{i}].arguments")
         identity = {"id": call["id"]} if "id" in call else {}
         calls.append(
             {**identity, "type": "function", "function": {"name": name, "arguments": arguments}}
         )
     return tuple(calls)
+
+
+def _check_arguments(call: Mapping[str, Any], function: Mapping[str, Any], key: str) -> None:
+    """Refuses a call whose arguments seem to have another name or place."""
+    if "arguments" in function:
+        return
+    others = [name for name in {**function, **call} if name not in _CALL]
+    if others:
+        raise UserError(
+            f"`{key}` has no `arguments` beside its `name`, but {listed(others)}; rename it to"
+            " `arguments`, or remove it"
+        )
 
 
 def read_tools(value: object) -> tuple[dict[str, Any], ...] | None:

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from lit_sft.data.cache_entries import COPIES, mark_used
+
 log = logging.getLogger(__name__)
 
 _CODECS = {".gz": "gzip", ".zst": "zstd"}
@@ -33,9 +35,10 @@ def cached_copy(cache_dir: str | Path | None, name: str, write: Callable[[str], 
     """
     from datasets import config
 
-    folder = Path(cache_dir or config.HF_DATASETS_CACHE) / "lit_sft_sources"
+    folder = Path(cache_dir or config.HF_DATASETS_CACHE) / COPIES.name
     for copy in folder.glob(f"*-{name}"):
         if copy.name == f"{copy.stat().st_size}-{name}":
+            mark_used(copy)
             return str(copy)
         log.warning(
             "the copy %s is damaged and made anew: it has another size than its name says", copy

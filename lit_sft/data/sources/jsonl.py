@@ -83,6 +83,11 @@ def _parse(line: bytes) -> Any:
         raise UserError(
             f"the line is not JSON: {error.msg} at column {error.colno}; repair or remove it"
         ) from None
+    except ValueError:
+        # The only other reason that `json` has: Python's limit against endless conversions.
+        raise UserError(
+            "the line has a whole number of more than 4,300 digits; repair or remove it"
+        ) from None
     except RecursionError:
         raise UserError("the line is nested too deep to be read; remove it") from None
 

@@ -22,7 +22,7 @@ from lit_sft.data.sources.hub_datasets import load_hub, load_saved
 from lit_sft.data.sources.mixture import read_member
 from lit_sft.data.sources.open_file import open_file
 from lit_sft.data.sources.rows import FilePart, Rows, join, mix
-from lit_sft.data.sources.tables import ArrowRows
+from lit_sft.data.sources.tables import arrow_rows
 from lit_sft.errors import UserError
 
 if TYPE_CHECKING:
@@ -156,4 +156,4 @@ def _dataset_part(name: str, dataset: Dataset, split: str) -> FilePart:
     """Wraps a data set of `datasets`; slices of the same files differ in `split`."""
     files = content_hash(*(file["filename"] for file in dataset.cache_files))
     identity = repr((files, split, len(dataset), dataset.column_names))
-    return FilePart(name, hashlib.sha256(identity.encode()).hexdigest(), ArrowRows(dataset))
+    return FilePart(name, hashlib.sha256(identity.encode()).hexdigest(), arrow_rows(dataset))

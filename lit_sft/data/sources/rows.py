@@ -86,8 +86,10 @@ class Rows:
 
     def head(self, count: int) -> list[dict[str, Any]]:
         """Returns the first `count` rows without bad ones, which are refused when they are used."""
-        rows = []
-        for i in range(min(count, len(self))):
+        rows: list[dict[str, Any]] = []
+        for i in range(len(self)):
+            if len(rows) == count:
+                break
             try:
                 rows.append(self[i])
             except UserError:

@@ -5,19 +5,23 @@ from __future__ import annotations
 import csv
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from lit_sft.data.sources.cached_copies import cached_copy
+from lit_sft.data.sources.csv_rows import CsvRows, has_escaped_quotes
 from lit_sft.errors import UserError
 
 if TYPE_CHECKING:
     import datasets
 
 SUFFIXES = (".csv", ".tsv", ".parquet", ".arrow")
+_CONVERSION = 2
+"""Part of the name of converted copies. Raise it when the same file is converted in another way."""
 _ROWS_PER_BATCH = 1024
 """Rows per batch of a conversion."""
 
@@ -26,16 +30,59 @@ _ROWS_PER_BATCH = 1024
 class ArrowRows:
     """The rows of a table as objects without nulls.
 
-    Arrow gives every object in a column the fields of all others, filled with null.
+    Arrow gives every object in a column the fields of all others, filled with null. Pictures, films
+    and sound stay as they are stored, because decoding them takes long and needs other packages.
     """
 
-    dataset: datasets.Dataset
+    table: datasets.Dataset
+    """Gives tables of Arrow."""
+    features: datasets.Features
+    """What turns the values of Arrow into those of `datasets`."""
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.table)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        return {column: _drop_nulls(value) for column, value in self.dataset[i].items()}
+        """Reads a row.
+
+        Raises:
+            UserError: Its values are damaged.
+            OSError: The file cannot be read.
+        """
+        import pyarrow as pa
+
+        try:
+            row = self.features.decode_example(self.table[i].to_pylist()[0])
+        except (pa.ArrowInvalid, ValueError, OverflowError) as error:
+            raise UserError(
+                f"the row cannot be read ({shorten(str(error), 200)}); repair or remove it"
+            ) from None
+        return {column: _drop_nulls(value) for column, value in row.items()}
+
+
+def arrow_rows(dataset: datasets.Dataset) -> ArrowRows:
+    """Returns the rows of a data set, whatever format it was saved with."""
+    from datasets import Features
+
+    features = Features(_undecoded(dict(dataset.features)))
+    return ArrowRows(dataset.with_format("arrow"), features)
+
+
+def _undecoded(feature: Any) -> Any:
+    """Returns a feature in which pictures, films and sound are not decoded."""
+    import datasets
+
+    if isinstance(feature, dict):
+        return {name: _undecoded(item) for name, item in feature.items()}
+    if isinstance(feature, datasets.List | datasets.LargeList):
+        return replace(feature, feature=_undecoded(feature.feature))
+    # `Json` is text, and no media.
+    if isinstance(feature, datasets.Json):
+        return feature
+    # Each version of `datasets` knows more kinds of media, which have this field in common.
+    if any(field.name == "decode" for field in fields(feature)):
+        return replace(feature, decode=False)
+    return feature
 
 
 def _drop_nulls(value: Any) -> Any:
@@ -60,46 +107,50 @@ def open_table(path: str, suffix: str, fingerprint: str, cache_dir: str | Path |
         OSError: The file cannot be read.
     """
     convert = {
-        ".csv": partial(_convert_csv, path, "excel"),
-        ".tsv": partial(_convert_csv, path, "excel-tab"),
+        ".csv": partial(_convert_csv, path, ","),
+        ".tsv": partial(_convert_csv, path, "\t"),
         ".parquet": partial(_convert_parquet, path),
     }
     if suffix in convert:
-        path = cached_copy(cache_dir, f"{fingerprint}{suffix}.arrow", convert[suffix])
-    return ArrowRows(_read_arrow(path))
+        name = f"{fingerprint}{suffix}-{_CONVERSION}.arrow"
+        path = cached_copy(cache_dir, name, convert[suffix])
+        return arrow_rows(_read_arrow(path))
+    dataset = _read_arrow(path)
+    # Arrow follows damaged offsets without a look, which ends the process.
+    dataset.data.table.validate(full=True)
+    return arrow_rows(dataset)
 
 
-def _convert_csv(path: str, dialect: str, target: str) -> None:
+def _convert_csv(path: str, separator: str, target: str) -> None:
     """Converts a csv file. Every field stays text: "007", "NA", and an empty string."""
-    import pyarrow as pa
-
     csv.field_size_limit(sys.maxsize)
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.reader(file, dialect, strict=True)
-        header = next(reader, [])
-        _check_header(header)
-        schema = pa.schema([(name, pa.large_string()) for name in header])
-        _write_arrow(schema, _record_batches(reader, schema), target)
+    try:
+        _convert_lines(path, separator, target, has_escapes=False)
+    except UserError as error:
+        # The standard doubles a quote within quotes. Others put a backslash before it, which reads
+        # as the end of the field there.
+        if not has_escaped_quotes(path):
+            raise
+        try:
+            _convert_lines(path, separator, target, has_escapes=True)
+        except UserError:
+            raise error from None
 
 
-def _check_header(header: list[str]) -> None:
-    if len(set(header)) < len(header) or any(not name.strip() or len(name) > 64 for name in header):
-        raise UserError(
-            "the first line is no header (its names must be short, different and not empty);"
-            " add one"
-        )
-
-
-def _record_batches(lines: Iterable[list[str]], schema: Any) -> Iterator[Any]:
+def _convert_lines(path: str, separator: str, target: str, *, has_escapes: bool) -> None:
     import pyarrow as pa
 
-    filled = filter(None, lines)
-    while chunk := list(islice(filled, _ROWS_PER_BATCH)):
-        for fields in chunk:
-            if len(fields) != len(schema):
-                raise UserError(
-                    f"{fields!s:.80} has {len(fields)} fields, the header {len(schema)}; use quotes"
-                )
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        rows = CsvRows(file, separator, has_escapes)
+        schema = pa.schema([(name, pa.large_string()) for name in rows.header])
+        _write_arrow(schema, _record_batches(rows, schema), target)
+
+
+def _record_batches(rows: Iterable[list[str]], schema: Any) -> Iterator[Any]:
+    import pyarrow as pa
+
+    remaining = iter(rows)
+    while chunk := list(islice(remaining, _ROWS_PER_BATCH)):
         yield pa.record_batch(list(zip(*chunk, strict=True)), schema=schema)
 
 
