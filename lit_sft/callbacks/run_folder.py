@@ -18,7 +18,7 @@ from lit_sft.errors import UserError
 from lit_sft.ranks import global_rank
 from lit_sft.run import lock as run_lock
 from lit_sft.run import loggers as run_loggers
-from lit_sft.run import slurm
+from lit_sft.run import remains, slurm
 from lit_sft.run.folder import CONFIG, choose_folder, run_folder, use_folder
 
 log = logging.getLogger(__name__)
@@ -162,6 +162,18 @@ class RunFolder(Callback):
             self._write_config(self.folder)
         if self.first_step is not None:
             run_loggers.drop_from(trainer.loggers, self.first_step)
+
+    @override
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        if trainer.global_step > (self.first_step or 0):
+            remains.keep()
 
     @override
     def on_save_checkpoint(

@@ -18,7 +18,7 @@ from lit_sft.callbacks.nan_guard import FaultOptions
 from lit_sft.callbacks.run_folder import RunFolder
 from lit_sft.checkpoint.io import CheckpointFiles
 from lit_sft.cli import arguments, front_door, settings, terminal_log
-from lit_sft.cli.errors import missing_package
+from lit_sft.cli.errors import missing_package, of_trainer
 from lit_sft.cli.parser import OneLineParser
 from lit_sft.cli.trainer import CommandTrainer
 from lit_sft.datamodule import SFTDataModule
@@ -29,7 +29,7 @@ from lit_sft.memory_plan import Plan
 from lit_sft.model_builder import refuse_adapter
 from lit_sft.module import SFTModule
 from lit_sft.run import folder as run_folder
-from lit_sft.run import launch, slurm
+from lit_sft.run import launch, remains, slurm
 from lit_sft.trainer import as_list, own_callbacks, run_callbacks
 
 log = logging.getLogger(__name__)
@@ -230,8 +230,8 @@ class SFTCLI(LightningCLI):
         """
         try:
             return self._instantiate_trainer(settings, callbacks)
-        except (TypeError, ValueError, MisconfigurationException) as error:
-            raise UserError(f"trainer: {error}") from error
+        except (TypeError, ValueError, ImportError, MisconfigurationException) as error:
+            raise UserError(of_trainer(str(error), settings)) from error
 
     def _save_config(self, path: Path) -> None:
         """Writes config.yaml with the keys that every command can read, without secrets."""
@@ -295,5 +295,11 @@ def main(args: list[str] | None = None) -> None:
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
+        remains.keep()
     except Exception as error:
+        remains.remove()
         errors.exit_with_error(missing_package(error, sys.argv[1:]))
+    except BaseException:
+        # A signal, or a command that sets its exit code.
+        remains.remove()
+        raise

@@ -135,7 +135,7 @@ def _problem(action: Action, item: Written, config: Any) -> str | None:
     if kind is None:
         if isinstance(item.value, Mapping | str):
             return None
-        return f"got {shown(item.value)}, expected keys with values"
+        return f"got {shown(item.value)}, expected keys with values: leave it out for the defaults"
     if item.value is None and type(None) not in typing.get_args(kind):
         return f"got null, expected {expected(' '.join(map(str, _alternatives(kind))))}"
     return None

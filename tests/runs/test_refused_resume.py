@@ -66,15 +66,9 @@ def forget_after(root, step):
 
 
 def contents(root):
-    """What a file holds, but the lock; an events file that only says that it is one counts for
-    nothing.
-    """
-    files = [path for path in version(root).rglob("*") if path.is_file() and path.name != ".lock"]
-    return {
-        path: path.read_bytes()
-        for path in files
-        if "tfevents" not in path.name or path.stat().st_size > 100
-    }
+    """What every file below holds, but the lock."""
+    files = [path for path in root.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {path: path.read_bytes() for path in files}
 
 
 def curves(root):
