@@ -56,7 +56,7 @@ class RunFolder(Callback):
         """The text of config.yaml, for checkpoints."""
         self.has_begun = False
 
-    def claim(self, trainer: L.Trainer, stage: str) -> None:
+    def claim(self, trainer: L.Trainer, stage: str, missing: UserError | None = None) -> None:
         """Chooses the folder on rank 0, and locks it for training.
 
         It is called before `trainer.fit`, which opens the loggers before it calls any callback.
@@ -64,12 +64,16 @@ class RunFolder(Callback):
         Args:
             trainer: The trainer.
             stage: The command, such as `fit`.
+            missing: The error of rank 0 if it has not found the checkpoint `last`.
 
         Raises:
-            UserError: Another run trains in the folder. With several ranks `setup` raises it, on
-                all of them.
+            UserError: There is no checkpoint, or another run trains in the folder. With several
+                ranks `setup` raises it, on all of them.
         """
         if global_rank() > 0:
+            return
+        if missing is not None:
+            self._refuse(trainer, missing)
             return
         ckpt_path = None if trainer.fast_dev_run else self.ckpt_path  # type: ignore[attr-defined]
         folder = choose_folder(Path(trainer.default_root_dir), stage, ckpt_path, self.first_step)
@@ -77,16 +81,24 @@ class RunFolder(Callback):
             if stage == "fit":
                 run_lock.hold(folder, slurm.job_id())
         except UserError as error:
-            if trainer.num_devices * trainer.num_nodes == 1:
-                raise
-            self.refusal = error
-            # The loggers would write into the folder of the other run.
-            trainer.loggers = []
+            self._refuse(trainer, error)
             return
         if stage == "fit" and not (folder / CONFIG).exists():
             slurm.remember(folder)
         self.folder = folder
         use_folder(trainer.loggers, folder)
+
+    def _refuse(self, trainer: L.Trainer, error: UserError) -> None:
+        """Raises an error of rank 0, or with several ranks keeps it for `setup`.
+
+        Raises:
+            UserError: The error, if there is one rank.
+        """
+        if trainer.num_devices * trainer.num_nodes == 1:
+            raise error
+        self.refusal = error
+        # The loggers would write into the folder of another run.
+        trainer.loggers = []
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

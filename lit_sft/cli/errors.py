@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Mapping
 
+from lit_sft.cli import classes
 from lit_sft.cli.arguments import Written, config_files, read_yaml, written
 from lit_sft.errors import UserError
 
@@ -181,7 +182,11 @@ def _fields(
     """Returns the values that fill a message of `MESSAGES`, from the groups of its pattern."""
     if found.get("unknown"):
         key, origin = _place(str(found["unknown"]), args, known)
-        return {**found, "key": key, "origin": origin, "suggestion": suggestion(key, known)}
+        hint = suggestion(key, known)
+        argument = classes.nearest_argument(key, written(args))
+        if argument is not None and not hint.startswith("did you mean"):
+            hint = f"did you mean {argument}?"
+        return {**found, "key": key, "origin": origin, "suggestion": hint}
     if found.get("key"):
         given = found.get("given")
         # Python's word; YAML's is null.

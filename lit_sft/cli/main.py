@@ -154,7 +154,14 @@ class SFTCLI(LightningCLI):
                 item.key == "trainer.num_nodes" for item in arguments.written(sys.argv[1:])
             )
             self.environments = launch.take_ranks(config.trainer, asks_for_nodes)
-        self.ckpt_path = settings.resolve_checkpoint(config, self.subcommand)
+        self.missing: UserError | None = None
+        try:
+            self.ckpt_path = settings.resolve_checkpoint(config, self.subcommand)
+        except UserError as error:
+            # Another rank may have found a checkpoint, and would wait for this one.
+            if config.get("ckpt_path") != "last" or not launch.is_one_of_many():
+                raise
+            self.missing, self.ckpt_path = error, None
         if "ckpt_path" in config:
             config.ckpt_path = self.ckpt_path
         if "weights_only" in config:
@@ -271,7 +278,7 @@ class SFTCLI(LightningCLI):
         self.datamodule.prepare(stage)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, RunFolder):
-                callback.claim(self.trainer, stage)
+                callback.claim(self.trainer, stage, self.missing)
 
 
 def main(args: list[str] | None = None) -> None:

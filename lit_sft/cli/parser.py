@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
 from lit_sft import errors
+from lit_sft.cli import classes
 from lit_sft.cli.arguments import Written, flag_values, included_files, read_config, written
 from lit_sft.cli.errors import expected, one_line, shown
 from lit_sft.config_text import check_config, check_value
@@ -37,10 +38,14 @@ class OneLineParser(LightningArgumentParser):
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
         """Parses, and refuses values that jsonargparse accepts but cannot use."""
         self._refuse_double_keys()
+        self._refuse_wrong_classes()
         config = super().parse_args(*args, **kwargs)
         command = config.get("subcommand")
         if command is None:
             return config
+        unknown = classes.problem_of_arguments(config[command])
+        if unknown is not None:
+            self.error(unknown)
         values = {item.key: item for item in written(sys.argv[1:])}
         for action in parser_actions(self.commands[command]):
             item = values.get(action.dest)
@@ -71,6 +76,18 @@ class OneLineParser(LightningArgumentParser):
             if is_group and isinstance(item.value, str):
                 for file in included_files(item):
                     check_config(read_config(str(file), str(file)), str(file))
+
+    def _refuse_wrong_classes(self) -> None:
+        """Refuses a class that does not exist; jsonargparse would list all types of the setting."""
+        args = sys.argv[1:]
+        command = self.commands.get(args[0]) if args else None
+        if command is None:
+            return
+        kinds = {action.dest: option_type(action) for action in parser_actions(command)}
+        for item in written(args):
+            problem = classes.problem_of_path(item, _takes_text(kinds.get(item.key, str)))
+            if problem is not None:
+                self.error(f"{item.key.removesuffix('.class_path')} ({item.origin}): {problem}")
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:

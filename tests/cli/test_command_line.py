@@ -320,14 +320,67 @@ VALUES = {
         "module 'torch.optim' has no attribute 'AdamWW'"
     ),
     "model: {optimizer: {class_path: not_there.optim.AdamW8bit}}": (
-        "model.optimizer (FILE): No module named 'not_there': `pip install not_there`, or choose"
-        " another class"
+        "model.optimizer (FILE): cannot import not_there.optim.AdamW8bit: No module named"
+        " 'not_there': `pip install not_there`, or choose another class"
     ),
     "data: {model_name_or_path: gpt2}": (
         "data.model_name_or_path (FILE): follows from model.model_name_or_path"
     ),
     "data: {seed: 3}": "data.seed (FILE): follows from int(seed_everything): leave it out",
 }
+
+
+CALLBACK = "lightning.pytorch.callbacks.LearningRateMonitor"
+CLASSES = {
+    "trainer: {callbacks: [{class_path: lightning.pytorch.callbacks.LearningRateMonitorr}]}": (
+        "trainer.callbacks (FILE): cannot import lightning.pytorch.callbacks.LearningRateMonitorr:"
+        " module 'lightning.pytorch.callbacks' has no attribute 'LearningRateMonitorr': did you"
+        " mean LearningRateMonitor?"
+    ),
+    "trainer: {callbacks: [{class_path: gone.Callback}]}": (
+        "trainer.callbacks (FILE): cannot import gone.Callback: No module named 'gone': `pip"
+        " install gone`, or choose another class"
+    ),
+    "trainer: {logger: lightning.pytorch.loggers.CSVLoggerr}": (
+        "trainer.logger (FILE): cannot import lightning.pytorch.loggers.CSVLoggerr"
+    ),
+    "trainer: {strategy: {class_path: lit_sft.distributed.fsdp2.FSDP3Strategy}}": (
+        "trainer.strategy (FILE): cannot import lit_sft.distributed.fsdp2.FSDP3Strategy"
+    ),
+    "trainer: {plugins: [{class_path: lit_sft.gone.Plugin}]}": (
+        "trainer.plugins (FILE): cannot import lit_sft.gone.Plugin: there is no module lit_sft.gone"
+    ),
+    f"trainer: {{callbacks: [{{class_path: {CALLBACK}, init_args: {{log_momentun: true}}}}]}}": (
+        "did you mean log_momentum?"
+    ),
+    f"trainer: {{callbacks: [{{class_path: {CALLBACK}, dict_kwargs: {{log_momentun: true}}}}]}}": (
+        f"dict_kwargs.log_momentun: {CALLBACK} takes no such argument: did you mean log_momentum?"
+    ),
+    "model: {optimizer: {class_path: torch.optim.AdamW, dict_kwargs: {lrr: 1}}}": (
+        "dict_kwargs.lrr: torch.optim.AdamW takes no such argument: did you mean lr?"
+    ),
+    (
+        "trainer: {logger: {class_path: lightning.pytorch.loggers.TensorBoardLogger, init_args:"
+        " {save_dir: x}, dict_kwargs: {max_queu: 1}}}"
+    ): (
+        "dict_kwargs.max_queu: lightning.pytorch.loggers.TensorBoardLogger takes no such argument:"
+        " did you mean max_queue?"
+    ),
+    (
+        "trainer: {strategy: {class_path: lightning.pytorch.strategies.DDPStrategy, dict_kwargs:"
+        " {static_grap: true}}}"
+    ): (
+        "dict_kwargs.static_grap: lightning.pytorch.strategies.DDPStrategy takes no such argument:"
+        " did you mean static_graph?"
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "expected"), CLASSES.items(), ids=CLASSES)
+def test_classes_and_their_arguments(text, expected, tmp_path, capsys):
+    file = config(tmp_path, text)
+    line = refused(capsys, "fit", ["--config", file], code=2)
+    assert expected.replace("FILE", file) in line, line
 
 
 @pytest.mark.parametrize(("text", "expected"), VALUES.items(), ids=VALUES)
