@@ -30,6 +30,7 @@ from lit_sft.model_builder import refuse_adapter
 from lit_sft.module import SFTModule
 from lit_sft.run import folder as run_folder
 from lit_sft.run import launch, remains, slurm
+from lit_sft.settings import check_seed
 from lit_sft.trainer import as_list, own_callbacks, run_callbacks
 
 log = logging.getLogger(__name__)
@@ -134,9 +135,7 @@ class SFTCLI(LightningCLI):
                 "seed_everything must be a number: the split, the order and start values follow"
                 " from it"
             )
-        # numpy seeds its generator with 32 bits.
-        if not 0 <= seed < 2**32:
-            raise UserError(f"seed_everything is {seed}, it must be from 0 to {2**32 - 1}")
+        check_seed("seed_everything", seed)
         super()._set_seed()
 
     def before_instantiate_classes(self) -> None:

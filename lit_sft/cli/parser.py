@@ -52,6 +52,9 @@ class OneLineParser(LightningArgumentParser):
             problem = None if item is None else _problem(action, item, config[command])
             if item is not None and problem is not None:
                 self.error(f"{action.dest} ({item.origin}): {problem}")
+            for key, kind in _kinds_of_group(action):
+                if key in values and values[key].value is None and not _takes_null(kind):
+                    self.error(f"{key} ({values[key].origin}): {_no_null(kind)}")
         return config
 
     def _refuse_double_keys(self) -> None:
@@ -153,9 +156,25 @@ def _problem(action: Action, item: Written, config: Any) -> str | None:
         if isinstance(item.value, Mapping | str):
             return None
         return f"got {shown(item.value)}, expected keys with values: leave it out for the defaults"
-    if item.value is None and type(None) not in typing.get_args(kind):
-        return f"got null, expected {expected(' '.join(map(str, _alternatives(kind))))}"
+    if item.value is None and not _takes_null(kind):
+        return _no_null(kind)
     return None
+
+
+def _takes_null(kind: Any) -> bool:
+    return type(None) in typing.get_args(kind)
+
+
+def _no_null(kind: Any) -> str:
+    return f"got null, expected {expected(' '.join(map(str, _alternatives(kind))))}"
+
+
+def _kinds_of_group(action: Action) -> Iterator[tuple[str, Any]]:
+    """Lists the keys of a group that may be null, with their types."""
+    for group in typing.get_args(option_type(action)):
+        if dataclasses.is_dataclass(group):
+            for name, kind in typing.get_type_hints(group).items():
+                yield f"{action.dest}.{name}", kind
 
 
 def _takes_text(kind: Any) -> bool:

@@ -157,7 +157,9 @@ def build(
                     " torch.optim.AdamW"
                 )
         return make(parameters)
-    except ValueError as error:
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:
         raise UserError(
             f"model.optimizer: {error}: change its init_args, or set it to another, such as"
             " torch.optim.AdamW"

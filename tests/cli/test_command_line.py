@@ -310,6 +310,9 @@ VALUES = {
         "data.val_size (FILE): got lots, expected a whole number, a number or null"
     ),
     "data: {questions: hello}": "data.questions (FILE): got hello, expected a list",
+    "model: {lora: {rank_pattern: null}}": (
+        "model.lora.rank_pattern (FILE): got null, expected keys with values"
+    ),
     "model: {optimizer: null}": "model.optimizer (FILE): got null, expected a class",
     "data: null": "data (FILE): got null, expected keys with values",
     "trainer: 3": "trainer (FILE): got 3, expected keys with values",
@@ -413,6 +416,7 @@ SETTINGS = {
     "trainer__max_steps": (0, ["no optimizer step", "trainer.max_steps"]),
     "trainer__max_epochs": (0, ["no optimizer step", "trainer.max_epochs"]),
     "trainer__limit_train_batches": (0, ["no optimizer step", "trainer.limit_train_batches"]),
+    "trainer__check_val_every_n_epoch": (0, ["trainer.check_val_every_n_epoch is 0"]),
     "checkpoint__keep_last": (0, ["checkpoint.keep_last is 0", "positive"]),
     "ckpt_path": ("gone.ckpt", ["--ckpt_path gone.ckpt", "no such checkpoint"]),
 }

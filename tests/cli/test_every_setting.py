@@ -46,7 +46,7 @@ BATCH = 24
 """Cases of one child; what a case leaves in its process is seen by the later ones only."""
 SECONDS = 60
 """A case that takes longer hangs."""
-SAMPLE = 90
+SAMPLE = 48
 """Cases of the test."""
 PLANNED = 70
 """Exit code of a case that reached its first step."""
