@@ -46,4 +46,5 @@ shape:  ## Print figures of the code: sizes, densities, complexity, private attr
 certify:  ## Run what takes hours: all equivalences, all architectures, hundreds of kills
 	$(VENV)/bin/python scripts/verify_equivalence.py
 	$(RUN) pytest -m "" tests/model/test_architectures.py
+	$(VENV)/bin/python tests/cli/test_every_setting.py
 	$(VENV)/bin/python scripts/crash_test.py --kills 200 --full_disks 20 --predict builtin:arithmetic

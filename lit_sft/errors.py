@@ -89,6 +89,8 @@ _OUT_OF_MEMORY = re.compile(
     re.IGNORECASE,
 )
 _ASKED_FOR = re.compile(r"[Tt]ried to allocate ([\d.]+ \w+)")
+_OF_LIGHTNING = "MisconfigurationException"
+"""Lightning's error for settings that do not fit. It says which; Lightning is not imported here."""
 _LAST_ERROR = re.compile(r"Last error:\s*(.+)")
 _LOST_RANK = re.compile(
     r"gloo|NCCL|Connection (closed|reset) by peer|\bTCPStore\b|recvValue|sendBytes", re.IGNORECASE
@@ -170,7 +172,7 @@ def asked_for(error: BaseException) -> str:
 def in_one_line(error: BaseException) -> str | None:
     """Describes an error in one line with a remedy; None if it is unknown and needs a traceback."""
     text = _IN_A_WORKER.sub("", str(error))
-    if isinstance(error, UserError):
+    if isinstance(error, UserError) or type(error).__name__ == _OF_LIGHTNING:
         return " ".join(text.split())
     if isinstance(error, ValueError) and isinstance(error.__cause__, UserError):
         # The parser wraps errors from the options of a group that may be null.

@@ -5,6 +5,7 @@ Nothing here has a public way. When a release changes its internals, this is the
 
 from __future__ import annotations
 
+import warnings
 from argparse import Action
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +41,39 @@ def resume_only_from_given_checkpoint(trainer: L.Trainer) -> None:
     even if it belongs to another run.
     """
     trainer._checkpoint_connector = _GivenCheckpoint(trainer)
+
+
+class _LastOrRefused(_CheckpointConnector):
+    """Resumes from what Lightning finds as `last`, or else from what a function finds."""
+
+    def __init__(self, trainer: L.Trainer, find_last: Callable[[str], str]) -> None:
+        super().__init__(trainer)
+        self.find_last = find_last
+
+    @override
+    def _select_ckpt_path(
+        self, state_fn: Any, ckpt_path: Any, model_provided: bool, model_connected: bool
+    ) -> Any:
+        with warnings.catch_warnings():
+            # The function says what is wrong.
+            warnings.filterwarnings("ignore", message=".*there is no last checkpoint available.*")
+            found = super()._select_ckpt_path(state_fn, ckpt_path, model_provided, model_connected)
+        if found is None and ckpt_path == "last":
+            return self.find_last(state_fn.value)
+        return found
+
+
+def never_ignore_last(trainer: L.Trainer, find_last: Callable[[str], str]) -> None:
+    """Makes `ckpt_path="last"` find a checkpoint, or fail.
+
+    Lightning only warns if its own callbacks know none, and then trains anew or evaluates the
+    weights as they are. No setting changes this.
+
+    Args:
+        trainer: The trainer.
+        find_last: Takes the name of the stage, such as `fit`, and returns a path or raises.
+    """
+    trainer._checkpoint_connector = _LastOrRefused(trainer, find_last)
 
 
 def dump_checkpoint(trainer: L.Trainer) -> dict[str, Any]:

@@ -25,6 +25,33 @@ from lit_sft.model.lora.lora_config import LoraConfig
 from lit_sft.model.loss import LossOptions
 from lit_sft.training.optim import ScheduleOptions
 
+MOST_SEED = 2**32 - 1
+"""numpy seeds its generator with 32 bits."""
+
+
+def check_seed(key: str, seed: int) -> None:
+    """Checks a seed.
+
+    Args:
+        key: The setting, for the message.
+        seed: Its value.
+
+    Raises:
+        UserError: It is out of range.
+    """
+    if not 0 <= seed <= MOST_SEED:
+        raise UserError(f"{key} is {seed}, it must be from 0 to {MOST_SEED}")
+
+
+def _check_least(key: str, value: int, least: int) -> None:
+    """Checks that a number is not too small.
+
+    Raises:
+        UserError: It is.
+    """
+    if value < least:
+        raise UserError(f"{key} is {value}, it must be at least {least}")
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -56,6 +83,7 @@ class ModelConfig:
     seed: int
 
     def __post_init__(self) -> None:
+        check_seed("model.seed", self.seed)
         self._check_what_is_trained()
         if self.quantization is not None:
             self._check_quantization(self.quantization)
@@ -147,8 +175,14 @@ class DataConfig:
             raise UserError(
                 "data.validation and data.val_size exclude each other: set one of them to null"
             )
-        if self.max_length < 2:
-            raise UserError(f"data.max_length is {self.max_length}, it must be at least 2")
+        _check_least("data.max_length", self.max_length, 2)
+        _check_least("data.micro_batch_size", self.micro_batch_size, 1)
+        _check_least("data.global_batch_size", self.global_batch_size, 1)
+        if self.max_samples is not None:
+            _check_least("data.max_samples", self.max_samples, 1)
+        if self.num_workers != "auto":
+            _check_least("data.num_workers", self.num_workers, 0)
+        check_seed("data.seed", self.seed)
         # Also false for nan.
         if self.cache_max_gb is not None and not self.cache_max_gb >= 0:
             raise UserError(

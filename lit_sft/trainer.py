@@ -32,14 +32,31 @@ from lit_sft.callbacks.run_folder import LeaveFolder, RunFolder
 from lit_sft.callbacks.sample_answers import Answers, FirstExample
 from lit_sft.callbacks.step_callback import is_between_steps
 from lit_sft.callbacks.throughput import Throughput
+from lit_sft.checkpoint import find
 from lit_sft.checkpoint import io as checkpoint_io
 from lit_sft.checkpoint.io import CheckpointFiles
 from lit_sft.errors import UserError
 from lit_sft.memory_plan import needed_memory
+from lit_sft.run import folder as run_folder
 
 
 class SFTTrainer(L.Trainer):
     """Lightning's Trainer, which only stops between optimizer steps and knows the run's folder."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        lightning_internals.never_ignore_last(self, self._find_last)
+
+    def _find_last(self, stage: str) -> str:
+        """Finds the checkpoint `last` below `default_root_dir`, as the command line does.
+
+        Raises:
+            UserError: There is none.
+        """
+        logs = Path(self.default_root_dir) / run_folder.LOGS
+        found = find.find_checkpoint("last", logs, stage)
+        assert found is not None
+        return found
 
     @property
     @override

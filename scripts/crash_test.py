@@ -129,10 +129,11 @@ class Run:
             {"class_path": "crash_test.RecordRows", "init_args": {"folder": str(self.root / ROWS)}}
         ]
         ours = [
-            "--ckpt_path=last",
             f"--trainer.default_root_dir={self.root}",
             f"--trainer.callbacks={json.dumps(record)}",
         ]
+        if any(self.root.glob("lightning_logs/*/checkpoints/step=*.ckpt")):
+            ours.append("--ckpt_path=last")
         return self._process(["fit", *self.fit_args, *ours], largest_file)
 
     def predict(self, rows: str) -> subprocess.Popen:

@@ -334,6 +334,8 @@ def _refuse_an_earlier_end(trainer: L.Trainer, checkpoint: dict[str, Any]) -> No
     epoch, steps_in_epoch = checkpoint[data_position.DATA_MODULE]["position"]
     step = checkpoint["global_step"]
     remedy = "raise it, or begin a new run (without --ckpt_path)"
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return
     if -1 != trainer.max_steps < step:
         raise UserError(
             f"the checkpoint has made {step:,} steps, and trainer.max_steps is"

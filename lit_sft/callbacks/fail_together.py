@@ -18,6 +18,7 @@ from typing_extensions import override
 from lit_sft import errors, lightning_internals
 from lit_sft.datamodule import data_of
 from lit_sft.model.memory_estimate import MemoryEstimate
+from lit_sft.run import remains
 
 KEY = "lit_sft/failures"
 """Key in the process group's store: how many ranks have failed."""
@@ -63,6 +64,7 @@ class FailTogether(Callback):
             if _num_failed(store):
                 break
         if not self.ended.wait(GRACE_SECONDS):
+            remains.remove()
             os._exit(1)
 
     @override

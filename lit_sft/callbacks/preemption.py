@@ -182,7 +182,7 @@ class StopOnSignal(StepCallback, Checkpoint):
         if trainer.is_global_zero:
             saved = f"after step {step}, which is saved" if step else "before the first step"
             log.info("stopped by %s %s", self.signal.name, saved)
-            if slurm.job_id() is None:
+            if slurm.job_id() is None and step:
                 log.info("go on with the same command and --ckpt_path last")
             elif self.signal != signal.SIGINT:
                 has_stepped = step > self.first_step

@@ -18,7 +18,7 @@ from lit_sft.errors import UserError
 from lit_sft.ranks import global_rank
 from lit_sft.run import lock as run_lock
 from lit_sft.run import loggers as run_loggers
-from lit_sft.run import slurm
+from lit_sft.run import remains, slurm
 from lit_sft.run.folder import CONFIG, choose_folder, run_folder, use_folder
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class RunFolder(Callback):
         """The text of config.yaml, for checkpoints."""
         self.has_begun = False
 
-    def claim(self, trainer: L.Trainer, stage: str) -> None:
+    def claim(self, trainer: L.Trainer, stage: str, missing: UserError | None = None) -> None:
         """Chooses the folder on rank 0, and locks it for training.
 
         It is called before `trainer.fit`, which opens the loggers before it calls any callback.
@@ -64,12 +64,16 @@ class RunFolder(Callback):
         Args:
             trainer: The trainer.
             stage: The command, such as `fit`.
+            missing: The error of rank 0 if it has not found the checkpoint `last`.
 
         Raises:
-            UserError: Another run trains in the folder. With several ranks `setup` raises it, on
-                all of them.
+            UserError: There is no checkpoint, or another run trains in the folder. With several
+                ranks `setup` raises it, on all of them.
         """
         if global_rank() > 0:
+            return
+        if missing is not None:
+            self._refuse(trainer, missing)
             return
         ckpt_path = None if trainer.fast_dev_run else self.ckpt_path  # type: ignore[attr-defined]
         folder = choose_folder(Path(trainer.default_root_dir), stage, ckpt_path, self.first_step)
@@ -77,16 +81,24 @@ class RunFolder(Callback):
             if stage == "fit":
                 run_lock.hold(folder, slurm.job_id())
         except UserError as error:
-            if trainer.num_devices * trainer.num_nodes == 1:
-                raise
-            self.refusal = error
-            # The loggers would write into the folder of the other run.
-            trainer.loggers = []
+            self._refuse(trainer, error)
             return
         if stage == "fit" and not (folder / CONFIG).exists():
             slurm.remember(folder)
         self.folder = folder
         use_folder(trainer.loggers, folder)
+
+    def _refuse(self, trainer: L.Trainer, error: UserError) -> None:
+        """Raises an error of rank 0, or with several ranks keeps it for `setup`.
+
+        Raises:
+            UserError: The error, if there is one rank.
+        """
+        if trainer.num_devices * trainer.num_nodes == 1:
+            raise error
+        self.refusal = error
+        # The loggers would write into the folder of another run.
+        trainer.loggers = []
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -162,6 +174,18 @@ class RunFolder(Callback):
             self._write_config(self.folder)
         if self.first_step is not None:
             run_loggers.drop_from(trainer.loggers, self.first_step)
+
+    @override
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        if trainer.global_step > (self.first_step or 0):
+            remains.keep()
 
     @override
     def on_save_checkpoint(

@@ -31,6 +31,10 @@ BEST = "best.ckpt"
 STATE = "state.pt"
 PART = "part-{}.pt"
 MANIFEST = "manifest.json"
+STEP = r"step=\d{6,}\.ckpt"
+"""Pattern of the name of a checkpoint."""
+ZIP = b"PK"
+"""First bytes of a zip file, which `torch.save` writes."""
 
 
 def path_of(run_folder: Path, step: int) -> Path:
@@ -59,7 +63,7 @@ def runs_below(logs: Path) -> list[Path]:
 def own_checkpoints(folder: Path) -> list[Path]:
     """Returns the checkpoints of `Checkpointer`, without those of a user's `ModelCheckpoint`."""
     named_alike = folder.glob("step=*.ckpt")
-    return [path for path in named_alike if re.fullmatch(r"step=\d{6,}\.ckpt", path.name)]
+    return [path for path in named_alike if re.fullmatch(STEP, path.name)]
 
 
 def latest_first(run: Path) -> list[Path]:
@@ -253,15 +257,30 @@ def check(path: Path) -> None:
     """Checks that a checkpoint exists and is complete.
 
     Raises:
-        UserError: It does not exist, or it is damaged.
+        UserError: It does not exist, is something else, or is damaged.
     """
     if not path.exists():
         raise UserError(f"--ckpt_path {path}: there is no such checkpoint")
+    if not _looks_like_one(path):
+        raise UserError(
+            f"--ckpt_path {path} is no checkpoint: give a path such as"
+            " lightning_logs/version_0/checkpoints/step=000010.ckpt, or the folder of a run"
+        )
     if not is_intact(path):
         raise UserError(
             f"--ckpt_path {path} is damaged; use an earlier one, or --ckpt_path last to take the"
             " newest that is whole"
         )
+
+
+def _looks_like_one(path: Path) -> bool:
+    """Whether a path has the name or the beginning of a checkpoint, which may be damaged."""
+    if re.fullmatch(STEP, path.name):
+        return True
+    if path.is_dir():
+        return any(path.glob("*.pt"))
+    with path.open("rb") as file:
+        return file.read(2) == ZIP
 
 
 def is_intact(path: Path) -> bool:

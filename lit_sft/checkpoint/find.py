@@ -22,40 +22,43 @@ def find_checkpoint(ckpt_path: str | None, logs: Path, subcommand: str) -> str |
         subcommand: The command.
 
     Returns:
-        The path. None if `ckpt_path` is None, or if it is `last`, there is no checkpoint, and
-        `fit` starts a new run.
+        The path; None if `ckpt_path` is None.
 
     Raises:
-        UserError: There is no such checkpoint.
+        UserError: There is no such checkpoint, or it is damaged.
     """
     if ckpt_path is None:
         return None
     if ckpt_path == "last" or (ckpt_path == "best" and subcommand != "fit"):
-        found = _find_by_name(ckpt_path, logs, subcommand)
-    else:
-        found = _find_by_path(ckpt_path)
-    return None if found is None else str(found)
+        return str(_find_by_name(ckpt_path, logs, subcommand))
+    found = _find_by_path(ckpt_path)
+    files.check(found)
+    return str(found)
 
 
-def _find_by_name(name: str, logs: Path, subcommand: str) -> Path | None:
+def _find_by_name(name: str, logs: Path, subcommand: str) -> Path:
     last = find_last(logs)
     if last is None:
+        remedy = "run `fit` first"
         if subcommand == "fit":
-            return None
+            remedy = "leave it out for a new run"
         raise UserError(
-            f"--ckpt_path {name}: there is no intact checkpoint below {logs}; run `fit` first, or"
-            " give a path"
+            f"--ckpt_path {name}: there is no intact checkpoint below {logs}; {remedy}, or give a"
+            " path"
         )
     _warn_of_newer_runs(logs, last)
     return _best_beside(last) if name == "best" else last
 
 
 def _find_by_path(ckpt_path: str) -> Path:
-    found: Path | None = Path(ckpt_path)
-    if (Path(ckpt_path) / files.FOLDER).is_dir():
-        run = Path(ckpt_path).absolute()
-        found = find_last(run.parent, run.name)
-    if found is None or not found.exists():
+    found = Path(ckpt_path)
+    if (found / files.FOLDER).is_dir():
+        run = found.absolute()
+        last = find_last(run.parent, run.name)
+        if last is None:
+            raise UserError(f"--ckpt_path {ckpt_path}: this run has no intact checkpoint")
+        found = last
+    if not found.exists():
         raise UserError(f"--ckpt_path {ckpt_path}: there is no such checkpoint")
     if found.name in (files.LAST, files.BEST):
         return found.with_name(target(found) or found.name)

@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Mapping
 
+from lit_sft.cli import classes
 from lit_sft.cli.arguments import Written, config_files, read_yaml, written
 from lit_sft.errors import UserError
 
@@ -32,7 +33,7 @@ MESSAGES = (
     ),
     (
         OF_KEY + r"Unable to load config ['\"](?P<given>.*?)['\"](?: - |$)",
-        "{key} ({origin}): got {given}, expected keys with values",
+        "{key} ({origin}): got {given}, expected keys with values: leave it out for the defaults",
     ),
     (OF_KEY + r"(?P<reason>.*?)(?: - |$)", "{key} ({origin}): {reason}"),
     (
@@ -50,6 +51,28 @@ NOT_MET = (
     r" '(\w+)')"
 )
 """jsonargparse's message when the package of a class is missing."""
+
+OF_TRAINER = (
+    (
+        r"Trainer\(devices=|`devices` selected|You requested gpu",
+        "trainer.devices {devices} cannot be had: set it to auto or to a number from 1",
+    ),
+    (
+        r"No supported gpu backend|can not run on your system|torch_xla",
+        "trainer.accelerator {accelerator} is not there: set it to auto or cpu, or see why torch"
+        " finds none",
+    ),
+    (
+        r"invalid accelerator name",
+        "trainer.accelerator {accelerator} is not known: set it to auto, cpu or gpu",
+    ),
+    (
+        r"invalid strategy name",
+        "trainer.strategy {strategy} is not known: set it to auto, ddp or fsdp2 (a class needs"
+        " class_path: and init_args:)",
+    ),
+)
+"""(Pattern of Lightning's message, our message, which the settings of the trainer fill)."""
 
 TYPE_WORDS = {
     "int": "a whole number",
@@ -81,6 +104,19 @@ def one_line(message: str, args: list[str], known: set[str]) -> str:
         if match is not None:
             return answer.format_map(_fields(match.groupdict(), args, known))
     return message.strip().partition("\n")[0]
+
+
+def of_trainer(message: str, settings: Mapping[str, object]) -> str:
+    """Rewrites the message of a trainer that could not be built.
+
+    Args:
+        message: Lightning's message.
+        settings: The settings of the trainer.
+    """
+    for pattern, answer in OF_TRAINER:
+        if re.search(pattern, message):
+            return answer.format_map(settings)
+    return f"trainer: {message}"
 
 
 def missing_package(error: Exception, args: list[str]) -> Exception:
@@ -146,7 +182,11 @@ def _fields(
     """Returns the values that fill a message of `MESSAGES`, from the groups of its pattern."""
     if found.get("unknown"):
         key, origin = _place(str(found["unknown"]), args, known)
-        return {**found, "key": key, "origin": origin, "suggestion": suggestion(key, known)}
+        hint = suggestion(key, known)
+        argument = classes.nearest_argument(key, written(args))
+        if argument is not None and not hint.startswith("did you mean"):
+            hint = f"did you mean {argument}?"
+        return {**found, "key": key, "origin": origin, "suggestion": hint}
     if found.get("key"):
         given = found.get("given")
         # Python's word; YAML's is null.

@@ -18,7 +18,7 @@ from lit_sft.callbacks.nan_guard import FaultOptions
 from lit_sft.callbacks.run_folder import RunFolder
 from lit_sft.checkpoint.io import CheckpointFiles
 from lit_sft.cli import arguments, front_door, settings, terminal_log
-from lit_sft.cli.errors import missing_package
+from lit_sft.cli.errors import missing_package, of_trainer
 from lit_sft.cli.parser import OneLineParser
 from lit_sft.cli.trainer import CommandTrainer
 from lit_sft.datamodule import SFTDataModule
@@ -29,7 +29,8 @@ from lit_sft.memory_plan import Plan
 from lit_sft.model_builder import refuse_adapter
 from lit_sft.module import SFTModule
 from lit_sft.run import folder as run_folder
-from lit_sft.run import launch, slurm
+from lit_sft.run import launch, remains, slurm
+from lit_sft.settings import check_seed
 from lit_sft.trainer import as_list, own_callbacks, run_callbacks
 
 log = logging.getLogger(__name__)
@@ -134,9 +135,7 @@ class SFTCLI(LightningCLI):
                 "seed_everything must be a number: the split, the order and start values follow"
                 " from it"
             )
-        # numpy seeds its generator with 32 bits.
-        if not 0 <= seed < 2**32:
-            raise UserError(f"seed_everything is {seed}, it must be from 0 to {2**32 - 1}")
+        check_seed("seed_everything", seed)
         super()._set_seed()
 
     def before_instantiate_classes(self) -> None:
@@ -154,7 +153,14 @@ class SFTCLI(LightningCLI):
                 item.key == "trainer.num_nodes" for item in arguments.written(sys.argv[1:])
             )
             self.environments = launch.take_ranks(config.trainer, asks_for_nodes)
-        self.ckpt_path = settings.resolve_checkpoint(config, self.subcommand)
+        self.missing: UserError | None = None
+        try:
+            self.ckpt_path = settings.resolve_checkpoint(config, self.subcommand)
+        except UserError as error:
+            # Another rank may have found a checkpoint, and would wait for this one.
+            if config.get("ckpt_path") != "last" or not launch.is_one_of_many():
+                raise
+            self.missing, self.ckpt_path = error, None
         if "ckpt_path" in config:
             config.ckpt_path = self.ckpt_path
         if "weights_only" in config:
@@ -230,8 +236,8 @@ class SFTCLI(LightningCLI):
         """
         try:
             return self._instantiate_trainer(settings, callbacks)
-        except (TypeError, ValueError, MisconfigurationException) as error:
-            raise UserError(f"trainer: {error}") from error
+        except (TypeError, ValueError, ImportError, MisconfigurationException) as error:
+            raise UserError(of_trainer(str(error), settings)) from error
 
     def _save_config(self, path: Path) -> None:
         """Writes config.yaml with the keys that every command can read, without secrets."""
@@ -271,7 +277,7 @@ class SFTCLI(LightningCLI):
         self.datamodule.prepare(stage)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, RunFolder):
-                callback.claim(self.trainer, stage)
+                callback.claim(self.trainer, stage, self.missing)
 
 
 def main(args: list[str] | None = None) -> None:
@@ -295,5 +301,11 @@ def main(args: list[str] | None = None) -> None:
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
+        remains.keep()
     except Exception as error:
+        remains.remove()
         errors.exit_with_error(missing_package(error, sys.argv[1:]))
+    except BaseException:
+        # A signal, or a command that sets its exit code.
+        remains.remove()
+        raise

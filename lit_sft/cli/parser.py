@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
 from lit_sft import errors
+from lit_sft.cli import classes
 from lit_sft.cli.arguments import Written, flag_values, included_files, read_config, written
 from lit_sft.cli.errors import expected, one_line, shown
 from lit_sft.config_text import check_config, check_value
@@ -37,16 +38,23 @@ class OneLineParser(LightningArgumentParser):
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
         """Parses, and refuses values that jsonargparse accepts but cannot use."""
         self._refuse_double_keys()
+        self._refuse_wrong_classes()
         config = super().parse_args(*args, **kwargs)
         command = config.get("subcommand")
         if command is None:
             return config
+        unknown = classes.problem_of_arguments(config[command])
+        if unknown is not None:
+            self.error(unknown)
         values = {item.key: item for item in written(sys.argv[1:])}
         for action in parser_actions(self.commands[command]):
             item = values.get(action.dest)
             problem = None if item is None else _problem(action, item, config[command])
             if item is not None and problem is not None:
                 self.error(f"{action.dest} ({item.origin}): {problem}")
+            for key, kind in _kinds_of_group(action):
+                if key in values and values[key].value is None and not _takes_null(kind):
+                    self.error(f"{key} ({values[key].origin}): {_no_null(kind)}")
         return config
 
     def _refuse_double_keys(self) -> None:
@@ -71,6 +79,18 @@ class OneLineParser(LightningArgumentParser):
             if is_group and isinstance(item.value, str):
                 for file in included_files(item):
                     check_config(read_config(str(file), str(file)), str(file))
+
+    def _refuse_wrong_classes(self) -> None:
+        """Refuses a class that does not exist; jsonargparse would list all types of the setting."""
+        args = sys.argv[1:]
+        command = self.commands.get(args[0]) if args else None
+        if command is None:
+            return
+        kinds = {action.dest: option_type(action) for action in parser_actions(command)}
+        for item in written(args):
+            problem = classes.problem_of_path(item, _takes_text(kinds.get(item.key, str)))
+            if problem is not None:
+                self.error(f"{item.key.removesuffix('.class_path')} ({item.origin}): {problem}")
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -135,10 +155,26 @@ def _problem(action: Action, item: Written, config: Any) -> str | None:
     if kind is None:
         if isinstance(item.value, Mapping | str):
             return None
-        return f"got {shown(item.value)}, expected keys with values"
-    if item.value is None and type(None) not in typing.get_args(kind):
-        return f"got null, expected {expected(' '.join(map(str, _alternatives(kind))))}"
+        return f"got {shown(item.value)}, expected keys with values: leave it out for the defaults"
+    if item.value is None and not _takes_null(kind):
+        return _no_null(kind)
     return None
+
+
+def _takes_null(kind: Any) -> bool:
+    return type(None) in typing.get_args(kind)
+
+
+def _no_null(kind: Any) -> str:
+    return f"got null, expected {expected(' '.join(map(str, _alternatives(kind))))}"
+
+
+def _kinds_of_group(action: Action) -> Iterator[tuple[str, Any]]:
+    """Lists the keys of a group that may be null, with their types."""
+    for group in typing.get_args(option_type(action)):
+        if dataclasses.is_dataclass(group):
+            for name, kind in typing.get_type_hints(group).items():
+                yield f"{action.dest}.{name}", kind
 
 
 def _takes_text(kind: Any) -> bool:

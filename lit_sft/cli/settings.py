@@ -31,6 +31,12 @@ def reject_unsupported(trainer: Any, command: str) -> None:
         raise UserError(
             "trainer.overfit_batches must be 0: set data.max_samples to train on a few rows"
         )
+    every = trainer.check_val_every_n_epoch
+    if every is not None and every < 1:
+        raise UserError(
+            f"trainer.check_val_every_n_epoch is {every}, it must be at least 1: to validate never,"
+            " set trainer.limit_val_batches to 0"
+        )
     if trainer.use_distributed_sampler:
         raise UserError(
             "trainer.use_distributed_sampler must be false: it would shuffle over our own order"

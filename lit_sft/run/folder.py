@@ -16,12 +16,13 @@ from lit_sft import lightning_internals
 from lit_sft.checkpoint import files as checkpoint_files
 from lit_sft.errors import UserError
 from lit_sft.run import lock as run_lock
+from lit_sft.run import remains
 from lit_sft.run.loggers import AppendingCSVLogger
+from lit_sft.run.remains import CONFIG
 
 log = logging.getLogger(__name__)
 
 LOGS = "lightning_logs"
-CONFIG = "config.yaml"
 
 
 @dataclass
@@ -117,6 +118,7 @@ def choose_folder(root: Path, stage: str, ckpt_path: str | None, step: int | Non
         return _new_folder(root / LOGS)
     reason = _reason_to_leave(folder, stage, step)
     if reason is None:
+        remains.use_folder(folder)
         return folder
     new = _new_folder(root / LOGS)
     log.info("%s: %s; this run writes into %s", folder, reason, new)
@@ -145,7 +147,7 @@ def _reason_to_leave(folder: Path, stage: str, step: int | None) -> str | None:
 
 def _new_folder(logs: Path) -> Path:
     """Makes and returns the folder with the next free number."""
-    logs.mkdir(parents=True, exist_ok=True)
+    remains.make_parents(logs)
     while True:
         numbers = [-1]
         for path in logs.iterdir():
@@ -154,7 +156,7 @@ def _new_folder(logs: Path) -> Path:
                 numbers.append(int(match[1]))
         folder = logs / f"version_{max(numbers) + 1}"
         try:
-            folder.mkdir()
+            remains.make_folder(folder)
         except FileExistsError:
             # Another run has just taken this number.
             continue

@@ -60,6 +60,14 @@ def started() -> Started | None:
     return Started(world_size, None if "LOCAL_RANK" in environ else 1)
 
 
+def is_one_of_many() -> bool:
+    """Whether a launcher or SLURM has started other ranks beside this process."""
+    ranks = started()
+    if ranks is not None:
+        return ranks.world_size > 1
+    return SLURMEnvironment.detect() and int(os.environ.get("SLURM_NTASKS", 1)) > 1
+
+
 def take_ranks(trainer: Any, asks_for_nodes: bool) -> list[StartedRanks]:
     """Makes the trainer's settings those of the ranks that a launcher has started.
 

@@ -163,7 +163,9 @@ def build(
         if kind is Muon:
             return MuonWithAdamW(make, groups, embeddings)
         return make(groups)
-    except ValueError as error:
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:
         raise UserError(
             f"model.optimizer: {error}: change its init_args, or set it to another, such as"
             " torch.optim.AdamW"

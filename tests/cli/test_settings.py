@@ -44,6 +44,8 @@ def test_every_argument_reaches_its_field(module, record):
     }
     allowed = {"lora": None, "trainable": None, "adapter_name_or_path": None, "quantization": None}
     allowed |= {"validation": None, "max_length": 7, "add_tokens": ["<a>"], "format": "alpaca"}
+    allowed |= {"micro_batch_size": 3, "global_batch_size": 6, "max_samples": 5}
+    allowed |= {"num_workers": 2, "seed": 11}
     values |= {name: value for name, value in allowed.items() if name in values}
     assert vars(module(**values).options) == values
 
@@ -82,6 +84,28 @@ def test_a_wrong_format_is_no_bad_row(options, said):
 
 # ---------------------------------------------------------------------- a release continues what an
 # older one began
+
+
+OUT_OF_RANGE = [
+    {"micro_batch_size": 0},
+    {"global_batch_size": -8},
+    {"max_samples": 0},
+    {"num_workers": -1},
+    {"seed": -1},
+    {"seed": 2**32},
+    {"max_length": 1},
+]
+
+
+@pytest.mark.parametrize("options", OUT_OF_RANGE, ids=str)
+def test_the_constructors_refuse_what_is_out_of_range(options):
+    """From Python, too, where no parser looks at the values."""
+    ((key, value),) = options.items()
+    with pytest.raises(UserError, match=f"^data.{key} is {value}, it must be"):
+        SFTDataModule(**options)
+    if key == "seed":
+        with pytest.raises(UserError, match=f"^model.seed is {value}, it must be from 0"):
+            SFTModule(**options)
 
 
 def test_a_half_written_predict_is_continued(tmp_path):

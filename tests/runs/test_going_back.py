@@ -289,7 +289,9 @@ def test_a_refused_resume_does_not_take_a_waiting_jobs_run(place, root, tmp_path
     )
     assert code == 0 and " at step 10\n" in said and not version(root, 1).exists()
     code, said = in_a_job(
-        [*settings(place, root), "--ckpt_path=last"], tmp_path / "out", SLURM_JOB_ID="88"
+        [*settings(place, root, trainer__max_epochs=3), "--ckpt_path=last"],
+        tmp_path / "out",
+        SLURM_JOB_ID="88",
     )
     assert code == 0 and "no step is left" in said and mark.read_text() == "77 0 version_0\n"
 

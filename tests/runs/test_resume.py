@@ -612,11 +612,11 @@ def saved_answers(root):
     return state["callbacks"]["Answers"]["before"]
 
 
-def test_last_without_a_run_starts_one(place, tmp_path):
-    with log_lines() as lines:
-        fit(place, tmp_path / "runs", "--ckpt_path=last", trainer__max_steps=1)
-    assert not any(line.startswith("resumed") for line in lines)
-    assert len(scalars(tmp_path / "runs", "train/loss")) == 1
+def test_last_without_a_run(place, tmp_path, capsys):
+    args = [*arguments(*place[1:], tmp_path / "runs", **TWO_EPOCHS), "--ckpt_path=last"]
+    line = refused(capsys, "fit", args)
+    assert line.startswith("--ckpt_path last: there is no intact checkpoint below")
+    assert "leave it out for a new run" in line and not (tmp_path / "runs").exists()
 
 
 # ------------------------------------------------------------------ the files
