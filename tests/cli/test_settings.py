@@ -45,7 +45,7 @@ def test_every_argument_reaches_its_field(module, record):
     allowed = {"lora": None, "trainable": None, "adapter_name_or_path": None, "quantization": None}
     allowed |= {"validation": None, "max_length": 7, "add_tokens": ["<a>"], "format": "alpaca"}
     allowed |= {"micro_batch_size": 3, "global_batch_size": 6, "max_samples": 5}
-    allowed |= {"num_workers": 2, "seed": 11}
+    allowed |= {"num_workers": 2, "seed": 11, "cache_max_gb": 4.5}
     values |= {name: value for name, value in allowed.items() if name in values}
     assert vars(module(**values).options) == values
 
@@ -163,7 +163,7 @@ def test_a_cache_and_a_position_are_found_again(tmp_path):
     identity = preparation.identity(SimpleNamespace(fingerprint="rows-1")) | {
         "libraries": ["a", "b"]
     }
-    assert cache_key(identity) == "f1103735f6d203a9ad57d1a2"
+    assert cache_key(identity) == "4da0831a25a92604c9b5df9c"
     caches = {"train": SimpleNamespace(fingerprint="e")}
     assert remember(identity, module.options, caches, SimpleNamespace(fingerprint="p")) == {
         "examples": "e",
