@@ -170,7 +170,7 @@ def test_a_cache_and_a_position_are_found_again(tmp_path):
         "settings": {
             "tokenizer": '"t"',
             "train_on": '"completions"',
-            "cache": "8",
+            "cache": "9",
             "rows": '"rows-1"',
             "readings": '[[0, "messages", null]]',
             "libraries": '["a", "b"]',
