@@ -294,7 +294,7 @@ def _load(options: ModelConfig, precision: str, on_meta: bool = False) -> BuiltM
         path,
         init=options.init,
         dtype=dtype,
-        attn_implementation=packed.choose(config, options.attn_implementation),
+        attn_implementation=packed.choose(options.attn_implementation),
         trust_remote_code=options.trust_remote_code,
         seed=options.seed,
         quantization_config=None if options.quantization is None else quantization.nf4(dtype),

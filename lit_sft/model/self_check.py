@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lit_sft.errors import UserError
 from lit_sft.model.attention.implementation import attention_of, set_attention
-from lit_sft.model.attention.packed import pack_kwargs
+from lit_sft.model.attention.packed import chunk_size, is_chunked, pack_kwargs
 from lit_sft.model.evaluation_mode import evaluation_mode
 
 if TYPE_CHECKING:
@@ -64,10 +64,13 @@ def packing_is_exact(lm: PreTrainedModel) -> bool:
         return False
     input_ids, position_ids = _inputs(lm)
     first = LENGTHS[0]
-    bounds = pack_kwargs(LENGTHS[1:], lm.device)
     with _lowered_thresholds(lm):
+        # The lowered one.
+        chunk = chunk_size(lm.config)
+        together = pack_kwargs(LENGTHS, lm.device, chunk)
+        bounds = pack_kwargs(LENGTHS[1:], lm.device, chunk)
         try:
-            packed = _states(lm, input_ids, position_ids, **pack_kwargs(LENGTHS, lm.device))
+            packed = _states(lm, input_ids, position_ids, **together)
         except Exception as error:
             # Many architectures pass no keyword arguments down to their layers.
             log.debug("%s with packed examples", type(lm).__name__, exc_info=error)
@@ -262,7 +265,10 @@ def _noting_windows(name: str, windows: set[int]) -> Iterator[None]:
         module, query, key, value, *masks = args
         marks = masks[0] if masks else attention_mask
         window = 0 if marks is None else int(marks.max())
-        if window and window != kwargs.get("sliding_window"):
+        handed = kwargs.get("sliding_window")
+        if kwargs.get("chunks") is not None and is_chunked(module):
+            handed = module.config.attention_chunk_size
+        if window and window != handed:
             windows.add(window)
         return attend(module, query, key, value, None, **kwargs)
 
@@ -292,8 +298,9 @@ def _inputs(lm: PreTrainedModel) -> tuple[Tensor, Tensor]:
 
 def _states_alone(lm: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
     """Returns `_states` of one example, with its bounds if the layers pass them on to attention."""
+    bounds = pack_kwargs((input_ids.shape[1],), lm.device, chunk_size(lm.config))
     try:
-        return _states(lm, input_ids, position_ids, **pack_kwargs((input_ids.shape[1],), lm.device))
+        return _states(lm, input_ids, position_ids, **bounds)
     except TypeError:
         return _states(lm, input_ids, position_ids)
 
