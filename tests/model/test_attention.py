@@ -7,7 +7,7 @@ from tiny import tiny_gpt2, tiny_llama, tiny_qwen3
 
 from lit_sft.errors import UserError
 from lit_sft.model import parallel, self_check
-from lit_sft.model.attention import cpu_kernel
+from lit_sft.model.attention import cpu_kernel, own_scores
 from lit_sft.model.attention import packed as attention_packed
 from lit_sft.model.attention.implementation import attention_of
 from lit_sft.model.attention.packed import pack_kwargs
@@ -87,6 +87,110 @@ def test_gradients_are_those_of_separate_calls(window):
     for ours, expected in zip(*made, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
     torch.library.opcheck(cpu_kernel.packed_attention_cpu, (*inputs, bounds, 0.3, window))
+
+
+def inputs_and_grad(lengths, dtype=torch.float32):
+    """Queries, keys, values, sinks and the gradient of a row of examples."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = sum(lengths)
+    shapes = [(1, 4, tokens, 8), (1, 2, tokens, 8), (1, 2, tokens, 8), (4,), (1, tokens, 4, 8)]
+    *inputs, grad = (2 * torch.randn(shape, generator=generator) for shape in shapes)
+    return [x.to(dtype) for x in inputs], grad.to(dtype)
+
+
+def whole_square(query, key, value, sinks, lengths, window=None, cap=None):
+    """Attention as the formula says: all scores of an example at once."""
+    outs = []
+    for q, k, v in zip(*(x.split(lengths, 2) for x in (query, key, value)), strict=True):
+        scores = q @ k.repeat_interleave(2, 1).mT * q.shape[-1] ** -0.5
+        if cap is not None:
+            scores = cap * torch.tanh(scores / cap)
+        distance = torch.arange(q.shape[2])[:, None] - torch.arange(q.shape[2])
+        hidden = (distance < 0) | (distance >= (window or q.shape[2]))
+        scores = scores.masked_fill(hidden, float("-inf"))
+        if sinks is not None:
+            scores = torch.cat(
+                [scores, sinks[None, :, None, None].expand(scores[..., :1].shape)], -1
+            )
+        shares = scores.softmax(-1)[..., : q.shape[2]]
+        outs.append((shares @ v.repeat_interleave(2, 1)).transpose(1, 2))
+    return torch.cat(outs, 1)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_sinks_in_the_cpu_operation(window):
+    """Results, and all gradients: those of the sinks, too."""
+    lengths = (5, 1, 150)
+    inputs, grad = inputs_and_grad(lengths)
+    bounds = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    made = []
+    for run in (
+        lambda q, k, v, s: cpu_kernel.packed_attention_cpu(q, k, v, bounds, None, window, s)[0],
+        lambda q, k, v, s: whole_square(q, k, v, s, lengths, window),
+    ):
+        own = [x.clone().requires_grad_() for x in inputs]
+        out = run(*own)
+        made.append([out, *torch.autograd.grad(out, own, grad)])
+    for ours, expected in zip(*made, strict=True):
+        assert (ours - expected).norm() < 2e-6 * expected.norm()
+    query, key, value, sinks = own
+    torch.library.opcheck(
+        cpu_kernel.packed_attention_cpu, (query, key, value, bounds, None, window, sinks)
+    )
+
+
+def test_gradients_of_sinks_in_bf16():
+    """Longer than the examples whose backward pass is the kernel's."""
+    lengths = (cpu_kernel.SHORT, cpu_kernel.BLOCK + 50)
+    inputs, grad = inputs_and_grad(lengths, torch.bfloat16)
+    bounds = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    own = [x.clone().requires_grad_() for x in inputs]
+    query, key, value, sinks = own
+    out, _ = cpu_kernel.packed_attention_cpu(query, key, value, bounds, None, None, sinks)
+    ours = torch.autograd.grad(out, own, grad)
+    exact = [x.double().requires_grad_() for x in inputs]
+    expected = torch.autograd.grad(whole_square(*exact, lengths), exact, grad.double())
+    for mine, true in zip(ours, expected, strict=True):
+        assert (mine - true).norm() < 0.01 * true.norm()
+
+
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize(("window", "cap"), [(None, 3.0), (4, 3.0), (20, None), (None, None)])
+def test_own_scores_block_by_block(window, cap, with_sinks, monkeypatch):
+    monkeypatch.setattr(own_scores, "BLOCK", 16)
+    lengths = (5, 1, 70)
+    (*inputs, sinks), grad = inputs_and_grad(lengths)
+    bounds = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    made = []
+    for is_ours in (True, False):
+        own = [x.clone().requires_grad_() for x in (*inputs, sinks)]
+        query, key, value, sink = own
+        sink = sink if with_sinks else None
+        if is_ours:
+            scores = own_scores.Scores(window=window, cap=cap, sinks=sink)
+            out = own_scores.attend_packed(query, key, value, bounds, scores)
+        else:
+            out = whole_square(query, key, value, sink, lengths, window, cap)
+        made.append([out, *torch.autograd.grad(out, own, grad, materialize_grads=True)])
+    for ours, expected in zip(*made, strict=True):
+        assert (ours - expected).norm() <= 2e-6 * expected.norm()
+
+
+@pytest.mark.parametrize("name", ["GptOss", "Gemma2"])
+def test_answers_with_sinks_and_caps_are_those_of_eager(name):
+    """Padded prompts, a cache, and a window that the answers pass."""
+    sizes, _ = LOST[name]
+    sizes = {**sizes, "sliding_window": 4}
+    attention_packed.register()
+    input_ids = torch.tensor([[0, 0, 5, 6, 9], [7, 8, 9, 10, 11]])
+    mask = (input_ids > 0).long()
+    answers = []
+    for attention in (attention_packed.PACKED, "eager"):
+        lm = small(name, attention, **sizes)
+        answers.append(
+            lm.generate(input_ids, attention_mask=mask, max_new_tokens=12, do_sample=False)
+        )
+    assert torch.equal(*answers)
 
 
 @pytest.mark.parametrize(("kv_heads", "scaling"), [(1, None), (2, 0.3), (6, None)])
