@@ -127,7 +127,7 @@ def _weight_files(path: str) -> list[str]:
     """The weight files of a model directory, and of its base if it holds an adapter."""
     files: list[str] = []
     for folder in {Path(path), Path(base_directory(path))}:
-        for pattern in ("*.safetensors", "*.gguf"):
+        for pattern in ("*.safetensors", "*.gguf", "pytorch_model*.bin"):
             files += map(str, folder.glob(pattern))
     return sorted(files)
 

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lit_sft.errors import UserError
+from lit_sft.model.dequantize import METHODS, method_of
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PretrainedConfig
 
 
 def check_source(config: PretrainedConfig, path: str, requested: str | None) -> None:
-    """Refuses weights that are quantized already, as they are not trained.
+    """Refuses weights that are quantized already and not dequantized while they are loaded.
 
     Args:
         config: The model's config.
@@ -22,21 +23,28 @@ def check_source(config: PretrainedConfig, path: str, requested: str | None) -> 
         requested: `model.quantization`.
 
     Raises:
-        UserError: The weights are quantized, and not by bitsandbytes with `requested` 4 bits.
+        UserError: The weights are quantized in another way, or `requested` does not fit them.
     """
-    source: Any = getattr(config, "quantization_config", None)
-    if source is None:
+    method = method_of(config)
+    if method is None:
         return
-    if not isinstance(source, dict):
-        source = source.to_dict()
-    method = str(source.get("quant_method", "an unknown method"))
-    method = str(getattr(method, "value", method)).rpartition(".")[2].lower()
+    if method in METHODS:
+        if requested is not None:
+            raise UserError(
+                f"{path} holds weights in {method}, which model.quantization {requested} does not"
+                " read: set it to null, or model.model_name_or_path to a version of the model in"
+                " bf16"
+            )
+        return
     if method != "bitsandbytes":
         raise UserError(
             f"{path} holds weights that are quantized ({method}), which cannot be trained here,"
             " also not with model.quantization: set model.model_name_or_path to a version of the"
             " model in bf16"
         )
+    source: Any = config.quantization_config
+    if not isinstance(source, dict):
+        source = source.to_dict()
     if not source.get("load_in_4bit"):
         raise UserError(
             f"{path} holds weights in 8 bits (bitsandbytes), which cannot be trained here: set"

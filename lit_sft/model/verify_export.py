@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lit_sft.errors import UserError
+from lit_sft.model.dequantize import loading_arguments, whole_and_partial_blocks
 from lit_sft.model.evaluation_mode import evaluation_mode
 from lit_sft.model.export import causal_lm, is_adapted
 from lit_sft.model.random_state import own_random_state
@@ -126,7 +127,7 @@ def _greedy(model: Any, prompt: Tensor, stops: int | list[int] | None) -> list[i
 
 def _reload(directory: Path, model: PreTrainedModel | PeftModel) -> Any:
     """Loads the export with transformers or peft only."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     load: Any = partial(
         AutoModelForCausalLM.from_pretrained, trust_remote_code=_is_remote(causal_lm(model))
@@ -146,5 +147,14 @@ def _reload(directory: Path, model: PreTrainedModel | PeftModel) -> Any:
         }
         if quantized is not None:
             options |= {"quantization_config": quantized, "device_map": {"": "cpu"}}
-        base = load(config.base_model_name_or_path, **options)
+        else:
+            source = AutoConfig.from_pretrained(
+                config.base_model_name_or_path,
+                revision=config.revision,
+                trust_remote_code=_is_remote(causal_lm(model)),
+                local_files_only=True,
+            )
+            options |= loading_arguments(source)
+        with whole_and_partial_blocks(config.base_model_name_or_path):
+            base = load(config.base_model_name_or_path, **options)
         return PeftModel.from_pretrained(base, str(directory)).to(model.device).eval()
