@@ -47,6 +47,7 @@ def loading_arguments(config: PretrainedConfig) -> dict[str, Any]:
 
     if not is_dequantized(config):
         return {}
+    log.info("the weights are in %s, and are dequantized while they are loaded", method_of(config))
     source = {**(_quantization_of(config) or {}), "dequantize": True}
     return {"quantization_config": AutoQuantizationConfig.from_dict(source)}
 

@@ -45,6 +45,8 @@ THRESHOLDS = (
 They are fields of configs or of modules in transformers 5.24. Real ones are thousands of tokens,
 and a comparison of as many would be slow. So they are lowered while a model is checked.
 """
+MUCH = 1e9
+"""Bytes of scores from which a warning tells their size."""
 SELECTIONS = ("index_topk", "index_topk_blocks", "keep_window_size")
 """Fields of configs of models that attend to a selection of tokens.
 
@@ -197,6 +199,32 @@ def check_length(lm: PreTrainedModel, longest: int, context: int | None) -> None
         "the longest example has %s tokens, the model was made for %s",
         f"{longest:,}",
         f"{context:,}",
+    )
+
+
+def warn_of_scores(lm: PreTrainedModel, tokens: int) -> None:
+    """Warns if attention keeps the scores of all pairs of tokens, and they take much memory.
+
+    Args:
+        lm: The causal LM.
+        tokens: Tokens of the longest row.
+    """
+    if attention_of(lm) != "eager":
+        return
+    config = lm.config.get_text_config()
+    # A model without attention has no heads. The softmax is kept in fp32.
+    size = 4 * getattr(config, "num_attention_heads", 0) * tokens**2
+    total = size * config.num_hidden_layers
+    if total < MUCH:
+        return
+    log.warning(
+        "attention `eager` keeps the scores of all pairs of tokens: for a row of %s tokens %.1f GB"
+        " in each of %s layers, %.1f GB in all; lower data.max_length, or set"
+        " model.gradient_checkpointing to full, which keeps those of one layer at a time",
+        f"{tokens:,}",
+        size / 1e9,
+        config.num_hidden_layers,
+        total / 1e9,
     )
 
 

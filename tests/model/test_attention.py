@@ -251,6 +251,48 @@ def test_compiled_once_for_packs_of_any_number_of_examples(monkeypatch):
     assert graphs == [2] * len(packs)  # forward and backward, shared by all layers
 
 
+@pytest.mark.parametrize("name", ["GptOss", "Llama4Text"])
+def test_compiled_and_checkpointed(name, monkeypatch):
+    """Sinks, chunks and temperature, in whole and in selective checkpoints and compiled."""
+    import transformers
+
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module,
+        "compile",
+        lambda self, **kw: compile_module(self, backend="aot_eager", **kw),
+    )
+
+    attention_packed.register()
+    sizes = dict(
+        vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, initializer_range=0.3, num_local_experts=2, num_experts_per_tok=1,
+        intermediate_size_mlp=64, pad_token_id=0, sliding_window=4, attention_chunk_size=4, floor_scale=5,
+    )  # fmt: skip
+    config_class = getattr(transformers, f"{name}Config")
+    known = {*config_class().to_dict(), *config_class.attribute_map}
+    config = config_class(**{key: value for key, value in sizes.items() if key in known})
+    lengths = (9, 3, 14)
+    input_ids = torch.randint(1, 320, (1, sum(lengths)), generator=torch.Generator().manual_seed(0))
+    labels = input_ids.roll(-1, 1)
+    position_ids = torch.cat([torch.arange(n) for n in lengths])[None]
+    made = []
+    for change in ("none", "full", "selective", "compiled"):
+        torch.manual_seed(0)
+        causal_class = transformers.AutoModelForCausalLM
+        lm = causal_class.from_config(config, attn_implementation=attention_packed.PACKED).train()
+        if change in ("full", "selective"):
+            parallel.apply_gradient_checkpointing(lm, selective=change == "selective")
+        if change == "compiled":
+            parallel.apply_compile(lm)
+        loss = CausalLMLoss(lm)(input_ids, labels, position_ids, lengths).loss_sum
+        loss.backward()
+        made.append([loss, *(weight.grad for weight in lm.parameters() if weight.grad is not None)])
+    for other in made[1:]:
+        for ours, expected in zip(other, made[0], strict=True):
+            assert (ours - expected).norm() <= 1e-5 * expected.norm()
+
+
 def test_answers_leave_compiled_blocks_as_they_are(monkeypatch):
     """They would be compiled for every length and state of the cache, until torch compiles nothing
     more, nor a step.
@@ -423,6 +465,16 @@ def test_probing_changes_nothing_until_what_it_found_is_applied(name, attention)
     assert other.lm.config._attn_implementation == attention
     assert other.separate_rows == (attention == "eager")
     assert other.fused == replaced(other.lm) and bool(other.fused) == (name == "Llama")
+
+
+@pytest.mark.parametrize(("tokens", "told"), [(3000, False), (6000, True)])
+def test_the_memory_of_all_scores_is_told(tokens, told):
+    with log_lines() as lines:
+        self_check.warn_of_scores(small("Llama"), tokens)
+        self_check.warn_of_scores(small("Llama", "sdpa"), tokens)
+    # 4 heads, 2 layers, 4 bytes.
+    expected = "a row of 6,000 tokens 0.6 GB in each of 2 layers, 1.2 GB in all"
+    assert [expected in line for line in lines] == [True] * told
 
 
 def test_a_model_that_sees_what_follows_is_refused():
