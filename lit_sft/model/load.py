@@ -16,9 +16,11 @@ from lit_sft.model.attention.implementation import attention_of
 from lit_sft.model.attention.packed import PACKED
 from lit_sft.model.dequantize import (
     forget_quantization,
+    is_dequantized,
     loading_arguments,
     whole_and_partial_blocks,
 )
+from lit_sft.model.quantization import quantize_loaded
 from lit_sft.model.random_state import own_random_state
 
 if TYPE_CHECKING:
@@ -113,7 +115,8 @@ def load_model(
     config = load_config(path, trust_remote_code=trust_remote_code)
     _check_causal(config, path)
     arguments: dict[str, Any] = dict(dtype=dtype, trust_remote_code=trust_remote_code)
-    if quantization_config is not None:
+    is_quantized_twice = quantization_config is not None and is_dequantized(config)
+    if quantization_config is not None and not is_quantized_twice:
         # On the CPU; the strategy moves the model.
         arguments |= {"quantization_config": quantization_config, "device_map": {"": "cpu"}}
 
@@ -122,7 +125,10 @@ def load_model(
         if on_meta or init == "random":
             forget_quantization(config)
             return _random_model(config, named, seed, "meta" if on_meta else "cpu")
-        return _pretrained_model(path, {**loading_arguments(config), **named})
+        model = _pretrained_model(path, {**loading_arguments(config), **named})
+        if is_quantized_twice:
+            quantize_loaded(model, quantization_config)
+        return model
 
     try:
         model = with_attention(build, attn_implementation)

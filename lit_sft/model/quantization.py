@@ -11,7 +11,7 @@ from lit_sft.errors import UserError
 from lit_sft.model.dequantize import METHODS, method_of
 
 if TYPE_CHECKING:
-    from transformers import BitsAndBytesConfig, PretrainedConfig
+    from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 
 def check_source(config: PretrainedConfig, path: str, requested: str | None) -> None:
@@ -29,12 +29,6 @@ def check_source(config: PretrainedConfig, path: str, requested: str | None) -> 
     if method is None:
         return
     if method in METHODS:
-        if requested is not None:
-            raise UserError(
-                f"{path} holds weights in {method}, which model.quantization {requested} does not"
-                " read: set it to null, or model.model_name_or_path to a version of the model in"
-                " bf16"
-            )
         return
     if method != "bitsandbytes":
         raise UserError(
@@ -82,6 +76,36 @@ def nf4(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
         bnb_4bit_compute_dtype=compute_dtype,
     )
     return config
+
+
+@torch.no_grad()
+def quantize_loaded(lm: PreTrainedModel, config: BitsAndBytesConfig) -> None:
+    """Quantizes a model that is loaded already, weight by weight, where it is.
+
+    transformers quantizes weights while it loads them, but not those that it dequantizes.
+
+    Args:
+        lm: The model. Its linear layers are replaced, except for the head.
+        config: The config from `nf4`.
+    """
+    from bitsandbytes.nn import Params4bit
+    from transformers.quantizers import AutoHfQuantizer
+
+    quantizer: Any = AutoHfQuantizer.from_config(config, pre_quantized=False)
+    plain = dict(lm.named_modules())
+    quantizer.preprocess_model(model=lm, device_map={"": "cpu"})
+    for name, module in lm.named_modules():
+        before: Any = plain[name]
+        if module is before:
+            continue
+        # The new one is on the meta device, and says how it is quantized.
+        how = vars(module.weight)
+        weight: Any = Params4bit(before.weight.data, requires_grad=False, **how)
+        module.weight = weight.to(lm.device)
+        module.bias = before.bias
+        before.weight = None
+    quantizer.postprocess_model(lm)
+    lm.hf_quantizer = quantizer
 
 
 def _keep_weights() -> None:

@@ -1,14 +1,16 @@
 """Weights in MXFP4 and FP8 are loaded as the plain weights that they stand for."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from quantized import FP8, save_fp8, save_mxfp4
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from lit_sft.errors import UserError
-from lit_sft.model import dequantize, load
+from lit_sft.model import dequantize, load, quantization
 
 
 def loaded(folder, dtype):
@@ -72,3 +74,34 @@ def test_scales_that_do_not_fit_are_refused(tmp_path):
     path.write_text(json.dumps(config))
     with pytest.raises(UserError, match="does not fit the blocks in FP8"):
         loaded(tmp_path, torch.float32)
+
+
+@pytest.mark.parametrize("method", ["mxfp4", "fp8"])
+def test_nf4_of_dequantized_weights(method, tmp_path):
+    """The same four bits as of the model in bf16, loaded by transformers."""
+    source, plain = tmp_path / "source", tmp_path / "plain"
+    if method == "fp8":
+        expected = save_fp8(source, "Qwen3", **FP8["Qwen3"])
+    else:
+        expected = save_mxfp4(source)
+    shutil.copytree(source, plain)
+    config = json.loads((source / "config.json").read_text())
+    del config["quantization_config"]
+    (plain / "config.json").write_text(json.dumps(config))
+    weights = {name: value.bfloat16().contiguous() for name, value in expected.items()}
+    save_file(weights, plain / "model.safetensors", metadata={"format": "pt"})
+    states = []
+    for folder in (source, plain):
+        lm = load.load_model(
+            str(folder),
+            init="pretrained",
+            dtype=torch.bfloat16,
+            attn_implementation="eager",
+            seed=0,
+            quantization_config=quantization.nf4(torch.bfloat16),
+        )
+        assert lm.is_loaded_in_4bit
+        states.append(lm.state_dict())
+    ours, theirs = states
+    assert sorted(ours) == sorted(theirs) and any("absmax" in name for name in ours)
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
