@@ -93,6 +93,8 @@ PRIVATE = {
     },
     # The name of the attention in use.
     "model/attention/implementation.py": {"_attn_implementation"},
+    # Blocks of FP8, which transformers reads wrongly unless they are whole.
+    "model/dequantize.py": {"_dequantize_one"},
     # Hooks of a module, which a fused step would skip.
     "model/fused_layers.py": {"_forward_hooks"},
     # The cast that shards of a parameter follow.
