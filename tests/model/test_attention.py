@@ -176,11 +176,18 @@ def test_own_scores_block_by_block(window, cap, with_sinks, monkeypatch):
         assert (ours - expected).norm() <= 2e-6 * expected.norm()
 
 
-@pytest.mark.parametrize("name", ["GptOss", "Gemma2"])
-def test_answers_with_sinks_and_caps_are_those_of_eager(name):
+LLAMA4 = dict(
+    attention_chunk_size=4, floor_scale=5, num_hidden_layers=4, num_local_experts=2, intermediate_size_mlp=64,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["GptOss", "Gemma2", "Llama4Text"])
+def test_answers_with_sinks_caps_and_chunks_are_those_of_eager(name):
     """Padded prompts, a cache, and a window that the answers pass."""
-    sizes, _ = LOST[name]
-    sizes = {**sizes, "sliding_window": 4}
+    if name == "Llama4Text":
+        sizes = LLAMA4
+    else:
+        sizes = {**LOST[name][0], "sliding_window": 4}
     attention_packed.register()
     input_ids = torch.tensor([[0, 0, 5, 6, 9], [7, 8, 9, 10, 11]])
     mask = (input_ids > 0).long()
@@ -378,7 +385,7 @@ def small(name, attn_implementation="eager", **sizes):
 
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(**{**SIZES, **sizes})
-    kind = getattr(transformers, f"{name}ForCausalLM")
+    kind = getattr(transformers, f"{name.removesuffix('Text')}ForCausalLM")
     return kind._from_config(config, attn_implementation=attn_implementation).eval()
 
 

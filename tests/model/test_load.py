@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from fnmatch import fnmatch
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -284,6 +285,25 @@ def test_pickled_weights_are_read(tmp_path, parts, caplog):
     assert all(torch.equal(found[name], value) for name, value in weights.items())
     [line] = [line for line in caplog.messages if "pytorch_model.bin" in line]
     assert "no code" in line
+
+
+@pytest.mark.parametrize("has_safetensors", [True, False])
+def test_pickles_are_downloaded_without_safetensors_only(tmp_path, has_safetensors, monkeypatch):
+    names = ["config.json", "pytorch_model.bin", *["model.safetensors"] * has_safetensors]
+    asked = []
+
+    def download(repo_id, *, allow_patterns, **options):
+        asked.append(allow_patterns)
+        for name in names:
+            if any(fnmatch(name, pattern) for pattern in allow_patterns):
+                (tmp_path / name).write_text("{}")
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("lit_sft.hub._why_unreachable", lambda *_: None)
+    assert resolve("someone/model") == str(tmp_path)
+    assert (tmp_path / "pytorch_model.bin").exists() != has_safetensors
+    assert len(asked) == 2 - has_safetensors
 
 
 class Harmful:
