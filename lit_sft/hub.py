@@ -19,9 +19,9 @@ precise.
 """
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-# No pickles, which can run code when loaded, and no sub-folders, which hold other formats of the
-# same weights.
+# No sub-folders, which hold other formats of the same weights.
 _DOWNLOAD = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
+_WITHOUT_SAFETENSORS = "pytorch_model*.bin"
 _DO_NOT_DOWNLOAD = ["*/*", "consolidated*.safetensors"]
 
 
@@ -120,17 +120,14 @@ def _fetch(repo_id: str, revision: str | None, key: str) -> Path:
     Raises:
         UserError: There is no such model, or it is neither downloadable nor cached.
     """
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import errors
 
     unreachable = _why_unreachable(repo_id, revision, key)
     try:
-        snapshot = snapshot_download(
-            repo_id,
-            revision=revision,
-            allow_patterns=_DOWNLOAD,
-            ignore_patterns=_DO_NOT_DOWNLOAD,
-            local_files_only=unreachable is not None,
-        )
+        snapshot = _download(repo_id, revision, unreachable is not None, _DOWNLOAD)
+        if not any(snapshot.glob("*.safetensors")):
+            patterns = [*_DOWNLOAD, _WITHOUT_SAFETENSORS]
+            snapshot = _download(repo_id, revision, unreachable is not None, patterns)
     except errors.GatedRepoError as error:
         raise UserError(
             f"{key}: access to {repo_id} is gated; accept its conditions on the hub and log in with"
@@ -147,6 +144,19 @@ def _fetch(repo_id: str, revision: str | None, key: str) -> Path:
         raise UserError(
             f"{key}: the download of {repo_id} failed ({_first_line(error)}); try again"
         ) from error
+    return snapshot
+
+
+def _download(repo_id: str, revision: str | None, is_offline: bool, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    snapshot = snapshot_download(
+        repo_id,
+        revision=revision,
+        allow_patterns=patterns,
+        ignore_patterns=_DO_NOT_DOWNLOAD,
+        local_files_only=is_offline,
+    )
     return Path(snapshot)
 
 

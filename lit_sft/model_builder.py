@@ -127,7 +127,7 @@ def _weight_files(path: str) -> list[str]:
     """The weight files of a model directory, and of its base if it holds an adapter."""
     files: list[str] = []
     for folder in {Path(path), Path(base_directory(path))}:
-        for pattern in ("*.safetensors", "*.gguf"):
+        for pattern in ("*.safetensors", "*.gguf", "pytorch_model*.bin"):
             files += map(str, folder.glob(pattern))
     return sorted(files)
 
@@ -294,7 +294,7 @@ def _load(options: ModelConfig, precision: str, on_meta: bool = False) -> BuiltM
         path,
         init=options.init,
         dtype=dtype,
-        attn_implementation=packed.choose(config, options.attn_implementation),
+        attn_implementation=packed.choose(options.attn_implementation),
         trust_remote_code=options.trust_remote_code,
         seed=options.seed,
         quantization_config=None if options.quantization is None else quantization.nf4(dtype),

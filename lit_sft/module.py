@@ -213,6 +213,9 @@ class SFTModule(L.LightningModule):
         self.num_rows = new_tokens.num_rows(model.lm)
         new_tokens.check_rows(data.tokenizer, data.largest_id, self.num_rows)
         self_check.check_length(model.lm, data.longest, context_length(model.lm.config))
+        settings = data_of(self.trainer).options
+        is_packed = settings.packing and not model.separate_rows
+        self_check.warn_of_scores(model.lm, settings.max_length if is_packed else data.longest)
         if self.trainer.precision.startswith("16"):
             self.loss_scale = 1.0 / 1024
         if trainable.is_frozen(model.lm):

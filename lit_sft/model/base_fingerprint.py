@@ -126,6 +126,8 @@ def fingerprint(folder: Path) -> str:
     """
     digest = hashlib.sha256()
     files = [*folder.glob("*.safetensors"), *folder.glob("*.gguf")]
+    if not files:
+        files = [*folder.glob("pytorch_model*.bin")]
     for path in sorted(files, key=lambda path: path.name):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,6 +14,13 @@ from lit_sft import hub
 from lit_sft.errors import UserError
 from lit_sft.model.attention.implementation import attention_of
 from lit_sft.model.attention.packed import PACKED
+from lit_sft.model.dequantize import (
+    forget_quantization,
+    is_dequantized,
+    loading_arguments,
+    whole_and_partial_blocks,
+)
+from lit_sft.model.quantization import quantize_loaded
 from lit_sft.model.random_state import own_random_state
 
 if TYPE_CHECKING:
@@ -88,8 +96,8 @@ def load_model(
 
     Args:
         path: Local directory, from `hub.resolve`.
-        init: `pretrained` reads safetensors or one GGUF file (dequantized). `random` needs only the
-            config.
+        init: `pretrained` reads safetensors, one GGUF file, or pytorch_model.bin; what is in GGUF,
+            MXFP4 or FP8 is dequantized. `random` needs only the config.
         dtype: Dtype in which the weights are stored.
         attn_implementation: Name in transformers: `sdpa`, `eager`, `flash_attention_2`, or a
             registered function.
@@ -107,15 +115,20 @@ def load_model(
     config = load_config(path, trust_remote_code=trust_remote_code)
     _check_causal(config, path)
     arguments: dict[str, Any] = dict(dtype=dtype, trust_remote_code=trust_remote_code)
-    if quantization_config is not None:
+    is_quantized_twice = quantization_config is not None and is_dequantized(config)
+    if quantization_config is not None and not is_quantized_twice:
         # On the CPU; the strategy moves the model.
         arguments |= {"quantization_config": quantization_config, "device_map": {"": "cpu"}}
 
     def build(name: str | None) -> PreTrainedModel:
         named = {**arguments, "attn_implementation": name}
         if on_meta or init == "random":
+            forget_quantization(config)
             return _random_model(config, named, seed, "meta" if on_meta else "cpu")
-        return _pretrained_model(path, named)
+        model = _pretrained_model(path, {**loading_arguments(config), **named})
+        if is_quantized_twice:
+            quantize_loaded(model, quantization_config)
+        return model
 
     try:
         model = with_attention(build, attn_implementation)
@@ -213,27 +226,27 @@ def _pretrained_model(path: str, arguments: dict[str, Any]) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM, GgufConfig
 
     gguf: dict[str, Any] = dict(_gguf_arguments(path))
-    if not gguf and not any(Path(path).glob("*.safetensors")):
-        pickles: list[str] = []
-        for pattern in ("*.bin", "*.pth", "*.pt"):
-            pickles += [file.name for file in Path(path).glob(pattern)]
-        found = "no weights"
-        if pickles:
-            found = f"only {min(pickles)}, which is not loaded because it can run code"
-        raise UserError(f"{path} has {found}; provide safetensors, or set model.init to random")
+    is_pickled = not gguf and _is_pickled(path)
     if gguf:
         # Without it, the model may stay quantized, and could be neither trained nor saved.
         gguf["quantization_config"] = GgufConfig(dequantize=True)
     factory: Any = AutoModelForCausalLM
     try:
-        model, info = factory.from_pretrained(
-            path,
-            use_safetensors=True,
-            output_loading_info=True,
-            local_files_only=True,
-            **arguments,
-            **gguf,
-        )
+        with whole_and_partial_blocks(path):
+            model, info = factory.from_pretrained(
+                path,
+                use_safetensors=not is_pickled,
+                weights_only=True,
+                output_loading_info=True,
+                local_files_only=True,
+                **arguments,
+                **gguf,
+            )
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path}: its pytorch_model files need code to be read, which could do anything, or are"
+            " damaged; provide safetensors"
+        ) from error
     except (OSError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"{path}: the weights do not fit the config or are damaged: {_reason(error)}"
@@ -245,6 +258,27 @@ def _pretrained_model(path: str, arguments: dict[str, Any]) -> PreTrainedModel:
         )
     loaded: PreTrainedModel = model
     return loaded
+
+
+def _is_pickled(path: str) -> bool:
+    """Whether the weights are in `pytorch_model.bin` or its parts, without safetensors.
+
+    Raises:
+        UserError: The directory has neither.
+    """
+    folder = Path(path)
+    if any(folder.glob("*.safetensors")):
+        return False
+    if any(folder.glob("pytorch_model*.bin")):
+        log.info("%s holds pytorch_model.bin: only tensors are read from it, and no code", path)
+        return True
+    pickles: list[str] = []
+    for pattern in ("*.bin", "*.pth", "*.pt"):
+        pickles += [file.name for file in folder.glob(pattern)]
+    found = "no weights"
+    if pickles:
+        found = f"only {min(pickles)}, which is not loaded because it can run code"
+    raise UserError(f"{path} has {found}; provide safetensors, or set model.init to random")
 
 
 def _reason(error: Exception) -> str:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_sft.errors import UserError
-from lit_sft.model.attention.packed import pack_kwargs
+from lit_sft.model.attention.packed import chunk_size, pack_kwargs
 from lit_sft.model.evaluation_mode import evaluation_mode
 from lit_sft.model.long_rope import choose_by_example
 from lit_sft.types import IGNORE_INDEX, LossOutput
@@ -426,7 +426,7 @@ class CausalLMLoss(nn.Module):
             return getattr(module(**inputs, use_cache=False), name)  # type: ignore[no-any-return]
         if not self.separate_rows:
             # The layers pass these keyword arguments down to attention.
-            bounds = pack_kwargs(lengths, input_ids.device)
+            bounds = pack_kwargs(lengths, input_ids.device, chunk_size(self.lm.config))
             return getattr(module(**inputs, **bounds, use_cache=False), name)  # type: ignore[no-any-return]
         outputs = []
         for ids, positions in zip(

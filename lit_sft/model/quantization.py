@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lit_sft.errors import UserError
+from lit_sft.model.dequantize import METHODS, method_of
 
 if TYPE_CHECKING:
-    from transformers import BitsAndBytesConfig, PretrainedConfig
+    from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 
 def check_source(config: PretrainedConfig, path: str, requested: str | None) -> None:
-    """Refuses weights that are quantized already, as they are not trained.
+    """Refuses weights that are quantized already and not dequantized while they are loaded.
 
     Args:
         config: The model's config.
@@ -22,21 +23,22 @@ def check_source(config: PretrainedConfig, path: str, requested: str | None) -> 
         requested: `model.quantization`.
 
     Raises:
-        UserError: The weights are quantized, and not by bitsandbytes with `requested` 4 bits.
+        UserError: The weights are quantized in another way, or `requested` does not fit them.
     """
-    source: Any = getattr(config, "quantization_config", None)
-    if source is None:
+    method = method_of(config)
+    if method is None:
         return
-    if not isinstance(source, dict):
-        source = source.to_dict()
-    method = str(source.get("quant_method", "an unknown method"))
-    method = str(getattr(method, "value", method)).rpartition(".")[2].lower()
+    if method in METHODS:
+        return
     if method != "bitsandbytes":
         raise UserError(
             f"{path} holds weights that are quantized ({method}), which cannot be trained here,"
             " also not with model.quantization: set model.model_name_or_path to a version of the"
             " model in bf16"
         )
+    source: Any = config.quantization_config
+    if not isinstance(source, dict):
+        source = source.to_dict()
     if not source.get("load_in_4bit"):
         raise UserError(
             f"{path} holds weights in 8 bits (bitsandbytes), which cannot be trained here: set"
@@ -74,6 +76,36 @@ def nf4(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
         bnb_4bit_compute_dtype=compute_dtype,
     )
     return config
+
+
+@torch.no_grad()
+def quantize_loaded(lm: PreTrainedModel, config: BitsAndBytesConfig) -> None:
+    """Quantizes a model that is loaded already, weight by weight, where it is.
+
+    transformers quantizes weights while it loads them, but not those that it dequantizes.
+
+    Args:
+        lm: The model. Its linear layers are replaced, except for the head.
+        config: The config from `nf4`.
+    """
+    from bitsandbytes.nn import Params4bit
+    from transformers.quantizers import AutoHfQuantizer
+
+    quantizer: Any = AutoHfQuantizer.from_config(config, pre_quantized=False)
+    plain = dict(lm.named_modules())
+    quantizer.preprocess_model(model=lm, device_map={"": "cpu"})
+    for name, module in lm.named_modules():
+        before: Any = plain[name]
+        if module is before:
+            continue
+        # The new one is on the meta device, and says how it is quantized.
+        how = vars(module.weight)
+        weight: Any = Params4bit(before.weight.data, requires_grad=False, **how)
+        module.weight = weight.to(lm.device)
+        module.bias = before.bias
+        before.weight = None
+    quantizer.postprocess_model(lm)
+    lm.hf_quantizer = quantizer
 
 
 def _keep_weights() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lit_sft.errors import UserError
 from lit_sft.model.attention.implementation import attention_of, set_attention
-from lit_sft.model.attention.packed import pack_kwargs
+from lit_sft.model.attention.packed import chunk_size, is_chunked, pack_kwargs
 from lit_sft.model.evaluation_mode import evaluation_mode
 
 if TYPE_CHECKING:
@@ -45,6 +45,8 @@ THRESHOLDS = (
 They are fields of configs or of modules in transformers 5.24. Real ones are thousands of tokens,
 and a comparison of as many would be slow. So they are lowered while a model is checked.
 """
+MUCH = 1e9
+"""Bytes of scores from which a warning tells their size."""
 SELECTIONS = ("index_topk", "index_topk_blocks", "keep_window_size")
 """Fields of configs of models that attend to a selection of tokens.
 
@@ -64,10 +66,13 @@ def packing_is_exact(lm: PreTrainedModel) -> bool:
         return False
     input_ids, position_ids = _inputs(lm)
     first = LENGTHS[0]
-    bounds = pack_kwargs(LENGTHS[1:], lm.device)
     with _lowered_thresholds(lm):
+        # The lowered one.
+        chunk = chunk_size(lm.config)
+        together = pack_kwargs(LENGTHS, lm.device, chunk)
+        bounds = pack_kwargs(LENGTHS[1:], lm.device, chunk)
         try:
-            packed = _states(lm, input_ids, position_ids, **pack_kwargs(LENGTHS, lm.device))
+            packed = _states(lm, input_ids, position_ids, **together)
         except Exception as error:
             # Many architectures pass no keyword arguments down to their layers.
             log.debug("%s with packed examples", type(lm).__name__, exc_info=error)
@@ -197,6 +202,32 @@ def check_length(lm: PreTrainedModel, longest: int, context: int | None) -> None
     )
 
 
+def warn_of_scores(lm: PreTrainedModel, tokens: int) -> None:
+    """Warns if attention keeps the scores of all pairs of tokens, and they take much memory.
+
+    Args:
+        lm: The causal LM.
+        tokens: Tokens of the longest row.
+    """
+    if attention_of(lm) != "eager":
+        return
+    config = lm.config.get_text_config()
+    # A model without attention has no heads. The softmax is kept in fp32.
+    size = 4 * getattr(config, "num_attention_heads", 0) * tokens**2
+    total = size * config.num_hidden_layers
+    if total < MUCH:
+        return
+    log.warning(
+        "attention `eager` keeps the scores of all pairs of tokens: for a row of %s tokens %.1f GB"
+        " in each of %s layers, %.1f GB in all; lower data.max_length, or set"
+        " model.gradient_checkpointing to full, which keeps those of one layer at a time",
+        f"{tokens:,}",
+        size / 1e9,
+        config.num_hidden_layers,
+        total / 1e9,
+    )
+
+
 @contextmanager
 def _lowered_thresholds(lm: PreTrainedModel) -> Iterator[None]:
     """Lowers the `THRESHOLDS` of a model to `THRESHOLD` tokens in a `with` block."""
@@ -262,7 +293,10 @@ def _noting_windows(name: str, windows: set[int]) -> Iterator[None]:
         module, query, key, value, *masks = args
         marks = masks[0] if masks else attention_mask
         window = 0 if marks is None else int(marks.max())
-        if window and window != kwargs.get("sliding_window"):
+        handed = kwargs.get("sliding_window")
+        if kwargs.get("chunks") is not None and is_chunked(module):
+            handed = module.config.attention_chunk_size
+        if window and window != handed:
             windows.add(window)
         return attend(module, query, key, value, None, **kwargs)
 
@@ -292,8 +326,9 @@ def _inputs(lm: PreTrainedModel) -> tuple[Tensor, Tensor]:
 
 def _states_alone(lm: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
     """Returns `_states` of one example, with its bounds if the layers pass them on to attention."""
+    bounds = pack_kwargs((input_ids.shape[1],), lm.device, chunk_size(lm.config))
     try:
-        return _states(lm, input_ids, position_ids, **pack_kwargs((input_ids.shape[1],), lm.device))
+        return _states(lm, input_ids, position_ids, **bounds)
     except TypeError:
         return _states(lm, input_ids, position_ids)
 

@@ -12,8 +12,14 @@ import torch
 from torch import Tensor
 
 from lit_sft.errors import UserError
+from lit_sft.model.dequantize import (
+    is_dequantized,
+    loading_arguments,
+    whole_and_partial_blocks,
+)
 from lit_sft.model.evaluation_mode import evaluation_mode
 from lit_sft.model.export import causal_lm, is_adapted
+from lit_sft.model.quantization import quantize_loaded
 from lit_sft.model.random_state import own_random_state
 
 if TYPE_CHECKING:
@@ -138,13 +144,26 @@ def _reload(directory: Path, model: PreTrainedModel | PeftModel) -> Any:
         from peft import PeftConfig, PeftModel
 
         config: Any = PeftConfig.from_pretrained(str(directory))
-        quantized = getattr(model.config, "quantization_config", None)
-        options = {
-            "revision": config.revision,
-            "dtype": _stored_dtype(model),
-            "local_files_only": True,
-        }
-        if quantized is not None:
-            options |= {"quantization_config": quantized, "device_map": {"": "cpu"}}
-        base = load(config.base_model_name_or_path, **options)
+        base = _reload_base(load, config, model)
         return PeftModel.from_pretrained(base, str(directory)).to(model.device).eval()
+
+
+def _reload_base(load: Any, adapter: Any, model: Any) -> Any:
+    """Loads the base that the config of an adapter names, quantized as that of the model."""
+    from transformers import AutoConfig
+
+    where = {"revision": adapter.revision, "local_files_only": True}
+    source = AutoConfig.from_pretrained(
+        adapter.base_model_name_or_path, trust_remote_code=_is_remote(causal_lm(model)), **where
+    )
+    quantized: Any = getattr(model.config, "quantization_config", None)
+    options = {"dtype": _stored_dtype(model), **where}
+    if quantized is None or is_dequantized(source):
+        options |= loading_arguments(source)
+    else:
+        options |= {"quantization_config": quantized, "device_map": {"": "cpu"}}
+    with whole_and_partial_blocks(adapter.base_model_name_or_path):
+        base = load(adapter.base_model_name_or_path, **options)
+    if quantized is not None and is_dequantized(source):
+        quantize_loaded(base, quantized)
+    return base

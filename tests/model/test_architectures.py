@@ -70,8 +70,8 @@ CORE = {
     ),
     "windows": ("mistral", {}, "packed"),
     "soft caps": ("gemma2", {}, "packed"),
-    "sinks": ("gpt_oss", {}, "padded"),
-    "chunks, temperature": ("llama4_text", {}, "padded"),
+    "sinks": ("gpt_oss", {}, "packed"),
+    "chunks, temperature": ("llama4_text", {}, "packed"),
     "sparse attention": ("deepseek_v32", LATENT, "one by one"),
     "shared sparse attention": ("glm_moe_dsa", LATENT, "one by one"),
     "linear attention": ("qwen3_5_text", {}, "padded"),
@@ -98,7 +98,7 @@ def small_model(kind, attention, **more):
     config = small_config(kind, **more)
     torch.manual_seed(0)
     model_class = getattr(transformers, CAUSAL[kind])
-    chosen = packed.choose(config, attention)
+    chosen = packed.choose(attention)
     return load.with_attention(
         lambda name: model_class._from_config(config, attn_implementation=name), chosen
     )
@@ -166,7 +166,10 @@ def test_under_other_attention(name, attention):
         torch.testing.assert_close(loss, theirs, rtol=2e-5, atol=0)
 
 
-@pytest.mark.parametrize("name", ["longrope", "dynamic", "sparse attention"])
+@pytest.mark.parametrize(
+    "name",
+    ["longrope", "dynamic", "sparse attention", "soft caps", "sinks", "chunks, temperature"],
+)
 def test_gradients_of_a_row(name):
     kind, more, _ = CORE[name]
     model = CausalLMLoss(small_model(kind, "auto", **more)).eval()

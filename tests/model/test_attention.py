@@ -7,7 +7,7 @@ from tiny import tiny_gpt2, tiny_llama, tiny_qwen3
 
 from lit_sft.errors import UserError
 from lit_sft.model import parallel, self_check
-from lit_sft.model.attention import cpu_kernel
+from lit_sft.model.attention import cpu_kernel, own_scores
 from lit_sft.model.attention import packed as attention_packed
 from lit_sft.model.attention.implementation import attention_of
 from lit_sft.model.attention.packed import pack_kwargs
@@ -89,6 +89,117 @@ def test_gradients_are_those_of_separate_calls(window):
     torch.library.opcheck(cpu_kernel.packed_attention_cpu, (*inputs, bounds, 0.3, window))
 
 
+def inputs_and_grad(lengths, dtype=torch.float32):
+    """Queries, keys, values, sinks and the gradient of a row of examples."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = sum(lengths)
+    shapes = [(1, 4, tokens, 8), (1, 2, tokens, 8), (1, 2, tokens, 8), (4,), (1, tokens, 4, 8)]
+    *inputs, grad = (2 * torch.randn(shape, generator=generator) for shape in shapes)
+    return [x.to(dtype) for x in inputs], grad.to(dtype)
+
+
+def whole_square(query, key, value, sinks, lengths, window=None, cap=None):
+    """Attention as the formula says: all scores of an example at once."""
+    outs = []
+    for q, k, v in zip(*(x.split(lengths, 2) for x in (query, key, value)), strict=True):
+        scores = q @ k.repeat_interleave(2, 1).mT * q.shape[-1] ** -0.5
+        if cap is not None:
+            scores = cap * torch.tanh(scores / cap)
+        distance = torch.arange(q.shape[2])[:, None] - torch.arange(q.shape[2])
+        hidden = (distance < 0) | (distance >= (window or q.shape[2]))
+        scores = scores.masked_fill(hidden, float("-inf"))
+        if sinks is not None:
+            scores = torch.cat(
+                [scores, sinks[None, :, None, None].expand(scores[..., :1].shape)], -1
+            )
+        shares = scores.softmax(-1)[..., : q.shape[2]]
+        outs.append((shares @ v.repeat_interleave(2, 1)).transpose(1, 2))
+    return torch.cat(outs, 1)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_sinks_in_the_cpu_operation(window):
+    """Results, and all gradients: those of the sinks, too."""
+    lengths = (5, 1, 150)
+    inputs, grad = inputs_and_grad(lengths)
+    bounds = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    made = []
+    for run in (
+        lambda q, k, v, s: cpu_kernel.packed_attention_cpu(q, k, v, bounds, None, window, s)[0],
+        lambda q, k, v, s: whole_square(q, k, v, s, lengths, window),
+    ):
+        own = [x.clone().requires_grad_() for x in inputs]
+        out = run(*own)
+        made.append([out, *torch.autograd.grad(out, own, grad)])
+    for ours, expected in zip(*made, strict=True):
+        assert (ours - expected).norm() < 2e-6 * expected.norm()
+    query, key, value, sinks = own
+    torch.library.opcheck(
+        cpu_kernel.packed_attention_cpu, (query, key, value, bounds, None, window, sinks)
+    )
+
+
+def test_gradients_of_sinks_in_bf16():
+    """Longer than the examples whose backward pass is the kernel's."""
+    lengths = (cpu_kernel.SHORT, cpu_kernel.BLOCK + 50)
+    inputs, grad = inputs_and_grad(lengths, torch.bfloat16)
+    bounds = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    own = [x.clone().requires_grad_() for x in inputs]
+    query, key, value, sinks = own
+    out, _ = cpu_kernel.packed_attention_cpu(query, key, value, bounds, None, None, sinks)
+    ours = torch.autograd.grad(out, own, grad)
+    exact = [x.double().requires_grad_() for x in inputs]
+    expected = torch.autograd.grad(whole_square(*exact, lengths), exact, grad.double())
+    for mine, true in zip(ours, expected, strict=True):
+        assert (mine - true).norm() < 0.01 * true.norm()
+
+
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize(("window", "cap"), [(None, 3.0), (4, 3.0), (20, None), (None, None)])
+def test_own_scores_block_by_block(window, cap, with_sinks, monkeypatch):
+    monkeypatch.setattr(own_scores, "BLOCK", 16)
+    lengths = (5, 1, 70)
+    (*inputs, sinks), grad = inputs_and_grad(lengths)
+    bounds = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    made = []
+    for is_ours in (True, False):
+        own = [x.clone().requires_grad_() for x in (*inputs, sinks)]
+        query, key, value, sink = own
+        sink = sink if with_sinks else None
+        if is_ours:
+            scores = own_scores.Scores(window=window, cap=cap, sinks=sink)
+            out = own_scores.attend_packed(query, key, value, bounds, scores)
+        else:
+            out = whole_square(query, key, value, sink, lengths, window, cap)
+        made.append([out, *torch.autograd.grad(out, own, grad, materialize_grads=True)])
+    for ours, expected in zip(*made, strict=True):
+        assert (ours - expected).norm() <= 2e-6 * expected.norm()
+
+
+LLAMA4 = dict(
+    attention_chunk_size=4, floor_scale=5, num_hidden_layers=4, num_local_experts=2, intermediate_size_mlp=64,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["GptOss", "Gemma2", "Llama4Text"])
+def test_answers_with_sinks_caps_and_chunks_are_those_of_eager(name):
+    """Padded prompts, a cache, and a window that the answers pass."""
+    if name == "Llama4Text":
+        sizes = LLAMA4
+    else:
+        sizes = {**LOST[name][0], "sliding_window": 4}
+    attention_packed.register()
+    input_ids = torch.tensor([[0, 0, 5, 6, 9], [7, 8, 9, 10, 11]])
+    mask = (input_ids > 0).long()
+    answers = []
+    for attention in (attention_packed.PACKED, "eager"):
+        lm = small(name, attention, **sizes)
+        answers.append(
+            lm.generate(input_ids, attention_mask=mask, max_new_tokens=12, do_sample=False)
+        )
+    assert torch.equal(*answers)
+
+
 @pytest.mark.parametrize(("kv_heads", "scaling"), [(1, None), (2, 0.3), (6, None)])
 def test_gradients_in_bf16_are_as_exact_as_those_of_sdpa(kv_heads, scaling):
     """Against fp64, for examples of no block, of one and of several: our products beside the
@@ -147,6 +258,48 @@ def test_compiled_once_for_packs_of_any_number_of_examples(monkeypatch):
     assert graphs == [2] * len(packs)  # forward and backward, shared by all layers
 
 
+@pytest.mark.parametrize("name", ["GptOss", "Llama4Text"])
+def test_compiled_and_checkpointed(name, monkeypatch):
+    """Sinks, chunks and temperature, in whole and in selective checkpoints and compiled."""
+    import transformers
+
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module,
+        "compile",
+        lambda self, **kw: compile_module(self, backend="aot_eager", **kw),
+    )
+
+    attention_packed.register()
+    sizes = dict(
+        vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, initializer_range=0.3, num_local_experts=2, num_experts_per_tok=1,
+        intermediate_size_mlp=64, pad_token_id=0, sliding_window=4, attention_chunk_size=4, floor_scale=5,
+    )  # fmt: skip
+    config_class = getattr(transformers, f"{name}Config")
+    known = {*config_class().to_dict(), *config_class.attribute_map}
+    config = config_class(**{key: value for key, value in sizes.items() if key in known})
+    lengths = (9, 3, 14)
+    input_ids = torch.randint(1, 320, (1, sum(lengths)), generator=torch.Generator().manual_seed(0))
+    labels = input_ids.roll(-1, 1)
+    position_ids = torch.cat([torch.arange(n) for n in lengths])[None]
+    made = []
+    for change in ("none", "full", "selective", "compiled"):
+        torch.manual_seed(0)
+        causal_class = transformers.AutoModelForCausalLM
+        lm = causal_class.from_config(config, attn_implementation=attention_packed.PACKED).train()
+        if change in ("full", "selective"):
+            parallel.apply_gradient_checkpointing(lm, selective=change == "selective")
+        if change == "compiled":
+            parallel.apply_compile(lm)
+        loss = CausalLMLoss(lm)(input_ids, labels, position_ids, lengths).loss_sum
+        loss.backward()
+        made.append([loss, *(weight.grad for weight in lm.parameters() if weight.grad is not None)])
+    for other in made[1:]:
+        for ours, expected in zip(other, made[0], strict=True):
+            assert (ours - expected).norm() <= 1e-5 * expected.norm()
+
+
 def test_answers_leave_compiled_blocks_as_they_are(monkeypatch):
     """They would be compiled for every length and state of the cache, until torch compiles nothing
     more, nor a step.
@@ -201,11 +354,8 @@ def test_a_state_space_model_is_found_out():
 
 
 def test_choose():
-    from transformers import Gemma2Config, LlamaConfig
-
-    assert attention_packed.choose(LlamaConfig(), "auto") == attention_packed.PACKED
-    assert attention_packed.choose(LlamaConfig(), "sdpa") == "sdpa"
-    assert attention_packed.choose(Gemma2Config(), "auto") == "eager"  # its scores are soft-capped
+    assert attention_packed.choose("auto") == attention_packed.PACKED
+    assert attention_packed.choose("sdpa") == "sdpa"
 
 
 # ---------------------------------------------------------------------- what packed attention
@@ -219,8 +369,8 @@ LOST = {
     "Llama": ({}, None),
     "Qwen3": ({}, None),
     "Mistral": ({"sliding_window": 4}, None),
-    "Gemma2": ({"sliding_window": 4, "attn_logit_softcapping": 5.0}, "scores"),
-    "GptOss": ({"num_local_experts": 2, "num_experts_per_tok": 1}, "scores"),  # sinks
+    "Gemma2": ({"sliding_window": 4, "attn_logit_softcapping": 5.0}, None),
+    "GptOss": ({"num_local_experts": 2, "num_experts_per_tok": 1}, None),  # sinks
     "Phimoe": (
         {"sliding_window": 4, "num_local_experts": 2, "num_experts_per_tok": 1},
         "a window of 4 tokens",
@@ -235,7 +385,7 @@ def small(name, attn_implementation="eager", **sizes):
 
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(**{**SIZES, **sizes})
-    kind = getattr(transformers, f"{name}ForCausalLM")
+    kind = getattr(transformers, f"{name.removesuffix('Text')}ForCausalLM")
     return kind._from_config(config, attn_implementation=attn_implementation).eval()
 
 
@@ -247,9 +397,7 @@ def test_missing_feature(name):
     assert lost is None if expected is None else expected in lost
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in LOST if name != "Gemma2"]
-)  # `choose` knows its caps
+@pytest.mark.parametrize("name", LOST)
 def test_missing_feature_in_bf16(name):
     sizes, expected = LOST[name]
     attention_packed.register()
@@ -304,7 +452,7 @@ def test_such_a_model_falls_back_aloud_and_is_exact(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "attention"), [("Llama", attention_packed.PACKED), ("Gemma2", "eager")]
+    ("name", "attention"), [("Llama", attention_packed.PACKED), ("Phimoe", "eager")]
 )
 def test_probing_changes_nothing_until_what_it_found_is_applied(name, attention):
     """Here, or on another rank that gets the record."""
@@ -324,6 +472,16 @@ def test_probing_changes_nothing_until_what_it_found_is_applied(name, attention)
     assert other.lm.config._attn_implementation == attention
     assert other.separate_rows == (attention == "eager")
     assert other.fused == replaced(other.lm) and bool(other.fused) == (name == "Llama")
+
+
+@pytest.mark.parametrize(("tokens", "told"), [(3000, False), (6000, True)])
+def test_the_memory_of_all_scores_is_told(tokens, told):
+    with log_lines() as lines:
+        self_check.warn_of_scores(small("Llama"), tokens)
+        self_check.warn_of_scores(small("Llama", "sdpa"), tokens)
+    # 4 heads, 2 layers, 4 bytes.
+    expected = "a row of 6,000 tokens 0.6 GB in each of 2 layers, 1.2 GB in all"
+    assert [expected in line for line in lines] == [True] * told
 
 
 def test_a_model_that_sees_what_follows_is_refused():

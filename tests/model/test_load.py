@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 import subprocess
 import sys
 import threading
 import time
+from fnmatch import fnmatch
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -259,14 +261,80 @@ def test_random_weights_depend_on_the_seed_alone(tmp_path):
     assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
 
 
-def test_pickled_weights_are_refused_with_the_remedy(tmp_path):
+def pickled(folder, parts=1):
+    """Saves the tiny model as old checkpoints are, in one file or in parts."""
+    path = save_tiny(folder)
+    weights = load(path).state_dict()
+    (folder / "model.safetensors").unlink()
+    names = list(weights)
+    files = [f"pytorch_model-{n + 1:05}-of-{parts:05}.bin" for n in range(parts)]
+    if parts == 1:
+        files = ["pytorch_model.bin"]
+    for number, file in enumerate(files):
+        torch.save({name: weights[name] for name in names[number::parts]}, folder / file)
+    if parts > 1:
+        places = {name: files[number % parts] for number, name in enumerate(names)}
+        index = {"metadata": {}, "weight_map": places}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    return path, weights
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_pickled_weights_are_read(tmp_path, parts, caplog):
+    caplog.set_level("INFO", "lit_sft")
+    path, weights = pickled(tmp_path, parts)
+    found = load(path).state_dict()
+    assert all(torch.equal(found[name], value) for name, value in weights.items())
+    [line] = [line for line in caplog.messages if "pytorch_model.bin" in line]
+    assert "no code" in line
+
+
+@pytest.mark.parametrize("has_safetensors", [True, False])
+def test_pickles_are_downloaded_without_safetensors_only(tmp_path, has_safetensors, monkeypatch):
+    names = ["config.json", "pytorch_model.bin", *["model.safetensors"] * has_safetensors]
+    asked = []
+
+    def download(repo_id, *, allow_patterns, **options):
+        asked.append(allow_patterns)
+        for name in names:
+            if any(fnmatch(name, pattern) for pattern in allow_patterns):
+                (tmp_path / name).write_text("{}")
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("lit_sft.hub._why_unreachable", lambda *_: None)
+    assert resolve("someone/model") == str(tmp_path)
+    assert (tmp_path / "pytorch_model.bin").exists() != has_safetensors
+    assert len(asked) == 2 - has_safetensors
+
+
+class Harmful:
+    """Runs code when it is read."""
+
+    def __reduce__(self):
+        return (os.makedirs, (os.environ["HARM"],))
+
+
+@pytest.mark.parametrize("old_format", [False, True])
+def test_pickles_that_need_code_are_refused(tmp_path, old_format, monkeypatch):
+    path, weights = pickled(tmp_path)
+    harm = tmp_path / "harm"
+    monkeypatch.setenv("HARM", str(harm))
+    file = tmp_path / "pytorch_model.bin"
+    torch.save({**weights, "x": Harmful()}, file, _use_new_zipfile_serialization=not old_format)
+    with pytest.raises(UserError, match="need code to be read.*provide safetensors"):
+        load(path)
+    assert not harm.exists()
+
+
+def test_other_pickles_are_refused_with_the_remedy(tmp_path):
     path = save_tiny(tmp_path)
-    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").rename(tmp_path / "consolidated.pth")
     with pytest.raises(
-        UserError, match="only pytorch_model.bin, which is not loaded .* provide safetensors"
+        UserError, match="only consolidated.pth, which is not loaded .* provide safetensors"
     ):
         load(path)
-    (tmp_path / "pytorch_model.bin").unlink()
+    (tmp_path / "consolidated.pth").unlink()
     with pytest.raises(
         UserError, match="has no weights; provide safetensors, or set model.init to random"
     ):

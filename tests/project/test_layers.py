@@ -95,6 +95,8 @@ PRIVATE = {
     "model/attention/implementation.py": {"_attn_implementation"},
     # The mark of a generation config that transformers 4 would make anew from config.json.
     "model/export.py": {"_from_model_config"},
+    # Blocks of FP8, which transformers reads wrongly unless they are whole.
+    "model/dequantize.py": {"_dequantize_one"},
     # Hooks of a module, which a fused step would skip.
     "model/fused_layers.py": {"_forward_hooks"},
     # The cast that shards of a parameter follow.

@@ -3,10 +3,15 @@
 import json
 
 import pytest
+import torch
 import transformers
+from quantized import FP8, save_fp8, save_mxfp4
 from running import arguments, chat_rows, run, version, write_rows
+from safetensors import safe_open
 from terminal import refused
 from tiny import save_tiny, tiny_llama, tiny_tokenizer
+
+from lit_sft.model import load
 
 EXPERTS = dict(
     vocab_size=320, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
@@ -65,16 +70,82 @@ def test_a_pad_token_without_a_row(tmp_path, caplog):
     assert "the pad token '[PAD]' has no row" in caplog.text
 
 
-@pytest.mark.parametrize("quantization", [None, "nf4"])
-@pytest.mark.parametrize("method", ["mxfp4", "fp8"])
-def test_weights_that_are_quantized_already(method, quantization, tmp_path, capsys):
+def refused_method(tmp_path, capsys, method, quantization):
     place = save_tiny(tmp_path / "model"), write_rows(tmp_path / "train.jsonl", chat_rows(4))
     path = tmp_path / "model" / "config.json"
     config = json.loads(path.read_text()) | {"quantization_config": {"quant_method": method}}
     path.write_text(json.dumps(config))
     options = {"model__lora": {"r": 2}, "model__quantization": quantization}
-    line = refused(capsys, "fit", arguments(*place, tmp_path / "runs", **options))
+    return refused(capsys, "fit", arguments(*place, tmp_path / "runs", **options))
+
+
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+@pytest.mark.parametrize("method", ["gptq", "compressed-tensors"])
+def test_weights_that_are_not_dequantized(method, quantization, tmp_path, capsys):
+    line = refused_method(tmp_path, capsys, method, quantization)
     assert f"quantized ({method})" in line and "in bf16" in line and "nf4" not in line
+
+
+def quantized_model(folder, method):
+    """A model in FP8, whose last blocks are not whole, or in MXFP4; with the tiny tokenizer."""
+    if method == "fp8":
+        save_fp8(folder, "Qwen3", **FP8["Qwen3"])
+    else:
+        save_mxfp4(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 2, "target_modules": ["q_proj", "v_proj"]}])
+@pytest.mark.parametrize("method", ["mxfp4", "fp8"])
+def test_dequantized_weights_are_trained(method, lora, tmp_path):
+    model = quantized_model(tmp_path / "model", method)
+    rows = write_rows(tmp_path / "train.jsonl", chat_rows(8))
+    options = {"trainer__max_steps": 3, "model__lora": lora, "data__global_batch_size": 2}
+    export = ["--dtype=bfloat16"]
+    if lora is not None:
+        # The frozen base is stored in bf16, and the merged model keeps that.
+        options["trainer__precision"] = "bf16-mixed"
+        export = ["--merge_lora=true"]
+    run("fit", arguments(model, rows, tmp_path / "runs", **options))
+    checkpoint = version(tmp_path / "runs") / "checkpoints" / "last.ckpt"
+    exported = tmp_path / "exported"
+    run("export", [f"--ckpt_path={checkpoint}", f"--output_dir={exported}", *export])
+    config = json.loads((exported / "config.json").read_text())
+    assert "quantization_config" not in config
+    lm = transformers.AutoModelForCausalLM.from_pretrained(exported, dtype="auto")
+    assert {weight.dtype for weight in lm.parameters()} == {torch.bfloat16}
+    with safe_open(exported / "model.safetensors", "pt") as file:
+        names = list(file.keys())
+    assert not any("scale" in name or "blocks" in name for name in names)
+
+
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+def test_adapters_over_dequantized_weights(quantization, tmp_path):
+    """The export is compared with the model, over the base in its files."""
+    model = quantized_model(tmp_path / "model", "fp8")
+    rows = write_rows(tmp_path / "train.jsonl", chat_rows(8))
+    options = {"model__lora": {"r": 2}, "model__quantization": quantization}
+    run("fit", arguments(model, rows, tmp_path / "runs", **options))
+    checkpoint = version(tmp_path / "runs") / "checkpoints" / "last.ckpt"
+    exported = tmp_path / "exported"
+    run("export", [f"--ckpt_path={checkpoint}", f"--output_dir={exported}"])
+    assert (exported / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("method", ["mxfp4", "fp8"])
+def test_the_memory_of_dequantized_weights(method, tmp_path, capsys):
+    """As of the same model in bf16."""
+    model = quantized_model(tmp_path / "model", method)
+    rows = write_rows(tmp_path / "train.jsonl", chat_rows(8))
+    with pytest.raises(SystemExit) as end:
+        run("doctor", [*arguments(model, rows, tmp_path / "runs"), "--output=json"])
+    assert end.value.code == 0
+    memory = json.loads(capsys.readouterr().out)["memory"]
+    lm = load.load_model(
+        model, init="pretrained", dtype=torch.float32, attn_implementation="eager", seed=0
+    )
+    assert memory["weights"] == 4 * lm.num_parameters()
 
 
 @pytest.mark.parametrize("asked", [True, False])

@@ -34,22 +34,27 @@ def supports(query: Tensor, value: Tensor) -> bool:
     "lit_sft::packed_attention_cpu",
     mutates_args=(),
     schema=(
-        "(Tensor q, Tensor k, Tensor v, Tensor bounds, float? scale, int? window) -> (Tensor,"
-        " Tensor)"
+        "(Tensor q, Tensor k, Tensor v, Tensor bounds, float? scale, int? window,"
+        " Tensor? sinks=None) -> (Tensor, Tensor)"
     ),
 )
-def packed_attention_cpu(
+def packed_attention_cpu(  # noqa: PLR0913 - as the schema has them
     query: Tensor,
     key: Tensor,
     value: Tensor,
     bounds: Tensor,
     scaling: float | None,
     window: int | None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Calls SDPA's CPU kernel for each example, and writes the results into one tensor.
 
     Neither the splits, nor the repeated keys, nor a concatenation are kept for backward. It is one
     operation, because torch.compile would unroll the loop over the examples of each pack.
+
+    An attention sink is one more score of each position, of a key whose value is 0. So it changes
+    the results by a factor, and the backward pass of SDPA is right when it gets the changed results
+    and log-sum-exps.
 
     Args:
         query: [1, H, T, K].
@@ -58,6 +63,7 @@ def packed_attention_cpu(
         bounds: [S + 1] the position where each example begins, and T.
         scaling: Factor on the scores. None means 1 / sqrt(K).
         window: Number of tokens that a position attends to. None for all before it.
+        sinks: [H] the score of the sink of each head, or None.
 
     Returns:
         The result [1, T, H, K], and the log-sum-exp of the scores [1, H, T].
@@ -77,7 +83,13 @@ def packed_attention_cpu(
         )
         out_part.copy_(result.transpose(1, 2))
         norm_part.copy_(norm)
-    return out, norms
+    if sinks is None:
+        return out, norms
+    # [1, H, 1].
+    scores = sinks.float()[None, :, None]
+    # [1, T, H, 1], the share of the attention that the sink leaves.
+    kept = torch.sigmoid(norms - scores).transpose(1, 2)[..., None]
+    return out.mul_(kept), torch.logaddexp(norms, scores)
 
 
 @packed_attention_cpu.register_fake
@@ -203,15 +215,28 @@ def _(
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.scaling, ctx.window = inputs
-    ctx.save_for_backward(*tensors, *output)
+    *tensors, ctx.scaling, ctx.window, sinks = inputs
+    ctx.save_for_backward(*tensors, sinks, *output)
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    query, key, value, bounds, out, norms = ctx.saved_tensors
+    query, key, value, bounds, sinks, out, norms = ctx.saved_tensors
     grads = _backward_op(grad, query, key, value, out, norms, bounds, ctx.scaling, ctx.window)
+    sinks_grad = None if sinks is None else _sinks_grad(grad, out, norms, sinks)
     # No gradients of bounds, scaling and window.
-    return (*grads, None, None, None)
+    return (*grads, None, None, None, sinks_grad)
+
+
+def _sinks_grad(grad: Tensor, out: Tensor, norms: Tensor, sinks: Tensor) -> Tensor:
+    """Returns the gradient of the sinks [H].
+
+    The backward pass of a softmax: the probability of the sink, times the gradient of its value,
+    which is 0, minus the mean over all values.
+    """
+    # [1, H, T].
+    probabilities = torch.exp(sinks.float()[None, :, None] - norms)
+    mean = torch.linalg.vecdot(grad.float(), out.float()).transpose(1, 2)
+    return -(probabilities * mean).sum((0, 2)).to(sinks.dtype)
 
 
 packed_attention_cpu.register_autograd(_backward, setup_context=_save_for_backward)

@@ -17,13 +17,14 @@ from __future__ import annotations
 import inspect
 import logging
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_sft.model.attention import cpu_kernel
+from lit_sft.model.attention.own_scores import Scores, attend, attend_packed
 
 log = logging.getLogger(__name__)
 
@@ -31,23 +32,34 @@ PACKED = "lit_sft_packed"
 """Name under which `packed_attention` is known to transformers."""
 
 
-def pack_kwargs(lengths: tuple[int, ...], device: torch.device) -> dict[str, Any]:
+def pack_kwargs(
+    lengths: tuple[int, ...], device: torch.device, chunk: int | None = None
+) -> dict[str, Any]:
     """Returns the keyword arguments that describe the S examples of a row to attention.
 
     A model's layers pass them down. The names are those of transformers, except for
-    `cu_seq_lens_host`. The bounds are tensors, because torch.compile would compile again for every
-    new tuple of lengths.
+    `cu_seq_lens_host` and `chunks`. The bounds are tensors, because torch.compile would compile
+    again for every new tuple of lengths.
 
     Args:
         lengths: [S] tokens of each example.
         device: Device of the model's inputs.
+        chunk: Tokens of a chunk, from `chunk_size`.
 
     Returns:
         `cu_seq_lens_q` and `cu_seq_lens_k`: [S + 1] int32 on the device, the position where each
         example begins, and T. `max_length_q` and `max_length_k`: tokens of the longest example.
         `cu_seq_lens_host`: the same bounds in host memory, for kernels that need the lengths as
-        numbers. Reading them from a GPU would synchronize it in each layer.
+        numbers. Reading them from a GPU would synchronize it in each layer. `chunks`: the same
+        arguments for layers that attend within chunks, if there are any.
     """
+    kwargs = _bounds_of(lengths, device)
+    if chunk is not None:
+        kwargs["chunks"] = _bounds_of(_cut(lengths, chunk), device)
+    return kwargs
+
+
+def _bounds_of(lengths: tuple[int, ...], device: torch.device) -> dict[str, Any]:
     host_lengths = torch.tensor((0, *lengths), dtype=torch.int32, device="cpu")
     host_bounds = host_lengths.cumsum(0, dtype=torch.int32)
     bounds = host_bounds.to(device, non_blocking=True)
@@ -61,6 +73,31 @@ def pack_kwargs(lengths: tuple[int, ...], device: torch.device) -> dict[str, Any
     }
 
 
+def _cut(lengths: tuple[int, ...], chunk: int) -> tuple[int, ...]:
+    """Cuts each example at the multiples of a chunk: (5, 3) at 2 -> (2, 2, 1, 2, 1)."""
+    parts: list[int] = []
+    for length in lengths:
+        full, rest = divmod(length, chunk)
+        parts += [chunk] * full
+        if rest:
+            parts.append(rest)
+    return tuple(parts)
+
+
+def chunk_size(config: Any) -> int | None:
+    """Returns the tokens of a chunk if some layers attend within chunks only (Llama 4), or None."""
+    text_config = config.get_text_config()
+    if "chunked_attention" not in (getattr(text_config, "layer_types", None) or ()):
+        return None
+    chunk: int = text_config.attention_chunk_size
+    return chunk
+
+
+def is_chunked(module: Any) -> bool:
+    """Whether an attention layer of a model with chunks attends within them."""
+    return bool(module.config.layer_types[module.layer_idx] == "chunked_attention")
+
+
 # transformers calls attention functions with these arguments.
 def packed_attention(  # noqa: PLR0913
     module: nn.Module,
@@ -71,14 +108,18 @@ def packed_attention(  # noqa: PLR0913
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int = 0,
     cu_seq_lens_host: Tensor | None = None,
+    chunks: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Computes packed attention, in transformers' interface for attention functions.
 
-    Without `cu_seq_lens_q` (in generation, for example) it calls transformers' SDPA function.
+    Without `cu_seq_lens_q` (in generation, for example) it calls transformers' SDPA function, or
+    plain torch for scores that SDPA does not compute.
 
     Args:
         module: The attention layer.
@@ -89,49 +130,137 @@ def packed_attention(  # noqa: PLR0913
         dropout: Probability of dropout.
         scaling: Factor on the scores. None means 1 / sqrt(K).
         sliding_window: Number of tokens that a position attends to, itself included.
+        softcap: The limit that scores approach.
+        s_aux: [H] the score of the attention sink of each head.
         cu_seq_lens_q: [S + 1] the position where each example begins, and T.
         max_length_q: Tokens of the longest example.
         cu_seq_lens_host: `cu_seq_lens_q` in host memory, if available.
+        chunks: The last three arguments for a layer that attends within chunks.
         **kwargs: Arguments of other implementations.
 
     Returns:
         [1, T, H, K], and None in place of the attention weights.
     """
+    scores = Scores(scaling, sliding_window, softcap, s_aux, dropout)
     if cu_seq_lens_q is None or attention_mask is not None:
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-        return sdpa_attention_forward(
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=dropout,
-            scaling=scaling,
-            sliding_window=sliding_window,
-            **kwargs,
-        )
+        return _unpacked(module, query, key, value, attention_mask, scores, **kwargs), None
+    query = _with_temperature_of_example(module, query, cu_seq_lens_q)
     if torch.is_autocast_enabled(query.device.type):
         # Rotary embeddings return fp32. Autocast would cast the inputs of SDPA, but not of these
         # kernels.
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    if flash_supports(query, value) and not dropout:
-        kernel = "torch's variable-length flash kernel"
-        out = _varlen(query, key, value, max_length_q, cu_seq_lens_q, scaling, sliding_window)
-    elif cpu_kernel.supports(query, value) and not dropout:
-        kernel = "SDPA's CPU kernel"
+    whole = _Bounds(cu_seq_lens_q, max_length_q, cu_seq_lens_host)
+    bounds, longest, host_bounds = _bounds_of_layer(module, whole, chunks)
+    kernel = _kernel(query, value, scores)
+    if kernel == FLASH:
+        out = _varlen(query, key, value, longest, bounds, scaling, sliding_window)
+    elif kernel == CPU:
         out, _ = cpu_kernel.packed_attention_cpu(
-            query, key, value, cu_seq_lens_q, scaling, sliding_window
+            query, key, value, bounds, scaling, sliding_window, s_aux
         )
+    elif kernel == SDPA:
+        out = _per_segment(query, key, value, dropout, host_bounds, scaling, sliding_window)
     else:
-        kernel = "SDPA, example by example"
-        bounds = cu_seq_lens_q if cu_seq_lens_host is None else cu_seq_lens_host
-        out = _per_segment(query, key, value, dropout, bounds, scaling, sliding_window)
+        out = attend_packed(query, key, value, host_bounds, scores)
     if module.training and not torch.compiler.is_compiling():
         dtype_name = str(query.dtype).removeprefix("torch.")
         _log_kernel(kernel, query.device.type, dtype_name, query.shape[-1])
     return out, None
+
+
+class _Bounds(NamedTuple):
+    """Where the examples of a row lie, or their chunks."""
+
+    on_device: Tensor
+    longest: int
+    on_host: Tensor | None
+
+
+def _bounds_of_layer(
+    module: nn.Module, examples: _Bounds, chunks: dict[str, Any] | None
+) -> tuple[Tensor, int, Tensor]:
+    """Returns what a layer attends within: positions on the device, the longest, on the host."""
+    bounds = examples
+    if chunks is not None and is_chunked(module):
+        bounds = _Bounds(
+            chunks["cu_seq_lens_q"], chunks["max_length_q"], chunks["cu_seq_lens_host"]
+        )
+    on_host = bounds.on_device if bounds.on_host is None else bounds.on_host
+    return bounds.on_device, bounds.longest, on_host
+
+
+def _unpacked(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scores: Scores,
+    **kwargs: Any,
+) -> Tensor:
+    """Attention of padded prompts, in generation: [B, H, Q, K] -> [B, Q, H, K]."""
+    if not scores.are_plain:
+        return attend(query, key, value, mask, scores)
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    out, _ = sdpa_attention_forward(
+        module,
+        query,
+        key,
+        value,
+        mask,
+        dropout=scores.dropout,
+        scaling=scores.scaling,
+        sliding_window=scores.window,
+        **kwargs,
+    )
+    return out
+
+
+def _with_temperature_of_example(module: Any, query: Tensor, bounds: Tensor) -> Tensor:
+    """Scales the queries by their positions in the example, not in the row.
+
+    The layers of Llama 4 without rotary positions scale queries by their position
+    (arXiv:2501.19399). transformers takes the place in the row for it.
+
+    Args:
+        module: The attention layer.
+        query: [1, H, T, K], scaled by the position in the row.
+        bounds: [S + 1] the position where each example begins, and T.
+    """
+    if not getattr(module, "attn_temperature_tuning", False) or module.use_rope:
+        return query
+    in_row = torch.arange(query.shape[2], device=query.device)
+    example = torch.bucketize(in_row, bounds[1:], right=True)
+    in_example = in_row - bounds[:-1][example]
+    factors = _temperature(module, in_example) / _temperature(module, in_row)
+    return (query * factors[:, None]).to(query.dtype)
+
+
+def _temperature(module: Any, positions: Tensor) -> Tensor:
+    """Returns the factors [T] of Llama 4 at positions [T]."""
+    steps = torch.floor((positions.float() + 1.0) / module.floor_scale)
+    return torch.log1p(steps) * module.attn_scale + 1.0
+
+
+FLASH = "torch's variable-length flash kernel"
+CPU = "SDPA's CPU kernel"
+SDPA = "SDPA, example by example"
+PLAIN = "plain torch, 256 tokens at a time"
+
+
+def _kernel(query: Tensor, value: Tensor, scores: Scores) -> str:
+    """Returns the name of the kernel for these inputs."""
+    has_sinks = scores.sinks is not None
+    if scores.cap is not None:
+        return PLAIN
+    if not scores.dropout:
+        if flash_supports(query, value) and not has_sinks:
+            return FLASH
+        if cpu_kernel.supports(query, value):
+            return CPU
+    return PLAIN if has_sinks else SDPA
 
 
 # The cache makes each line appear once.
@@ -254,14 +383,12 @@ def register() -> None:
     AttentionMaskInterface.register(PACKED, _packed_mask)
 
 
-def choose(config: Any, requested: str) -> str:
+def choose(requested: str) -> str:
     """Returns the attention implementation to load a model with.
 
-    `auto` takes packed attention, or `eager` if the model caps its scores or has attention sinks,
-    which SDPA cannot compute.
+    `auto` takes packed attention.
 
     Args:
-        config: The model's config.
         requested: `model.attn_implementation`.
     """
     # On some GPUs SDPA tries cuDNN first, which takes up to half a second to plan each new length:
@@ -270,14 +397,5 @@ def choose(config: Any, requested: str) -> str:
     torch.backends.cuda.enable_cudnn_sdp(False)
     if requested != "auto":
         return requested
-    text_config = config.get_text_config()
-    caps_scores = bool(getattr(text_config, "attn_logit_softcapping", None))
-    has_sinks = text_config.model_type == "gpt_oss"
-    if caps_scores or has_sinks:
-        log.warning(
-            "%s needs scores that SDPA cannot compute: attention falls back to `eager`.",
-            text_config.model_type,
-        )
-        return "eager"
     register()
     return PACKED
