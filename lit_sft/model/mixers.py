@@ -197,25 +197,26 @@ def run_by_example(lm: PreTrainedModel, mixers: Iterable[Mixer]) -> None:
 
     Args:
         lm: The model, before gradient checkpointing, compile and sharding.
-        mixers: The result of `find_mixers`, of this rank or rank 0.
+        mixers: The result of `find_mixers`, on this rank or on rank 0.
     """
-    for name, layer_name in mixers:
-        mixer = lm.get_submodule(name)
-        mixer.forward = _by_example(mixer.forward)
-        if layer_name is None:
-            continue
-        layer = lm.get_submodule(layer_name)
-        if not isinstance(layer, _HandsBounds):
-            layer.__class__ = _handing(type(layer))
+    for mixer in mixers:
+        module = lm.get_submodule(mixer.name)
+        module.forward = _by_example(module.forward)  # type: ignore[method-assign]
+    for layer in _layers_that_keep_bounds(lm, mixers):
+        layer.__class__ = _handing(type(layer))
 
 
 def run_whole_rows(lm: PreTrainedModel, mixers: Iterable[Mixer]) -> None:
     """Undoes `run_by_example`."""
-    for name, layer_name in mixers:
-        del lm.get_submodule(name).forward
-        layer = lm if layer_name is None else lm.get_submodule(layer_name)
-        if isinstance(layer, _HandsBounds):
-            layer.__class__ = type(layer).__mro__[2]
+    for mixer in mixers:
+        del lm.get_submodule(mixer.name).forward
+    for layer in _layers_that_keep_bounds(lm, mixers):
+        layer.__class__ = type(layer).__base__
+
+
+def _layers_that_keep_bounds(lm: PreTrainedModel, mixers: Iterable[Mixer]) -> list[nn.Module]:
+    names = {mixer.layer for mixer in mixers if mixer.layer is not None}
+    return [lm.get_submodule(name) for name in names]
 
 
 def _by_example(own: Callable[..., Any]) -> Callable[..., Any]:
@@ -266,17 +267,13 @@ def _join(outputs: list[Any]) -> Any:
     return torch.cat(outputs, dim=1)
 
 
-class _HandsBounds:
-    """Marks a layer that hands the bounds of the examples to the mixers in it."""
-
-
 @lru_cache
-def _handing(kind: type[nn.Module]) -> type[nn.Module]:
+def _handing(kind: Any) -> Any:
     """Makes a subclass of a layer that hands the bounds of the examples to the mixers in it.
 
     It is a subclass, because transformers recomputes the forward pass of the class in gradient
-    checkpointing (`GradientCheckpointingLayer`). In a forward pass of the instance alone, the
-    recomputation would miss the bounds.
+    checkpointing (`GradientCheckpointingLayer`). If only the forward pass of the instance handed
+    them, the recomputation would miss them.
     """
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -286,4 +283,4 @@ def _handing(kind: type[nn.Module]) -> type[nn.Module]:
         finally:
             _handed_bounds.reset(token)
 
-    return type(kind.__name__, (_HandsBounds, kind), {"forward": forward})
+    return type(kind.__name__, (kind,), {"forward": forward})

@@ -113,7 +113,9 @@ def numbers_positions_itself(lm: PreTrainedModel) -> bool:
     position_ids = torch.arange(input_ids.shape[1], device=lm.device)[None]
     # Small, because the same code computes both.
     return not _close(
-        hidden_states(lm, input_ids, position_ids), hidden_states(lm, input_ids, None), tolerance=0.03
+        hidden_states(lm, input_ids, position_ids),
+        hidden_states(lm, input_ids, None),
+        tolerance=0.03,
     )
 
 
@@ -293,7 +295,9 @@ def two_examples(lm: PreTrainedModel) -> tuple[Tensor, Tensor]:
 def _states_alone(lm: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
     """Returns `hidden_states` of one example, with its bounds if the layers pass them on to attention."""
     try:
-        return hidden_states(lm, input_ids, position_ids, **pack_kwargs((input_ids.shape[1],), lm.device))
+        return hidden_states(
+            lm, input_ids, position_ids, **pack_kwargs((input_ids.shape[1],), lm.device)
+        )
     except TypeError:
         return hidden_states(lm, input_ids, position_ids)
 
