@@ -18,7 +18,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
+
+MAX_PADDING = 1.25
+"""Computed tokens of mixers per token of the examples."""
 
 _handed_bounds: ContextVar[Tensor | None] = ContextVar("bounds", default=None)
 """Bounds [S + 1] of the examples, for mixers to which their layer does not pass them on."""
@@ -203,7 +206,8 @@ def run_by_example(lm: PreTrainedModel, mixers: Iterable[Mixer]) -> None:
         module = lm.get_submodule(mixer.name)
         module.forward = _by_example(module.forward)  # type: ignore[method-assign]
     for layer in _layers_that_keep_bounds(lm, mixers):
-        layer.__class__ = _handing(type(layer))
+        kind: Any = type(layer)
+        layer.__class__ = _handing(kind)
 
 
 def run_whole_rows(lm: PreTrainedModel, mixers: Iterable[Mixer]) -> None:
@@ -211,7 +215,8 @@ def run_whole_rows(lm: PreTrainedModel, mixers: Iterable[Mixer]) -> None:
     for mixer in mixers:
         del lm.get_submodule(mixer.name).forward
     for layer in _layers_that_keep_bounds(lm, mixers):
-        layer.__class__ = type(layer).__base__
+        kind: Any = type(layer)
+        layer.__class__ = kind.__base__
 
 
 def _layers_that_keep_bounds(lm: PreTrainedModel, mixers: Iterable[Mixer]) -> list[nn.Module]:
@@ -220,7 +225,7 @@ def _layers_that_keep_bounds(lm: PreTrainedModel, mixers: Iterable[Mixer]) -> li
 
 
 def _by_example(own: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes a forward pass that calls another one for each example and joins the outputs.
+    """Makes a forward pass that calls another one on examples as rows, and joins the outputs.
 
     Without bounds, in generation for example, it only calls the other one.
     """
@@ -232,39 +237,64 @@ def _by_example(own: Callable[..., Any]) -> Callable[..., Any]:
         if bounds is None:
             return own(*args, **kwargs)
         inputs = _Inputs(args, kwargs).without_bounds()
-        outputs = [own(*part.args, **part.kwargs) for part in _split(inputs, bounds)]
-        return _join(outputs)
+        lengths = bounds.diff().tolist()
+        parts: dict[int, Tensor] = {}
+        for group in _groups(lengths):
+            rows = inputs.map(partial(_as_rows, lengths=lengths, group=group))
+            output = own(*rows.args, **rows.kwargs)
+            for row, index in zip(_first_tensor(output), group, strict=True):
+                parts[index] = row[None, : lengths[index]]
+        joined = torch.cat([parts[index] for index in range(len(lengths))], dim=1)
+        # The rest are states and attention weights, which training does not use.
+        return (joined, *output[1:]) if isinstance(output, tuple) else joined
 
     return forward
 
 
-def _split(inputs: _Inputs, bounds: Tensor) -> Iterator[_Inputs]:
-    """Yields the arguments of each example.
+def _groups(lengths: list[int]) -> list[list[int]]:
+    """Groups examples of similar length, which become the padded rows of one call.
+
+    One call per example would be slow for many short ones, and one call for all would compute a lot
+    of padding.
 
     Args:
-        inputs: Arguments of the row. Tensors, and tensors in tuples such as (cos, sin), are split
-            if they are [1, T, ...].
-        bounds: [S + 1] in host memory.
+        lengths: [S] tokens of the examples.
+
+    Returns:
+        The indices of the examples in each group.
     """
-    ends = bounds.tolist()
-    for start, end in zip(ends, ends[1:], strict=False):
+    groups: list[list[int]] = []
+    num_tokens = 0
+    for index in sorted(range(len(lengths)), key=lambda index: lengths[index]):
+        length = lengths[index]
+        num_tokens += length
+        # This is the longest of the group so far.
+        if groups and length * (len(groups[-1]) + 1) <= MAX_PADDING * num_tokens:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+            num_tokens = length
+    return groups
 
-        def cut(value: Any, start: int = start, end: int = end) -> Any:
-            if isinstance(value, tuple):
-                return tuple(cut(part) for part in value)
-            if isinstance(value, Tensor) and value.shape[:2] == (1, ends[-1]):
-                return value[:, start:end]
-            return value
 
-        yield inputs.map(cut)
+def _as_rows(value: Any, lengths: list[int], group: list[int]) -> Any:
+    """Takes examples out of a row, as padded rows.
 
+    No mask is needed: a causal module reads nothing to the right.
 
-def _join(outputs: list[Any]) -> Any:
-    """Concatenates outputs [1, T, ...] of examples, which may be the first in a tuple."""
-    if isinstance(outputs[0], tuple):
-        # The others are states and attention weights, which training does not use.
-        return (torch.cat([output[0] for output in outputs], dim=1), *outputs[-1][1:])
-    return torch.cat(outputs, dim=1)
+    Args:
+        value: An argument of a module. Tensors [1, T, ...], also in tuples such as (cos, sin), are
+            changed.
+        lengths: [S] tokens of the examples.
+        group: Indices of the examples to take.
+    """
+    if isinstance(value, tuple):
+        return tuple(_as_rows(part, lengths, group) for part in value)
+    if not isinstance(value, Tensor) or value.shape[:2] != (1, sum(lengths)):
+        return value
+    examples = value[0].split(lengths)
+    rows = [examples[index] for index in group]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
 @lru_cache

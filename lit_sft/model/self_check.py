@@ -293,7 +293,7 @@ def two_examples(lm: PreTrainedModel) -> tuple[Tensor, Tensor]:
 
 
 def _states_alone(lm: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-    """Returns `hidden_states` of one example, with its bounds if the layers pass them on to attention."""
+    """Returns `hidden_states` of one example, with its bounds if layers pass them to attention."""
     try:
         return hidden_states(
             lm, input_ids, position_ids, **pack_kwargs((input_ids.shape[1],), lm.device)

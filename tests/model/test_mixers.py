@@ -1,12 +1,15 @@
 """Token mixers in packed rows: found by what they do, and equal to each example alone.
 
 The lengths lie on both sides of the chunks of 16 and 64 tokens in which mixers compute, and of the
-widths of convolutions.
+widths of convolutions. Those of 66 and 70 tokens share a call.
 """
 
 import pytest
 import torch
 import transformers
+from ranks import run_ranks
+from terminal import log_lines
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.functional import cross_entropy
 
 from lit_sft.model import load, parallel
@@ -14,7 +17,7 @@ from lit_sft.model.attention import packed
 from lit_sft.model.loss import CausalLMLoss
 from lit_sft.model_builder import apply_fast_paths, probe
 
-LENGTHS = (70, 133, 1, 9)
+LENGTHS = (70, 133, 1, 9, 66)
 SIZES = dict(
     vocab_size=320, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
     intermediate_size=64, initializer_range=0.1, bos_token_id=None, eos_token_id=0, pad_token_id=0,
@@ -143,7 +146,7 @@ def joint_difference(ours, expected):
 
 
 def compare(name, checkpointing=None, attention="auto"):
-    """Relative differences of loss and of all gradients from the examples alone; the model."""
+    """The relative differences of the loss and of all gradients from the examples alone."""
     own = small(name, "eager").train()
     expected = own_loss(own)
     expected.backward()
@@ -152,5 +155,122 @@ def compare(name, checkpointing=None, attention="auto"):
         parallel.apply_gradient_checkpointing(model.lm, selective=checkpointing == "selective")
     loss = loss_of_row(model)
     loss.backward()
-    loss_difference = float((loss - expected).abs() / expected)
-    return loss_difference, joint_difference(gradients(model.lm), gradients(own)), model
+    assert not model.separate_rows
+    loss_difference = abs(loss.item() - expected.item()) / expected.item()
+    return loss_difference, joint_difference(gradients(model.lm), gradients(own))
+
+
+@pytest.mark.parametrize("name", families(WITH_MIXERS))
+def test_a_packed_row_equals_its_examples_alone(name):
+    loss_difference, gradient_difference = compare(name)
+    assert loss_difference < 1e-6 and gradient_difference < 1e-5
+
+
+@pytest.mark.parametrize("name", families(FAMILIES))
+def test_mixers_are_found_and_nothing_else(name):
+    lm = small(name).eval()
+    found = mixers.find_mixers(lm)
+    assert [mixer.name.rpartition(".")[2] for mixer in found] == FAMILIES[name][1]
+    # Jamba's layers do not pass the bounds on.
+    assert all((mixer.layer is not None) == (name == "Jamba") for mixer in found)
+    changed = [key for key, module in lm.named_modules() if "forward" in vars(module)]
+    assert changed == []
+
+
+@pytest.mark.parametrize("checkpointing", ["full", "selective"])
+@pytest.mark.parametrize("name", CORE)
+def test_recomputed_activations(name, checkpointing):
+    loss_difference, gradient_difference = compare(name, checkpointing)
+    assert loss_difference < 1e-6 and gradient_difference < 1e-5
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_under_other_attention(attention):
+    loss_difference, gradient_difference = compare("Jamba", attention=attention)
+    assert loss_difference < 1e-6 and gradient_difference < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Qwen3_5", "Jamba"])
+def test_compiled_blocks(name):
+    expected = loss_of_row(built(name))
+    model = built(name)
+    parallel.apply_compile(model.lm)
+    loss = loss_of_row(model)
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", families(WITH_MIXERS))
+def test_in_bf16_the_same_mixers_are_found(name):
+    found = mixers.find_mixers(small(name).eval().bfloat16())
+    assert [mixer.name.rpartition(".")[2] for mixer in found] == FAMILIES[name][1]
+
+
+@pytest.mark.parametrize("name", families(WITH_MIXERS))
+def test_a_model_whose_mixers_are_not_found_gets_padded_rows(name, monkeypatch):
+    monkeypatch.setattr(mixers, "find_mixers", lambda lm: [])
+    model = CausalLMLoss(small(name))
+    with log_lines() as lines:
+        apply_fast_paths(model, probe(model))
+    assert model.separate_rows
+    assert any("padded row" in line and "time and memory" in line for line in lines)
+
+
+def test_the_wrapped_modules_are_named_in_the_log():
+    with log_lines() as lines:
+        built("Lfm2")
+    assert any("2 layers (Lfm2ShortConv) run example by example" in line for line in lines)
+
+
+def test_groups_of_similar_length():
+    groups = mixers._groups([40, 100, 38, 1, 100, 39])
+    assert groups == [[3], [2, 5, 0], [1, 4]]
+
+
+def test_what_is_undone_is_as_before():
+    lm = small("Jamba").eval()
+    kinds = [type(module) for module in lm.modules()]
+    found = mixers.find_mixers(lm)
+    mixers.run_by_example(lm, found)
+    assert not packing_leaks(lm)
+    mixers.run_whole_rows(lm, found)
+    assert packing_leaks(lm) and [type(module) for module in lm.modules()] == kinds
+
+
+def packing_leaks(lm):
+    return not self_check.packing_is_exact(lm)
+
+
+def test_generation_is_left_alone():
+    lm = small("Qwen3_5").eval()
+    prompt = torch.arange(1, 9)[None]
+    expected = lm.generate(prompt, max_new_tokens=8, do_sample=False)
+    mixers.run_by_example(lm, mixers.find_mixers(lm))
+    assert torch.equal(lm.generate(prompt, max_new_tokens=8, do_sample=False), expected)
+
+
+def sharded_step(name, expected):
+    """The loss and gradients of a rank, of a model sharded over two."""
+    model = built(name)
+    parallel.apply_gradient_checkpointing(model.lm)
+    mesh = init_device_mesh("cpu", (2,))
+    parallel.apply_fsdp2(model, model.lm, mesh, torch.float32)
+    loss = loss_of_row(model)
+    loss.backward()
+    torch.testing.assert_close(loss.item(), expected["loss"], rtol=1e-6, atol=0)
+    ours = []
+    for key, parameter in model.lm.named_parameters():
+        ours.append(parameter.grad.full_tensor())
+        assert key in expected["gradients"]
+    assert joint_difference(ours, list(expected["gradients"].values())) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["Jamba", pytest.param("Qwen3_5", marks=pytest.mark.slow)])
+def test_sharded_over_two_ranks(name):
+    """Sharding changes the class of each layer, as the hand-over of bounds does."""
+    model = built(name)
+    loss = loss_of_row(model)
+    loss.backward()
+    named = {key: parameter.grad for key, parameter in model.lm.named_parameters()}
+    run_ranks(sharded_step, name, {"loss": loss.item(), "gradients": named})
