@@ -12,7 +12,7 @@ from terminal import log_lines
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.functional import cross_entropy
 
-from lit_sft.model import load, parallel
+from lit_sft.model import load, mixers, parallel, self_check
 from lit_sft.model.attention import packed
 from lit_sft.model.loss import CausalLMLoss
 from lit_sft.model_builder import apply_fast_paths, probe
@@ -217,10 +217,10 @@ def test_a_model_whose_mixers_are_not_found_gets_padded_rows(name, monkeypatch):
     assert any("padded row" in line and "time and memory" in line for line in lines)
 
 
-def test_the_wrapped_modules_are_named_in_the_log():
-    with log_lines() as lines:
-        built("Lfm2")
-    assert any("2 layers (Lfm2ShortConv) run example by example" in line for line in lines)
+def test_the_wrapped_modules_are_named_in_the_log(caplog):
+    caplog.set_level("INFO", logger="lit_sft")
+    built("Lfm2")
+    assert "2 layers (Lfm2ShortConv) run example by example within a row" in caplog.text
 
 
 def test_groups_of_similar_length():
