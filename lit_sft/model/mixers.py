@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lit_sft.model.attention.packed import PACK_KWARGS, pack_kwargs
-from lit_sft.model.self_check import LENGTHS, hidden_states, two_examples
+from lit_sft.model.attention.packed import PACK_KWARGS
+from lit_sft.model.self_check import LENGTHS, run_two_examples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,10 +59,9 @@ def find_mixers(lm: PreTrainedModel) -> list[Mixer]:
     out if no layer around it gets the bounds.
     """
     search = _Search()
-    input_ids, position_ids = two_examples(lm)
     with _watched(lm, search):
         try:
-            hidden_states(lm, input_ids, position_ids, **pack_kwargs(LENGTHS, lm.device))
+            run_two_examples(lm)
         except Exception as error:
             # Many architectures pass no keyword arguments down to their layers.
             log.debug("%s with packed examples", type(lm).__name__, exc_info=error)

@@ -62,19 +62,26 @@ def packing_is_exact(lm: PreTrainedModel) -> bool:
     """
     if _selects_tokens(lm):
         return False
-    input_ids, position_ids = two_examples(lm)
+    input_ids, position_ids = _inputs(lm)
     first = LENGTHS[0]
     bounds = pack_kwargs(LENGTHS[1:], lm.device)
     with _lowered_thresholds(lm):
         try:
-            packed = hidden_states(lm, input_ids, position_ids, **pack_kwargs(LENGTHS, lm.device))
+            packed = _states(lm, input_ids, position_ids, **pack_kwargs(LENGTHS, lm.device))
         except Exception as error:
             # Many architectures pass no keyword arguments down to their layers.
             log.debug("%s with packed examples", type(lm).__name__, exc_info=error)
             return False
-        alone = hidden_states(lm, input_ids[:, first:], position_ids[:, first:], **bounds)
+        alone = _states(lm, input_ids[:, first:], position_ids[:, first:], **bounds)
     # Small, because a leak may reach only the first few tokens of the second example.
     return _close(packed[:, first:], alone, tolerance=0.1)
+
+
+@torch.no_grad()
+def run_two_examples(lm: PreTrainedModel) -> None:
+    """Calls the layers of a model with a row of two examples, `LENGTHS` tokens."""
+    input_ids, position_ids = _inputs(lm)
+    _states(lm, input_ids, position_ids, **pack_kwargs(LENGTHS, lm.device))
 
 
 @torch.no_grad()
@@ -86,14 +93,14 @@ def padding_is_exact(lm: PreTrainedModel) -> bool:
     if _selects_tokens(lm):
         return False
     first, second = LENGTHS
-    input_ids, position_ids = two_examples(lm)
+    input_ids, position_ids = _inputs(lm)
     padded_ids = torch.stack([input_ids[0, :second], input_ids[0, first:]])
     rows = position_ids[:, first:].expand_as(padded_ids).clone()
     # As in `CausalLMLoss`, the padding counts from 0 again.
     rows[0, first:] = torch.arange(second - first, device=lm.device)
     with _lowered_thresholds(lm):
-        padded = hidden_states(lm, padded_ids, rows)
-        alone = hidden_states(lm, input_ids[:, :first], position_ids[:, :first])
+        padded = _states(lm, padded_ids, rows)
+        alone = _states(lm, input_ids[:, :first], position_ids[:, :first])
     # Small, because the same code computes both.
     return _close(padded[:1, :first], alone, tolerance=0.03)
 
@@ -109,13 +116,11 @@ def numbers_positions_itself(lm: PreTrainedModel) -> bool:
 
     In RoBERTa, for example, it is the id of the pad token plus 1.
     """
-    input_ids = two_examples(lm)[0][:, LENGTHS[0] :]
+    input_ids = _inputs(lm)[0][:, LENGTHS[0] :]
     position_ids = torch.arange(input_ids.shape[1], device=lm.device)[None]
     # Small, because the same code computes both.
     return not _close(
-        hidden_states(lm, input_ids, position_ids),
-        hidden_states(lm, input_ids, None),
-        tolerance=0.03,
+        _states(lm, input_ids, position_ids), _states(lm, input_ids, None), tolerance=0.03
     )
 
 
@@ -125,12 +130,12 @@ def is_causal(lm: PreTrainedModel) -> bool:
 
     In BERT without `is_decoder`, for example, they do.
     """
-    input_ids, _ = two_examples(lm)
+    input_ids, _ = _inputs(lm)
     position_ids = torch.arange(input_ids.shape[1], device=lm.device)[None]
     first = LENGTHS[0]
     changed = torch.cat([input_ids[:, :first], input_ids[:, first:] // 2], dim=1)
-    before = hidden_states(lm, input_ids, position_ids)[:, :first]
-    after = hidden_states(lm, changed, position_ids)[:, :first]
+    before = _states(lm, input_ids, position_ids)[:, :first]
+    after = _states(lm, changed, position_ids)[:, :first]
     # Small, because the same code computes both.
     return _close(before, after, tolerance=0.03)
 
@@ -145,7 +150,7 @@ def missing_feature(lm: PreTrainedModel) -> str | None:
     attention function. So these two are compared.
     """
     name = attention_of(lm)
-    input_ids, _ = two_examples(lm)
+    input_ids, _ = _inputs(lm)
     position_ids = torch.arange(input_ids.shape[1], device=lm.device)[None]
     windows: set[int] = set()
     try:
@@ -160,7 +165,7 @@ def missing_feature(lm: PreTrainedModel) -> str | None:
     if windows:
         return f"a window of {min(windows):,} tokens, which its layers do not hand down"
     set_attention(lm, "eager")
-    expected = hidden_states(lm, input_ids, position_ids)
+    expected = _states(lm, input_ids, position_ids)
     set_attention(lm, name)
     if _close(ours, expected, tolerance=0.25):
         return None
@@ -277,7 +282,7 @@ def _noting_windows(name: str, windows: set[int]) -> Iterator[None]:
         AttentionMaskInterface.register(name, mask)
 
 
-def two_examples(lm: PreTrainedModel) -> tuple[Tensor, Tensor]:
+def _inputs(lm: PreTrainedModel) -> tuple[Tensor, Tensor]:
     """Returns random token ids and positions of two examples in a row, [1, T] each.
 
     They are drawn from the whole vocabulary. With the first ids instead, which are often special
@@ -293,16 +298,14 @@ def two_examples(lm: PreTrainedModel) -> tuple[Tensor, Tensor]:
 
 
 def _states_alone(lm: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-    """Returns `hidden_states` of one example, with its bounds if layers pass them to attention."""
+    """Returns `_states` of one example, with its bounds if the layers pass them on to attention."""
     try:
-        return hidden_states(
-            lm, input_ids, position_ids, **pack_kwargs((input_ids.shape[1],), lm.device)
-        )
+        return _states(lm, input_ids, position_ids, **pack_kwargs((input_ids.shape[1],), lm.device))
     except TypeError:
-        return hidden_states(lm, input_ids, position_ids)
+        return _states(lm, input_ids, position_ids)
 
 
-def hidden_states(
+def _states(
     lm: PreTrainedModel, input_ids: Tensor, position_ids: Tensor | None, **kwargs: Any
 ) -> Tensor:
     """Returns the hidden states [1, T, D], or the logits of a model without a separate backbone."""
