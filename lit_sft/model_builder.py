@@ -214,7 +214,13 @@ class BuiltModel(NamedTuple):
     """peft's wrapper around the same layers. None without an adapter."""
 
 
-def build_model(options: ModelConfig, precision: str, *, sharded: bool = False) -> BuiltModel:
+def build_model(
+    options: ModelConfig,
+    precision: str,
+    *,
+    sharded: bool = False,
+    device: torch.device | None = None,
+) -> BuiltModel:
     """Loads the model and prepares it for training.
 
     The order: load, new tokens, adapters or freezing, fast paths, noise, gradient checkpointing,
@@ -226,6 +232,9 @@ def build_model(options: ModelConfig, precision: str, *, sharded: bool = False) 
         options: The arguments of `SFTModule`.
         precision: `trainer.precision`.
         sharded: Whether the weights will be sharded over the ranks.
+        device: The device that trains. The model is compared with its own code there, because
+            kernels of state-space layers, for example, run on a GPU only. None, and a model that
+            will be sharded and need not fit, leave it on the CPU.
 
     Returns:
         The model in training mode.
@@ -237,6 +246,8 @@ def build_model(options: ModelConfig, precision: str, *, sharded: bool = False) 
         built = _build_with_rank_zero(options, precision)
     else:
         built = _load(options, precision)
+        if device is not None:
+            built.loss.to(device)
         apply_fast_paths(built.loss, probe(built.loss))
     lm = built.loss.lm
     _log_model(lm, options)
