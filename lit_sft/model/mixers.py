@@ -54,9 +54,8 @@ class Mixer(NamedTuple):
 def find_mixers(lm: PreTrainedModel) -> list[Mixer]:
     """Returns the innermost modules of a model that mix the examples of a packed row.
 
-    A module without children, such as a convolution, does not count, because its inputs need not
-    have tokens in their second dimension. A mixer that refuses the bounds counts. A mixer is left
-    out if no layer around it gets the bounds.
+    A mixer that refuses the bounds counts. A mixer is left out if no layer around it gets the
+    bounds. Modules without children, such as linear layers and norms, are not tried.
     """
     search = _Search()
     with _watched(lm, search):
