@@ -84,17 +84,24 @@ class _Search:
 
     def call(self, name: str, own: Callable[..., Any], inputs: _Inputs) -> Any:
         """Calls a module, and once more with another first example."""
-        is_informed = not PACK_KWARGS.isdisjoint(inputs.kwargs)
-        if is_informed:
-            self._informed.append(name)
-        output, is_mixer = _call(own, inputs)
-        if not self._is_comparing:
-            self._is_comparing = True
-            is_mixer = is_mixer or _depends_on_first(own, inputs, output)
-            self._is_comparing = False
-            self._note(name, is_mixer)
-        if is_informed:
+        if PACK_KWARGS.isdisjoint(inputs.kwargs):
+            return self._compare(name, own, inputs)
+        self._informed.append(name)
+        try:
+            return self._compare(name, own, inputs)
+        finally:
             self._informed.pop()
+
+    def _compare(self, name: str, own: Callable[..., Any], inputs: _Inputs) -> Any:
+        output, is_mixer = _call(own, inputs)
+        if self._is_comparing:
+            return output
+        self._is_comparing = True
+        try:
+            is_mixer = is_mixer or _depends_on_first(own, inputs, output)
+        finally:
+            self._is_comparing = False
+        self._note(name, is_mixer)
         return output
 
     def _note(self, name: str, is_mixer: bool) -> None:
