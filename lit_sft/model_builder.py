@@ -20,6 +20,7 @@ from lit_sft.model import (
     base_fingerprint,
     fused_layers,
     load,
+    mixers,
     neftune,
     new_tokens,
     parallel,
@@ -200,6 +201,8 @@ class FastPaths:
     """Whether the model's own, full logits are used in place of the chunked loss."""
     fused: list[str]
     """Names of the modules whose forward pass is replaced (see `fused_layers`)."""
+    mixers: list[mixers.Mixer]
+    """The modules that are called once per example of a packed row."""
 
 
 class BuiltModel(NamedTuple):
@@ -211,7 +214,13 @@ class BuiltModel(NamedTuple):
     """peft's wrapper around the same layers. None without an adapter."""
 
 
-def build_model(options: ModelConfig, precision: str, *, sharded: bool = False) -> BuiltModel:
+def build_model(
+    options: ModelConfig,
+    precision: str,
+    *,
+    sharded: bool = False,
+    device: torch.device | None = None,
+) -> BuiltModel:
     """Loads the model and prepares it for training.
 
     The order: load, new tokens, adapters or freezing, fast paths, noise, gradient checkpointing,
@@ -223,6 +232,9 @@ def build_model(options: ModelConfig, precision: str, *, sharded: bool = False) 
         options: The arguments of `SFTModule`.
         precision: `trainer.precision`.
         sharded: Whether the weights will be sharded over the ranks.
+        device: The device that trains. The model is compared with its own code there, because
+            kernels of state-space layers, for example, run on a GPU only. None, and a model that
+            will be sharded and need not fit, leave it on the CPU.
 
     Returns:
         The model in training mode.
@@ -234,6 +246,8 @@ def build_model(options: ModelConfig, precision: str, *, sharded: bool = False) 
         built = _build_with_rank_zero(options, precision)
     else:
         built = _load(options, precision)
+        if device is not None:
+            built.loss.to(device)
         apply_fast_paths(built.loss, probe(built.loss))
     lm = built.loss.lm
     _log_model(lm, options)
@@ -345,11 +359,14 @@ def probe(model: CausalLMLoss) -> FastPaths:
     lm = model.lm
     name = type(lm).__name__
     chosen = attention_of(lm)
+    # Other implementations may support 16 bits only, or GPUs only. `eager` replaces them here.
+    runs_here = chosen in (packed.PACKED, "eager", "sdpa")
+    with _attention(lm, chosen if runs_here else "eager"):
+        found = mixers.find_mixers(lm)
+    mixers.run_by_example(lm, found)
     lost = self_check.missing_feature(lm) if chosen == packed.PACKED else None
     if lost is not None:
         log.warning("%s needs %s: attention falls back to `eager`, exact but slower", name, lost)
-    # Other implementations may support 16 bits only, or GPUs only. `eager` replaces them here.
-    runs_here = chosen in (packed.PACKED, "eager", "sdpa")
     with _attention(lm, chosen if runs_here and lost is None else "eager"):
         if not self_check.is_causal(lm):
             raise UserError(
@@ -368,19 +385,39 @@ def probe(model: CausalLMLoss) -> FastPaths:
         separate_rows = lost is not None or not self_check.packing_is_exact(lm)
         one_by_one = separate_rows and not self_check.padding_is_exact(lm)
         fused_layers.unfuse_blocks(lm, fused)
-    if one_by_one:
-        log.warning("%s: each example gets a forward pass of its own, exact but slow", name)
-    elif separate_rows:
-        log.warning(
-            "%s: each example gets a padded row of its own, exact but slower than packs", name
-        )
-    return FastPaths(
+    mixers.run_whole_rows(lm, found)
+    paths = FastPaths(
         attention=_trained_attention(chosen, lost is not None, separate_rows),
         separate_rows=separate_rows,
         one_by_one=one_by_one,
         own_logits=model.own_logits,
         fused=fused,
+        mixers=[] if separate_rows else found,
     )
+    _log_rows(lm, paths)
+    return paths
+
+
+def _log_rows(lm: PreTrainedModel, paths: FastPaths) -> None:
+    """Tells how the examples of a row are kept apart, if not by attention alone."""
+    name = type(lm).__name__
+    if paths.one_by_one:
+        log.warning("%s: each example gets a forward pass of its own, exact but slow", name)
+    elif paths.separate_rows:
+        log.warning(
+            "%s: each example gets a padded row of its own, exact but slower than packs: a step"
+            " takes the time and memory of as many tokens as its longest example has, times the"
+            " number of examples",
+            name,
+        )
+    elif paths.mixers:
+        kinds = sorted({type(lm.get_submodule(mixer.name)).__name__ for mixer in paths.mixers})
+        log.info(
+            "%s: %d layers (%s) run example by example within a row",
+            name,
+            len(paths.mixers),
+            ", ".join(kinds),
+        )
 
 
 def _trained_attention(chosen: str, is_lossy: bool, separate_rows: bool) -> str:
@@ -421,6 +458,7 @@ def apply_fast_paths(model: CausalLMLoss, paths: FastPaths) -> None:
     model.one_by_one = paths.one_by_one
     model.own_logits = paths.own_logits
     model.fused = fused_layers.fuse_blocks(model.lm, known=paths.fused)
+    mixers.run_by_example(model.lm, paths.mixers)
 
 
 def _evaluated_adapter(lm: PreTrainedModel, folder: str, options: ModelConfig) -> PeftModel:

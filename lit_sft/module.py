@@ -208,7 +208,12 @@ class SFTModule(L.LightningModule):
         sharded = self._shards_weights and self.trainer.world_size > 1
         # Lightning makes the GPU the default device. Random weights would differ from a CPU's.
         with torch.device("cpu"):
-            model, adapter = build_model(self.options, self.trainer.precision, sharded=sharded)
+            model, adapter = build_model(
+                self.options,
+                self.trainer.precision,
+                sharded=sharded,
+                device=self.trainer.strategy.root_device,
+            )
         data = data_of(self.trainer).data
         self.num_rows = new_tokens.num_rows(model.lm)
         new_tokens.check_rows(data.tokenizer, data.largest_id, self.num_rows)

@@ -83,6 +83,13 @@ def packing_is_exact(lm: PreTrainedModel) -> bool:
 
 
 @torch.no_grad()
+def run_two_examples(lm: PreTrainedModel) -> None:
+    """Calls the layers of a model with a row of two examples, `LENGTHS` tokens."""
+    input_ids, position_ids = _inputs(lm)
+    _states(lm, input_ids, position_ids, **pack_kwargs(LENGTHS, lm.device))
+
+
+@torch.no_grad()
 def padding_is_exact(lm: PreTrainedModel) -> bool:
     """Whether an example has the same hidden states in a padded row as alone.
 

@@ -74,7 +74,7 @@ CORE = {
     "chunks, temperature": ("llama4_text", {}, "packed"),
     "sparse attention": ("deepseek_v32", LATENT, "one by one"),
     "shared sparse attention": ("glm_moe_dsa", LATENT, "one by one"),
-    "linear attention": ("qwen3_5_text", {}, "padded"),
+    "linear attention": ("qwen3_5_text", {}, "packed"),
     "attention table": ("falcon", {}, "packed"),
     "experts": ("mixtral", {}, "packed"),
 }

@@ -63,6 +63,7 @@ MODELS = {
     "sinks": lambda: of("GptOss", num_local_experts=4, sliding_window=16, **EXPERTS),
     "experts": lambda: of("Qwen3Moe", num_experts=4, moe_intermediate_size=16, **EXPERTS),
     "biases": lambda: of("Qwen2", tie_word_embeddings=True),
+    "short convolutions in packed rows": lambda: of("Lfm2", layer_types=["conv", "full_attention"]),
     "a state space": lambda: transformers.MambaForCausalLM(
         transformers.MambaConfig(
             vocab_size=320,

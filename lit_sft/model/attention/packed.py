@@ -30,6 +30,10 @@ log = logging.getLogger(__name__)
 
 PACKED = "lit_sft_packed"
 """Name under which `packed_attention` is known to transformers."""
+PACK_KWARGS = frozenset(
+    ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "cu_seq_lens_host", "chunks")
+)
+"""Names of the keyword arguments that `pack_kwargs` returns."""
 
 
 def pack_kwargs(
