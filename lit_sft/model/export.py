@@ -227,7 +227,7 @@ def _save_model(lm: Any, state: dict[str, Tensor], directory: Path, saved: _Save
     """
     config = lm.config.get_text_config()
     # Weights gathered from shards are copies, so transformers cannot detect that they are tied.
-    left_out = lm.all_tied_weights_keys if config.tie_word_embeddings else ()
+    left_out = lm.all_tied_weights_keys
     written = {}
     for name, value in state.items():
         if name in left_out:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lit_sft.errors import UserError
+from lit_sft.model.composite import is_tied
 from lit_sft.model.lora.lora_config import LoraConfig
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def token_rows(
     if not ids:
         return None
     _check_token_ids(ids, num_rows=model.get_input_embeddings().weight.shape[0])
-    tied = model.config.get_text_config().tie_word_embeddings
+    tied = is_tied(model)
     trained_whole = config.modules_to_save or []
     if tied and embeddings_among(model, trained_whole):
         return None
