@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from lit_sft.errors import UserError
@@ -119,11 +120,11 @@ def source_of(lm: PreTrainedModel) -> Path | None:
         return None
     if not any((source / name).is_file() for name in (SINGLE_FILE, INDEX)):
         return None
-    return source if is_composite(_source_config(lm)) else None
+    return source if is_composite(source_config(lm)) else None
 
 
-def _source_config(lm: PreTrainedModel) -> PretrainedConfig:
-    """The config of the directory that the model was loaded from."""
+def source_config(lm: PreTrainedModel) -> PretrainedConfig:
+    """Returns the config of the directory that the model was loaded from."""
     from transformers import AutoConfig
 
     config: PretrainedConfig = AutoConfig.from_pretrained(
@@ -230,20 +231,68 @@ def _part_of(name: str) -> str:
     return f"{first}.{rest[0]}" if first == "model" else first
 
 
-def module_name(model: nn.Module, wanted: Any) -> str:
-    """Returns the name of a module within a model."""
+def module_names(ours: PreTrainedModel, theirs: PreTrainedModel) -> dict[str, str]:
+    """Returns the names of decoder and head in another class around the same language model.
+
+    Args:
+        ours: A causal LM.
+        theirs: A model with the same decoder, which may be without weights.
+
+    Returns:
+        Names in `theirs` by names in `ours`.
+    """
+    names = {}
+    for ends in (
+        (ours.get_decoder(), theirs.get_decoder()),
+        (ours.get_output_embeddings(), theirs.get_output_embeddings()),
+    ):
+        here, there = (
+            _name_of(model, module) for model, module in zip((ours, theirs), ends, strict=True)
+        )
+        names[here] = there
+    return names
+
+
+def text_of(model: Any) -> Any:
+    """Returns what computes the logits of text: the model, or the causal LM inside it.
+
+    The forward pass of Llama 4 fails without an image.
+    """
+    decoder = model.get_decoder()
+    return model if decoder.get_output_embeddings() is None else decoder
+
+
+def _name_of(model: nn.Module, wanted: Any) -> str:
     [name] = [name for name, module in model.named_modules() if module is wanted]
     return name
 
 
+def renamed(entries: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """Returns the entries whose module is named, under its new name.
+
+    Args:
+        entries: Anything by the name of a module or tensor.
+        names: From `module_names`.
+    """
+    found = {}
+    for name, value in entries.items():
+        for old, new in names.items():
+            if is_under(name, old):
+                rest = name.removeprefix(old).lstrip(".")
+                found[f"{new}.{rest}".strip(".")] = value
+    return found
+
+
+def is_under(name: str, module: str) -> bool:
+    """Whether a module or tensor is the named module or within it. The model itself has no name."""
+    return not module or f"{name}.".startswith(f"{module}.")
+
+
 def multimodal_without_weights(lm: PreTrainedModel) -> PreTrainedModel:
-    """Builds the class of the source of a model on the meta device."""
-    import torch
+    """Builds the class of the checkpoint that a model was loaded from, on the meta device."""
     from transformers import AutoModelForImageTextToText
 
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForImageTextToText.from_config(_source_config(lm))
-    return model
+    return _on_meta(AutoModelForImageTextToText, source_config(lm))
 
 
 def text_without_weights(lm: PreTrainedModel) -> PreTrainedModel | None:
@@ -255,14 +304,19 @@ def text_without_weights(lm: PreTrainedModel) -> PreTrainedModel | None:
     Returns:
         The model, or None if transformers has no class for its text alone.
     """
-    import torch
     from transformers import AutoModelForCausalLM
 
     config: Any = copy.deepcopy(lm.config.get_text_config())
     causal, _ = class_names(config)
-    if not causal and type(config) not in AutoModelForCausalLM._model_mapping:
+    if not causal:
         return None
-    config.tie_word_embeddings = is_tied(lm)
+    config.tie_word_embeddings = bool(lm.all_tied_weights_keys)
+    return _on_meta(AutoModelForCausalLM, config, dtype=lm.dtype)
+
+
+def _on_meta(factory: Any, config: PretrainedConfig, **arguments: Any) -> PreTrainedModel:
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        model: PreTrainedModel = factory.from_config(
+            config, attn_implementation="eager", **arguments
+        )
     return model

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lit_sft.errors import UserError
 from lit_sft.model.composite import INDEX, SourceNames, source_names, weight_files
+from lit_sft.model.new_tokens import num_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -104,7 +105,7 @@ def _place(
             f"{source} has no weight that became {strangers[0]} of the {type(lm).__name__}, so it"
             " cannot be written back: export with --text_only true"
         )
-    target_of = {}
+    target_of: dict[str, str] = {}
     for target, sources in found.of_tensor.items():
         target_of |= dict.fromkeys(sources, target)
     return _Placed(lm, state, found, target_of)
@@ -155,7 +156,7 @@ def _check_shape(placed: _Placed, name: str, value: Tensor, before: list[int]) -
     shape = list(value.shape)
     if shape == before:
         return
-    rows = placed.lm.get_input_embeddings().weight.shape[0]
+    rows = num_rows(placed.lm)
     has_new_rows = shape[1:] == before[1:] and shape[0] == rows
     if not has_new_rows:
         raise UserError(f"{name} is {before} in the source and {shape} in the trained model")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lit_sft.errors import UserError
+from lit_sft.model.composite import auto_class, class_names, is_remote, text_of
 from lit_sft.model.evaluation_mode import evaluation_mode
 from lit_sft.model.export import causal_lm, is_adapted
 from lit_sft.model.random_state import own_random_state
@@ -74,7 +75,7 @@ def _check_logits(output_dir: str | Path, model: Any, reloaded: Any, prompt: Ten
     else:
         limit = 0.02
     expected = model(input_ids=prompt).logits.float()
-    found = reloaded(input_ids=prompt).logits.float()
+    found = text_of(causal_lm(reloaded))(input_ids=prompt).logits.float()
     error = float((found - expected).abs().max() / expected.abs().max())
     # Also refuses NaN.
     if not error <= limit:
@@ -90,7 +91,7 @@ def _check_tokenizer(
 ) -> None:
     from transformers import AutoTokenizer
 
-    load: Any = partial(AutoTokenizer.from_pretrained, trust_remote_code=_is_remote(tokenizer))
+    load: Any = partial(AutoTokenizer.from_pretrained, trust_remote_code=is_remote(tokenizer))
     text = tokenizer.decode(list(ids))
     if load(output_dir, local_files_only=True)(text).input_ids != tokenizer(text).input_ids:
         raise _not_equal(f"the tokenizer of the export {output_dir} differs from that of the model")
@@ -98,11 +99,6 @@ def _check_tokenizer(
 
 def _not_equal(what: str) -> UserError:
     return UserError(f"{what}: nothing was exported; report it with the model's name")
-
-
-def _is_remote(thing: Any) -> bool:
-    """Whether this object's code came with the model. Then the user has agreed to run it."""
-    return type(thing).__module__.partition(".")[0] == "transformers_modules"
 
 
 def _stored_dtype(model: Any) -> torch.dtype:
@@ -113,7 +109,7 @@ def _stored_dtype(model: Any) -> torch.dtype:
 
 def _greedy(model: Any, prompt: Tensor, stops: int | list[int] | None) -> list[int]:
     """The prompt and its greedy completion, as token ids."""
-    output = causal_lm(model).generate(
+    output = text_of(causal_lm(model)).generate(
         input_ids=prompt,
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=16,
@@ -126,25 +122,42 @@ def _greedy(model: Any, prompt: Tensor, stops: int | list[int] | None) -> list[i
 
 def _reload(directory: Path, model: PreTrainedModel | PeftModel) -> Any:
     """Loads the export with transformers or peft only."""
-    from transformers import AutoModelForCausalLM
-
-    load: Any = partial(
-        AutoModelForCausalLM.from_pretrained, trust_remote_code=_is_remote(causal_lm(model))
-    )
+    options: dict[str, Any] = {
+        "trust_remote_code": is_remote(causal_lm(model)),
+        "local_files_only": True,
+    }
     # peft draws random start values before it loads the stored ones.
     with own_random_state(devices=[model.device]):
         if not is_adapted(model):
-            return load(directory, dtype="auto", local_files_only=True).to(model.device)
+            loaded = _load(str(directory), options | {"dtype": "auto"}, is_base=False)
+            return loaded.to(model.device)
         from peft import PeftConfig, PeftModel
 
         config: Any = PeftConfig.from_pretrained(str(directory))
         quantized = getattr(model.config, "quantization_config", None)
-        options = {
-            "revision": config.revision,
-            "dtype": _stored_dtype(model),
-            "local_files_only": True,
-        }
+        options |= {"revision": config.revision, "dtype": _stored_dtype(model)}
         if quantized is not None:
             options |= {"quantization_config": quantized, "device_map": {"": "cpu"}}
-        base = load(config.base_model_name_or_path, **options)
+        base = _load(config.base_model_name_or_path, options, is_base=True)
         return PeftModel.from_pretrained(base, str(directory)).to(model.device).eval()
+
+
+def _load(name: str, options: dict[str, Any], *, is_base: bool) -> Any:
+    """Loads a model.
+
+    Args:
+        name: Directory or hub id.
+        options: Arguments of `from_pretrained`.
+        is_base: Whether it is the base of an adapter. Over a multimodal checkpoint, servers and
+            peft look for its modules in the multimodal class.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    places = ("trust_remote_code", "local_files_only", "revision")
+    config = AutoConfig.from_pretrained(
+        name, **{key: options[key] for key in places if key in options}
+    )
+    factory = auto_class(config, trust_remote_code=options["trust_remote_code"])
+    if is_base and class_names(config)[1]:
+        factory = AutoModelForImageTextToText
+    return factory.from_pretrained(name, **options)
