@@ -23,6 +23,7 @@ from lit_sft.model import composite
 from lit_sft.model.base_fingerprint import record_base
 from lit_sft.model.composite_export import write_back
 from lit_sft.model.config_files import change_config, complete_config
+from lit_sft.model.lora.source_names import rename_for_source
 from lit_sft.model.tokenizer_files import TokenizerChanges, default_template, write_tokenizer
 
 if TYPE_CHECKING:
@@ -131,6 +132,8 @@ def export_hf(
                 _write_tokenizer(chat, base_directory)
                 base = AdapterBase(str(target.absolute() / "base"))
             _save_adapter(model, state, staging, base)
+            if source is not None:
+                rename_for_source(model, staging)
             saved.generation_config.save_pretrained(staging)
             record_base(staging, base_directory)
         _write_tokenizer(chat, staging)

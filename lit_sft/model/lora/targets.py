@@ -145,7 +145,9 @@ def all_linear(model: Any) -> list[str]:
     for name, module in model.named_modules():
         if module is head:
             continue
-        if isinstance(module, nn.Linear | Conv1D) and id(module) in in_decoder:
+        # Some routers are a kind of linear layer that returns more than a product.
+        is_linear = isinstance(module, nn.Linear | Conv1D) and "Router" not in type(module).__name__
+        if is_linear and id(module) in in_decoder:
             wanted.append(name)
         else:
             others.append(name)
