@@ -118,7 +118,12 @@ def _smolvlm() -> Any:
 
 
 def _lfm2_vl() -> Any:
-    text = {**TEXT, "model_type": "lfm2", "layer_types": ["conv", "full_attention"] * 2, "block_ff_dim": 64}
+    text = {
+        **TEXT,
+        "model_type": "lfm2",
+        "layer_types": ["conv", "full_attention"] * 2,
+        "block_ff_dim": 64,
+    }
     vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
               "num_attention_heads": 2, "patch_size": 4, "num_patches": 16,
               "model_type": "siglip2_vision_model"}  # fmt: skip
