@@ -81,6 +81,13 @@ def _gemma3() -> Any:
     return _config("Gemma3", text, {**SIGLIP, "model_type": "siglip_vision_model"}, **tokens)
 
 
+def _gemma4() -> Any:
+    text = {**TEXT, "sliding_window": 16, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 320,
+            "global_head_dim": 8, "model_type": "gemma4_text"}  # fmt: skip
+    vision = {**SIGLIP, "num_key_value_heads": 2, "head_dim": 8}
+    return _config("Gemma4", text, vision, audio_config=None)
+
+
 def _glm4v_moe() -> Any:
     text = {
         **TEXT, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
@@ -139,6 +146,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "Qwen3-VL": lambda: _qwen_vl("Qwen3VL", {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}),
     "Qwen2.5-VL": lambda: _qwen_vl("Qwen2_5_VL", {"fullatt_block_indexes": [0]}),
     "Gemma 3": _gemma3,
+    "Gemma 4": _gemma4,
     "GLM-4V MoE": _glm4v_moe,
     "Kimi K2.5": _kimi,
     "InternVL": _internvl,
