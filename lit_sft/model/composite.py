@@ -20,8 +20,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lit_sft.errors import UserError
-
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
@@ -94,8 +92,7 @@ def auto_class(config: PretrainedConfig, *, trust_remote_code: bool = False) -> 
 def keep_text(lm: PreTrainedModel) -> None:
     """Removes towers and projectors from a multimodal model. A text model is left as it is.
 
-    Raises:
-        UserError: The decoder is not where multimodal models of transformers have it.
+    So is a class that does not have its decoder beside them, such as one that comes with the model.
     """
     if not is_composite(lm.config):
         return
@@ -103,10 +100,7 @@ def keep_text(lm: PreTrainedModel) -> None:
     inner = lm.base_model
     children = dict(inner.named_children())
     if inner is lm or not any(child is decoder for child in children.values()):
-        raise UserError(
-            f"{lm.name_or_path}: the language model cannot be taken out of a {type(lm).__name__};"
-            " set model.model_name_or_path to another model"
-        )
+        return
     kept = READ_BY_TEXT.get(lm.config.model_type, ())
     for name, child in children.items():
         if child is not decoder and name not in kept:
@@ -288,10 +282,16 @@ def is_under(name: str, module: str) -> bool:
     return not module or f"{name}.".startswith(f"{module}.")
 
 
-def multimodal_without_weights(lm: PreTrainedModel) -> PreTrainedModel:
-    """Builds the class of the checkpoint that a model was loaded from, on the meta device."""
+def multimodal_without_weights(lm: PreTrainedModel) -> PreTrainedModel | None:
+    """Builds the class of the checkpoint that a model was loaded from, on the meta device.
+
+    Returns:
+        The model, or None if transformers has no class for images and text for it.
+    """
     from transformers import AutoModelForImageTextToText
 
+    if is_remote(lm) or not class_names(source_config(lm))[1]:
+        return None
     return _on_meta(AutoModelForImageTextToText, source_config(lm))
 
 

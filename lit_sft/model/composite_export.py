@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lit_sft.errors import UserError
-from lit_sft.model.composite import INDEX, SourceNames, source_names, weight_files
+from lit_sft.model.composite import INDEX, SINGLE_FILE, SourceNames, source_names, weight_files
 from lit_sft.model.new_tokens import num_rows
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def write_back(
             shutil.copyfile(file, directory / file.name)
     for file_name, names in files.items():
         _write_file(placed, names, source / file_name, directory / file_name, cast)
-    if list(files) != ["model.safetensors"]:
+    if list(files) != [SINGLE_FILE]:
         _write_index(source, directory, files)
 
 

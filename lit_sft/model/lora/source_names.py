@@ -39,6 +39,8 @@ def rename_for_source(model: Any, directory: Path) -> None:
         directory: The adapter directory.
     """
     names = _names_in_source(model.get_base_model())
+    if not names:
+        return
     config = _read(directory / CONFIG)
     adapted = dict.fromkeys(model.base_model.targeted_module_names)
     config["target_modules"] = sorted(composite.renamed(adapted, names))
@@ -73,7 +75,7 @@ def renamed_for_model(lm: PreTrainedModel, path: str) -> Iterator[str]:
     names = {there: here for here, there in _names_in_source(lm).items()}
     modules = _modules(Path(path) / WEIGHTS)
     is_renamed = any(here != there for there, here in names.items())
-    decoder = next(iter(names))
+    decoder = next(iter(names), "")
     if not is_renamed or not any(composite.is_under(module, decoder) for module in modules):
         yield path
         return
@@ -101,8 +103,12 @@ def renamed_for_model(lm: PreTrainedModel, path: str) -> Iterator[str]:
 
 
 def _names_in_source(lm: PreTrainedModel) -> dict[str, str]:
-    """The names of decoder and head in the class of the source, by their names in the model."""
-    return composite.module_names(lm, composite.multimodal_without_weights(lm))
+    """The names of decoder and head in the class of the source, by their names in the model.
+
+    Empty if transformers has no such class.
+    """
+    multimodal = composite.multimodal_without_weights(lm)
+    return {} if multimodal is None else composite.module_names(lm, multimodal)
 
 
 def _patterns(model: Any, names: Mapping[str, str]) -> tuple[dict[str, int], dict[str, float]]:
