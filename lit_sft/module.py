@@ -30,6 +30,7 @@ from lit_sft.generation import answer as answer_module
 from lit_sft.generation.scoring import EvaluationOptions
 from lit_sft.model import (
     base_fingerprint,
+    composite,
     memory_estimate,
     new_tokens,
     parallel,
@@ -511,13 +512,19 @@ class SFTModule(L.LightningModule):
     # ------------------------------------------------------------------ export
 
     def export(
-        self, output_dir: Path, state_dict: Mapping[str, Tensor] | None = None, **how: Any
+        self,
+        output_dir: Path,
+        state_dict: Mapping[str, Tensor] | None = None,
+        *,
+        text_only: bool = False,
+        **how: Any,
     ) -> None:
         """Writes a Hugging Face directory (see `export_hf`).
 
         Args:
             output_dir: The directory.
             state_dict: Full weights of `model` by name, if the model is sharded.
+            text_only: Whether to write the text of a multimodal model as a plain text model.
             **how: `dtype` and `check`, as in `export_hf`.
         """
         assert self.model is not None
@@ -527,6 +534,9 @@ class SFTModule(L.LightningModule):
         base = None
         if options.init != "random" and not options.add_tokens:
             base = AdapterBase(base_name(options.model_name_or_path), options.revision)
+        source = None
+        if options.init != "random" and not text_only:
+            source = composite.source_of(self.model.lm)
         if state_dict is not None:
             state_dict = {name.removeprefix("lm."): value for name, value in state_dict.items()}
         chat = ChatFormat(
@@ -542,6 +552,7 @@ class SFTModule(L.LightningModule):
             chat,
             output_dir,
             base=base,
+            source=source,
             state_dict=state_dict,
             **how,
         )

@@ -68,6 +68,7 @@ class CommandTrainer(SFTTrainer):
         merge_lora: bool = False,
         dequantize: bool = False,
         dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+        text_only: bool = False,
     ) -> None:
         """Turn a checkpoint into a Hugging Face directory.
 
@@ -80,8 +81,11 @@ class CommandTrainer(SFTTrainer):
             dequantize: Merge over a 4-bit base too, whose values are then written in bf16.
             dtype: Type of the written weights; null keeps theirs, which is fp32 where they were
                 trained.
+            text_only: Write the text of a multimodal model as a plain text model, instead of a
+                directory like that of the model.
         """
+        options = export_command.ExportOptions(merge_lora, dequantize, dtype, text_only)
         export_command.export_checkpoint(
-            self, model, datamodule, ckpt_path, Path(output_dir), merge_lora, dequantize, dtype
+            self, model, datamodule, ckpt_path, Path(output_dir), options
         )
         log.info("exported: %s", output_dir)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import lightning as L
 import torch
@@ -11,12 +13,29 @@ from lit_sft import lightning_internals
 from lit_sft.checkpoint.io import read_checkpoint
 from lit_sft.datamodule import QUESTIONS, SFTDataModule
 from lit_sft.errors import UserError
-from lit_sft.model import fused_layers
+from lit_sft.model import composite, fused_layers
 from lit_sft.model.attention.implementation import set_attention
 from lit_sft.model.lora import merge
 from lit_sft.model.loss import CausalLMLoss
 from lit_sft.model.verify_export import verify_export
 from lit_sft.module import SFTModule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What is written of a checkpoint."""
+
+    merge_lora: bool = False
+    """Whether to merge the adapter into the base."""
+    dequantize: bool = False
+    """Whether to merge even into a 4-bit base."""
+    dtype: str | None = None
+    """Dtype of the written weights. None keeps theirs."""
+    text_only: bool = False
+    """Whether to write the text of a multimodal model as a plain text model."""
 
 
 def export_checkpoint(
@@ -25,9 +44,7 @@ def export_checkpoint(
     datamodule: SFTDataModule,
     ckpt_path: str,
     output_dir: Path,
-    merge_lora: bool,
-    dequantize: bool,
-    dtype: str | None,
+    options: ExportOptions,
 ) -> None:
     """Loads a checkpoint, merges its adapter if asked to, writes the directory and verifies it.
 
@@ -39,15 +56,14 @@ def export_checkpoint(
         datamodule: Its tokenizer and template are exported along.
         ckpt_path: The checkpoint.
         output_dir: The directory to write.
-        merge_lora: Whether to merge the adapter into the base.
-        dequantize: Whether to merge even into a 4-bit base.
-        dtype: Dtype of the written weights; None keeps theirs.
+        options: What is written.
 
     Raises:
         UserError: The checkpoint belongs to another model, an option does not fit it, or the
             written model answers differently (the directory is removed then).
     """
-    if merge_lora and module.options.quantization is not None and not dequantize:
+    is_quantized = module.options.quantization is not None
+    if options.merge_lora and is_quantized and not options.dequantize:
         raise UserError(
             "--merge_lora true over a 4-bit base: say --dequantize true to write its rounded"
             " values, with the adapter, in bf16; or --model.quantization null to merge into the"
@@ -56,21 +72,47 @@ def export_checkpoint(
     model = _load(trainer, module, datamodule, ckpt_path)
     data = datamodule.data
     probes = [data.renderer.prompt(data.question(text)) for text in QUESTIONS]
-    if merge_lora:
+    if options.merge_lora:
         _merge_adapter(module, torch.tensor(probes[:1]))
     set_attention(model.lm, "sdpa")
-    if dtype is not None and module.adapter is not None:
+    if options.dtype is not None and module.adapter is not None:
         raise UserError(
-            f"--dtype {dtype} is for whole models, and an adapter stays as it is: add --merge_lora"
-            " true"
+            f"--dtype {options.dtype} is for whole models, and an adapter stays as it is: add"
+            " --merge_lora true"
         )
+    if options.text_only:
+        _check_text_only(module, model.lm)
     trained = module.adapter or model.lm
-    stored = None if dtype is None else getattr(torch, dtype)
+    stored = None if options.dtype is None else getattr(torch, options.dtype)
 
     def check(folder: Path) -> None:
         verify_export(folder, trained, datamodule.tokenizer, probes)
 
-    module.export(output_dir, dtype=stored, check=check)
+    module.export(output_dir, dtype=stored, check=check, text_only=options.text_only)
+
+
+def _check_text_only(module: SFTModule, lm: PreTrainedModel) -> None:
+    """Refuses to write a plain text model where there is none to write.
+
+    Raises:
+        UserError: An adapter is exported, the model is no part of a multimodal checkpoint, or
+            transformers has no class for its text alone.
+    """
+    if module.adapter is not None:
+        raise UserError(
+            "--text_only true is for whole models, and an adapter stays as it is: add"
+            " --merge_lora true"
+        )
+    if not composite.is_composite(lm.config) and composite.source_of(lm) is None:
+        raise UserError(
+            f"--text_only true, but {module.options.model_name_or_path} is a text model already:"
+            " leave it out"
+        )
+    if composite.text_without_weights(lm) is None:
+        raise UserError(
+            f"--text_only true: transformers has no class for the text of a {type(lm).__name__}"
+            " alone: leave it out"
+        )
 
 
 def _load(

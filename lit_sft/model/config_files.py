@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 CONFIG = "config.json"
+_DTYPE_KEYS = ("dtype", "torch_dtype")
 _NOT_KEPT = ("quantization_config", "transformers_version")
 """Keys of the source that are not true of the saved model."""
 
@@ -36,6 +37,52 @@ def complete_config(
         original = json.loads((source / CONFIG).read_text(encoding="utf-8"))
     _complete(config, original, dtype, eos_token_id)
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def change_config(
+    directory: Path,
+    source: Path,
+    *,
+    dtype: str,
+    vocab_size: int | None,
+    eos_token_id: int | None,
+) -> None:
+    """Copies the `config.json` of a multimodal checkpoint, and changes what training has changed.
+
+    Args:
+        directory: The directory to write to.
+        source: The checkpoint.
+        dtype: Name of the dtype of the trained weights, such as `bfloat16`.
+        vocab_size: The new number of rows of the embedding. None keeps that of the source.
+        eos_token_id: The new eos token. None keeps that of the source.
+    """
+    text = (source / CONFIG).read_text(encoding="utf-8")
+    config = json.loads(text)
+    inner = config["text_config"]
+    named = {part[key] for part in (config, inner) for key in _DTYPE_KEYS if key in part}
+    if named != {dtype}:
+        # Without it, transformers takes the dtype of the first weight, which may be a tower's.
+        config["dtype"] = dtype
+    if vocab_size is not None:
+        inner.setdefault("vocab_size", vocab_size)
+    for part in (config, inner):
+        _change(part, dtype, vocab_size, eos_token_id)
+    if config != json.loads(text):
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    (directory / CONFIG).write_text(text, encoding="utf-8")
+
+
+def _change(
+    config: dict[str, Any], dtype: str, vocab_size: int | None, eos_token_id: int | None
+) -> None:
+    """Changes dtype, rows and eos token where a config names them."""
+    for name in _DTYPE_KEYS:
+        if config.get(name) is not None:
+            config[name] = dtype
+    if vocab_size is not None and "vocab_size" in config:
+        config["vocab_size"] = vocab_size
+    if eos_token_id is not None and _is_other_eos(config, eos_token_id):
+        config["eos_token_id"] = eos_token_id
 
 
 def _complete(

@@ -19,8 +19,11 @@ from torch import Tensor
 
 from lit_sft.errors import UserError
 from lit_sft.files import sync_tree
+from lit_sft.model import composite
 from lit_sft.model.base_fingerprint import record_base
-from lit_sft.model.config_files import complete_config
+from lit_sft.model.composite_export import write_back
+from lit_sft.model.config_files import change_config, complete_config
+from lit_sft.model.lora.source_names import rename_for_source
 from lit_sft.model.tokenizer_files import TokenizerChanges, default_template, write_tokenizer
 
 if TYPE_CHECKING:
@@ -86,6 +89,7 @@ def export_hf(
     output_dir: str | Path,
     *,
     base: AdapterBase | None = None,
+    source: Path | None = None,
     dtype: torch.dtype | None = None,
     state_dict: Mapping[str, Tensor] | None = None,
     check: Callable[[Path], None] | None = None,
@@ -101,6 +105,8 @@ def export_hf(
         chat: Tokenizer, chat template and stop tokens.
         output_dir: The directory to write.
         base: The base of an adapter. None if it exists nowhere else.
+        source: The multimodal checkpoint that the model is the language model of, and that its
+            weights are written back into. None writes a plain text model.
         dtype: Dtype of the written weights of a whole model. None keeps theirs.
         state_dict: If the weights are sharded, the full tensors, by the names in the causal LM's
             own `state_dict()`.
@@ -114,7 +120,7 @@ def export_hf(
     lm = causal_lm(model)
     _check_target(target, lm.name_or_path if base is None else base.name_or_path)
     state = dict(lm.state_dict() if state_dict is None else state_dict)
-    saved = _Saved(_generation_config(lm, chat), _new_eos(chat), dtype)
+    saved = _Saved(_generation_config(lm, chat), _new_eos(chat), dtype, source)
     with _replaced_when_complete(target, check) as staging:
         if not is_adapted(model):
             _save_model(lm, state, staging, saved)
@@ -126,6 +132,8 @@ def export_hf(
                 _write_tokenizer(chat, base_directory)
                 base = AdapterBase(str(target.absolute() / "base"))
             _save_adapter(model, state, staging, base)
+            if source is not None:
+                rename_for_source(model, staging)
             saved.generation_config.save_pretrained(staging)
             record_base(staging, base_directory)
         _write_tokenizer(chat, staging)
@@ -143,6 +151,14 @@ class _Saved:
     """The new eos token. None keeps that of the model."""
     dtype: torch.dtype | None
     """Dtype of the written weights. None keeps theirs."""
+    source: Path | None
+    """The multimodal checkpoint to write the weights back into. None writes a plain text model."""
+
+    def cast(self, value: Tensor) -> Tensor:
+        """Casts a tensor to the dtype in which it is written."""
+        if self.dtype is None or not value.is_floating_point():
+            return value
+        return value.to(self.dtype)
 
 
 def _new_eos(chat: ChatFormat) -> int | None:
@@ -225,15 +241,18 @@ def _save_model(lm: Any, state: dict[str, Tensor], directory: Path, saved: _Save
         directory: The directory to write.
         saved: What is written beside the weights.
     """
+    if saved.source is not None:
+        _write_back(lm, state, saved.source, directory, saved)
+        return
+    if composite.is_composite(lm.config) or composite.source_of(lm) is not None:
+        lm, state = _text_model(lm, state)
     config = lm.config.get_text_config()
     # Weights gathered from shards are copies, so transformers cannot detect that they are tied.
-    left_out = lm.all_tied_weights_keys if config.tie_word_embeddings else ()
+    left_out = lm.all_tied_weights_keys
     written = {}
     for name, value in state.items():
-        if name in left_out:
-            continue
-        is_cast = saved.dtype is not None and value.is_floating_point()
-        written[name] = value.to(saved.dtype) if is_cast else value
+        if name not in left_out:
+            written[name] = saved.cast(value)
     in_training = lm.generation_config, getattr(config, "use_cache", None)
     lm.generation_config = saved.generation_config
     config.use_cache = True
@@ -248,6 +267,47 @@ def _save_model(lm: Any, state: dict[str, Tensor], directory: Path, saved: _Save
     source = Path(lm.name_or_path) if lm.name_or_path else None
     dtype = None if saved.dtype is None else str(saved.dtype).removeprefix("torch.")
     complete_config(directory, source, dtype=dtype, eos_token_id=saved.eos_token_id)
+
+
+def _write_back(
+    lm: Any, state: dict[str, Tensor], source: Path, directory: Path, saved: _Saved
+) -> None:
+    """Writes the weights of a language model back into its multimodal checkpoint (see `source`)."""
+    directory.mkdir(exist_ok=True)
+    write_back(lm, state, source, directory, saved.cast)
+    saved.generation_config.save_pretrained(directory)
+    rows = lm.config.get_text_config().vocab_size
+    has_new_rows = rows != composite.source_config(lm).get_text_config().vocab_size
+    stored = saved.dtype or lm.get_input_embeddings().weight.dtype
+    change_config(
+        directory,
+        source,
+        dtype=str(stored).removeprefix("torch."),
+        vocab_size=rows if has_new_rows else None,
+        eos_token_id=saved.eos_token_id,
+    )
+
+
+def _text_model(lm: Any, state: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+    """Turns the language model of a multimodal checkpoint into the plain text model.
+
+    Returns:
+        The text model without weights, and its tensors. If transformers has no class for it, those
+        that are given.
+    """
+    text = composite.text_without_weights(lm)
+    if text is None:
+        return lm, state
+    text.name_or_path = lm.name_or_path
+    renamed = composite.renamed(state, composite.module_names(lm, text))
+    strangers = renamed.keys() ^ text.state_dict().keys()
+    strangers -= set(text.all_tied_weights_keys)
+    if strangers:
+        raise UserError(
+            f"{min(strangers)} is not in both the {type(lm).__name__} and the"
+            f" {type(text).__name__}: export without --text_only"
+        )
+    return text, renamed
 
 
 def _base_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

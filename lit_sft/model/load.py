@@ -12,6 +12,7 @@ import torch
 
 from lit_sft import hub
 from lit_sft.errors import UserError
+from lit_sft.model import composite
 from lit_sft.model.attention.implementation import attention_of
 from lit_sft.model.attention.packed import PACKED
 from lit_sft.model.dequantize import (
@@ -91,6 +92,8 @@ def load_model(
 ) -> PreTrainedModel:
     """Loads the causal LM, or builds it with random weights.
 
+    Of a multimodal model, only the language model is kept (see `composite`).
+
     Random weights depend on `seed` only: they are drawn on the CPU, so that they are the same for
     every device. The caller's random state is kept.
 
@@ -110,7 +113,7 @@ def load_model(
         The model in training mode.
 
     Raises:
-        UserError: This is no causal LM, or its weights cannot be read.
+        UserError: This is no causal LM and holds none, or its weights cannot be read.
     """
     config = load_config(path, trust_remote_code=trust_remote_code)
     _check_causal(config, path)
@@ -125,7 +128,7 @@ def load_model(
         if on_meta or init == "random":
             forget_quantization(config)
             return _random_model(config, named, seed, "meta" if on_meta else "cpu")
-        model = _pretrained_model(path, {**loading_arguments(config), **named})
+        model = _pretrained_model(config, path, {**loading_arguments(config), **named})
         if is_quantized_twice:
             quantize_loaded(model, quantization_config)
         return model
@@ -193,19 +196,18 @@ def _gguf_arguments(path: str) -> dict[str, str]:
 
 
 def _check_causal(config: PretrainedConfig, path: str) -> None:
-    """Refuses a model that is no causal LM.
+    """Refuses a model that neither is a causal LM nor holds one.
 
     transformers would load an encoder or a classifier as one.
     """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
     remedy = "which is no causal language model; set model.model_name_or_path to another model"
     own_code = getattr(config, "auto_map", None) or {}
-    causal_class = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, "")
-    if not causal_class and "AutoModelForCausalLM" not in own_code:
+    causal, multimodal = composite.class_names(config)
+    known = [name.lower() for name in (causal, multimodal) if name]
+    if not known and "AutoModelForCausalLM" not in own_code:
         raise UserError(f"{path} is a {config.model_type} model, {remedy}")
     names = config.architectures or ["causallm"]
-    marks = (causal_class.lower() or "model", "causallm", "lmhead")
+    marks = (*(known or ["model"]), "causallm", "lmhead")
     if not any(mark in name.lower() for name in names for mark in marks):
         raise UserError(f"{path} holds a {names[0]}, {remedy}")
 
@@ -213,24 +215,27 @@ def _check_causal(config: PretrainedConfig, path: str) -> None:
 def _random_model(
     config: PretrainedConfig, arguments: dict[str, Any], seed: int, device: str
 ) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
-
-    factory: Any = AutoModelForCausalLM
+    factory = composite.auto_class(config, trust_remote_code=arguments["trust_remote_code"])
     with own_random_state(seed), torch.device(device):
         model: PreTrainedModel = factory.from_config(config, **arguments)
+    # Of the text model inside a multimodal one, the config has no name.
+    model.name_or_path = config.name_or_path
+    composite.keep_text(model)
     return model
 
 
-def _pretrained_model(path: str, arguments: dict[str, Any]) -> PreTrainedModel:
+def _pretrained_model(
+    config: PretrainedConfig, path: str, arguments: dict[str, Any]
+) -> PreTrainedModel:
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, GgufConfig
+    from transformers import GgufConfig
 
     gguf: dict[str, Any] = dict(_gguf_arguments(path))
     is_pickled = not gguf and _is_pickled(path)
     if gguf:
         # Without it, the model may stay quantized, and could be neither trained nor saved.
         gguf["quantization_config"] = GgufConfig(dequantize=True)
-    factory: Any = AutoModelForCausalLM
+    factory = composite.auto_class(config, trust_remote_code=arguments["trust_remote_code"])
     try:
         with whole_and_partial_blocks(path):
             model, info = factory.from_pretrained(
@@ -251,11 +256,14 @@ def _pretrained_model(path: str, arguments: dict[str, Any]) -> PreTrainedModel:
         raise UserError(
             f"{path}: the weights do not fit the config or are damaged: {_reason(error)}"
         ) from error
-    missing = sorted(info["missing_keys"])
+    composite.keep_text(model)
+    missing = sorted(set(info["missing_keys"]) & model.state_dict().keys())
     if missing:
         raise UserError(
             f"{path} lacks {len(missing)} weights of a causal language model, such as {missing[0]}"
         )
+    if composite.is_composite(config) and not gguf:
+        composite.log_left_out(model, config, Path(path))
     loaded: PreTrainedModel = model
     return loaded
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lit_sft.errors import UserError
+from lit_sft.model.composite import auto_class, class_names, is_remote, text_of
 from lit_sft.model.dequantize import (
     is_dequantized,
     loading_arguments,
@@ -80,7 +81,7 @@ def _check_logits(output_dir: str | Path, model: Any, reloaded: Any, prompt: Ten
     else:
         limit = 0.02
     expected = model(input_ids=prompt).logits.float()
-    found = reloaded(input_ids=prompt).logits.float()
+    found = text_of(causal_lm(reloaded))(input_ids=prompt).logits.float()
     error = float((found - expected).abs().max() / expected.abs().max())
     # Also refuses NaN.
     if not error <= limit:
@@ -96,7 +97,7 @@ def _check_tokenizer(
 ) -> None:
     from transformers import AutoTokenizer
 
-    load: Any = partial(AutoTokenizer.from_pretrained, trust_remote_code=_is_remote(tokenizer))
+    load: Any = partial(AutoTokenizer.from_pretrained, trust_remote_code=is_remote(tokenizer))
     text = tokenizer.decode(list(ids))
     if load(output_dir, local_files_only=True)(text).input_ids != tokenizer(text).input_ids:
         raise _not_equal(f"the tokenizer of the export {output_dir} differs from that of the model")
@@ -104,11 +105,6 @@ def _check_tokenizer(
 
 def _not_equal(what: str) -> UserError:
     return UserError(f"{what}: nothing was exported; report it with the model's name")
-
-
-def _is_remote(thing: Any) -> bool:
-    """Whether this object's code came with the model. Then the user has agreed to run it."""
-    return type(thing).__module__.partition(".")[0] == "transformers_modules"
 
 
 def _stored_dtype(model: Any) -> torch.dtype:
@@ -119,7 +115,7 @@ def _stored_dtype(model: Any) -> torch.dtype:
 
 def _greedy(model: Any, prompt: Tensor, stops: int | list[int] | None) -> list[int]:
     """The prompt and its greedy completion, as token ids."""
-    output = causal_lm(model).generate(
+    output = text_of(causal_lm(model)).generate(
         input_ids=prompt,
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=16,
@@ -132,38 +128,62 @@ def _greedy(model: Any, prompt: Tensor, stops: int | list[int] | None) -> list[i
 
 def _reload(directory: Path, model: PreTrainedModel | PeftModel) -> Any:
     """Loads the export with transformers or peft only."""
-    from transformers import AutoModelForCausalLM
-
-    load: Any = partial(
-        AutoModelForCausalLM.from_pretrained, trust_remote_code=_is_remote(causal_lm(model))
-    )
+    options: dict[str, Any] = {
+        "trust_remote_code": is_remote(causal_lm(model)),
+        "local_files_only": True,
+    }
     # peft draws random start values before it loads the stored ones.
     with own_random_state(devices=[model.device]):
         if not is_adapted(model):
-            return load(directory, dtype="auto", local_files_only=True).to(model.device)
+            loaded = _load(str(directory), options | {"dtype": "auto"}, is_base=False)
+            return loaded.to(model.device)
         from peft import PeftConfig, PeftModel
 
         config: Any = PeftConfig.from_pretrained(str(directory))
-        base = _reload_base(load, config, model)
+        base = _reload_base(config, options, model)
         return PeftModel.from_pretrained(base, str(directory)).to(model.device).eval()
 
 
-def _reload_base(load: Any, adapter: Any, model: Any) -> Any:
+def _reload_base(adapter: Any, options: dict[str, Any], model: Any) -> Any:
     """Loads the base that the config of an adapter names, quantized as that of the model."""
-    from transformers import AutoConfig
-
-    where = {"revision": adapter.revision, "local_files_only": True}
-    source = AutoConfig.from_pretrained(
-        adapter.base_model_name_or_path, trust_remote_code=_is_remote(causal_lm(model)), **where
-    )
+    name = adapter.base_model_name_or_path
+    options = options | {"revision": adapter.revision, "dtype": _stored_dtype(model)}
+    source = _config_of(name, options)
     quantized: Any = getattr(model.config, "quantization_config", None)
-    options = {"dtype": _stored_dtype(model), **where}
     if quantized is None or is_dequantized(source):
         options |= loading_arguments(source)
     else:
         options |= {"quantization_config": quantized, "device_map": {"": "cpu"}}
-    with whole_and_partial_blocks(adapter.base_model_name_or_path):
-        base = load(adapter.base_model_name_or_path, **options)
+    with whole_and_partial_blocks(name):
+        base = _load(name, options, is_base=True)
     if quantized is not None and is_dequantized(source):
         quantize_loaded(base, quantized)
     return base
+
+
+def _load(name: str, options: dict[str, Any], *, is_base: bool) -> Any:
+    """Loads a model.
+
+    Args:
+        name: Directory or hub id.
+        options: Arguments of `from_pretrained`.
+        is_base: Whether it is the base of an adapter. Over a multimodal checkpoint, servers and
+            peft look for its modules in the multimodal class.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    config = _config_of(name, options)
+    factory = auto_class(config, trust_remote_code=options["trust_remote_code"])
+    if is_base and class_names(config)[1]:
+        factory = AutoModelForImageTextToText
+    return factory.from_pretrained(name, **options)
+
+
+def _config_of(name: str, options: dict[str, Any]) -> Any:
+    """Loads the config of a model with those of the options that say where it is."""
+    from transformers import AutoConfig
+
+    places = ("trust_remote_code", "local_files_only", "revision")
+    return AutoConfig.from_pretrained(
+        name, **{key: options[key] for key in places if key in options}
+    )

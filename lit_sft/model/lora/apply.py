@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from lit_sft.errors import UserError
+from lit_sft.model.composite import is_tied
 from lit_sft.model.lora import targets
 from lit_sft.model.lora.lora_config import LoraConfig
 from lit_sft.model.lora.precision import train_in_fp32
@@ -59,7 +60,7 @@ def _peft_config(model: PreTrainedModel, config: LoraConfig, new_token_ids: Sequ
     """`model.lora` as a config of peft, with names that fit this model."""
     from peft import LoraConfig as PeftLoraConfig
 
-    tied = model.config.get_text_config().tie_word_embeddings
+    tied = is_tied(model)
     if tied and targets.embeddings_among(model, config.target_modules):
         # The one weight would get two adapters, and merging would add both updates to it.
         raise UserError(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lit_sft.errors import UserError
 from lit_sft.model.lora.precision import train_in_fp32
+from lit_sft.model.lora.source_names import renamed_for_model
 from lit_sft.model.random_state import devices_of, own_random_state
 
 if TYPE_CHECKING:
@@ -43,10 +44,11 @@ def load_adapter(
             f"{path} is no adapter directory (adapter_config.json and adapter_model.safetensors)"
         )
     try:
-        config = _read_config(path, base_name)
-        with safe_open(weights, framework="pt") as file:
-            saved = set(file.keys())
-        adapted = _wrapped(model, path, config, trainable)
+        with renamed_for_model(model, path) as folder:
+            config = _read_config(folder, base_name)
+            with safe_open(Path(folder) / weights.name, framework="pt") as file:
+                saved = set(file.keys())
+            adapted = _wrapped(model, folder, config, trainable)
     except UserError:
         raise
     except (RuntimeError, ValueError, TypeError, SafetensorError) as error:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lit_sft.errors import UserError
+from lit_sft.model.composite import is_tied
 from lit_sft.model.lora.lora_config import LoraConfig
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def token_rows(
     if not ids:
         return None
     _check_token_ids(ids, num_rows=model.get_input_embeddings().weight.shape[0])
-    tied = model.config.get_text_config().tie_word_embeddings
+    tied = is_tied(model)
     trained_whole = config.modules_to_save or []
     if tied and embeddings_among(model, trained_whole):
         return None
@@ -144,7 +145,9 @@ def all_linear(model: Any) -> list[str]:
     for name, module in model.named_modules():
         if module is head:
             continue
-        if isinstance(module, nn.Linear | Conv1D) and id(module) in in_decoder:
+        # Some routers are a kind of linear layer that returns more than a product.
+        is_linear = isinstance(module, nn.Linear | Conv1D) and "Router" not in type(module).__name__
+        if is_linear and id(module) in in_decoder:
             wanted.append(name)
         else:
             others.append(name)
