@@ -8,6 +8,7 @@ as they were, to the last bit.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ is written anew.
 """
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 """Endings of weight files, of which only those that were trained are written."""
+_SCALE = re.compile(r"\.(weight_scale_inv|weight_scale|activation_scale|input_scale)$")
+"""Scales of FP8 weights and of their inputs (`dequantize`)."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,24 @@ def write_back(
     for file_name, names in files.items():
         _write_file(placed, names, source / file_name, directory / file_name, cast)
     if list(files) != [SINGLE_FILE]:
-        _write_index(source, directory, files)
+        _write_index(placed, source, directory, files)
+
+
+def _is_old_scale(placed: _Placed, name: str) -> bool:
+    """Whether a tensor is a scale of an FP8 weight, which is now written without one.
+
+    Raises:
+        UserError: The weight is not trained, so it stays in FP8, and no config tells it apart.
+    """
+    weight = _SCALE.sub(".weight", name)
+    if weight == name:
+        return False
+    if weight in placed.target_of:
+        return True
+    raise UserError(
+        f"{weight} of the source stays in FP8 beside the trained weights, which no config can say:"
+        " export with --text_only true"
+    )
 
 
 def _place(
@@ -141,6 +161,8 @@ def _write_file(
     with safe_open(source, framework="pt") as file:
         metadata = file.metadata()
         for name in names:
+            if _is_old_scale(placed, name):
+                continue
             if name not in placed.target_of:
                 tensors[name] = file.get_tensor(name)
                 continue
@@ -162,9 +184,12 @@ def _check_shape(placed: _Placed, name: str, value: Tensor, before: list[int]) -
         raise UserError(f"{name} is {before} in the source and {shape} in the trained model")
 
 
-def _write_index(source: Path, directory: Path, files: Mapping[str, Any]) -> None:
-    """Writes the index of the weight files, with their new size."""
+def _write_index(placed: _Placed, source: Path, directory: Path, files: Mapping[str, Any]) -> None:
+    """Writes the index of the weight files, with their new size and without old scales."""
     index = json.loads((source / INDEX).read_text(encoding="utf-8"))
+    for name in list(index["weight_map"]):
+        if _is_old_scale(placed, name):
+            del index["weight_map"][name]
     size = sum(_bytes_of_tensors(directory / file_name) for file_name in files)
     index["metadata"] = {**index.get("metadata", {}), "total_size": size}
     text = json.dumps(index, indent=2) + "\n"

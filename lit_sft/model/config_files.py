@@ -66,6 +66,8 @@ def change_config(
     if vocab_size is not None:
         inner.setdefault("vocab_size", vocab_size)
     for part in (config, inner):
+        # Weights in MXFP4 or FP8 were dequantized when they were loaded.
+        part.pop("quantization_config", None)
         _change(part, dtype, vocab_size, eos_token_id)
     if config != json.loads(text):
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"

@@ -103,7 +103,7 @@ def small(name, attention="auto", **more):
     torch.manual_seed(0)
     return load.with_attention(
         lambda chosen: kind._from_config(config, attn_implementation=chosen),
-        packed.choose(config, attention),
+        packed.choose(attention),
     )
 
 

@@ -112,6 +112,37 @@ def test_fit_and_export(name, place, tmp_path):
         assert_same(logits(plain(folder / "hf")), expected)
 
 
+def test_a_source_in_fp8_is_written_back_without_scales(place, tmp_path):
+    """As Mistral stores Ministral 3: one scale for each matrix of the language model."""
+    source = families.Path(families.save("Ministral 3", tmp_path / "source"))
+    [(file, tensors)] = families.tensors_of(source).items()
+    names = [key for key in tensors if families.is_text(key) and key.endswith("_proj.weight")]
+    for name in names:
+        scale = tensors[name].abs().max() / 448
+        tensors[name] = (tensors[name] / scale).to(torch.float8_e4m3fn)
+        tensors[name.replace(".weight", ".weight_scale_inv")] = scale.to(torch.bfloat16)
+        tensors[name.replace(".weight", ".activation_scale")] = torch.tensor(1.0).bfloat16()
+    save_file(tensors, source / file, metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    skipped = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+    config["quantization_config"] = {
+        "quant_method": "fp8",
+        "activation_scheme": "static",
+        "weight_block_size": None,
+        "modules_to_not_convert": skipped,
+    }
+    (source / "config.json").write_text(json.dumps(config))
+    folder = fit((str(source), place("Ministral 3")[1]), tmp_path / "runs")
+    [(_, after)] = families.tensors_of(folder / "hf").items()
+    assert after.keys() == {key for key in tensors if not key.endswith(("_scale_inv", "_scale"))}
+    assert all(after[name].dtype == torch.float32 for name in names)
+    assert "quantization_config" not in json.loads((folder / "hf" / "config.json").read_text())
+    trained = language_model(source)
+    weights = final_weights(tmp_path / "runs")
+    trained.load_state_dict({key.removeprefix("model.lm."): v for key, v in weights.items()})
+    assert_same(logits(multimodal(folder / "hf")), logits(trained))
+
+
 @pytest.mark.slow
 @BOTH
 def test_a_resumed_run(name, place, tmp_path):
