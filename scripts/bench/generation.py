@@ -42,7 +42,7 @@ def main() -> None:
         str(args.model),
         init="pretrained",
         dtype=torch.float32,
-        attn_implementation=choose(load.load_config(str(args.model)), "auto"),
+        attn_implementation=choose("auto"),
         seed=0,
     ).eval()
     stop_ids = stop_token_ids(data.tokenizer, lm.generation_config, data.stop_ids)
