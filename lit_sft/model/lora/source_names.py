@@ -74,11 +74,36 @@ def renamed_for_model(lm: PreTrainedModel, path: str) -> Iterator[str]:
         return
     names = {there: here for here, there in _names_in_source(lm).items()}
     modules = _modules(Path(path) / WEIGHTS)
-    is_renamed = any(here != there for there, here in names.items())
-    decoder = next(iter(names), "")
-    if not is_renamed or not any(composite.is_under(module, decoder) for module in modules):
+    if not _has_names_of_source(modules, names):
         yield path
         return
+    _check_all_known(modules, names, path)
+    with TemporaryDirectory() as folder:
+        config = _read(Path(path) / CONFIG)
+        _write(Path(folder) / CONFIG, _config_for_model(config, modules, names))
+        _rename_tensors(Path(path) / WEIGHTS, Path(folder) / WEIGHTS, names)
+        yield folder
+
+
+def _has_names_of_source(modules: Mapping[str, bool], names: Mapping[str, str]) -> bool:
+    """Whether the modules of an adapter have the names of the source, which are other ones.
+
+    Args:
+        modules: As from `_modules`.
+        names: The names in the model of decoder and head, by their names in the source.
+    """
+    if all(here == there for there, here in names.items()):
+        return False
+    decoder = next(iter(names))
+    return any(composite.is_under(module, decoder) for module in modules)
+
+
+def _check_all_known(modules: Mapping[str, bool], names: Mapping[str, str], path: str) -> None:
+    """Refuses an adapter with weights for a part of the checkpoint that is not loaded.
+
+    Raises:
+        UserError: It has such weights.
+    """
     strangers = []
     for module in modules:
         if not any(composite.is_under(module, name) for name in names):
@@ -88,18 +113,20 @@ def renamed_for_model(lm: PreTrainedModel, path: str) -> Iterator[str]:
             f"the adapter {path} also adapts {min(strangers)}, which is no part of the language"
             " model: train an adapter of the language model only"
         )
-    with TemporaryDirectory() as folder:
-        config = _read(Path(path) / CONFIG)
-        adapted = {name for name, is_adapted in modules.items() if is_adapted}
-        config["target_modules"] = sorted(composite.renamed(dict.fromkeys(adapted), names))
-        config |= dict.fromkeys(_APPLIED)
-        for key in ("rank_pattern", "alpha_pattern", "trainable_token_indices"):
-            config[key] = _renamed_or_kept(config.get(key), names)
-        whole = dict.fromkeys(config.get("modules_to_save") or [])
-        config["modules_to_save"] = list(_renamed_or_kept(whole, names)) or None
-        _write(Path(folder) / CONFIG, config)
-        _rename_tensors(Path(path) / WEIGHTS, Path(folder) / WEIGHTS, names)
-        yield folder
+
+
+def _config_for_model(
+    config: dict[str, Any], modules: Mapping[str, bool], names: Mapping[str, str]
+) -> dict[str, Any]:
+    """Returns the config of an adapter with the names of the model."""
+    adapted = {name for name, is_adapted in modules.items() if is_adapted}
+    targets = sorted(composite.renamed(dict.fromkeys(adapted), names))
+    config = config | {"target_modules": targets} | dict.fromkeys(_APPLIED)
+    for key in ("rank_pattern", "alpha_pattern", "trainable_token_indices"):
+        config[key] = _renamed_or_kept(config.get(key), names)
+    whole = dict.fromkeys(config.get("modules_to_save") or [])
+    config["modules_to_save"] = list(_renamed_or_kept(whole, names)) or None
+    return config
 
 
 def _names_in_source(lm: PreTrainedModel) -> dict[str, str]:
