@@ -166,7 +166,7 @@ def test_log_lines_are_redacted():
 # ------------------------------------------------------------------ code
 
 LOADS = re.compile(
-    r"torch\.load\(.*|pickle\.\w+|np\.load\(.*|\bdill\b|joblib|yaml\.(?:load|unsafe_load)\(|\beval\(|\bexec\("
+    r"torch\.load\(.*|pickle\.(?!UnpicklingError)\w+|np\.load\(.*|\bdill\b|joblib|yaml\.(?:load|unsafe_load)\(|\beval\(|\bexec\("
 )
 
 

@@ -406,7 +406,7 @@ def test_a_run_stands_for_its_newest_checkpoint(place, tmp_path, capsys):
     assert (tmp_path / "out" / "model.safetensors").is_file()
     shutil.rmtree(folder / "checkpoints")
     (folder / "checkpoints").mkdir()
-    assert "there is no such checkpoint" in refused(
+    assert "this run has no intact checkpoint" in refused(
         capsys, "export", [f"--ckpt_path={folder}", "--output_dir=x"]
     )
 
