@@ -87,8 +87,8 @@ class RenderedTurn:
     stop: str
     """The stop token. `text` ends with it."""
     start: int
-    """Where the answer begins: the end of `prompt`, or for a lenient turn the end of the common
-    prefix of `prompt` and `text`.
+    """Where the answer begins: the end of `prompt`, or for a lenient turn where `text` leaves it,
+    but never before the end of the message before the turn.
     """
     anchor: int
     """Where the last special token of `prompt` begins. The tokens before it do not depend on the

@@ -247,8 +247,8 @@ class ChatTemplate:
             tokenizer: Its special tokens are template variables, and one of them ends a turn.
             text: The template; None for `raw`.
             chat_template_kwargs: More template variables.
-            unproved: `lenient` accepts a turn that does not fit its prompt, and trains it from the
-                end of their common prefix.
+            unproved: `lenient` accepts a turn that does not fit its prompt, and trains it from
+                where its text leaves the prompt.
 
         Raises:
             UserError: The template does not read a variable.

@@ -86,7 +86,9 @@ NOTES = {
         "trained behind the prompt of a server, because the template writes their history"
         " differently"
     ),
-    "lenient": "trained from the longest common prefix, because the mask could not be proved",
+    "lenient": (
+        "trained from where the text leaves the prompt, because the mask could not be proved"
+    ),
     "moved:reasoning": (
         "reasoning moved from the content to reasoning_content, where the template expects it"
     ),

@@ -171,6 +171,7 @@ def _call(own: Callable[..., Any], inputs: _Inputs) -> tuple[Any, bool]:
     try:
         return own(*inputs.args, **inputs.kwargs), False
     except Exception:
+        # Custom code may refuse keyword arguments that it does not know with any error.
         if PACK_KWARGS.isdisjoint(inputs.kwargs):
             raise
     inputs = inputs.without_bounds()
