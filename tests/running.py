@@ -5,10 +5,12 @@ the run wrote.
 from __future__ import annotations
 
 import csv
+import faulthandler
 import json
 import multiprocessing
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -138,9 +140,20 @@ def run_forked(command: str, args: list[str], timeout: float = 240) -> tuple[lis
         end = time.monotonic() + timeout
         for rank in ranks:
             rank.join(max(0.0, end - time.monotonic()))
-            rank.kill()
-            rank.join()
+        _stop(ranks)
         return [rank.exitcode for rank in ranks], Path(log.name).read_text()
+
+
+def _stop(ranks: list[Any]) -> None:
+    """Kills what still runs. Each of these ranks first writes where it hangs."""
+    late = [rank for rank in ranks if rank.exitcode is None]
+    for rank in late:
+        os.kill(rank.pid, signal.SIGUSR2)
+    if late:
+        time.sleep(2)
+    for rank in late:
+        rank.kill()
+        rank.join()
 
 
 def _run_rank(
@@ -156,6 +169,7 @@ def _run_rank(
     sys.stdout = sys.stderr = Path(log).open("a", buffering=1)  # type: ignore[assignment]
     os.dup2(sys.stderr.fileno(), 1)
     os.dup2(sys.stderr.fileno(), 2)
+    faulthandler.register(signal.SIGUSR2, all_threads=True)
     os.chdir(REPOSITORY)
     sys.argv = ["lit_sft", command, *args]
     main([command, *args])
