@@ -45,6 +45,8 @@ _BETWEEN_PARTS = {"<|end|>", "<|eom|>"}
 """Tokens that end one part of a turn where turns have parts (Harmony's channels)."""
 _OPEN_THINKING = re.compile(r"[<\[](?!\|END)[\w:|]*think[\w:|]*[>\]]\s*\Z", re.IGNORECASE)
 _CLOSED_THINKING = re.compile(r"</[\w:]*think[\w:]*>|\[/THINK\]|<\|END_THINKING\|>")
+_WORDS = re.compile(r"((?:begin|end|first|last|city|list|time)(\d))(?!\d)")
+"""Words of a row that occur once, with the number of their message (see `row_shapes`)."""
 _REASONS = {
     "open": "leaves turn",
     "thinking left open": "leaves the thinking block open",
@@ -68,6 +70,18 @@ class Row:
     tools: tuple[dict[str, Any], ...] | None = None
     untrained: frozenset[int] = frozenset()
     """Indices of assistant turns that are not trained."""
+
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> Row:
+        """Reads a row of the format `messages`."""
+        turns = [{k: v for k, v in turn.items() if k != "weight"} for turn in row["messages"]]
+        for turn in turns:
+            if "tool_calls" in turn:
+                turn["tool_calls"] = [_parsed_call(call) for call in turn["tool_calls"]]
+        weights = [turn.get("weight", 1) for turn in row["messages"]]
+        untrained = frozenset(i for i, weight in enumerate(weights) if weight == 0)
+        tools = row.get("tools")
+        return cls(tuple(turns), None if tools is None else tuple(tools), untrained)
 
     def conversation(self, end: int | None = None) -> Conversation:
         """Returns the row, up to a message, as `lit_sft` reads it."""
@@ -181,6 +195,15 @@ def _text_call(call: dict[str, Any]) -> dict[str, Any]:
     return {**call, "function": {**function, "arguments": text}}
 
 
+def _parsed_call(call: dict[str, Any]) -> dict[str, Any]:
+    """Reads the arguments of a call as servers do, which may be JSON text."""
+    function = call["function"]
+    arguments = function["arguments"]
+    if isinstance(arguments, str):
+        arguments = json.loads(arguments)
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
 def judge(server: Server, row: Row) -> Verdict:
     """Renders a row with `lit_sft`, and judges what comes of it."""
     [result] = server.renderer.render([row.conversation()], [0])
@@ -230,7 +253,7 @@ def _turn_runs(server: Server, example: Example) -> list[tuple[int, int]]:
 
 def _turn_of(row: Row, text: str) -> tuple[int | None, list[str]]:
     """Finds the turn that a trained text belongs to, by its words."""
-    found = sorted({int(number) for number in re.findall(r"[wrv]\w+?z(\d)z", text)})
+    found = sorted({int(number) for _, number in _WORDS.findall(text)})
     own = [i for i in found if row.turns[i]["role"] == "assistant"]
     if len(found) == 1 and len(own) == 1:
         return own[0], []
@@ -280,7 +303,7 @@ def _fits(server: Server, prompt: list[int], before: list[int]) -> bool:
     if not server.is_marked:
         return prompt == before
     rest = server.tokenizer.decode(before[len(prompt) :])
-    return before[: len(prompt)] == prompt and not re.search(r"[wrv]\w+?z\dz", rest)
+    return before[: len(prompt)] == prompt and not _WORDS.search(rest)
 
 
 def _judge_doubling(prompt: str, text: str) -> list[str]:
@@ -316,7 +339,7 @@ def _judge_content(
 
 def _words(source: str, text: str) -> list[str]:
     """Returns the words of a text that another one lacks."""
-    return [word for word in re.findall(r"[wrv]\w+?z\dz", source) if word not in text]
+    return [word for word, _ in _WORDS.findall(source) if word not in text]
 
 
 def _could_reason(server: Server, row: Row, number: int) -> bool:
