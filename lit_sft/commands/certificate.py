@@ -154,7 +154,7 @@ def _show(certificate: Certificate) -> None:
     show(table)
     show(_numbered(numbers))
     counts = Counter(result.verdict for result in certificate.results)
-    show(Text(", ".join(f"{count} {verdict}" for verdict, count in counts.items())))
+    show(Text(", ".join(f"{counts[verdict]} {verdict}" for verdict in STYLES if counts[verdict])))
 
 
 def _head(certificate: Certificate) -> Table:

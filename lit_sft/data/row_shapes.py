@@ -75,9 +75,7 @@ def _tool_row(*messages: Row) -> Row:
 
 _SYSTEM = {"role": "system", "content": _say(0)}
 _CITY = _call("get_weather", city="city1")
-_NESTED = _call(
-    "get_weather", city="city1 北京", flag=True, none=None, days=[1, {"of": "list1"}]
-)
+_NESTED = _call("get_weather", city="city1 北京", flag=True, none=None, days=[1, {"of": "list1"}])
 
 ROW_SHAPES: dict[str, Row] = {
     "single": _row(_user(0), _answer(1)),
