@@ -126,11 +126,11 @@ def family_of(template: str) -> Family:
 class Server:
     """What a server does with a template."""
 
-    def __init__(self, template: str) -> None:
-        """Makes a tokenizer with the special tokens of the template."""
+    def __init__(self, template: str, family: Family | None = None) -> None:
+        """Makes a tokenizer, by default with the special tokens that the template names."""
         self.template = template
         self.is_marked = re.search(r"\{%-?\s*generation\b", template) is not None
-        self.family = family_of(template)
+        self.family = family_of(template) if family is None else family
         self.tokenizer = byte_tokenizer(self.family)
         self.renderer: Renderer = renderer_of(self.tokenizer)
 
@@ -217,9 +217,9 @@ def judge_examples(server: Server, row: Row, examples: Sequence[Example]) -> Ver
     faults = []
     trained: list[int] = []
     for example in examples:
-        for begin, end in _turn_runs(server, example):
+        for begin, end in turn_runs(server, example):
             text = server.tokenizer.decode(example.input_ids[begin:end])
-            number, fault = _turn_of(row, text)
+            number, fault = turn_of(row, text)
             faults += fault
             if number is not None:
                 trained.append(number)
@@ -236,7 +236,7 @@ def judge_examples(server: Server, row: Row, examples: Sequence[Example]) -> Ver
     return Verdict("exact")
 
 
-def _turn_runs(server: Server, example: Example) -> list[tuple[int, int]]:
+def turn_runs(server: Server, example: Example) -> list[tuple[int, int]]:
     """Joins the marked parts of one turn: a turn ends only with its stop token."""
     if not server.is_marked:
         return runs(example)
@@ -251,7 +251,7 @@ def _turn_runs(server: Server, example: Example) -> list[tuple[int, int]]:
     return joined
 
 
-def _turn_of(row: Row, text: str) -> tuple[int | None, list[str]]:
+def turn_of(row: Row, text: str) -> tuple[int | None, list[str]]:
     """Finds the turn that a trained text belongs to, by its words."""
     found = sorted({int(number) for _, number in _WORDS.findall(text)})
     own = [i for i in found if row.turns[i]["role"] == "assistant"]
@@ -290,7 +290,7 @@ def _texts_of_server(
     """Renders the prompts that a server may feed for a turn, and the texts up to this turn."""
     fed = []
     wholes = []
-    for turns in _histories(row):
+    for turns in histories(row):
         for switch in _switches(example.notes):
             prompt = server.text(turns[:number], row.tools, add_generation_prompt=True, **switch)
             fed.append(prompt)
@@ -319,7 +319,7 @@ def _judge_content(
 ) -> list[str]:
     """All that the turn says has to be in its run, unless the template cannot write it."""
     # What a template does not write is no answer to learn from, unless a call stands there.
-    turn = _histories(row)[1][number]
+    turn = histories(row)[1][number]
     faults = []
     missing = _words(turn["content"], text)
     if missing and not ("left_out:content" in notes and turn.get("tool_calls")):
@@ -344,8 +344,8 @@ def _words(source: str, text: str) -> list[str]:
 
 def _could_reason(server: Server, row: Row, number: int) -> bool:
     """Whether the template writes the reasoning behind a prompt, with some switch."""
-    for turns in _histories(row):
-        reasoning = _histories(row)[1][number]["reasoning_content"]
+    for turns in histories(row):
+        reasoning = histories(row)[1][number]["reasoning_content"]
         for switch in _ALL_SWITCHES:
             prompt = server.text(turns[:number], row.tools, add_generation_prompt=True, **switch)
             whole = server.text(turns[: number + 1], row.tools, **switch)
@@ -375,7 +375,7 @@ def _judge_prompt(server: Server, row: Row) -> list[str]:
     ids = server.renderer.prompt(row.conversation())
     fed = [
         server.ids(server.text(turns, row.tools, add_generation_prompt=True))
-        for turns in _histories(row)
+        for turns in histories(row)
     ]
     if ids in fed:
         return []
@@ -397,7 +397,7 @@ def _switches(notes: tuple[str, ...]) -> list[dict[str, bool]]:
     return switches
 
 
-def _histories(row: Row) -> list[list[Turn]]:
+def histories(row: Row) -> list[list[Turn]]:
     """Returns the messages as they are, and with reasoning apart, as servers give it back."""
     turns = []
     for turn in row.turns:
@@ -425,7 +425,7 @@ def _is_true(server: Server, row: Row, name: str, index: int | None) -> bool:
     if name == "template":
         return any(_is_refused(server, row, end) for end in range(1, len(row.turns) + 1))
     return index is not None and any(
-        _is_true_of(server, row, turns, name, index) for turns in _histories(row)
+        _is_true_of(server, row, turns, name, index) for turns in histories(row)
     )
 
 

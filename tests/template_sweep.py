@@ -28,9 +28,8 @@ PACKAGES = {
     "llama.cpp": ("llama-cpp-python==0.3.36", ["--no-binary", ":all:"]),
 }
 """Name -> the package with its templates, and options of `pip download`."""
-
-
 ROWS = {shape: Row.of(row) for shape, row in ROW_SHAPES.items()}
+"""Shape -> a row."""
 
 
 class DownloadError(Exception):
