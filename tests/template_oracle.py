@@ -45,6 +45,8 @@ _BETWEEN_PARTS = {"<|end|>", "<|eom|>"}
 """Tokens that end one part of a turn where turns have parts (Harmony's channels)."""
 _OPEN_THINKING = re.compile(r"[<\[](?!\|END)[\w:|]*think[\w:|]*[>\]]\s*\Z", re.IGNORECASE)
 _CLOSED_THINKING = re.compile(r"</[\w:]*think[\w:]*>|\[/THINK\]|<\|END_THINKING\|>")
+_WORDS = re.compile(r"((?:begin|end|first|last|city|list|time)(\d))(?!\d)")
+"""Words of a row that occur once, with the number of their message (see `row_shapes`)."""
 _REASONS = {
     "open": "leaves turn",
     "thinking left open": "leaves the thinking block open",
@@ -68,6 +70,18 @@ class Row:
     tools: tuple[dict[str, Any], ...] | None = None
     untrained: frozenset[int] = frozenset()
     """Indices of assistant turns that are not trained."""
+
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> Row:
+        """Reads a row of the format `messages`."""
+        turns = [{k: v for k, v in turn.items() if k != "weight"} for turn in row["messages"]]
+        for turn in turns:
+            if "tool_calls" in turn:
+                turn["tool_calls"] = [_parsed_call(call) for call in turn["tool_calls"]]
+        weights = [turn.get("weight", 1) for turn in row["messages"]]
+        untrained = frozenset(i for i, weight in enumerate(weights) if weight == 0)
+        tools = row.get("tools")
+        return cls(tuple(turns), None if tools is None else tuple(tools), untrained)
 
     def conversation(self, end: int | None = None) -> Conversation:
         """Returns the row, up to a message, as `lit_sft` reads it."""
@@ -112,11 +126,11 @@ def family_of(template: str) -> Family:
 class Server:
     """What a server does with a template."""
 
-    def __init__(self, template: str) -> None:
-        """Makes a tokenizer with the special tokens of the template."""
+    def __init__(self, template: str, family: Family | None = None) -> None:
+        """Makes a tokenizer, by default with the special tokens that the template names."""
         self.template = template
         self.is_marked = re.search(r"\{%-?\s*generation\b", template) is not None
-        self.family = family_of(template)
+        self.family = family_of(template) if family is None else family
         self.tokenizer = byte_tokenizer(self.family)
         self.renderer: Renderer = renderer_of(self.tokenizer)
 
@@ -181,6 +195,15 @@ def _text_call(call: dict[str, Any]) -> dict[str, Any]:
     return {**call, "function": {**function, "arguments": text}}
 
 
+def _parsed_call(call: dict[str, Any]) -> dict[str, Any]:
+    """Reads the arguments of a call as servers do, which may be JSON text."""
+    function = call["function"]
+    arguments = function["arguments"]
+    if isinstance(arguments, str):
+        arguments = json.loads(arguments)
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
 def judge(server: Server, row: Row) -> Verdict:
     """Renders a row with `lit_sft`, and judges what comes of it."""
     [result] = server.renderer.render([row.conversation()], [0])
@@ -194,9 +217,9 @@ def judge_examples(server: Server, row: Row, examples: Sequence[Example]) -> Ver
     faults = []
     trained: list[int] = []
     for example in examples:
-        for begin, end in _turn_runs(server, example):
+        for begin, end in turn_runs(server, example):
             text = server.tokenizer.decode(example.input_ids[begin:end])
-            number, fault = _turn_of(row, text)
+            number, fault = turn_of(row, text)
             faults += fault
             if number is not None:
                 trained.append(number)
@@ -213,7 +236,7 @@ def judge_examples(server: Server, row: Row, examples: Sequence[Example]) -> Ver
     return Verdict("exact")
 
 
-def _turn_runs(server: Server, example: Example) -> list[tuple[int, int]]:
+def turn_runs(server: Server, example: Example) -> list[tuple[int, int]]:
     """Joins the marked parts of one turn: a turn ends only with its stop token."""
     if not server.is_marked:
         return runs(example)
@@ -228,9 +251,9 @@ def _turn_runs(server: Server, example: Example) -> list[tuple[int, int]]:
     return joined
 
 
-def _turn_of(row: Row, text: str) -> tuple[int | None, list[str]]:
+def turn_of(row: Row, text: str) -> tuple[int | None, list[str]]:
     """Finds the turn that a trained text belongs to, by its words."""
-    found = sorted({int(number) for number in re.findall(r"[wrv]\w+?z(\d)z", text)})
+    found = sorted({int(number) for _, number in _WORDS.findall(text)})
     own = [i for i in found if row.turns[i]["role"] == "assistant"]
     if len(found) == 1 and len(own) == 1:
         return own[0], []
@@ -267,7 +290,7 @@ def _texts_of_server(
     """Renders the prompts that a server may feed for a turn, and the texts up to this turn."""
     fed = []
     wholes = []
-    for turns in _histories(row):
+    for turns in histories(row):
         for switch in _switches(example.notes):
             prompt = server.text(turns[:number], row.tools, add_generation_prompt=True, **switch)
             fed.append(prompt)
@@ -280,7 +303,7 @@ def _fits(server: Server, prompt: list[int], before: list[int]) -> bool:
     if not server.is_marked:
         return prompt == before
     rest = server.tokenizer.decode(before[len(prompt) :])
-    return before[: len(prompt)] == prompt and not re.search(r"[wrv]\w+?z\dz", rest)
+    return before[: len(prompt)] == prompt and not _WORDS.search(rest)
 
 
 def _judge_doubling(prompt: str, text: str) -> list[str]:
@@ -296,7 +319,7 @@ def _judge_content(
 ) -> list[str]:
     """All that the turn says has to be in its run, unless the template cannot write it."""
     # What a template does not write is no answer to learn from, unless a call stands there.
-    turn = _histories(row)[1][number]
+    turn = histories(row)[1][number]
     faults = []
     missing = _words(turn["content"], text)
     if missing and not ("left_out:content" in notes and turn.get("tool_calls")):
@@ -316,13 +339,13 @@ def _judge_content(
 
 def _words(source: str, text: str) -> list[str]:
     """Returns the words of a text that another one lacks."""
-    return [word for word in re.findall(r"[wrv]\w+?z\dz", source) if word not in text]
+    return [word for word, _ in _WORDS.findall(source) if word not in text]
 
 
 def _could_reason(server: Server, row: Row, number: int) -> bool:
     """Whether the template writes the reasoning behind a prompt, with some switch."""
-    for turns in _histories(row):
-        reasoning = _histories(row)[1][number]["reasoning_content"]
+    for turns in histories(row):
+        reasoning = histories(row)[1][number]["reasoning_content"]
         for switch in _ALL_SWITCHES:
             prompt = server.text(turns[:number], row.tools, add_generation_prompt=True, **switch)
             whole = server.text(turns[: number + 1], row.tools, **switch)
@@ -352,7 +375,7 @@ def _judge_prompt(server: Server, row: Row) -> list[str]:
     ids = server.renderer.prompt(row.conversation())
     fed = [
         server.ids(server.text(turns, row.tools, add_generation_prompt=True))
-        for turns in _histories(row)
+        for turns in histories(row)
     ]
     if ids in fed:
         return []
@@ -374,7 +397,7 @@ def _switches(notes: tuple[str, ...]) -> list[dict[str, bool]]:
     return switches
 
 
-def _histories(row: Row) -> list[list[Turn]]:
+def histories(row: Row) -> list[list[Turn]]:
     """Returns the messages as they are, and with reasoning apart, as servers give it back."""
     turns = []
     for turn in row.turns:
@@ -402,7 +425,7 @@ def _is_true(server: Server, row: Row, name: str, index: int | None) -> bool:
     if name == "template":
         return any(_is_refused(server, row, end) for end in range(1, len(row.turns) + 1))
     return index is not None and any(
-        _is_true_of(server, row, turns, name, index) for turns in _histories(row)
+        _is_true_of(server, row, turns, name, index) for turns in histories(row)
     )
 
 
