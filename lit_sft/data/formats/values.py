@@ -26,6 +26,8 @@ _READ = (
 """Keys of a message that are read."""
 _CALL = ("id", "type", "index", "function", "name", "description", "strict")
 """Keys of a tool call that hold no arguments."""
+_OF_CALL = (*_CALL, "arguments")
+_OF_PART = ("type", "text")
 _TYPE_NAMES: dict[type, str] = {str: "a string", list: "a list", dict: "an object"}
 
 
@@ -115,12 +117,20 @@ def read_message(value: object, key: str, train: bool | None = None) -> Message:
 
 
 def unread_keys(raw: Mapping[str, Any]) -> tuple[str, ...]:
-    """Lists the keys of a message that have a value and are not read."""
-    unread = []
-    for name, value in raw.items():
-        if name not in _READ and has_value(value):
-            unread.append(name)
+    """Lists the keys of a message, its calls and its text parts with a value that is not read."""
+    unread = _unread(raw, _READ, "")
+    for call in as_objects(raw.get("tool_calls") or [], "tool_calls"):
+        unread += _unread(call, _OF_CALL, "tool_calls.")
+        if "function" in call:
+            unread += _unread(as_object(call["function"], "function"), _OF_CALL, "tool_calls.")
+    content = raw.get("content")
+    for part in content if isinstance(content, list) else []:
+        unread += _unread(part, _OF_PART, "content.")
     return tuple(unread)
+
+
+def _unread(value: Mapping[str, Any], read: Iterable[str], prefix: str) -> list[str]:
+    return [f"{prefix}{name}" for name in value if name not in read and has_value(value[name])]
 
 
 def has_value(value: object) -> bool:
