@@ -244,16 +244,17 @@ def finish(process: subprocess.Popen, run: Run) -> float:
     return time.monotonic() - first_step
 
 
-def moments(generator: random.Random) -> Iterator[str]:
-    """Draws the moments of kills without end, each as often as `MOMENTS` says.
+def moments(chosen: list[str], generator: random.Random) -> Iterator[str]:
+    """Draws the moments of kills without end, each of the chosen ones as often as `MOMENTS` says.
 
     The export comes last in each round: a run that is killed there has nothing left but the export.
     """
-    others = [moment for moment, count in MOMENTS.items() for _ in range(count)]
-    others.remove("export")
+    others = [moment for moment in chosen if moment != "export" for _ in range(MOMENTS[moment])]
     while True:
         generator.shuffle(others)
-        yield from [*others, "export"]
+        yield from others
+        if "export" in chosen:
+            yield "export"
 
 
 def kill_at(
@@ -440,6 +441,9 @@ def main() -> None:
     parser.add_argument("--predict", help="rows that the finished run answers, as data.predict")
     parser.add_argument("--predict_kills", type=int, default=2, help="kills of `predict`")
     parser.add_argument(
+        "--moments", nargs="+", choices=MOMENTS, default=list(MOMENTS), help="of the kills"
+    )
+    parser.add_argument(
         "--one_rank", action="store_true", help="kill a single rank in half of the cases"
     )
     parser.add_argument("--minutes", type=float, default=float("inf"), help="or after so long")
@@ -455,7 +459,7 @@ def main() -> None:
     reference, run = Run(root / "reference", fit_args), Run(root / "killed", fit_args)
     seconds = finish(reference.start(), reference)
     generator = random.Random(args.seed)
-    wanted = moments(generator)
+    wanted = moments(args.moments, generator)
     moment = next(wanted)
     kills: Counter[str] = Counter()
     full_disks, of_one_rank, runs, found = 0, 0, 1, []
@@ -471,6 +475,7 @@ def main() -> None:
         if hit is not None:
             kills[hit] += 1
             of_one_rank += alone
+            print(f"kill {kills.total()}: {hit}", file=sys.stderr)
             continue
         found = list(differences(run, reference))
         if found:

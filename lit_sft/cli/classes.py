@@ -148,7 +148,7 @@ def right_keys(
 
 def _settings(given: list[Written], takes_class: Collection[str]) -> dict[str, None]:
     """Returns the settings for which keys are written that choose a class, in order."""
-    found = {}
+    found: dict[str, None] = {}
     for item in given:
         parent, _, name = item.key.rpartition(".")
         if name in SPECIFICATION or _without_index(parent) in takes_class:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from textwrap import shorten
 from typing import Any
 
+from lit_sft.data.formats.json_text import DoubleKeyError, parse_json
 from lit_sft.data.formats.turn_flags import FLAGS, train_flag
 from lit_sft.errors import UserError
 from lit_sft.types import Message
@@ -62,7 +63,9 @@ def typed(value: Any, expected: type, key: str, *, wrap: bool = False) -> Any:
     """
     if isinstance(value, str) and expected is not str:
         try:
-            value = json.loads(value)
+            value = parse_json(value)
+        except DoubleKeyError as error:
+            raise UserError(f"`{key}`: {error}") from None
         except (ValueError, RecursionError) as error:
             raise UserError(
                 f"`{key}` should be {_TYPE_NAMES[expected]}, but is a string, not JSON: {error}"
@@ -243,8 +246,16 @@ def read_tools(value: object) -> tuple[dict[str, Any], ...] | None:
     return tuple(enveloped) or None
 
 
-def parsed_messages(value: Any) -> list[Any] | None:
-    """Parses messages in a JSON string, as csv and parquet hold them; None for any other value."""
+def parsed_messages(value: Any, key: str) -> list[Any] | None:
+    """Parses messages in a JSON string, as csv and parquet hold them; None for any other value.
+
+    Args:
+        value: The value.
+        key: Name in errors.
+
+    Raises:
+        UserError: A message has a key twice.
+    """
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return None
     try:
@@ -252,7 +263,7 @@ def parsed_messages(value: Any) -> list[Any] | None:
     except (ValueError, RecursionError):
         return None
     if items and all(isinstance(item, dict) and item.get("role") in ROLES for item in items):
-        return list(items)
+        return list(typed(value, list, key))
     return None
 
 
