@@ -58,9 +58,15 @@ CLASSES = {
         "lightning.pytorch.profilers.PyTorchProfiler",
         "lightning.pytorch.profilers.SimpleProfiler",
     ],
-    "model.optimizer": ["lit_sft.training.muon.MuonWithAdamW", "torch.optim.SGD"],
+    "model.optimizer": ["torch.optim.Muon", "torch.optim.SGD"],
 }
 """Setting -> classes that are chosen there, with and without `**kwargs`."""
+REQUIRED = {
+    "lightning.pytorch.loggers.TensorBoardLogger": {"save_dir": "x"},
+    "lightning.pytorch.loggers.CSVLogger": {"save_dir": "x"},
+    "lightning.pytorch.callbacks.ThroughputMonitor": {"batch_size_fn": "builtins.len"},
+}
+"""Arguments without which jsonargparse builds no class."""
 SAMPLE = 14
 """Cases of the default run."""
 
@@ -166,7 +172,8 @@ def test_all_settings(settings, tmp_path, capsys):
 @pytest.mark.parametrize("part", ["init_args", "dict_kwargs"])
 def test_arguments_of_classes(setting, class_path, part, settings, tmp_path, capsys):
     """Also of those that pass further arguments on, where a wrong one could be dropped."""
-    chosen = {"class_path": class_path, part: {"not_an_argument": 1}}
+    chosen = {"class_path": class_path, "init_args": REQUIRED.get(class_path, {})}
+    chosen[part] = {**chosen.get(part, {}), "not_an_argument": 1}
     group, _, name = setting.partition(".")
     value = [chosen] if name.endswith("[0]") else chosen
     tree = {**settings, group: {**settings[group], name.removesuffix("[0]"): value}}
