@@ -77,16 +77,20 @@ def problem_of_path(item: Written, takes_text: bool) -> str | None:
     return None
 
 
-def chosen_classes(given: Iterable[Written], defaults: Mapping[str, str]) -> dict[str, list[str]]:
+def chosen_classes(
+    given: Iterable[Written], defaults: Mapping[str, str], takes_class: Collection[str]
+) -> dict[str, list[str]]:
     """Returns the setting of each class -> the paths that are written for it, the last one last.
 
     Args:
         given: The keys that the user wrote.
         defaults: Setting -> path of its default.
+        takes_class: Settings whose value may be the path itself.
     """
     chosen = {key: [path] for key, path in defaults.items()}
     for item in given:
-        if item.key.endswith(".class_path") and isinstance(item.value, str):
+        is_path = item.key.endswith(".class_path") or item.key in takes_class
+        if is_path and isinstance(item.value, str):
             setting = item.key.removesuffix(".class_path")
             chosen.setdefault(setting, []).append(with_moved_classes(item.value))
     return chosen
@@ -109,12 +113,18 @@ def unknown_key(
         parent, _, name = item.key.rpartition(".")
         setting, _, part = parent.rpartition(".")
         if parent in settings:
-            known = [*SPECIFICATION, *_taken_by_any(chosen.get(parent, []))]
-        elif part == "init_args":
-            known = _taken_by_any(chosen.get(setting, []))
+            # `--model.optimizer.lr` is short for `--model.optimizer.init_args.lr`.
+            paths = chosen.get(parent, [])
+            others: tuple[str, ...] = SPECIFICATION
+        elif part == "init_args" and setting in chosen:
+            paths = chosen[setting]
+            others = ()
         else:
             continue
-        if known and name not in known:
+        arguments = _taken_by_any(paths)
+        # A class that is not found takes no arguments, and is refused by jsonargparse.
+        is_checked = bool(arguments) or not paths
+        if is_checked and name not in (*others, *arguments):
             return item
     return None
 

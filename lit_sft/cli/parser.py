@@ -91,8 +91,9 @@ class OneLineParser(LightningArgumentParser):
             if problem is not None:
                 self.error(f"{item.key.removesuffix('.class_path')} ({item.origin}): {problem}")
         given = written(args)
-        chosen = classes.chosen_classes(given, _default_classes(command))
-        unknown = classes.unknown_key(given, chosen, _keys_of_classes(command))
+        takes_class = _keys_of_classes(command)
+        chosen = classes.chosen_classes(given, _default_classes(command), takes_class)
+        unknown = classes.unknown_key(given, chosen, takes_class)
         if unknown is not None:
             # As jsonargparse says it.
             self.error(f"Option '{unknown.key}' is not accepted")
@@ -124,8 +125,9 @@ def known_keys(parser: LightningArgumentParser, given: Iterable[Written] = ()) -
         options += _keys_of_groups(action)
     yield from options
     given = list(given)
-    chosen = classes.chosen_classes(given, _default_classes(parser))
-    yield from classes.right_keys(options, given, chosen, _keys_of_classes(parser))
+    takes_class = _keys_of_classes(parser)
+    chosen = classes.chosen_classes(given, _default_classes(parser), takes_class)
+    yield from classes.right_keys(options, given, chosen, takes_class)
 
 
 def _keys_of_classes(parser: LightningArgumentParser) -> list[str]:
