@@ -38,6 +38,7 @@ class OneLineParser(LightningArgumentParser):
         """Parses, and refuses values that jsonargparse accepts but cannot use."""
         self._refuse_double_keys()
         self._refuse_wrong_classes()
+        self._refuse_unknown_keys_of_classes()
         config = super().parse_args(*args, **kwargs)
         command = config.get("subcommand")
         if command is None:
@@ -90,12 +91,19 @@ class OneLineParser(LightningArgumentParser):
             problem = classes.problem_of_path(item, _takes_text(kinds.get(item.key, str)))
             if problem is not None:
                 self.error(f"{item.key.removesuffix('.class_path')} ({item.origin}): {problem}")
+
+    def _refuse_unknown_keys_of_classes(self) -> None:
+        """Refuses misspelled keys of classes; see `classes.unknown_key`."""
+        args = sys.argv[1:]
+        command = self.commands.get(args[0]) if args else None
+        if command is None:
+            return
         given = written(args)
         takes_class = _keys_of_classes(command)
         chosen = classes.chosen_classes(given, _default_classes(command), takes_class)
         unknown = classes.unknown_key(given, chosen, takes_class)
         if unknown is not None:
-            # As jsonargparse says it.
+            # In the words of jsonargparse, which `MESSAGES` rewrites.
             self.error(f"Option '{unknown.key}' is not accepted")
 
     @override
