@@ -38,7 +38,7 @@ class Written(NamedTuple):
     """A key that the user wrote."""
 
     key: str
-    """Dotted."""
+    """Dotted; `[0]` counts the elements of a list."""
     value: Any
     origin: str
     """A file, or `command line`."""
@@ -97,6 +97,9 @@ def _with_following(args: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def _flatten(tree: Any, origin: str, prefix: str = "") -> Iterator[Written]:
+    if isinstance(tree, list):
+        for position, value in enumerate(tree):
+            yield from _flatten(value, origin, f"{prefix.removesuffix('.')}[{position}].")
     if isinstance(tree, Mapping):
         for key, value in tree.items():
             yield Written(f"{prefix}{key}", value, origin)

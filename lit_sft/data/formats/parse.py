@@ -248,10 +248,10 @@ def _with_parsed_messages(row: Mapping[str, Any]) -> Mapping[str, Any]:
     A completion is parsed only if the prompt is such a string: the answer to a question may be
     JSON itself.
     """
-    prompt = parsed_messages(required(row, "prompt"))
+    prompt = parsed_messages(required(row, "prompt"), "prompt")
     if prompt is None:
         return row
-    completion = parsed_messages(row.get("completion"))
+    completion = parsed_messages(row.get("completion"), "completion")
     if completion is None:
         return {**row, "prompt": prompt}
     return {**row, "prompt": prompt, "completion": completion}
