@@ -18,6 +18,7 @@ from lit_sft.errors import UserError
 from lit_sft.hub import resolve
 from lit_sft.model import (
     base_fingerprint,
+    experts,
     fused_layers,
     load,
     mixers,
@@ -250,6 +251,7 @@ def build_model(
             built.loss.to(device)
         apply_fast_paths(built.loss, probe(built.loss))
     lm = built.loss.lm
+    experts.group_experts(lm)
     _log_model(lm, options)
     _log_router_loss(lm.config.get_text_config().to_dict())
     if options.neftune_noise_alpha is not None:

@@ -10,6 +10,7 @@ from torch import nn
 
 from lit_sft.errors import UserError
 from lit_sft.model.composite import is_tied
+from lit_sft.model.experts import expert_parameters
 from lit_sft.model.lora.lora_config import LoraConfig
 
 if TYPE_CHECKING:
@@ -154,6 +155,52 @@ def all_linear(model: Any) -> list[str]:
     short = {_last_part(name) for name in wanted}
     is_ambiguous = any(_last_part(name) in short for name in others)
     return sorted(wanted if is_ambiguous else short)
+
+
+def experts(model: Any, config: LoraConfig) -> list[str]:
+    """Returns names of the parameters of all experts that text passes through.
+
+    The names are short (`experts.down_proj`) if that names the same parameters, and full otherwise.
+
+    Raises:
+        UserError: The model has no such experts.
+    """
+    in_decoder = {id(module) for module in model.get_decoder().modules()}
+    wanted = []
+    others = []
+    for name, module in model.named_modules():
+        for parameter in expert_parameters(module):
+            full = f"{name}.{parameter}"
+            if id(module) in in_decoder and not _is_left_out(name, full, config):
+                wanted.append(full)
+            else:
+                others.append(full)
+    if not wanted:
+        raise UserError(
+            f"model.lora.target_experts: {type(model).__name__} has no experts to adapt that are"
+            " one parameter per layer; set it to false"
+        )
+    short = {".".join(name.split(".")[-2:]) for name in wanted}
+    is_ambiguous = any(_is_among(name, others) for name in short)
+    return sorted(wanted if is_ambiguous else short)
+
+
+def _is_left_out(module: str, parameter: str, config: LoraConfig) -> bool:
+    """Whether `exclude_modules` or `layers_to_transform` leaves a layer of experts out.
+
+    Args:
+        module: Full name of the layer.
+        parameter: Full name of one of its parameters.
+        config: `model.lora`.
+    """
+    if config.layers_to_transform is not None:
+        number = re.search(r"\.(\d+)\.", module)
+        if number is None or int(number[1]) not in config.layers_to_transform:
+            return True
+    excluded = config.exclude_modules or []
+    if isinstance(excluded, str):
+        return any(re.fullmatch(excluded, name) for name in (module, parameter))
+    return any(_is_among(name, [module, parameter]) for name in excluded)
 
 
 def embeddings_among(model: Any, wanted: str | list[str]) -> bool:
