@@ -7,11 +7,13 @@ import json
 
 import pytest
 import torch
+import transformers
 from tiny import tiny_gpt_oss, tiny_llama, tiny_qwen3_moe, tiny_tokenizer
 
 from lit_sft.errors import UserError
 from lit_sft.model.experts import group_experts
 from lit_sft.model.export import AdapterBase, ChatFormat, export_hf
+from lit_sft.model.fused_layers import fuse_blocks
 from lit_sft.model.lora.apply import apply_lora
 from lit_sft.model.lora.load import load_adapter
 from lit_sft.model.lora.lora_config import LoraConfig
@@ -251,10 +253,90 @@ def test_experts_are_left_out_by_default():
     assert trained and not any("experts" in name for name in trained)
 
 
+def tiny_glm4_moe():
+    """A dense layer, then one with experts and a shared one. peft takes the names of their linear
+    layers for experts.
+    """
+    sizes = dict(
+        vocab_size=320, hidden_size=32, intermediate_size=64, moe_intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, n_routed_experts=4, num_experts_per_tok=2,
+        n_group=1, topk_group=1, n_shared_experts=1, first_k_dense_replace=1, initializer_range=0.1,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return transformers.Glm4MoeForCausalLM(transformers.Glm4MoeConfig(**sizes)).eval()
+
+
+MLP = ["down_proj", "gate_proj", "up_proj"]
+DENSE = [f"model.layers.0.mlp.{name}" for name in MLP]
+SHARED = [f"model.layers.1.mlp.shared_experts.{name}" for name in MLP]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [*DENSE, *SHARED]),
+        ({"target_modules": ["q_proj", "down_proj"]}, [DENSE[0], SHARED[0]]),
+        ({"target_modules": r".*layers\.1.*(q|up)_proj"}, [SHARED[2]]),
+        ({"target_modules": r".*layers\.1.*q_proj"}, []),
+        ({"exclude_modules": ["shared_experts.gate_proj"]}, [*DENSE, SHARED[0], SHARED[2]]),
+    ],
+    ids=str,
+)
+def test_dense_layers_and_shared_experts_are_not_taken_for_experts(options, expected, tmp_path):
+    from peft import PeftModel
+
+    model = apply_lora(tiny_glm4_moe(), LoraConfig(r=4, **options))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    found = [
+        name.partition(".lora_A")[0] for name, _ in model.named_parameters() if "lora_A" in name
+    ]
+    found = [name.removeprefix("base_model.model.") for name in found]
+    assert sorted(name for name in found if ".mlp." in name) == expected
+    layers = {name.split(".")[2] for name in found if "q_proj" in name}
+    assert layers == ({"1"} if isinstance(options.get("target_modules"), str) else {"0", "1"})
+    plain = loss_and_gradients(model)
+    fuse_blocks(model.get_base_model())
+    assert_equal(loss_and_gradients(model), plain)
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    loaded = PeftModel.from_pretrained(tiny_glm4_moe(), tmp_path)
+    assert merge_error(logits(model), logits(loaded)) <= 1e-5
+    again = load_adapter(tiny_glm4_moe(), str(tmp_path))
+    assert merge_error(logits(model), logits(again)) <= 1e-5
+    before = logits(model)
+    assert merge_error(before, logits(merge(model, probe_ids=IDS))) <= 1e-5
+
+
+def test_a_pattern_fits_layers_that_are_named_as_parameters():
+    model = apply_lora(tiny_glm4_moe(), LoraConfig(r=4, rank_pattern={"down_proj": 6}))
+    shapes = {name: p.shape for name, p in model.named_parameters() if "lora_A" in name}
+    assert {shape[0] for name, shape in shapes.items() if "down_proj" in name} == {6}
+    assert {shape[0] for name, shape in shapes.items() if "down_proj" not in name} == {4}
+
+
+@pytest.mark.parametrize("options", [{"lora_dropout": 0.1}, {"use_dora": True}], ids=str)
+def test_what_they_do_not_have_is_refused(options):
+    message = (
+        r"peft cannot adapt model.layers.0.mlp.down_proj of this model with it; leave it out, or set"
+        r" model.lora.target_modules to the other layers: \[k_proj, o_proj, q_proj, v_proj\]"
+    )
+    with pytest.raises(UserError, match=message):
+        apply_lora(tiny_glm4_moe(), LoraConfig(**options))
+    attention = ["k_proj", "o_proj", "q_proj", "v_proj"]
+    assert apply_lora(tiny_glm4_moe(), LoraConfig(target_modules=attention, **options))
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"lora_dropout": 0.1}, "model.lora.lora_dropout is 0.1, .* set it to 0.0, or model.lora.t"),
+        (
+            {"lora_dropout": 0.1},
+            "model.lora.lora_dropout is 0.1, .* set it to 0.0, or model.lora.t",
+        ),
         ({"use_dora": True}, "model.lora.use_dora is True, .* set it to False"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is pissa, .* set it to true or gauss"),
     ],

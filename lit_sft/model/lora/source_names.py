@@ -124,7 +124,7 @@ def _config_for_model(
     """Returns the config of an adapter with the names of the model."""
     parameters = dict.fromkeys(config.get("target_parameters") or [])
     adapted = {name for name, is_adapted in modules.items() if is_adapted}
-    adapted = {name for name in adapted if not _is_of_experts(name, parameters)}
+    adapted = {name for name in adapted if not _is_by_parameter(name, parameters)}
     targets = sorted(composite.renamed(dict.fromkeys(adapted), names))
     config = config | {"target_modules": targets} | dict.fromkeys(_APPLIED)
     config["target_parameters"] = list(_renamed_or_kept(parameters, names)) or None
@@ -135,7 +135,7 @@ def _config_for_model(
     return config
 
 
-def _is_of_experts(module: str, parameters: Iterable[str]) -> bool:
+def _is_by_parameter(module: str, parameters: Iterable[str]) -> bool:
     """Whether the weights of a module adapt one of the parameters in `target_parameters`.
 
     Args:
