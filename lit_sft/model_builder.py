@@ -26,6 +26,7 @@ from lit_sft.model import (
     new_tokens,
     parallel,
     quantization,
+    routers,
     self_check,
     trainable,
 )
@@ -33,7 +34,7 @@ from lit_sft.model.attention import packed
 from lit_sft.model.attention.implementation import attention_of, set_attention
 from lit_sft.model.lora.apply import apply_lora
 from lit_sft.model.lora.load import is_adapter_dir, load_adapter
-from lit_sft.model.loss import CausalLMLoss
+from lit_sft.model.loss import CausalLMLoss, RouterOptions
 from lit_sft.ranks import broadcast_from_rank_zero
 from lit_sft.settings import ModelConfig
 
@@ -213,6 +214,8 @@ class BuiltModel(NamedTuple):
     """The model and its loss."""
     adapter: PeftModel | None
     """peft's wrapper around the same layers. None without an adapter."""
+    router_aux_loss_coef: float = 0.0
+    """Weight of the loss that balances the experts."""
 
 
 def build_model(
@@ -253,7 +256,10 @@ def build_model(
     lm = built.loss.lm
     experts.group_experts(lm)
     _log_model(lm, options)
-    _log_router_loss(lm.config.get_text_config().to_dict())
+    router_aux_loss_coef = routers.choose_coefficient(lm, options.loss.router_aux_loss_coef)
+    if routers.has_loss(lm):
+        top_k = lm.config.get_text_config().num_experts_per_tok
+        built.loss.routers = RouterOptions(top_k, needs_grad=router_aux_loss_coef > 0)
     if options.neftune_noise_alpha is not None:
         neftune.apply_neftune(built.loss, lm.get_input_embeddings(), options.neftune_noise_alpha)
     if options.gradient_checkpointing:
@@ -262,7 +268,7 @@ def build_model(
     if options.compile:
         parallel.apply_compile(lm)
     built.loss.train()
-    return built
+    return built._replace(router_aux_loss_coef=router_aux_loss_coef)
 
 
 def _build_with_rank_zero(options: ModelConfig, precision: str) -> BuiltModel:
@@ -332,22 +338,6 @@ def _log_model(lm: PreTrainedModel, options: ModelConfig) -> None:
         f"{options.quantization or str(lm.dtype).removeprefix('torch.')}, "
         f"{trained / total:.1%} trained, attention {attention_of(lm)}"
     )
-
-
-def _log_router_loss(config: dict[str, Any]) -> None:
-    """Warns if the config asks for a loss that balances the experts."""
-    asked = []
-    for name, value in config.items():
-        # Families spell it `router_aux_loss_coef`, `aux_loss_alpha` or `moe_loss_weight`.
-        is_weight = "aux_loss" in name or name == "moe_loss_weight"
-        is_number = isinstance(value, int | float)
-        if (is_weight and is_number and value > 0) or (name == "output_router_logits" and value):
-            asked.append(f"{name} {value}")
-    if asked:
-        log.warning(
-            "the loss that balances the experts is left out, for which the model's config has %s",
-            ", ".join(asked),
-        )
 
 
 def probe(model: CausalLMLoss) -> FastPaths:
