@@ -123,6 +123,8 @@ def fingerprint(options: ModelConfig, precision: str, ckpt_path: str | None) -> 
     files = [ckpt_path] if ckpt_path else _weight_files(path)
     stats = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
     texts = {name: repr(getattr(options, name)) for name in FINGERPRINTED}
+    # The fingerprints of earlier versions do not have it.
+    texts["lora"] = texts["lora"].replace(", target_experts=False", "")
     return {**texts, "model": path, "files": stats, "precision": precision}
 
 

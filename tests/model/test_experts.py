@@ -18,6 +18,8 @@ from lit_sft.model.lora.apply import apply_lora
 from lit_sft.model.lora.load import load_adapter
 from lit_sft.model.lora.lora_config import LoraConfig
 from lit_sft.model.lora.merge import merge, merge_error
+from lit_sft.model_builder import fingerprint
+from lit_sft.module import SFTModule
 
 IDS = torch.randint(0, 320, (2, 40), generator=torch.Generator().manual_seed(0))
 BUILDS = [tiny_qwen3_moe, tiny_gpt_oss]
@@ -361,3 +363,12 @@ def test_a_copy_is_not_needed():
     assert merge_error(logits(other), logits(lm)) <= 1e-6
     lm.load_state_dict(state)
     assert merge_error(logits(tiny_qwen3_moe()), logits(lm)) <= 1e-6
+
+
+@pytest.mark.parametrize("target_experts", [False, True])
+def test_the_fingerprint_of_a_model_without_them_is_that_of_before(target_experts):
+    """So a prediction that an earlier version began is continued."""
+    module = SFTModule("builtin:demo", lora=LoraConfig(target_experts=target_experts))
+    text = fingerprint(module.options, "32-true", None)["lora"]
+    assert text.startswith("LoraConfig(r=8, lora_alpha=8, lora_dropout=0.0, target_modules=")
+    assert ("target_experts" in text) == target_experts
