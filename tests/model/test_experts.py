@@ -348,6 +348,12 @@ def test_what_adapters_on_experts_do_not_have_is_refused(wrong, message):
         LoraConfig(target_experts=True, **wrong)
 
 
+def test_the_names_of_experts_of_older_versions_are_refused():
+    """They are parameters now."""
+    with pytest.raises(UserError, match="named gate_proj; .*; model.lora.target_experts adapts th"):
+        apply_lora(tiny_qwen3_moe(), LoraConfig(target_modules=["q_proj", "gate_proj"]))
+
+
 def test_a_model_without_experts_is_refused():
     with pytest.raises(UserError, match="LlamaForCausalLM has no experts to adapt"):
         apply_lora(tiny_llama(), LoraConfig(target_experts=True))

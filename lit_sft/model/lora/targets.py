@@ -118,8 +118,11 @@ def _check_modules(model: PreTrainedModel, wanted: str | list[str], key: str) ->
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | Conv1D):
             linear.add(_last_part(name))
+    hint = ""
+    if has_experts(model):
+        hint = "; model.lora.target_experts adapts the experts"
     raise UserError(
-        f"{key}: no module is named {unknown[0]}; linear modules: {', '.join(sorted(linear))}"
+        f"{key}: no module is named {unknown[0]}; linear modules: {', '.join(sorted(linear))}{hint}"
     )
 
 
