@@ -284,8 +284,9 @@ def _fused_forward(module: Any, feeds_linear: bool) -> tuple[Callable[..., Tenso
         return _norm_forward(module, feeds_linear), int(module.weight.shape[-1])
     if {"gate_proj", "up_proj", "down_proj", "act_fn"} <= children:
         return _mlp_forward(module), int(getattr(module.gate_proj, "in_features", 0))
-    # By its name, because the import of peft takes seconds.
-    if (kind.__module__, kind.__name__) == ("peft.tuners.lora.layer", "Linear"):
+    # By its name, because the import of peft takes seconds. A `ParamWrapper` also adapts experts.
+    is_lora = kind.__module__ == "peft.tuners.lora.layer"
+    if is_lora and (kind.__name__ == "Linear" or type(module.base_layer) is nn.Linear):
         return _lora_forward(module), int(module.in_features)
     return None
 

@@ -14,6 +14,7 @@ from tiny import save_tiny
 
 from lit_sft.errors import UserError
 from lit_sft.model import composite
+from lit_sft.model.experts import group_experts
 from lit_sft.model.export import AdapterBase, ChatFormat, export_hf
 from lit_sft.model.load import load_model, load_tokenizer
 from lit_sft.model.lora.apply import apply_lora
@@ -154,13 +155,23 @@ def test_a_resumed_run(name, place, tmp_path):
     assert all(torch.equal(whole[key], halves[key]) for key in whole)
 
 
+WITH_EXPERTS = ("Qwen3.5 MoE", "Llama 4", "GLM-4V MoE", "Kimi K2.5")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WITH_EXPERTS)
+def test_an_adapter_on_experts(name, place, tmp_path):
+    test_an_adapter(name, place, tmp_path, target_experts=True)
+
+
 @IN_PARTS
-def test_an_adapter(name, place, tmp_path):
+def test_an_adapter(name, place, tmp_path, **options):
     """It acts over the class of the checkpoint, and over the model that it was trained in."""
     source = place(name)[0]
     lm = language_model(source)
     base = logits(lm)
-    adapted = apply_lora(lm, LoraConfig(r=4, modules_to_save=["embed_tokens"]))
+    adapted = apply_lora(lm, LoraConfig(r=4, modules_to_save=["embed_tokens"], **options))
+    group_experts(lm)
     changed(adapted)
     expected = logits(adapted.get_base_model())
     chat = ChatFormat(load_tokenizer(source), stop_ids=[0])
@@ -173,6 +184,7 @@ def test_an_adapter(name, place, tmp_path):
     assert_same(logits(over_text.get_base_model()), expected)
     assert (expected - base).abs().max() > 0.1
     adapted = [name for name, _ in over_source.named_modules() if name.endswith("lora_A.default")]
+    assert any(".experts." in name for name in adapted) == bool(options)
     assert adapted and all(families.is_text(name) for name in adapted)
 
 
