@@ -18,7 +18,6 @@ This module works on texts. `tokenize` proves the same for token ids.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -34,14 +33,13 @@ from lit_sft.data.reasoning import (
     starts_thinking,
 )
 from lit_sft.data.server_prompt import answer_start, tails_behind_history
+from lit_sft.data.stops import find_end
 from lit_sft.data.template_omissions import of_answer, of_conversation
 from lit_sft.errors import UserError
 from lit_sft.types import Conversation, Message, RenderedTurn
 
 TrainOn = Literal["completions", "last_completion", "all"]
 """Every assistant turn, the last one, or every token. An assistant turn's own `train` wins."""
-_LONGEST_CLOSING = 300
-"""Longest run of special tokens and white space at the end of a text, in characters."""
 
 
 class _PromptMismatch(UserError):
@@ -140,8 +138,9 @@ def full_draft(template: ChatTemplate, conversation: Conversation, answers: Sequ
             )
     stops: tuple[str, ...] = ()
     if messages[-1].role == "assistant" and messages[-1].train is not False:
-        _, stop = find_stop(template, whole, conversation, len(messages) - 1)
-        stops = (stop,)
+        end = find_end(template, whole, conversation, len(messages) - 1)
+        whole = end.text
+        stops = (end.stop,)
     notes = _notes(turns) + of_conversation(template, conversation, [whole])
     return Draft(
         whole, tuple(turns), default_mask=1, stops=stops, notes=notes, needs_bos=template.is_raw
@@ -384,8 +383,11 @@ def _turn_at(
     whole = written.whole
     source = whole if template_text is None else template_text
     shift = len(whole) - len(source)
-    found, stop = find_stop(template, source, conversation, index, switch, start - shift)
-    stop_at = found + shift
+    found = find_end(template, source, conversation, index, switch, start - shift)
+    # The stop token of an open turn is added to its text.
+    whole = whole[:start] + found.text[start - shift :]
+    stop = found.stop
+    stop_at = found.at + shift
     end = stop_at + len(stop)
     _check_no_stop_inside(template, whole[start:stop_at], stop, message, number)
     omissions = of_answer(message, whole[start:stop_at], number)
@@ -405,110 +407,6 @@ def _turn_at(
         switch=switch,
         notes=(*switched, *omissions),
     )
-
-
-def find_stop(
-    template: ChatTemplate,
-    text: str,
-    conversation: Conversation,
-    index: int,
-    switch: Switch = (),
-    start: int = 0,
-) -> tuple[int, str]:
-    """Finds the stop token: the special token that ends the turn `messages[index]`.
-
-    Args:
-        template: The chat template.
-        text: The rendered conversation up to this turn.
-        conversation: The conversation; it may continue after the turn.
-        index: Index of the turn.
-        switch: Template variables of the text.
-        start: Where the answer starts in the text.
-
-    Returns:
-        Position of the stop token, and the token.
-
-    Raises:
-        UserError: The template writes no stop token.
-    """
-    closing = template.closing.search(text, max(start, len(text) - _LONGEST_CLOSING))
-    if closing is None:
-        raise UserError(
-            f"the chat template leaves turn {index + 1} (assistant) open: {text[-20:]!r} does not"
-            " end with a special token of the tokenizer, so the model would not learn to stop; set"
-            " data.chat_template to a template that ends turns with one the tokenizer has as a"
-            " special token"
-        )
-    found = list(template.special.finditer(text, closing.start()))
-    stop = found[0]
-    if len(found) > 1:
-        stop = _last_of_turn(template, text, found, conversation, index, switch)
-    return stop.start(), stop.group()
-
-
-def _last_of_turn(
-    template: ChatTemplate,
-    text: str,
-    found: list[re.Match[str]],
-    conversation: Conversation,
-    index: int,
-    switch: Switch,
-) -> re.Match[str]:
-    """Chooses the stop token among the special tokens at the end of `text`.
-
-    Some templates end a turn with several special tokens (DeepSeek's tool calls), others add eos
-    after the whole text (Phi-3). So the conversation is rendered once more with a following
-    message. A token that is still there belongs to the turn. The last such token is the stop token.
-    """
-    message = conversation.messages[index]
-    if not message.content.strip() and not message.tool_calls:
-        raise UserError(f"turn {index + 1} (assistant) is blank; fill it in or remove the row")
-    if not message.tool_calls:
-        found = _without_own(template, message, found)
-    found = _up_to_eos(template, found)
-    following = _following(conversation.messages, index)
-    history, _ = template.write(
-        replace(conversation, messages=(*conversation.messages[: index + 1], *following)), switch
-    )
-    before = max(0, found[0].start() - 100)
-    for match in reversed(found):
-        if text[before : match.end()] in history:
-            return match
-    return found[0]
-
-
-def _without_own(
-    template: ChatTemplate, message: Message, found: list[re.Match[str]]
-) -> list[re.Match[str]]:
-    """Drops the special tokens that come from the content of the message itself."""
-    own = template.closing.search(message.content)
-    if own is None:
-        return found
-    tokens = template.special.findall(own.group())
-    if [match.group() for match in found[: len(tokens)]] != tokens:
-        return found
-    return found[len(tokens) :] or found
-
-
-def _up_to_eos(template: ChatTemplate, found: list[re.Match[str]]) -> list[re.Match[str]]:
-    """Drops the special tokens behind eos: Cohere's templates always write another header."""
-    for i, match in enumerate(found):
-        if match.group() == template.tokenizer.eos_token:
-            return found[: i + 1]
-    return found
-
-
-def _following(messages: Sequence[Message], index: int) -> Sequence[Message]:
-    """Returns the next message; after the last turn, messages that could follow."""
-    if index + 1 < len(messages):
-        return messages[index + 1 : index + 2]
-    calls = messages[index].tool_calls
-    if not calls:
-        return [Message("user", ".")]
-    return [
-        Message("tool", ".", name=call["function"]["name"], tool_call_id=call.get("id"))
-        for call in calls
-    ]
 
 
 def _check_no_stop_inside(
