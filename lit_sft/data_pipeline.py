@@ -36,7 +36,7 @@ from lit_sft.model_builder import base_directory, tokenizer_directory
 from lit_sft.preprocessing import Preparation, Reading, num_overlapping
 from lit_sft.ranks import global_rank
 from lit_sft.settings import DataConfig
-from lit_sft.types import Conversation
+from lit_sft.types import Conversation, Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

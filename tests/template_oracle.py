@@ -45,6 +45,7 @@ _BETWEEN_PARTS = {"<|end|>", "<|eom|>"}
 """Tokens that end one part of a turn where turns have parts (Harmony's channels)."""
 _OPEN_THINKING = re.compile(r"[<\[](?!\|END)[\w:|]*think[\w:|]*[>\]]\s*\Z", re.IGNORECASE)
 _CLOSED_THINKING = re.compile(r"</[\w:]*think[\w:]*>|\[/THINK\]|<\|END_THINKING\|>")
+_EMPTY_THINKING = re.compile(rf"\s*(?:{_CLOSED_THINKING.pattern})\s*")
 _REASONS = {
     "open": "leaves turn",
     "thinking left open": "leaves the thinking block open",
@@ -249,8 +250,9 @@ def _judge_run(
     fed, wholes = _texts_of_server(server, row, example, number)
     faults = _judge_content(server, row, example.notes, number, text)
     faults += _judge_stop(server, ids[begin:end], text)
-    if not server.is_marked and not any(text in whole for whole in wholes):
-        faults.append(f"the template never writes {text!r}")
+    own = _without_block(server, row, example.notes, number, text)
+    if not server.is_marked and not any(own in whole for whole in wholes):
+        faults.append(f"the template never writes {own!r}")
     before = server.tokenizer.decode(ids[:begin])[-160:]
     asked = server.renderer.prompt(row.conversation(number + 1))
     if not _fits(server, asked, ids[:begin]):
@@ -273,10 +275,34 @@ def _texts_of_server(
     for turns in _histories(row):
         for switch in _switches(example.notes):
             prompt = server.text(turns[:number], row.tools, add_generation_prompt=True, **switch)
-            fed.append(prompt)
             whole = server.text(turns[: number + 1], row.tools, **switch)
+            fed += [prompt, *_closed(prompt, whole, turns[number], example.notes)]
             wholes += [whole, *_continued(server, row, turns, number, whole, switch)]
     return fed, wholes
+
+
+def _closed(prompt: str, whole: str, turn: Turn, notes: tuple[str, ...]) -> list[str]:
+    """Closes the block that a prompt opens, if the template writes an empty one for the answer."""
+    block = _EMPTY_THINKING.match(whole[len(prompt) :])
+    if "empty_thinking" not in notes or not whole.startswith(prompt) or block is None:
+        return []
+    if not _OPEN_THINKING.search(prompt) or "reasoning_content" in turn:
+        return []
+    start = whole.find(turn["content"], len(prompt)) if turn["content"] else len(whole)
+    return [whole[: min(len(prompt) + block.end(), start)]]
+
+
+def _without_block(server: Server, row: Row, notes: tuple[str, ...], number: int, text: str) -> str:
+    """Cuts off the reasoning that the template does not write, which has to be all of it."""
+    turn = _histories(row)[1][number]
+    if "written:reasoning" not in notes or "reasoning_content" not in turn:
+        return text
+    if _could_reason(server, row, number):
+        return f"not {text}, but what the template writes"
+    thought, closing, answer = re.split(f"({_CLOSED_THINKING.pattern})", text, maxsplit=1)
+    if thought.strip() != turn["reasoning_content"].strip():
+        return f"{thought}, which is not the reasoning"
+    return answer.lstrip() if closing else text
 
 
 def _continued(
@@ -358,7 +384,9 @@ def _could_reason(server: Server, row: Row, number: int) -> bool:
         for switch in _ALL_SWITCHES:
             prompt = server.text(turns[:number], row.tools, add_generation_prompt=True, **switch)
             whole = server.text(turns[: number + 1], row.tools, **switch)
-            if whole.startswith(prompt) and not _words(reasoning, whole[len(prompt) :]):
+            answer = whole[len(prompt) :]
+            twice = _OPEN_THINKING.search(prompt) and answer.lstrip().startswith("<think>")
+            if whole.startswith(prompt) and not twice and not _words(reasoning, answer):
                 return True
     return False
 

@@ -18,12 +18,13 @@ This module works on texts. `tokenize` proves the same for token ids.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from lit_sft.data.chat_template import ChatTemplate, Span, Switch, WrittenTurn
 from lit_sft.data.generation_markers import marked_parts
+from lit_sft.data.open_thinking import behind_empty_block, with_reasoning
 from lit_sft.data.reasoning import (
     END_OF_THINKING,
     MOVED,
@@ -40,6 +41,10 @@ from lit_sft.types import Conversation, Message, RenderedTurn
 
 TrainOn = Literal["completions", "last_completion", "all"]
 """Every assistant turn, the last one, or every token. An assistant turn's own `train` wins."""
+
+
+_Way = Callable[[ChatTemplate, Conversation, int, Switch], RenderedTurn]
+"""Locates a turn with a switch; raises a UserError if it does not fit."""
 
 
 class _PromptMismatch(UserError):
@@ -253,18 +258,33 @@ def prove(template: ChatTemplate, conversation: Conversation, index: int) -> Ren
         if "left_out:reasoning_content" not in turn.notes:
             return turn
         second_best = second_best or turn
-    if second_best is not None:
-        return second_best
-    for switch in switches:
-        try:
-            return _locate_behind_prompt(template, conversation, index, switch)
-        except UserError:
-            # The first refusal says more: it compares the row with the prompt.
-            continue
+    composed = _first_of((_locate_with_reasoning,), template, conversation, index, switches)
+    others = (_locate_behind_prompt, _locate_behind_empty_block)
+    best = composed or second_best or _first_of(others, template, conversation, index, switches)
+    if best is not None:
+        return best
     if template.unproved == "lenient":
         return _locate_lenient(template, conversation, index)
     assert refusal is not None
     raise refusal
+
+
+def _first_of(
+    ways: Sequence[_Way],
+    template: ChatTemplate,
+    conversation: Conversation,
+    index: int,
+    switches: Sequence[Switch],
+) -> RenderedTurn | None:
+    """Returns the turn as the first of several ways locates it, each with all switches."""
+    for locate in ways:
+        for switch in switches:
+            try:
+                return locate(template, conversation, index, switch)
+            except UserError:
+                # The first refusal says more: it compares the row with the prompt.
+                continue
+    return None
 
 
 def _better_reason(first: UserError | None, error: UserError) -> UserError:
@@ -331,6 +351,42 @@ def _locate_behind_prompt(
     return replace(turn, notes=(*turn.notes, "server_prompt"))
 
 
+def _locate_with_reasoning(
+    template: ChatTemplate, conversation: Conversation, index: int, switch: Switch
+) -> RenderedTurn:
+    """Locates a turn whose reasoning the template does not write into the block of its prompt.
+
+    Raises:
+        UserError: The turn has no reasoning, or its prompt opens no block.
+    """
+    found = with_reasoning(template, conversation, index, switch)
+    if found is None:
+        raise UserError(f"turn {index + 1} (assistant) has no reasoning for its prompt")
+    written, bare = found
+    turn = _turn_at(template, conversation, index, switch, written, len(written.prompt), bare)
+    message = conversation.messages[index]
+    _check_prefix(template, written.prompt, written.whole, message, index + 1)
+    return replace(turn, notes=(*turn.notes, "written:reasoning"))
+
+
+def _locate_behind_empty_block(
+    template: ChatTemplate, conversation: Conversation, index: int, switch: Switch
+) -> RenderedTurn:
+    """Locates a turn without reasoning behind the empty block that the template writes.
+
+    Raises:
+        UserError: The template writes no such block.
+    """
+    message = conversation.messages[index]
+    written = template.write_turn(conversation, index, switch)
+    start = behind_empty_block(template, conversation, index, switch, written)
+    if start is None or has_reasoning(message):
+        raise UserError(f"turn {index + 1} (assistant) has no empty thinking block")
+    closed = written._replace(prompt=written.whole[:start])
+    turn = _turn_at(template, conversation, index, switch, closed, start)
+    return replace(turn, notes=(*turn.notes, "empty_thinking"))
+
+
 def _locate_lenient(template: ChatTemplate, conversation: Conversation, index: int) -> RenderedTurn:
     """Locates a turn that does not fit its prompt, for `data.unproved: lenient`.
 
@@ -385,7 +441,8 @@ def _turn_at(
     shift = len(whole) - len(source)
     found = find_end(template, source, conversation, index, switch, start - shift)
     # The stop token of an open turn is added to its text.
-    whole = whole[:start] + found.text[start - shift :]
+    kept = len(os.path.commonprefix([source, found.text]))
+    whole = whole[: kept + shift] + found.text[kept:]
     stop = found.stop
     stop_at = found.at + shift
     end = stop_at + len(stop)
@@ -453,10 +510,17 @@ def _check_prefix(
             f"after {prompt[max(0, start - 20) : start]!r} a server feeds"
             f" {prompt[start : start + 40]!r}"
         )
+        remedy = (
+            "set data.chat_template to a template whose turns begin as its generation prompt does"
+        )
+        if has_reasoning(message) and END_OF_THINKING.search(prompt, start) is not None:
+            remedy = (
+                "the prompt closes the thinking block; a variable in data.chat_template_kwargs may"
+                f" open it (the template reads {', '.join(template.variables) or 'none'})"
+            )
         raise _PromptMismatch(
             f"turn {number} (assistant) does not continue the prompt of a server: {server}, but"
-            f" {row_text}; set data.chat_template to a template whose turns begin as its"
-            " generation prompt does, or data.unproved to lenient"
+            f" {row_text}; {remedy}, or set data.unproved to lenient"
         )
     if opens_thinking(template, prompt):
         _check_thinking(prompt, whole[start:], number)

@@ -67,19 +67,40 @@ def answer_start(
     tails = tails_behind_history(template, conversation, index, switch, written)
     if tails is None:
         return None
-    start = tails.common
-    only_in_prompt = tails.prompt[start:]
     turn = conversation.messages[index]
-    if only_in_prompt.strip() and (has_reasoning(turn) or not _is_closed(only_in_prompt, tails)):
-        behind = _end_of_header(template, tails)
-        if behind is None:
-            return None
-        start = behind
+    start: int | None = tails.common
+    if not _answer_follows(template, tails, turn):
+        header = _header_of(template, conversation, index, switch, written.prompt)
+        start = _end_of_header(template, tails, header)
+    if start is None:
+        return None
     if not has_reasoning(turn) and _waits_for_reasoning(
         template, conversation, index, switch, written.prompt
     ):
         return None
     return len(written.whole) - len(tails.whole) + start
+
+
+def _answer_follows(template: ChatTemplate, tails: Tails, turn: Message) -> bool:
+    """Whether the answer may follow the prompt directly where both texts part."""
+    only_in_prompt = tails.prompt[tails.common :]
+    if not only_in_prompt.strip():
+        return True
+    if not has_reasoning(turn):
+        return _is_closed(template, only_in_prompt, tails)
+    # Apriel leads in to the reasoning with words, which history lacks.
+    is_text = not re.search(_markup(template), only_in_prompt)
+    reasoning = (turn.reasoning_content or "").strip()
+    return is_text and bool(reasoning) and tails.whole[tails.common :].startswith(reasoning)
+
+
+def _header_of(
+    template: ChatTemplate, conversation: Conversation, index: int, switch: Switch, prompt: str
+) -> str:
+    """Returns what the generation prompt adds to the messages before a turn."""
+    before = replace(conversation, messages=conversation.messages[:index])
+    text, _ = template.write(before, switch)
+    return prompt[len(text) :] if prompt.startswith(text) else ""
 
 
 def tails_behind_history(
@@ -153,23 +174,43 @@ def _back_to_tag(prompt: str, whole: str, common: int) -> int:
     return common
 
 
-def _end_of_header(template: ChatTemplate, tails: Tails) -> int | None:
+def _end_of_header(template: ChatTemplate, tails: Tails, header: str) -> int | None:
     """Finds the end of the prompt, from its last tag or special token on, before an answer.
 
     Both texts may close the message before the turn in different ways, and then write the same
-    header.
+    header. Or history has no header behind the result of a tool, and the answer follows directly
+    (Apertus).
+
+    Args:
+        template: The chat template.
+        tails: The texts behind the message before the turn.
+        header: What the generation prompt adds.
     """
-    markup = re.compile(rf"{template.special.pattern}|{_TAG.pattern}")
+    if tails.prompt[tails.common :] == header and _is_special(template, header):
+        # What the texts with and without the marker share by chance is its first letters.
+        rest = tails.of_any_turn[tails.common :]
+        return tails.common if _MARKER.startswith(rest) else None
+    markup = re.compile(_markup(template))
     tags = list(markup.finditer(tails.prompt))
     # Other text than markup is no end of a message.
     if not tags or markup.sub("", tails.prompt[: tags[-1].start()]).strip():
         return None
-    header = tails.prompt[tags[-1].start() :]
-    found = tails.of_any_turn.find(header)
-    return None if found < 0 else found + len(header)
+    end = tails.prompt[tags[-1].start() :]
+    found = tails.of_any_turn.find(end)
+    return None if found < 0 else found + len(end)
 
 
-def _is_closed(block: str, tails: Tails) -> bool:
+def _is_special(template: ChatTemplate, text: str) -> bool:
+    """Whether a text has nothing but special tokens."""
+    return bool(text) and not template.special.sub("", text).strip()
+
+
+def _markup(template: ChatTemplate) -> str:
+    """Matches special tokens and tags."""
+    return rf"{template.special.pattern}|{_TAG.pattern}"
+
+
+def _is_closed(template: ChatTemplate, block: str, tails: Tails) -> bool:
     """Whether a block has an opening and a closing tag, and the answer does not repeat it.
 
     A block whose tags delimit turns, too, is no block, but a turn that only the prompt has.
@@ -178,7 +219,11 @@ def _is_closed(block: str, tails: Tails) -> bool:
     tags_of_turns = _TAG.findall(tails.prompt[: tails.common])
     if len(tags) < 2 or not set(tags).isdisjoint(tags_of_turns):
         return False
-    return tags[-1] not in tails.whole[tails.common :]
+    answer = tails.whole[tails.common :]
+    if template.tokenizer.eos_token:
+        # Some templates write the next prompt behind every text (Command R7B).
+        answer, _, _ = answer.partition(template.tokenizer.eos_token)
+    return tags[-1] not in answer
 
 
 def _waits_for_reasoning(
