@@ -21,7 +21,7 @@ import re
 from dataclasses import dataclass, replace
 
 from lit_sft.data.chat_template import ChatTemplate, Switch, WrittenTurn
-from lit_sft.data.reasoning import has_reasoning, opens_thinking
+from lit_sft.data.reasoning import END_OF_THINKING, has_reasoning, opens_thinking
 from lit_sft.errors import UserError
 from lit_sft.types import Conversation, Message
 
@@ -70,6 +70,9 @@ def answer_start(
     turn = conversation.messages[index]
     start: int | None = tails.common
     if not _answer_follows(template, tails, turn):
+        if has_reasoning(turn) and END_OF_THINKING.search(tails.prompt, tails.common):
+            # The prompt allows no reasoning.
+            return None
         header = _header_of(template, conversation, index, switch, written.prompt)
         start = _end_of_header(template, tails, header)
     if start is None:
@@ -97,9 +100,13 @@ def _answer_follows(template: ChatTemplate, tails: Tails, turn: Message) -> bool
 def _header_of(
     template: ChatTemplate, conversation: Conversation, index: int, switch: Switch, prompt: str
 ) -> str:
-    """Returns what the generation prompt adds to the messages before a turn."""
+    """Returns what the generation prompt adds to the messages before a turn; "" if unknown."""
     before = replace(conversation, messages=conversation.messages[:index])
-    text, _ = template.write(before, switch)
+    try:
+        text, _ = template.write(before, switch)
+    except UserError:
+        # Hermes refuses messages that end with the result of a tool.
+        return ""
     return prompt[len(text) :] if prompt.startswith(text) else ""
 
 
