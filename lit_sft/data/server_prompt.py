@@ -227,10 +227,9 @@ def _is_closed(template: ChatTemplate, block: str, tails: Tails) -> bool:
     if len(tags) < 2 or not set(tags).isdisjoint(tags_of_turns):
         return False
     answer = tails.whole[tails.common :]
-    if template.tokenizer.eos_token:
-        # Some templates write the next prompt behind every text (Command R7B).
-        answer, _, _ = answer.partition(template.tokenizer.eos_token)
-    return tags[-1] not in answer
+    # Some templates write the next prompt behind every text (Command R7B).
+    closing = template.closing.search(answer)
+    return tags[-1] not in (answer if closing is None else answer[: closing.start()])
 
 
 def _waits_for_reasoning(
