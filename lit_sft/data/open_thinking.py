@@ -46,7 +46,7 @@ def with_reasoning(
 
     Returns:
         The turn with its reasoning, and the text without it, as the template writes it. None if
-        the turn has no reasoning, the prompt opens no block, or the template writes one itself.
+        the turn has no reasoning, the prompt opens no block, or the template opens it once more.
 
     Raises:
         UserError: The template refuses the messages.
@@ -66,9 +66,7 @@ def with_reasoning(
     start = _answer_behind_tag(template, bare, index, switch, written, opening)
     if start is None:
         return None
-    # A tag on a line of its own has its text on other lines.
-    line = "\n" if "\n" in opening else ""
-    filled = written.prompt + reasoning + line + closing + line * 2
+    filled = written.prompt + reasoning + _closing(written.whole[start:], opening, closing)
     shift = len(filled) - start
     marks = []
     for first, last in written.marks:
@@ -77,6 +75,17 @@ def with_reasoning(
         marks.append((begin, last + shift))
     whole = filled + written.whole[start:]
     return WrittenTurn(written.prompt, whole, marks), written.whole
+
+
+def _closing(answer: str, opening: str, closing: str) -> str:
+    """Returns what stands between reasoning and answer, unless the answer begins with it."""
+    # A tag on a line of its own has its text on other lines.
+    line = "\n" if "\n" in opening else ""
+    if END_OF_THINKING.match(answer):
+        return line
+    if END_OF_THINKING.match(answer.lstrip()):
+        return ""
+    return line + closing + line * 2
 
 
 def _without_reasoning(turn: Message) -> tuple[Message, str] | None:
@@ -99,7 +108,7 @@ def _answer_behind_tag(
     written: WrittenTurn,
     opening: str,
 ) -> int | None:
-    """Finds where the answer starts in a text whose template writes no thinking block."""
+    """Finds what follows the opened block in a text whose template writes no reasoning."""
     start = len(written.prompt)
     if not written.whole.startswith(written.prompt):
         tails = tails_behind_history(template, conversation, index, switch, written)
@@ -107,10 +116,7 @@ def _answer_behind_tag(
         if tails is None or tails.prompt[tails.common :] != opening:
             return None
         start = len(written.whole) - len(tails.whole) + tails.common
-    answer = written.whole[start:].lstrip()
-    if starts_thinking(answer) or END_OF_THINKING.match(answer):
-        return None
-    return start
+    return None if starts_thinking(written.whole[start:]) else start
 
 
 def behind_empty_block(
