@@ -46,7 +46,7 @@ def with_reasoning(
 
     Returns:
         The turn with its reasoning, and the text without it, as the template writes it. None if
-        the turn has no reasoning, the prompt opens no block, or the template opens it once more.
+        the turn has no reasoning, the prompt opens no block, or the template writes reasoning.
 
     Raises:
         UserError: The template refuses the messages.
@@ -62,6 +62,10 @@ def with_reasoning(
     opening = opened_block(template, written.prompt)
     closing = closing_tag(opening.rstrip()) if opening else ""
     if not closing or closing not in str(template.text):
+        return None
+    messages[index] = replace(bare_message, reasoning_content=reasoning)
+    apart, _ = template.write(replace(conversation, messages=tuple(messages[: index + 1])), switch)
+    if apart.count(reasoning) > written.whole.count(reasoning):
         return None
     start = _answer_behind_tag(template, bare, index, switch, written, opening)
     if start is None:
