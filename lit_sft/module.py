@@ -449,7 +449,7 @@ class SFTModule(L.LightningModule):
     @property
     def turn_end_ids(self) -> list[int]:
         """The ids that end trained turns, of the data and of the loaded checkpoint."""
-        return sorted({*self.saved_turn_end_ids, *data_of(self.trainer).stop_ids})
+        return sorted({*self.saved_turn_end_ids, *data_of(self.trainer).turn_end_ids})
 
     def answer(
         self, prompts: Prompts, options: GenerationOptions | None = None

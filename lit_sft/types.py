@@ -81,8 +81,9 @@ class RenderedTurn:
     prompt: str
     """The text that a server would feed to the model to get this turn."""
     text: str
-    """The rendered conversation up to and including the turn's stop token. It begins with `prompt`
-    unless the turn is lenient (`data.unproved: lenient`).
+    """The rendered conversation up to and including the turn's stop token, which is added if the
+    template writes it only before a next message. It begins with `prompt` unless the turn is
+    lenient (`data.unproved: lenient`).
     """
     stop: str
     """The stop token. `text` ends with it."""

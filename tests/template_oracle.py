@@ -31,13 +31,13 @@ _SPECIAL = re.compile(
 """Names of special tokens in the text of a template."""
 _ENDS = (
     "<|return|>", "<｜end▁of▁sentence｜>", "<|im_end|>", "<|eot_id|>", "<|eot|>", "<|END_OF_TURN_TOKEN|>",
-    "<seed:eos>", "[e~[", "[EOS]", "<|end_of_text|>", "<|role_end|>", "<|end|>",
+    "<seed:eos>", "<｜hy_eos:opensource｜>", "[e~[", "[EOS]", "<|end_of_text|>", "<|role_end|>", "<|end|>",
 )  # fmt: skip
 """Tokens that are eos of their model, if its template names them; the first one counts."""
 _STOPS = {
     *_ENDS, "<|endoftext|>", "</s>", "<eos>", "<|call|>", "<|calls|>", "<|eom_id|>", "<|eom|>", "<end_of_turn>",
     "<turn|>", "<|tool_response>", "<|user|>", "<|observation|>", "<end_of_utterance>", "<end_of_sentence>",
-    "<|end_of_msg|>", "<|message_sep|>", "<|tools_suffix|>", "[|endofturn|]", "<SPECIAL_12>", "</assistant>",
+    "<|end_of_msg|>", "<|message_sep|>", "<|tools_suffix|>", "<|assistant_end|>", "[|endofturn|]", "<SPECIAL_12>", "</assistant>",
     "<sep>",
 }  # fmt: skip
 """Tokens at which servers stop for some model."""
@@ -47,6 +47,7 @@ _OPEN_THINKING = re.compile(r"[<\[](?!\|END)[\w:|]*think[\w:|]*[>\]]\s*\Z", re.I
 _CLOSED_THINKING = re.compile(r"</[\w:]*think[\w:]*>|\[/THINK\]|<\|END_THINKING\|>")
 _WORDS = re.compile(r"((?:begin|end|first|last|city|list|time)(\d))(?!\d)")
 """Words of a row that occur once, with the number of their message (see `row_shapes`)."""
+_EMPTY_THINKING = re.compile(rf"\s*(?:{_CLOSED_THINKING.pattern})\s*")
 _REASONS = {
     "open": "leaves turn",
     "thinking left open": "leaves the thinking block open",
@@ -110,8 +111,11 @@ class Verdict:
 
 def family_of(template: str) -> Family:
     """Finds the special tokens of a model in the text of its template."""
-    special = dict.fromkeys(_SPECIAL.findall(template))
-    eos = next((token for token in _ENDS if token in template), "</s>")
+    # Hunyuan 3 puts the names of its tokens together.
+    suffix = re.search(r"set HYTK = '([^']+)'", template)
+    text = template.replace("{}", suffix.group(1)) if suffix else template
+    special = dict.fromkeys(_SPECIAL.findall(text))
+    eos = next((token for token in _ENDS if token in text), "</s>")
     if "end_of_turn" in template or "<turn|>" in template:
         eos = "<eos>"
     if "<|end|>" in special and "eos_token" in template:
@@ -269,8 +273,9 @@ def _judge_run(
     fed, wholes = _texts_of_server(server, row, example, number)
     faults = _judge_content(server, row, example.notes, number, text)
     faults += _judge_stop(server, ids[begin:end], text)
-    if not server.is_marked and not any(text in whole for whole in wholes):
-        faults.append(f"the template never writes {text!r}")
+    own = _without_block(server, row, example.notes, number, text)
+    if not server.is_marked and not any(own in whole for whole in wholes):
+        faults.append(f"the template never writes {own!r}")
     before = server.tokenizer.decode(ids[:begin])[-160:]
     asked = server.renderer.prompt(row.conversation(number + 1))
     if not _fits(server, asked, ids[:begin]):
@@ -293,9 +298,62 @@ def _texts_of_server(
     for turns in histories(row):
         for switch in _switches(example.notes):
             prompt = server.text(turns[:number], row.tools, add_generation_prompt=True, **switch)
-            fed.append(prompt)
-            wholes.append(server.text(turns[: number + 1], row.tools, **switch))
+            whole = server.text(turns[: number + 1], row.tools, **switch)
+            fed += [prompt, *_closed(prompt, whole, turns[number], example.notes)]
+            wholes += [whole, *_continued(server, row, turns, number, whole, switch)]
     return fed, wholes
+
+
+def _closed(prompt: str, whole: str, turn: Turn, notes: tuple[str, ...]) -> list[str]:
+    """Closes the block that a prompt opens, if the template writes an empty one for the answer."""
+    block = _EMPTY_THINKING.match(whole[len(prompt) :])
+    if "empty_thinking" not in notes or not whole.startswith(prompt) or block is None:
+        return []
+    if not _OPEN_THINKING.search(prompt) or "reasoning_content" in turn:
+        return []
+    start = whole.find(turn["content"], len(prompt)) if turn["content"] else len(whole)
+    return [whole[: min(len(prompt) + block.end(), start)]]
+
+
+def _without_block(server: Server, row: Row, notes: tuple[str, ...], number: int, text: str) -> str:
+    """Cuts off the reasoning that the template does not write, which has to be all of it."""
+    turn = histories(row)[1][number]
+    if "written:reasoning" not in notes or "reasoning_content" not in turn:
+        return text
+    if _could_reason(server, row, number):
+        return f"not {text}, but what the template writes"
+    thought, closing, answer = re.split(f"({_CLOSED_THINKING.pattern})", text, maxsplit=1)
+    if thought.strip() != turn["reasoning_content"].strip():
+        return f"{thought}, which is not the reasoning"
+    return answer.lstrip() if closing else text
+
+
+def _continued(
+    server: Server, row: Row, turns: list[Turn], number: int, whole: str, switch: dict[str, bool]
+) -> list[str]:
+    """Adds the token of the next message to a text whose template does not end the turn.
+
+    A server goes on with a result after a call, and with the user after an answer.
+    """
+    if _has_special_end(server, whole):
+        return []
+    calls = turns[number].get("tool_calls", [])
+    following: list[Turn] = [{"role": "user", "content": "nextmessage"}]
+    if calls:
+        following = [
+            {"role": "tool", "content": "nextmessage", "name": call["function"]["name"],
+             "tool_call_id": call["id"]}
+            for call in calls
+        ]  # fmt: skip
+    history = server.text([*turns[: number + 1], *following], row.tools, **switch)
+    ending = whole.rstrip()[-12:]
+    behind = history.partition("nextmessage")[0].rpartition(ending)[2]
+    special = sorted({*server.tokenizer.all_special_tokens, *server.family.special}, key=len)
+    for token in reversed(special):
+        if behind.lstrip().startswith(token):
+            gap = behind[: len(behind) - len(behind.lstrip())]
+            return [whole.rstrip() + gap + token]
+    return []
 
 
 def _fits(server: Server, prompt: list[int], before: list[int]) -> bool:
@@ -349,7 +407,9 @@ def _could_reason(server: Server, row: Row, number: int) -> bool:
         for switch in _ALL_SWITCHES:
             prompt = server.text(turns[:number], row.tools, add_generation_prompt=True, **switch)
             whole = server.text(turns[: number + 1], row.tools, **switch)
-            if whole.startswith(prompt) and not _words(reasoning, whole[len(prompt) :]):
+            answer = whole[len(prompt) :]
+            twice = _OPEN_THINKING.search(prompt) and answer.lstrip().startswith("<think>")
+            if whole.startswith(prompt) and not twice and not _words(reasoning, answer):
                 return True
     return False
 
@@ -441,7 +501,8 @@ def _is_true_of(server: Server, row: Row, turns: list[Turn], name: str, index: i
             texts.append((prompt, server.text(turns[: index + 1], row.tools, **switch)))
     fitting = [prompt for prompt, whole in texts if whole.startswith(prompt)]
     holds = {
-        "open": not any(_has_special_end(server, whole) for _, whole in texts),
+        "open": not any(_has_special_end(server, whole) for _, whole in texts)
+        and not any(_continued(server, row, turns, index, whole, {}) for _, whole in texts),
         "opens thinking": not has_reasoning
         and any(_OPEN_THINKING.search(prompt) for prompt, _ in texts)
         and all(_OPEN_THINKING.search(prompt) for prompt in fitting),

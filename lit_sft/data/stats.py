@@ -92,6 +92,14 @@ NOTES = {
     "moved:reasoning": (
         "reasoning moved from the content to reasoning_content, where the template expects it"
     ),
+    "written:reasoning": (
+        "reasoning that the template does not write, put into the thinking block that its prompt"
+        " opens"
+    ),
+    "empty_thinking": (
+        "without reasoning, trained behind the empty thinking block that the template writes; ask"
+        " the model behind that block for answers without reasoning"
+    ),
     "left_out:reasoning_content": (
         "reasoning that the template does not write, so it is not trained"
     ),

@@ -302,7 +302,6 @@ TEMPLATES = {
         calls(name="add", arguments="{}"),
         ["turn 2", "'add'", "data.chat_template"],
     ),
-    "turn left open": ("glm-4", chat(USER, ANSWER), ["turn 2", "open", "data.chat_template"]),
     "no reasoning": (
         "deepseek-r1",
         chat(USER, ANSWER),

@@ -8,6 +8,7 @@ from textwrap import shorten
 from typing import Any
 
 from lit_sft.data.formats.json_text import DoubleKeyError, parse_json
+from lit_sft.data.formats.parts import spread_parts
 from lit_sft.data.formats.turn_flags import FLAGS, train_flag
 from lit_sft.errors import UserError
 from lit_sft.types import Message
@@ -99,7 +100,7 @@ def read_message(value: object, key: str, train: bool | None = None) -> Message:
     Raises:
         UserError: The object has another shape.
     """
-    raw = as_object(value, key)
+    raw = spread_parts(as_object(value, key), key)
     role = required(raw, "role", f"{key}.role")
     if role not in ROLES:
         raise UserError(f"`{key}.role` is {role!r:.40}, expected one of {listed(ROLES)}")
