@@ -102,6 +102,8 @@ class OneLineParser(LightningArgumentParser):
         takes_class = _keys_of_classes(command)
         chosen = classes.chosen_classes(given, _default_classes(command), takes_class)
         unknown = classes.unknown_key(given, chosen, takes_class)
+        if unknown is None:
+            unknown = _unknown_empty_group(given, set(known_keys(command, given)))
         if unknown is not None:
             # In the words of jsonargparse, which `MESSAGES` rewrites.
             self.error(f"Option '{unknown.key}' is not accepted")
@@ -136,6 +138,17 @@ def known_keys(parser: LightningArgumentParser, given: Iterable[Written] = ()) -
     takes_class = _keys_of_classes(parser)
     chosen = classes.chosen_classes(given, _default_classes(parser), takes_class)
     yield from classes.right_keys(options, given, chosen, takes_class)
+
+
+def _unknown_empty_group(given: Iterable[Written], known: set[str]) -> Written | None:
+    """Returns an unknown key with `{}` as its value, which jsonargparse drops without a word."""
+    groups = {key.rpartition(".")[0] for key in known}
+    for item in given:
+        is_empty = isinstance(item.value, Mapping) and not item.value
+        # Below other keys, such as variables of a template, any name may stand.
+        if is_empty and item.key not in known and item.key.rpartition(".")[0] in groups:
+            return item
+    return None
 
 
 def _keys_of_classes(parser: LightningArgumentParser) -> list[str]:

@@ -179,6 +179,13 @@ def test_some_settings(settings, tmp_path, capsys):
     check(paths, settings, tmp_path, capsys)
 
 
+@pytest.mark.parametrize(
+    "path", [("data", "chat_template_kwargs"), ("model", "lora", "rank_pattern")]
+)
+def test_an_empty_group(path, settings, tmp_path, capsys):
+    check([path], settings, tmp_path, capsys)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("group", [*OF_CLASSES, "trainer", "model", "data", "others"])
 def test_all_settings(group, settings, tmp_path, capsys):
