@@ -5,32 +5,24 @@ import json
 import peft
 import pytest
 import torch
-import transformers
 from models import families
-from running import arguments, chat_rows, final_weights, run, version, write_rows
+from models.certificate import assert_same, fit, language_model, logits, multimodal, plain
+from running import arguments, chat_rows, final_weights, run, write_rows
 from safetensors.torch import load_file, save_file
-from terminal import log_lines, refused
+from terminal import refused
 from tiny import save_tiny
 
 from lit_sft.errors import UserError
 from lit_sft.model import composite
 from lit_sft.model.export import AdapterBase, ChatFormat, export_hf
-from lit_sft.model.load import load_model, load_tokenizer
+from lit_sft.model.load import load_tokenizer
 from lit_sft.model.lora.apply import apply_lora
 from lit_sft.model.lora.load import load_adapter
 from lit_sft.model.lora.lora_config import LoraConfig
 
 CORE = ("Qwen3.5", "Ministral 3")
-IN_PARTS = pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[] if name in CORE else pytest.mark.slow) for name in families.FAMILIES],
-)  # fmt: skip
 BOTH = pytest.mark.parametrize("name", CORE)
 LORA = {"model__lora": {"r": 4}}
-END_OF_TURN = 2
-BUFFERS = ("e_score_correction_bias", "layer_scalar")
-"""Tensors of language models that no gradient changes."""
-IDS = torch.arange(5, 29).reshape(2, 12)
 
 
 @pytest.fixture(scope="module")
@@ -47,102 +39,6 @@ def place(tmp_path_factory):
     return get
 
 
-def fit(place, root, **options):
-    """Three steps. Returns the run's folder."""
-    settings = {"data__global_batch_size": 4, "trainer__max_steps": 3, **options}
-    fast = {"model__optimizer": "torch.optim.SGD", "model__optimizer__lr": 0.5}
-    run("fit", arguments(*place, root, trainer__max_epochs=-1, **fast, **settings))
-    return version(root)
-
-
-def language_model(source):
-    return load_model(
-        str(source), init="pretrained", dtype=torch.float32, attn_implementation="eager", seed=0
-    ).eval()
-
-
-@torch.no_grad()
-def logits(model):
-    return composite.text_of(model)(input_ids=IDS).logits
-
-
-def multimodal(folder):
-    options = {"dtype": "auto", "attn_implementation": "eager"}
-    return transformers.AutoModelForImageTextToText.from_pretrained(folder, **options).eval()
-
-
-def plain(folder):
-    options = {"dtype": "auto", "attn_implementation": "eager"}
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
-
-
-def assert_same(found, expected):
-    torch.testing.assert_close(found, expected, rtol=0, atol=2e-6 * float(expected.abs().max()))
-
-
-@IN_PARTS
-def test_fit_and_export(name, place, tmp_path):
-    source = families.Path(place(name)[0])
-    with log_lines() as lines:
-        folder = fit(place(name), tmp_path / "runs")
-    assert sum("not loaded, and kept in exports" in line for line in lines) == 1
-    before, after = families.tensors_of(source), families.tensors_of(folder / "hf")
-    assert {file: list(found) for file, found in before.items()} == {
-        file: list(found) for file, found in after.items()
-    }
-    for file, tensors in before.items():
-        for key, value in tensors.items():
-            exported = after[file][key]
-            assert exported.dtype == value.dtype
-            is_trained = families.is_text(key) and not any(name in key for name in BUFFERS)
-            assert torch.equal(exported, value) != is_trained, key
-    for file in ("preprocessor_config.json", "tokenizer.json"):
-        assert (folder / "hf" / file).read_bytes() == (source / file).read_bytes()
-    config = json.loads((source / "config.json").read_text())
-    assert config["text_config"]["eos_token_id"] == 0
-    config["text_config"]["eos_token_id"] = END_OF_TURN
-    assert json.loads((folder / "hf" / "config.json").read_text()) == config
-    trained = language_model(source)
-    weights = final_weights(tmp_path / "runs")
-    assert all(families.is_text(key) for key in weights)
-    trained.load_state_dict({key.removeprefix("model.lm."): v for key, v in weights.items()})
-    expected = logits(trained)
-    assert_same(logits(multimodal(folder / "hf")), expected)
-    if composite.class_names(trained.config)[0]:
-        assert_same(logits(plain(folder / "hf")), expected)
-
-
-def test_a_source_in_fp8_is_written_back_without_scales(place, tmp_path):
-    """As Mistral stores Ministral 3: one scale for each matrix of the language model."""
-    source = families.Path(families.save("Ministral 3", tmp_path / "source"))
-    [(file, tensors)] = families.tensors_of(source).items()
-    names = [key for key in tensors if families.is_text(key) and key.endswith("_proj.weight")]
-    for name in names:
-        scale = tensors[name].abs().max() / 448
-        tensors[name] = (tensors[name] / scale).to(torch.float8_e4m3fn)
-        tensors[name.replace(".weight", ".weight_scale_inv")] = scale.to(torch.bfloat16)
-        tensors[name.replace(".weight", ".activation_scale")] = torch.tensor(1.0).bfloat16()
-    save_file(tensors, source / file, metadata={"format": "pt"})
-    config = json.loads((source / "config.json").read_text())
-    skipped = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
-    config["quantization_config"] = {
-        "quant_method": "fp8",
-        "activation_scheme": "static",
-        "weight_block_size": None,
-        "modules_to_not_convert": skipped,
-    }
-    (source / "config.json").write_text(json.dumps(config))
-    folder = fit((str(source), place("Ministral 3")[1]), tmp_path / "runs")
-    [(_, after)] = families.tensors_of(folder / "hf").items()
-    assert after.keys() == {key for key in tensors if not key.endswith(("_scale_inv", "_scale"))}
-    assert all(after[name].dtype == torch.float32 for name in names)
-    assert "quantization_config" not in json.loads((folder / "hf" / "config.json").read_text())
-    trained = language_model(source)
-    weights = final_weights(tmp_path / "runs")
-    trained.load_state_dict({key.removeprefix("model.lm."): v for key, v in weights.items()})
-    assert_same(logits(multimodal(folder / "hf")), logits(trained))
-
-
 @pytest.mark.slow
 @BOTH
 def test_a_resumed_run(name, place, tmp_path):
@@ -154,7 +50,7 @@ def test_a_resumed_run(name, place, tmp_path):
     assert all(torch.equal(whole[key], halves[key]) for key in whole)
 
 
-@IN_PARTS
+@BOTH
 def test_an_adapter(name, place, tmp_path):
     """It acts over the class of the checkpoint, and over the model that it was trained in."""
     source = place(name)[0]
