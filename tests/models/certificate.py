@@ -146,7 +146,7 @@ def _full(place: tuple[str, str], root: Path) -> tuple[str, str]:
         return "yes", "yes"
     # The text class of transformers reads it, too.
     assert_same(logits(plain(folder / "hf")), expected)
-    return "yes", "yes, also as text"
+    return "yes", "yes, as text too"
 
 
 def _check_tensors(source: Path, folder: Path) -> None:
@@ -218,7 +218,7 @@ def _lora(place: tuple[str, str], root: Path) -> str:
 
 def _apart_from_experts(lm: Any, has_experts: bool) -> str:
     routed = any(".experts." in key for key, _ in lm.named_parameters())
-    return "yes" if has_experts or not routed else "yes, without experts"
+    return "yes" if has_experts or not routed else "no experts"
 
 
 def _qlora(place: tuple[str, str], root: Path) -> str:
@@ -259,10 +259,10 @@ def _packed(source: Path, model: CausalLMLoss, paths: FastPaths) -> str:
     ours = model.eval()(torch.cat(rows)[None], labels, positions, LENGTHS).loss_sum
     torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=0)
     if paths.one_by_one:
-        return "no: one by one"
+        return "one by one"
     if paths.separate_rows:
-        return "no: padded rows"
-    return "yes, mixers by example" if paths.mixers else "yes"
+        return "padded"
+    return "by example" if paths.mixers else "yes"
 
 
 def _own_loss(lm: Any, ids: Tensor) -> Tensor:

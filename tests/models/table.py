@@ -34,17 +34,24 @@ def read_record() -> dict[str, dict[str, str]]:
 
 
 def render(record: Record) -> str:
-    """The table in Markdown."""
-    lines = [_line(["family", *COLUMNS, "what is special"]), _line(["---"] * (len(COLUMNS) + 2))]
+    """The table in Markdown, and below it the reasons of what is refused."""
+    head = ["family", *COLUMNS, "what is special"]
+    lines = [_line(head), _line(["---"] * len(head))]
+    reasons = []
     for name, values in record.items():
-        family = families.FAMILIES[name]
-        cells = [values[column] for column in COLUMNS]
-        lines.append(_line([name, *cells, family.special]))
-    return "".join(lines)
+        cells = []
+        for column in COLUMNS:
+            value, _, reason = values[column].partition(": ")
+            cells.append(value)
+            if reason:
+                reasons.append(f"- {name}, {column}: {reason}\n")
+        lines.append(_line([name, *cells, families.FAMILIES[name].special]))
+    return "".join([*lines, "\n", *reasons])
 
 
 def _line(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |\n"
+    texts = [cell.replace("|", "\\|") for cell in cells]
+    return f"| {' | '.join(texts)} |\n"
 
 
 def table_of(page: str) -> str:

@@ -15,6 +15,11 @@ from lit_sft.model.lora.lora_config import LoraConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+KERNELS_READ_OUT_PROJ = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+"""Model types whose `out_proj` peft 0.21 refuses to adapt: kernels of Mamba read its weight past
+the adapter.
+"""
+
 
 def token_rows(
     model: Any, config: LoraConfig, new_token_ids: Sequence[int]
@@ -132,12 +137,10 @@ def _last_part(name: str) -> str:
 
 
 def all_linear(model: Any) -> list[str]:
-    """Returns names of all linear layers that text passes through, except the head.
+    """Returns names of all linear layers that text passes through and peft adapts, except the head.
 
     The names are short (`q_proj`) if no other module has the same short name, and full otherwise.
     """
-    from transformers.pytorch_utils import Conv1D
-
     in_decoder = {id(module) for module in model.get_decoder().modules()}
     head = model.get_output_embeddings()
     others = []
@@ -145,15 +148,23 @@ def all_linear(model: Any) -> list[str]:
     for name, module in model.named_modules():
         if module is head:
             continue
-        # Some routers are a kind of linear layer that returns more than a product.
-        is_linear = isinstance(module, nn.Linear | Conv1D) and "Router" not in type(module).__name__
-        if is_linear and id(module) in in_decoder:
+        if _is_adaptable(model, name, module) and id(module) in in_decoder:
             wanted.append(name)
         else:
             others.append(name)
     short = {_last_part(name) for name in wanted}
     is_ambiguous = any(_last_part(name) in short for name in others)
     return sorted(wanted if is_ambiguous else short)
+
+
+def _is_adaptable(model: Any, name: str, module: nn.Module) -> bool:
+    """Whether a module is a linear layer that peft can adapt."""
+    from transformers.pytorch_utils import Conv1D
+
+    if _last_part(name) == "out_proj" and model.config.model_type in KERNELS_READ_OUT_PROJ:
+        return False
+    # Some routers are a kind of linear layer that returns more than a product.
+    return isinstance(module, nn.Linear | Conv1D) and "Router" not in type(module).__name__
 
 
 def embeddings_among(model: Any, wanted: str | list[str]) -> bool:
