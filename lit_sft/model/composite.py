@@ -31,8 +31,8 @@ SINGLE_FILE = "model.safetensors"
 
 SCALE = re.compile(r"\.(weight_scale_inv|weight_scale|activation_scale|input_scale)$")
 """Scales of FP8 weights and of their inputs (`dequantize`)."""
-_NO_PART = re.compile(rf"{SCALE.pattern}|_(blocks|scales)$|\.inv_freq$")
-"""What belongs to weights in FP8 or MXFP4, and the rotary frequencies of old checkpoints."""
+_NO_PART = re.compile(rf"{SCALE.pattern}|_(blocks|scales)$|\.weight\.|\.inv_freq$")
+"""What belongs to quantized weights, and the rotary frequencies of old checkpoints."""
 READ_BY_TEXT = {"gemma3n": ("embed_vision", "embed_audio")}
 """By model type: parts of a multimodal model whose sizes its code reads for text, too."""
 

@@ -565,7 +565,7 @@ def _add_tensor(directory: Path, name: str) -> None:
     """Adds a tensor to the last weight file of a checkpoint."""
     file = max(directory.glob("*.safetensors"))
     tensors = load_file(file)
-    tensors[name] = torch.arange(32, dtype=torch.bfloat16)
+    tensors[name] = torch.arange(128, dtype=torch.bfloat16).reshape(4, 32)
     save_file(tensors, file, metadata={"format": "pt"})
     path = directory / "model.safetensors.index.json"
     if path.exists():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from models import families
 from models.certificate import assert_same, fit, language_model, logits, multimodal, plain
+from quantized import read, store_fp8
 from running import arguments, chat_rows, final_weights, run, write_rows
 from safetensors.torch import load_file, save_file
 from terminal import refused
@@ -142,6 +143,20 @@ def test_a_weight_without_a_place_in_the_source(place, tmp_path):
     ):
         export_hf(lm, chat, tmp_path / "hf", source=source)
     assert not (tmp_path / "hf").exists()
+
+
+def test_layers_that_are_not_loaded_stay_in_the_export_of_a_text_model(tmp_path):
+    """As plain weights, because those of DeepSeek V3 are in FP8, too."""
+    source = families.Path(families.save("DeepSeek V3", tmp_path / "model", plain=True))
+    expected = store_fp8(source)
+    assert read(source)[families.NEXT_LAYER].dtype == torch.float8_e4m3fn
+    lm = language_model(source)
+    chat = ChatFormat(load_tokenizer(str(source)), stop_ids=[0])
+    export_hf(lm, chat, tmp_path / "hf", source=composite.source_with_more(lm))
+    exported = read(tmp_path / "hf")
+    assert exported.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(exported[name].float(), value.float(), rtol=2**-8, atol=0)
 
 
 @pytest.mark.parametrize(
