@@ -197,7 +197,7 @@ def _lfm2_vl() -> Any:
 
 
 def _mistral4() -> Any:
-    text = {**SIZES, **LATENT, **ROUTED, "first_k_dense_replace": 0, "model_type": "mistral4", "rope_parameters": {
+    text = {**SIZES, **LATENT, **ROUTED, "head_dim": 16, "first_k_dense_replace": 0, "model_type": "mistral4", "rope_parameters": {
         "rope_type": "yarn", "rope_theta": 10000.0, "factor": 16.0, "original_max_position_embeddings": 32,
         "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
         "partial_rotary_factor": 0.5,
@@ -353,7 +353,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "GLM-5": Family(
         _text("GlmMoeDsa", **LATENT, **ROUTED, **INDEXER, mlp_layer_types=DENSE_FIRST), "zai-org/GLM-5",
-        "sparse attention: an indexer selects tokens", extra=(NEXT_LAYER,),
+        "sparse attention: an indexer, which no gradient reaches, selects tokens", extra=(NEXT_LAYER,),
     ),
     "GLM-4.5V": Family(_glm4v_moe, "zai-org/GLM-4.5V", "GLM-4.5 with a vision tower"),
     "DeepSeek V2": Family(
@@ -367,7 +367,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "DeepSeek V3.2": Family(
         _text("DeepseekV32", **LATENT, **ROUTED, **INDEXER, mlp_layer_types=DENSE_FIRST), "deepseek-ai/DeepSeek-V3.2-Exp",
-        "sparse attention: an indexer selects tokens", "llama.cpp/deepseek-ai-DeepSeek-V3.2", extra=(NEXT_LAYER,),
+        "sparse attention: an indexer, which no gradient reaches, selects tokens", "llama.cpp/deepseek-ai-DeepSeek-V3.2", extra=(NEXT_LAYER,),
     ),
     "DeepSeek V4": Family(
         _deepseek_v4, "deepseek-ai/DeepSeek-V4-Flash-Base", "compressed keys, hyper-connections, experts by hash",

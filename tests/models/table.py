@@ -70,6 +70,11 @@ def main(names: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         of_templates = templates.measure(Path(folder))
     record = {name: {**record[name], **of_templates[name]} for name in families.FAMILIES}
+    write(record)
+
+
+def write(record: Record) -> None:
+    """Writes the record, and the table of the page."""
     RECORD.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     page = PAGE.read_text(encoding="utf-8")
     before, _, rest = page.partition(BEGIN)
