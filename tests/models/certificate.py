@@ -34,7 +34,7 @@ COLUMNS = ("full", "LoRA", "QLoRA", "packed", "fused", "export")
 LORA = {"model__lora": {"r": 4}}
 QLORA = {**LORA, "model__quantization": "nf4"}
 UNTRAINED = (
-    "e_score_correction_bias", "expert_bias", "moe_statics", "tid2eid", "layer_scalar", "act_fn.beta", "act_fn.eps",
+    "e_score_correction_bias", "expert_bias", "moe_statics", "tid2eid", "ffn.gate.bias", "layer_scalar", "act_fn.beta", "act_fn.eps",
     "_decay", "slope_rate", ".indexer.",
 )  # fmt: skip
 """Tensors of language models that no gradient reaches."""

@@ -86,9 +86,9 @@ def _written(
     kinds = [verdicts[shape].kind for shape in shapes]
     refused = {REASONS[kind.partition(": ")[2]] for kind in kinds if kind.startswith("refused")}
     notes = {note for shape in shapes for example in examples[shape] for note in example.notes}
-    if left_out in notes or refused == {NOT_WRITTEN}:
+    is_all = all(kind.startswith("refused") for kind in kinds)
+    if left_out in notes or (is_all and refused == {NOT_WRITTEN}):
         return NOT_WRITTEN
     if refused:
-        is_all = all(kind.startswith("refused") for kind in kinds)
         return f"{'no' if is_all else 'in part'}: {', '.join(sorted(refused))}"
     return "per turn" if "per turn" in kinds else "yes"

@@ -163,8 +163,10 @@ def _is_adaptable(model: Any, name: str, module: nn.Module) -> bool:
 
     if _last_part(name) == "out_proj" and model.config.model_type in KERNELS_READ_OUT_PROJ:
         return False
-    # Some routers are a kind of linear layer that returns more than a product.
-    return isinstance(module, nn.Linear | Conv1D) and "Router" not in type(module).__name__
+    # Some routers are a kind of linear layer that returns more than a product, and those of groups
+    # in DeepSeek V4 multiply each group by a part of the weight.
+    is_other = type(module).__name__.endswith(("Router", "GroupedLinear"))
+    return isinstance(module, nn.Linear | Conv1D) and not is_other
 
 
 def embeddings_among(model: Any, wanted: str | list[str]) -> bool:
