@@ -35,7 +35,7 @@ LORA = {"model__lora": {"r": 4}}
 QLORA = {**LORA, "model__quantization": "nf4"}
 UNTRAINED = (
     "e_score_correction_bias", "expert_bias", "moe_statics", "tid2eid", "ffn.gate.bias", "layer_scalar", "act_fn.beta", "act_fn.eps",
-    "_decay", "slope_rate", ".indexer.",
+    "query_decay", "key_decay", "diagonal_decay", "slope_rate", ".indexer.",
 )  # fmt: skip
 """Tensors of language models that no gradient reaches."""
 SCALES = re.compile(r"(\.weight_scale_inv|\.activation_scale|_scales)$")
