@@ -548,6 +548,8 @@ class SFTModule(L.LightningModule):
         source = None
         if options.init != "random" and not text_only:
             source = composite.source_of(self.model.lm)
+            if source is None and self.adapter is None:
+                source = composite.source_with_more(self.model.lm)
         if state_dict is not None:
             state_dict = {name.removeprefix("lm."): value for name, value in state_dict.items()}
         chat = ChatFormat(

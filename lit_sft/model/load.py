@@ -160,6 +160,9 @@ def load_model(
         model = with_attention(build, attn_implementation)
     except (ImportError, ValueError) as error:
         is_about_attention = "attn_implementation" in str(error) or "Flash" in str(error)
+        if isinstance(error, ImportError) and not is_about_attention:
+            # transformers names the package, in several lines. Gemma 3n needs timm, for example.
+            raise UserError(f"{path} cannot be built: {' '.join(str(error).split())}") from error
         if isinstance(error, UserError) or not is_about_attention:
             raise
         raise UserError(
@@ -285,7 +288,7 @@ def _pretrained_model(
         raise UserError(
             f"{path} lacks {len(missing)} weights of a causal language model, such as {missing[0]}"
         )
-    if composite.is_composite(config) and not gguf:
+    if not gguf and not is_pickled:
         composite.log_left_out(model, config, Path(path))
     loaded: PreTrainedModel = model
     return loaded

@@ -16,6 +16,11 @@ from lit_sft.model.lora.lora_config import LoraConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+KERNELS_READ_OUT_PROJ = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+"""Model types whose `out_proj` peft 0.21 refuses to adapt: kernels of Mamba read its weight past
+the adapter.
+"""
+
 
 def token_rows(
     model: Any, config: LoraConfig, new_token_ids: Sequence[int]
@@ -240,12 +245,10 @@ def _check_moved(moved: dict[str, nn.Module], kept: list[str], config: LoraConfi
 
 
 def all_linear(model: Any) -> list[str]:
-    """Returns names of all linear layers that text passes through, except the head.
+    """Returns names of all linear layers that text passes through and peft adapts, except the head.
 
     The names are short (`q_proj`) if no other module has the same short name, and full otherwise.
     """
-    from transformers.pytorch_utils import Conv1D
-
     in_decoder = {id(module) for module in model.get_decoder().modules()}
     head = model.get_output_embeddings()
     others = []
@@ -253,9 +256,7 @@ def all_linear(model: Any) -> list[str]:
     for name, module in model.named_modules():
         if module is head:
             continue
-        # Some routers are a kind of linear layer that returns more than a product.
-        is_linear = isinstance(module, nn.Linear | Conv1D) and "Router" not in type(module).__name__
-        if is_linear and id(module) in in_decoder:
+        if _is_adaptable(model, name, module) and id(module) in in_decoder:
             wanted.append(name)
         else:
             others.append(name)
@@ -308,6 +309,18 @@ def _is_left_out(module: str, parameter: str, config: LoraConfig) -> bool:
     if isinstance(excluded, str):
         return any(re.fullmatch(excluded, name) for name in (module, parameter))
     return any(_is_among(name, [module, parameter]) for name in excluded)
+
+
+def _is_adaptable(model: Any, name: str, module: nn.Module) -> bool:
+    """Whether a module is a linear layer that peft can adapt."""
+    from transformers.pytorch_utils import Conv1D
+
+    if _last_part(name) == "out_proj" and model.config.model_type in KERNELS_READ_OUT_PROJ:
+        return False
+    # Some routers are a kind of linear layer that returns more than a product, and those of groups
+    # in DeepSeek V4 multiply each group by a part of the weight.
+    is_other = type(module).__name__.endswith(("Router", "GroupedLinear"))
+    return isinstance(module, nn.Linear | Conv1D) and not is_other
 
 
 def embeddings_among(model: Any, wanted: str | list[str]) -> bool:
