@@ -159,17 +159,24 @@ def load_model(
     try:
         model = with_attention(build, attn_implementation)
     except (ImportError, ValueError) as error:
-        is_about_attention = "attn_implementation" in str(error) or "Flash" in str(error)
-        if isinstance(error, ImportError) and not is_about_attention:
-            # transformers names the package, in several lines. Gemma 3n needs timm, for example.
-            raise UserError(f"{path} cannot be built: {' '.join(str(error).split())}") from error
-        if isinstance(error, UserError) or not is_about_attention:
+        reason = _why_not_built(error, path, attn_implementation)
+        if reason is None:
             raise
-        raise UserError(
-            f"model.attn_implementation {attn_implementation!r}: {_reason(error)}"
-        ) from error
+        raise UserError(reason) from error
     model.train()
     return model
+
+
+def _why_not_built(error: Exception, path: str, attn_implementation: str) -> str | None:
+    """Explains an error of transformers that the user can mend; None for any other error."""
+    if isinstance(error, UserError):
+        return None
+    if "attn_implementation" in str(error) or "Flash" in str(error):
+        return f"model.attn_implementation {attn_implementation!r}: {_reason(error)}"
+    if isinstance(error, ImportError):
+        # transformers names the package, in several lines. Gemma 3n needs timm, for example.
+        return f"{path} cannot be built: {' '.join(str(error).split())}"
+    return None
 
 
 def with_attention(build: Callable[[str | None], PreTrainedModel], name: str) -> PreTrainedModel:

@@ -35,6 +35,17 @@ def spread_parts(raw: Mapping[str, Any], key: str) -> dict[str, Any]:
     content = raw.get("content")
     if not isinstance(content, list) or not any(_has_value(part) for part in content):
         return dict(raw)
+    message = {name: value for name, value in raw.items() if name != "content"}
+    for name, values in _values(content, key).items():
+        if message.get(name):
+            raise UserError(f"`{key}` has {name} beside a part of that type; keep one of them")
+        message[name] = _calls(values, key) if name == "tool_calls" else "".join(values)
+    message.setdefault("content", "")
+    return message
+
+
+def _values(content: list[Any], key: str) -> dict[str, list[str]]:
+    """Sorts the values of parts by the key of a message that holds them."""
     found: dict[str, list[str]] = {}
     for i, part in enumerate(content):
         name = f"{key}.content[{i}]"
@@ -47,13 +58,7 @@ def spread_parts(raw: Mapping[str, Any], key: str) -> dict[str, Any]:
         if not isinstance(part["value"], str):
             raise UserError(f"`{name}.value` is no string; repair the row, or remove it")
         found.setdefault(_KEYS[part["type"]], []).append(part["value"])
-    message = {name: value for name, value in raw.items() if name != "content"}
-    for name, values in found.items():
-        if message.get(name):
-            raise UserError(f"`{key}` has {name} beside a part of that type; keep one of them")
-        message[name] = _calls(values, key) if name == "tool_calls" else "".join(values)
-    message.setdefault("content", "")
-    return message
+    return found
 
 
 def _calls(values: list[str], key: str) -> list[Any]:

@@ -29,7 +29,7 @@ _READ = (
 _CALL = ("id", "type", "index", "function", "name", "description", "strict")
 """Keys of a tool call that hold no arguments."""
 _OF_CALL = (*_CALL, "arguments")
-_OF_PART = ("type", "text")
+_OF_PART = ("type", "text", "value")
 _TYPE_NAMES: dict[type, str] = {str: "a string", list: "a list", dict: "an object"}
 
 

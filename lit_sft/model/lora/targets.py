@@ -152,12 +152,6 @@ class Targets(NamedTuple):
 def choose(model: Any, config: LoraConfig) -> Targets:
     """Returns what is adapted.
 
-    For some mixtures of experts (DeepSeek-V3, GLM-4 MoE), peft takes `gate_proj`, `up_proj` and
-    `down_proj` for the experts of transformers 4, and adapts all experts in place of the shared
-    ones and the dense layers that have these names. An expression is taken apart in the same way.
-    So there, these layers are named as parameters, and expressions become names. The tensors of the
-    adapter are the same.
-
     Raises:
         UserError: The names do not fit the model.
     """
@@ -168,11 +162,7 @@ def choose(model: Any, config: LoraConfig) -> Targets:
     parameters = experts(model, config) if config.target_experts else []
     if not has_experts(model):
         return Targets(modules, parameters)
-    found = {name: part for name, part in model.named_modules() if _is_target(name, modules)}
-    endings = {_last_part(name) for name in found}
-    taken = {ending for ending in endings if _is_taken_for_experts(model, ending)}
-    kept = [name for name in found if _last_part(name) not in taken]
-    moved = {name: part for name, part in found.items() if _last_part(name) in taken}
+    kept, moved = _apart_from_experts(model, modules)
     if moved:
         _check_moved(moved, kept, config)
     for name in moved:
@@ -180,6 +170,31 @@ def choose(model: Any, config: LoraConfig) -> Targets:
             parameters.append(f"{name}.weight")
     is_changed = bool(moved) or isinstance(modules, str)
     return Targets(kept if is_changed else modules, parameters)
+
+
+def _apart_from_experts(
+    model: Any, modules: str | list[str]
+) -> tuple[list[str], dict[str, nn.Module]]:
+    """Separates the chosen modules that peft would take for experts.
+
+    For some mixtures of experts (DeepSeek-V3, GLM-4 MoE), peft takes `gate_proj`, `up_proj` and
+    `down_proj` for the experts of transformers 4, and adapts all experts in place of the shared
+    ones and the dense layers that have these names. An expression is taken apart in the same way.
+    So there, these layers are named as parameters, and expressions become names. The tensors of the
+    adapter are the same.
+
+    Args:
+        model: The causal LM.
+        modules: Names of modules, or one regular expression.
+
+    Returns:
+        Full names of the modules that can be named as modules, and the others by full name.
+    """
+    found = {name: part for name, part in model.named_modules() if _is_target(name, modules)}
+    endings = {_last_part(name) for name in found}
+    taken = {ending for ending in endings if _is_taken_for_experts(model, ending)}
+    kept = [name for name in found if _last_part(name) not in taken]
+    return kept, {name: part for name, part in found.items() if _last_part(name) in taken}
 
 
 def patterns(wanted: dict[str, int], chosen: Targets) -> dict[str, int]:
