@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 import transformers
+from terminal import log_lines
 from tiny import tiny_gpt_oss, tiny_llama, tiny_qwen3_moe, tiny_tokenizer
 
 from lit_sft.errors import UserError
@@ -321,13 +322,19 @@ def test_a_pattern_fits_layers_that_are_named_as_parameters():
 
 
 @pytest.mark.parametrize("options", [{"lora_dropout": 0.1}, {"use_dora": True}], ids=str)
-def test_what_they_do_not_have_is_refused(options):
+def test_what_they_do_not_have_is_left_out_or_refused(options):
+    with log_lines() as lines:
+        adapted = apply_lora(tiny_glm4_moe(), LoraConfig(**options))
+    assert not [name for name, _ in adapted.named_parameters() if "mlp" in name and "lora" in name]
+    [said] = [line for line in lines if "leaves out" in line]
+    assert "all-linear leaves out mlp.down_proj, mlp.gate_proj, mlp.up_proj, shared_exp" in said
     message = (
         r"peft cannot adapt model.layers.0.mlp.down_proj of this model with it; leave it out, or set"
         r" model.lora.target_modules to the other layers: \[k_proj, o_proj, q_proj, v_proj\]"
     )
     with pytest.raises(UserError, match=message):
-        apply_lora(tiny_glm4_moe(), LoraConfig(**options))
+        wanted = ["down_proj", "k_proj", "o_proj", "q_proj", "v_proj"]
+        apply_lora(tiny_glm4_moe(), LoraConfig(target_modules=wanted, **options))
     attention = ["k_proj", "o_proj", "q_proj", "v_proj"]
     assert apply_lora(tiny_glm4_moe(), LoraConfig(target_modules=attention, **options))
 

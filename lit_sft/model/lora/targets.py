@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,6 +16,8 @@ from lit_sft.model.lora.lora_config import LoraConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
 
 KERNELS_READ_OUT_PROJ = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 """Model types whose `out_proj` peft 0.21 refuses to adapt: kernels of Mamba read its weight past
@@ -163,13 +166,15 @@ def choose(model: Any, config: LoraConfig) -> Targets:
     if not has_experts(model):
         return Targets(modules, parameters)
     kept, moved = _apart_from_experts(model, modules)
-    if moved:
-        _check_moved(moved, kept, config)
-    for name in moved:
-        if not _is_left_out(name, name, config):
-            parameters.append(f"{name}.weight")
-    is_changed = bool(moved) or isinstance(modules, str)
-    return Targets(kept if is_changed else modules, parameters)
+    if moved or isinstance(modules, str):
+        modules = kept
+    obstacle = _obstacle(moved, config)
+    if obstacle is None:
+        wanted = [name for name in moved if not _is_left_out(name, name, config)]
+        parameters += [f"{name}.weight" for name in wanted]
+    else:
+        _leave_out(moved, kept, config, obstacle)
+    return Targets(modules, parameters)
 
 
 def _apart_from_experts(
@@ -234,29 +239,47 @@ def _is_taken_for_experts(model: Any, ending: str) -> bool:
     return ending not in (config.target_modules or ())
 
 
-def _check_moved(moved: dict[str, nn.Module], kept: list[str], config: LoraConfig) -> None:
-    """Refuses what adapters on parameters do not have.
+def _obstacle(moved: dict[str, nn.Module], config: LoraConfig) -> str | None:
+    """Returns the setting that adapters on parameters do not have; None if there is none."""
+    if not moved:
+        return None
+    if config.lora_dropout > 0:
+        return f"model.lora.lora_dropout {config.lora_dropout}"
+    if config.use_dora:
+        return "model.lora.use_dora"
+    if any(type(part) is not nn.Linear for part in moved.values()):
+        return "model.quantization"
+    return None
+
+
+def _leave_out(
+    moved: dict[str, nn.Module], kept: list[str], config: LoraConfig, obstacle: str
+) -> None:
+    """Says which layers `all-linear` leaves out.
 
     Args:
-        moved: Linear layers that are adapted as parameters.
+        moved: Linear layers that could only be adapted as parameters.
         kept: Names of the other adapted modules.
         config: `model.lora`.
+        obstacle: The setting that adapters on parameters do not have.
 
     Raises:
-        UserError: The config has it.
+        UserError: The user has named the layers.
     """
-    reasons = {
-        f"model.lora.lora_dropout {config.lora_dropout}": config.lora_dropout > 0,
-        "model.lora.use_dora": config.use_dora,
-        "model.quantization": any(type(part) is not nn.Linear for part in moved.values()),
-    }
-    for reason, is_given in reasons.items():
-        if is_given:
-            others = ", ".join(sorted({_last_part(name) for name in kept}))
-            raise UserError(
-                f"{reason}: peft cannot adapt {min(moved)} of this model with it; leave it out, or"
-                f" set model.lora.target_modules to the other layers: [{others}]"
-            )
+    if config.target_modules == "all-linear":
+        names = sorted({".".join(name.split(".")[-2:]) for name in moved})
+        log.warning(
+            "model.lora.target_modules all-linear leaves out %s: peft cannot adapt them in this"
+            " model with %s",
+            ", ".join(names),
+            obstacle,
+        )
+        return
+    others = ", ".join(sorted({_last_part(name) for name in kept}))
+    raise UserError(
+        f"{obstacle}: peft cannot adapt {min(moved)} of this model with it; leave it out, or"
+        f" set model.lora.target_modules to the other layers: [{others}]"
+    )
 
 
 def all_linear(model: Any) -> list[str]:
