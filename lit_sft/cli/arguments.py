@@ -23,7 +23,9 @@ from lit_sft.run import folder as run_folder
 log = logging.getLogger(__name__)
 
 EVALUATING = ("validate", "test", "predict", "export")
-"""Commands that read the config of the run whose checkpoint they use."""
+"""Commands that always read the config of the run whose checkpoint they use; `fit` does if it
+resumes one.
+"""
 CONFIG_FLAGS = ("--config", "-c")
 HELP_FLAGS = ("--help", "-h")
 MOVED_CLASSES = {"lit_sft.strategies.FSDP2Strategy": "lit_sft.distributed.fsdp2.FSDP2Strategy"}
@@ -115,8 +117,8 @@ def _parse_yaml(text: str) -> Any:
 def expand_arguments(args: list[str]) -> list[str]:
     """Replaces names of recipes by files, and adds the config.yaml of the evaluated run.
 
-    Commands that evaluate a checkpoint read the config.yaml of its run first, so `--config` and
-    the command line override it.
+    Commands that use a checkpoint read the config.yaml of its run first, so `--config` and the
+    command line override it.
 
     Raises:
         UserError: A checkpoint or a file does not exist.
@@ -126,7 +128,7 @@ def expand_arguments(args: list[str]) -> list[str]:
         return [*args[:1], "--help"]
     args = [with_moved_classes(arg) for arg in _split_flags(args)]
     args = _name_recipes(args)
-    if args[:1] and args[0] in EVALUATING:
+    if args[:1] and args[0] in (*EVALUATING, "fit"):
         return _with_config_of_run(args)
     return args
 
@@ -239,6 +241,9 @@ def _with_config_of_run(args: list[str]) -> list[str]:
     try:
         found = str(find.find_checkpoint(args[place], _logs(args), command))
     except UserError as error:
+        if command == "fit":
+            # Whether a run may start without a checkpoint is decided later, for all ranks alike.
+            return args
         if not _prints_config(args):
             raise
         log.warning("the config of no run is read: %s", error)
@@ -249,7 +254,46 @@ def _with_config_of_run(args: list[str]) -> list[str]:
         return args
     config = str(folder / run_folder.CONFIG)
     check_config(read_config(config, config), config)
+    if command == "fit":
+        for line in _differences(config, args[1:]):
+            log.info("%s", line)
     return [command, "--config", config, *args[1:]]
+
+
+def _differences(config: str, args: list[str]) -> Iterator[str]:
+    """Describes the settings that the user gives another value than the run to resume has.
+
+    Args:
+        config: The config.yaml of the run.
+        args: The command line.
+    """
+    tree = read_yaml(config) or {}
+    of_run = {item.key: item.value for item in _flatten(tree, config)}
+    given = {item.key: item for item in written(args) if not isinstance(item.value, Mapping)}
+    for key, item in given.items():
+        # `--ckpt_path` and its like are no settings of a run.
+        if key.partition(".")[0] not in tree or config == item.origin:
+            continue
+        before = of_run.get(key)
+        if isinstance(before, Mapping) and isinstance(item.value, str):
+            before = before.get("class_path")
+        if not _is_same(before, item.value):
+            now = f"{_yaml_value(item.value)} ({item.origin})"
+            yield f"{key}: {now} instead of {_yaml_value(before)} (the run to resume)"
+
+
+def _yaml_value(value: Any) -> str:
+    return "null" if value is None else str(value)
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Whether two values are equal; YAML reads `1e-4` as text."""
+    if one == other:
+        return True
+    try:
+        return float(one) == float(other)
+    except (TypeError, ValueError):
+        return False
 
 
 def _prints_config(args: list[str]) -> bool:

@@ -689,6 +689,27 @@ def test_commands_read_the_config_of_the_run(command, finished, tmp_path, monkey
     ) == (64, 4, "error")
 
 
+def test_a_resume_reads_the_config_of_its_run(finished, tmp_path, monkeypatch):
+    """`fit --ckpt_path last` alone goes on with the settings of the first start, and each setting
+    that is another now is told.
+    """
+    (tmp_path / "mine.yaml").write_text("data: {max_length: 64, packing: false}")
+    where = f"--trainer.default_root_dir={finished}"
+    typed = [where, "--ckpt_path=last"]
+    got = parsed(monkeypatch, "fit", typed)
+    assert got["data"]["system_prompt"] == "Say it." and got["trainer"]["max_steps"] == 1
+    more = ["--config", str(tmp_path / "mine.yaml"), "--trainer.max_steps=5", "--model.lora.r=4"]
+    with log_lines() as lines:
+        got = parsed(monkeypatch, "fit", [*more, *typed])
+    assert got["data"]["max_length"] == 64 and got["trainer"]["max_steps"] == 5
+    told = [line for line in lines if line.endswith("(the run to resume)")]
+    assert told == [
+        f"data.max_length: 64 ({tmp_path / 'mine.yaml'}) instead of 128 (the run to resume)",
+        "trainer.max_steps: 5 (command line) instead of 1 (the run to resume)",
+        "model.lora.r: 4 (command line) instead of null (the run to resume)",
+    ]
+
+
 @pytest.mark.parametrize("in_file", [False, True])
 def test_last_is_looked_up_in_the_right_place(in_file, finished, tmp_path, monkeypatch):
     (tmp_path / "mine.yaml").write_text(f"trainer: {{default_root_dir: {finished}}}")
