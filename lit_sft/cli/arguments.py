@@ -238,15 +238,8 @@ def _with_config_of_run(args: list[str]) -> list[str]:
             return args
         args = [*args, "--ckpt_path", "last"]
     place = args.index("--ckpt_path") + 1
-    try:
-        found = str(find.find_checkpoint(args[place], _logs(args), command))
-    except UserError as error:
-        if command == "fit":
-            # Whether a run may start without a checkpoint is decided later, for all ranks alike.
-            return args
-        if not _prints_config(args):
-            raise
-        log.warning("the config of no run is read: %s", error)
+    found = _checkpoint(args[place], args)
+    if found is None:
         return args
     args = [*args[:place], found, *args[place + 1 :]]
     folder = run_folder.run_folder(found)
@@ -258,6 +251,24 @@ def _with_config_of_run(args: list[str]) -> list[str]:
         for line in _differences(config, args[1:]):
             log.info("%s", line)
     return [command, "--config", config, *args[1:]]
+
+
+def _checkpoint(ckpt_path: str, args: list[str]) -> str | None:
+    """Finds the checkpoint of `--ckpt_path`; None if the command can go on without its run.
+
+    Raises:
+        UserError: The checkpoint does not exist, and a command that evaluates needs it.
+    """
+    try:
+        return str(find.find_checkpoint(ckpt_path, _logs(args), args[0]))
+    except UserError as error:
+        if args[0] == "fit":
+            # Whether a run may start without a checkpoint is decided later, for all ranks alike.
+            return None
+        if not _prints_config(args):
+            raise
+        log.warning("the config of no run is read: %s", error)
+        return None
 
 
 def _differences(config: str, args: list[str]) -> Iterator[str]:
