@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 import logging
 from collections.abc import Iterator, Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ from jsonargparse import get_loader, set_loader
 from lit_sft.checkpoint import find
 from lit_sft.config_text import check_config
 from lit_sft.errors import UsageError, UserError
+from lit_sft.recipes import recipes
 from lit_sft.run import folder as run_folder
 
 log = logging.getLogger(__name__)
@@ -133,21 +133,6 @@ def expand_arguments(args: list[str]) -> list[str]:
     return args
 
 
-def packaged_config(name: str) -> str | None:
-    """Finds the file of a recipe in the package (`--config demo`); None if there is none."""
-    for folder in _recipe_folders():
-        path = folder / f"{name}.yaml"
-        if path.is_file():
-            return str(path)
-    return None
-
-
-def _recipe_folders() -> tuple[Path, Path]:
-    """Returns the folder of recipes of an installed package, and that of a repository."""
-    installed = Path(str(resources.files("lit_sft").joinpath("configs")))
-    return installed, Path(__file__).parents[2] / "configs"
-
-
 def read_moved_classes() -> None:
     """Makes jsonargparse replace old class paths when it reads a config file."""
     set_loader("yaml", _load_yaml, exceptions=(yaml.YAMLError,))
@@ -193,8 +178,8 @@ def _config_file(name: str) -> str:
     Raises:
         UsageError: There is no such file or recipe, or it is no config.
     """
-    found = name if Path(name).is_file() else packaged_config(name)
-    if found is None:
+    found = name if Path(name).is_file() else str(recipes().get(name, ""))
+    if not found:
         raise UsageError(
             f"--config {name}: there is no such file, and no recipe of that name in the package"
             f"{_nearest_config(name)}"
@@ -225,8 +210,7 @@ def _nearest_config(name: str) -> str:
     if path.is_dir():
         return ": it is a folder, give a file in it"
     beside = [str(file) for file in path.parent.glob("*.y*ml")]
-    recipes = [file.stem for folder in _recipe_folders() for file in folder.glob("*.yaml")]
-    nearest = difflib.get_close_matches(name, [*recipes, *beside], n=1)
+    nearest = difflib.get_close_matches(name, [*recipes(), *beside], n=1)
     return f": did you mean {nearest[0]}?" if nearest else ""
 
 
