@@ -1,10 +1,12 @@
-"""`recipes list`, `recipes show` and `recipes copy`: the config files that come with the package."""
+"""`recipes list`, `show` and `copy`: the config files that come with the package."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import shutil
 import sys
+import textwrap
 from pathlib import Path
 
 from lit_sft.recipes import description, recipes
@@ -50,10 +52,12 @@ def _parser(program: str) -> argparse.ArgumentParser:
 
 
 def _list(program: str) -> None:
-    found = recipes()
-    width = max(map(len, found))
-    for name, path in found.items():
-        print(f"{name:{width}}  {description(path)}")
+    columns = max(40, min(100, shutil.get_terminal_size().columns))
+    for name, path in recipes().items():
+        print(name)
+        print(
+            textwrap.fill(description(path), columns, initial_indent="  ", subsequent_indent="  ")
+        )
     print(f"\nUse one: {program} fit --config NAME")
 
 

@@ -1,5 +1,6 @@
 """The command `recipes`."""
 
+import re
 import subprocess
 import sys
 
@@ -15,10 +16,10 @@ def test_every_recipe_is_listed_with_a_sentence(capsys):
     bare = capsys.readouterr().out
     assert front_door.answer(["recipes", "list"]) == 0
     assert capsys.readouterr().out == bare
-    lines = bare.splitlines()
-    files = sorted(path.stem for path in (REPOSITORY / "configs").glob("*.yaml"))
-    assert [line.split()[0] for line in lines[:-2]] == files
-    assert all(line.endswith(".") and len(line.split()) > 4 for line in lines[:-2])
+    names = [line for line in bare.splitlines() if re.fullmatch(r"\w+", line)]
+    assert names == sorted(path.stem for path in (REPOSITORY / "configs").glob("*.yaml"))
+    texts = re.split(r"^\w+$", bare.partition("\n\n")[0], flags=re.MULTILINE)[1:]
+    assert all(text.strip().endswith(".") and len(text.split()) > 4 for text in texts)
 
 
 def test_show_and_copy_give_the_text_of_the_file(tmp_path, capsys):
