@@ -43,8 +43,8 @@ bench:  ## Compare time and memory with TRL on a CPU (DATA=FILE, by default alpa
 shape:  ## Print figures of the code: sizes, densities, complexity, private attributes
 	$(VENV)/bin/python scripts/shape.py
 
-certify:  ## Run what takes hours: all equivalences, all architectures, hundreds of kills
+certify:  ## Run what takes hours: all equivalences, all families and architectures, hundreds of kills
 	$(VENV)/bin/python scripts/verify_equivalence.py
-	$(RUN) pytest -m "" tests/model/test_architectures.py
+	$(RUN) pytest -m "" tests/models tests/model/test_architectures.py
 	$(VENV)/bin/python tests/cli/test_every_setting.py
 	$(VENV)/bin/python scripts/crash_test.py --kills 200 --full_disks 20 --predict builtin:arithmetic

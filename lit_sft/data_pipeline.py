@@ -24,6 +24,7 @@ from lit_sft.data.formats.prompt_template import template_fields
 from lit_sft.data.packing import Packs
 from lit_sft.data.sources import open_rows
 from lit_sft.data.sources import rows as sources_rows
+from lit_sft.data.stop_set import StopSet, stop_set
 from lit_sft.data.tokenize import Renderer
 from lit_sft.data.workers import num_workers_of
 from lit_sft.demo import builtin as demo
@@ -158,19 +159,22 @@ class SFTData:
     @property
     def stop_ids(self) -> list[int]:
         """Stop tokens of the template and of every prepared data set."""
-        stop_ids = set(self._template_stop_ids)
-        for cache in self.caches.values():
-            stop_ids.update(cache.meta["stop_ids"])
-        return sorted(stop_ids)
+        return sorted(self._stop_set.all | self._trained_stop_ids)
+
+    @property
+    def turn_end_ids(self) -> list[int]:
+        """Stop tokens of plain answers and of every prepared data set."""
+        return sorted(self._stop_set.turn_ends | self._trained_stop_ids)
+
+    @property
+    def _trained_stop_ids(self) -> set[int]:
+        """Stop tokens of every prepared data set."""
+        return {token for cache in self.caches.values() for token in cache.meta["stop_ids"]}
 
     @cached_property
-    def _template_stop_ids(self) -> set[int]:
-        """Stop tokens after a short answer; none if the template cannot write it."""
-        probe = Conversation((Message("user", "Hello"), Message("assistant", "Hi")))
-        examples = self.renderer.render([probe], [0])[0]
-        if isinstance(examples, UserError):
-            return set()
-        return {token for example in examples for token in example.stop_ids}
+    def _stop_set(self) -> StopSet:
+        """Stop tokens of the template."""
+        return stop_set(self.renderer)
 
     def prepare(self, stage: str) -> None:
         """Reads, renders and tokenizes the data of a stage, or finds it in the cache.

@@ -220,6 +220,11 @@ class SFTDataModule(L.LightningDataModule):
         """Ids of the stop tokens of the template and of the data."""
         return self.data.stop_ids
 
+    @property
+    def turn_end_ids(self) -> list[int]:
+        """Ids of the tokens that end trained turns and plain answers."""
+        return self.data.turn_end_ids
+
     def prepare(self, stage: str) -> None:
         """Reads, renders and tokenizes the data of a stage (see `SFTData.prepare`)."""
         self.data.prepare(stage)

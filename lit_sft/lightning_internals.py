@@ -13,6 +13,7 @@ from typing import Any
 
 import lightning as L
 from jsonargparse import ArgumentParser
+from jsonargparse._parameter_resolvers import get_signature_parameters
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, Strategy
@@ -249,6 +250,15 @@ def parser_actions(parser: ArgumentParser) -> list[Action]:
     defaults, but no types, and no keys of a group that is null.
     """
     return parser._actions
+
+
+def class_arguments(chosen: type) -> list[str]:
+    """Returns the names of the arguments that jsonargparse accepts as `init_args` of a class.
+
+    Besides the signature these are arguments that the class passes on as `**kwargs`, which
+    jsonargparse finds in its source.
+    """
+    return [parameter.name for parameter in get_signature_parameters(chosen)]
 
 
 def option_type(action: Action) -> Any:

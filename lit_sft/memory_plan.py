@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
 
 from lit_sft.datamodule import SFTDataModule
 from lit_sft.errors import UserError
@@ -78,7 +79,7 @@ def needed_memory(
     options = module.options
     data = datamodule.options
     precision = trainer.precision
-    lm, num_parameters = _model_without_weights(options)
+    lm, num_parameters, num_linear = _model_without_weights(options)
     adapted = options.is_adapted
     stored = stored_dtype(options.dtype, precision, adapted)
     trained_dtype = torch.float32 if adapted else stored
@@ -97,7 +98,7 @@ def needed_memory(
         input_copies=not _is_plain_lora(options),
         normed_heads=any(name.endswith("q_norm") for name, _ in lm.named_modules()),
         on_cpu=trainer.strategy.root_device.type == "cpu",
-        quantized=options.quantization is not None,
+        num_quantized=num_linear if options.quantization is not None else 0,
     )
     return memory_estimate.estimate(lm.config, step)
 
@@ -116,11 +117,12 @@ def _is_plain_lora(options: Any) -> bool:
     return lora is None or not (lora.use_dora or lora.lora_dropout)
 
 
-def _model_without_weights(options: Any) -> tuple[PreTrainedModel, int]:
+def _model_without_weights(options: Any) -> tuple[PreTrainedModel, int, int]:
     """Builds the model on the meta device, and marks the trained parameters.
 
     Returns:
-        The model, and the number of parameters of its base.
+        The model, the number of parameters of its base, and how many of them belong to linear
+        layers other than the head. bitsandbytes quantizes those, and no experts.
     """
     path = base_directory(model_directory(options.model_name_or_path, options.revision))
     lm = load.load_model(
@@ -133,5 +135,9 @@ def _model_without_weights(options: Any) -> tuple[PreTrainedModel, int]:
         on_meta=True,
     )
     num_parameters = lm.num_parameters()
+    num_linear = 0
+    for module in lm.modules():
+        if isinstance(module, nn.Linear) and module is not lm.get_output_embeddings():
+            num_linear += module.weight.numel()
     choose_trained(lm, path, options, on_meta=True)
-    return lm, num_parameters
+    return lm, num_parameters, num_linear

@@ -18,6 +18,7 @@ from lit_sft.errors import UserError
 from lit_sft.hub import resolve
 from lit_sft.model import (
     base_fingerprint,
+    experts,
     fused_layers,
     load,
     mixers,
@@ -25,6 +26,7 @@ from lit_sft.model import (
     new_tokens,
     parallel,
     quantization,
+    routers,
     self_check,
     trainable,
 )
@@ -32,7 +34,7 @@ from lit_sft.model.attention import packed
 from lit_sft.model.attention.implementation import attention_of, set_attention
 from lit_sft.model.lora.apply import apply_lora
 from lit_sft.model.lora.load import is_adapter_dir, load_adapter
-from lit_sft.model.loss import CausalLMLoss
+from lit_sft.model.loss import CausalLMLoss, RouterOptions
 from lit_sft.ranks import broadcast_from_rank_zero
 from lit_sft.settings import ModelConfig
 
@@ -121,6 +123,8 @@ def fingerprint(options: ModelConfig, precision: str, ckpt_path: str | None) -> 
     files = [ckpt_path] if ckpt_path else _weight_files(path)
     stats = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
     texts = {name: repr(getattr(options, name)) for name in FINGERPRINTED}
+    # The fingerprints of earlier versions do not have it.
+    texts["lora"] = texts["lora"].replace(", target_experts=False", "")
     return {**texts, "model": path, "files": stats, "precision": precision}
 
 
@@ -212,6 +216,8 @@ class BuiltModel(NamedTuple):
     """The model and its loss."""
     adapter: PeftModel | None
     """peft's wrapper around the same layers. None without an adapter."""
+    router_aux_loss_coef: float = 0.0
+    """Weight of the loss that balances the experts."""
 
 
 def build_model(
@@ -250,8 +256,12 @@ def build_model(
             built.loss.to(device)
         apply_fast_paths(built.loss, probe(built.loss))
     lm = built.loss.lm
+    experts.group_experts(lm)
     _log_model(lm, options)
-    _log_router_loss(lm.config.get_text_config().to_dict())
+    router_aux_loss_coef = routers.choose_coefficient(lm, options.loss.router_aux_loss_coef)
+    if routers.has_loss(lm):
+        top_k = lm.config.get_text_config().num_experts_per_tok
+        built.loss.routers = RouterOptions(top_k, needs_grad=router_aux_loss_coef > 0)
     if options.neftune_noise_alpha is not None:
         neftune.apply_neftune(built.loss, lm.get_input_embeddings(), options.neftune_noise_alpha)
     if options.gradient_checkpointing:
@@ -260,7 +270,7 @@ def build_model(
     if options.compile:
         parallel.apply_compile(lm)
     built.loss.train()
-    return built
+    return built._replace(router_aux_loss_coef=router_aux_loss_coef)
 
 
 def _build_with_rank_zero(options: ModelConfig, precision: str) -> BuiltModel:
@@ -330,22 +340,6 @@ def _log_model(lm: PreTrainedModel, options: ModelConfig) -> None:
         f"{options.quantization or str(lm.dtype).removeprefix('torch.')}, "
         f"{trained / total:.1%} trained, attention {attention_of(lm)}"
     )
-
-
-def _log_router_loss(config: dict[str, Any]) -> None:
-    """Warns if the config asks for a loss that balances the experts."""
-    asked = []
-    for name, value in config.items():
-        # Families spell it `router_aux_loss_coef`, `aux_loss_alpha` or `moe_loss_weight`.
-        is_weight = "aux_loss" in name or name == "moe_loss_weight"
-        is_number = isinstance(value, int | float)
-        if (is_weight and is_number and value > 0) or (name == "output_router_logits" and value):
-            asked.append(f"{name} {value}")
-    if asked:
-        log.warning(
-            "the loss that balances the experts is left out, for which the model's config has %s",
-            ", ".join(asked),
-        )
 
 
 def probe(model: CausalLMLoss) -> FastPaths:

@@ -42,6 +42,7 @@ from lit_sft.model.generate import GenerationOptions, context_length, stop_token
 from lit_sft.model.lora.lora_config import LoraConfig
 from lit_sft.model.lora.precision import lift_trained
 from lit_sft.model.loss import CausalLMLoss, LossOptions
+from lit_sft.model.routers import RouterSums
 from lit_sft.model_builder import base_name, build_model
 from lit_sft.settings import ModelConfig
 from lit_sft.training import optim
@@ -176,6 +177,8 @@ class SFTModule(L.LightningModule):
         """[5] sums of the current optimizer step: of this rank until `on_before_optimizer_step`,
         then of all ranks. The entries are named by `LOSS_SUM` and its neighbors.
         """
+        self.routers = RouterSums(coefficient=0, num_ranks=1)
+        """What the routers did in the current optimizer step."""
         self.guard: Callable[[Optimizer, Tensor, Tensor], None] = _accept_step
         """Called with the optimizer, the window and the gradient norm before weights change."""
         self.metrics = TokenMetrics()
@@ -209,7 +212,7 @@ class SFTModule(L.LightningModule):
         sharded = self._shards_weights and self.trainer.world_size > 1
         # Lightning makes the GPU the default device. Random weights would differ from a CPU's.
         with torch.device("cpu"):
-            model, adapter = build_model(
+            model, adapter, router_aux_loss_coef = build_model(
                 self.options,
                 self.trainer.precision,
                 sharded=sharded,
@@ -226,6 +229,7 @@ class SFTModule(L.LightningModule):
             self.loss_scale = 1.0 / 1024
         if trainable.is_frozen(model.lm):
             self.base = base_fingerprint.base_of(model.lm, self.options.init, self.options.seed)
+        self.routers = RouterSums(router_aux_loss_coef, self.trainer.world_size)
         self.model = model
         self._peft = _Unregistered(adapter)
 
@@ -295,6 +299,7 @@ class SFTModule(L.LightningModule):
         is_new_step = batch_idx % self.trainer.accumulate_grad_batches == 0
         if is_new_step:
             self.window = torch.zeros_like(self.window)
+            self.routers.clear()
             optim.use_training_weights(self.trainer.optimizers[0])
             seed_all(self.options.seed, self.trainer.global_step, self.trainer.global_rank)
 
@@ -302,7 +307,7 @@ class SFTModule(L.LightningModule):
         """Returns the *sum* of the token losses of a micro-batch, and counts its targets.
 
         No average is taken here: `on_before_optimizer_step` divides once, by the number of targets
-        in the whole optimizer step.
+        in the whole optimizer step. The loss that balances experts is added as a sum, too.
         """
         output = self(batch)
         is_filler = batch["rows"][0] < 0
@@ -312,7 +317,11 @@ class SFTModule(L.LightningModule):
         # These two are numbers on the host, so a GPU is not synchronized.
         self.window[NUM_TARGETS] += output.num_targets
         self.window[NUM_TOKENS] += num_tokens
-        return output.loss_sum * self.loss_scale
+        loss_sum = output.loss_sum
+        if output.routing is not None:
+            balance = self.routers.add(output.routing, output.num_targets, is_filler)
+            loss_sum = loss_sum if balance is None else loss_sum + balance
+        return loss_sum * self.loss_scale
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Turns the gradient of the summed loss into the gradient of the mean over all targets.
@@ -332,6 +341,8 @@ class SFTModule(L.LightningModule):
         optim.scale_gradients(self.parameters(), divided_by / (num_targets * self.loss_scale))
         loss = (self.window[LOSS_SUM] / num_targets).float()
         self.log("train/loss", loss, prog_bar=self.in_bar)
+        for name, value in self.routers.metrics().items():
+            self.log(f"train/{name}", value)
         self.log("train/lr", torch.tensor(optimizer.param_groups[0]["lr"], dtype=torch.float64))
 
     def configure_gradient_clipping(
@@ -438,7 +449,7 @@ class SFTModule(L.LightningModule):
     @property
     def turn_end_ids(self) -> list[int]:
         """The ids that end trained turns, of the data and of the loaded checkpoint."""
-        return sorted({*self.saved_turn_end_ids, *data_of(self.trainer).stop_ids})
+        return sorted({*self.saved_turn_end_ids, *data_of(self.trainer).turn_end_ids})
 
     def answer(
         self, prompts: Prompts, options: GenerationOptions | None = None
@@ -537,6 +548,8 @@ class SFTModule(L.LightningModule):
         source = None
         if options.init != "random" and not text_only:
             source = composite.source_of(self.model.lm)
+            if source is None and self.adapter is None:
+                source = composite.source_with_more(self.model.lm)
         if state_dict is not None:
             state_dict = {name.removeprefix("lm."): value for name, value in state_dict.items()}
         chat = ChatFormat(

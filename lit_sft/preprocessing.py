@@ -37,7 +37,7 @@ from lit_sft.types import Conversation, Example
 
 log = logging.getLogger(__name__)
 
-CACHE_VERSION = 9
+CACHE_VERSION = 10
 """Part of the cache key. Raise it when formats, rendering or the layout of the cache change."""
 CHUNK_ROWS = 200
 """Rows that are rendered and tokenized together."""

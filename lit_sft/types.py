@@ -81,8 +81,9 @@ class RenderedTurn:
     prompt: str
     """The text that a server would feed to the model to get this turn."""
     text: str
-    """The rendered conversation up to and including the turn's stop token. It begins with `prompt`
-    unless the turn is lenient (`data.unproved: lenient`).
+    """The rendered conversation up to and including the turn's stop token, which is added if the
+    template writes it only before a next message. It begins with `prompt` unless the turn is
+    lenient (`data.unproved: lenient`).
     """
     stop: str
     """The stop token. `text` ends with it."""
@@ -186,6 +187,21 @@ class Prompts(TypedDict):
     """Position of the first prompt, which seeds the sampling. -1 for a filler."""
 
 
+class Routing(NamedTuple):
+    """Where the routers of a forward pass sent its tokens. Letters: L layers, E experts."""
+
+    counts: Tensor
+    """[L, E] fp32, the tokens that each expert got."""
+    probs: Tensor
+    """[E] fp32, the probabilities of each expert, summed over tokens and layers. It may carry a
+    gradient.
+    """
+    entropy: Tensor
+    """[] fp32, the entropy of the probabilities in nats, summed over tokens and layers."""
+    num_tokens: int
+    """Tokens without padding."""
+
+
 class LossOutput(NamedTuple):
     """Sums over the targets of one forward pass. Whoever needs an average divides once, later."""
 
@@ -195,3 +211,5 @@ class LossOutput(NamedTuple):
     """[] int64, on the host."""
     num_correct: Tensor
     """[] int64, the targets that are the arg max of the logits. May be 0 if nobody asked for it."""
+    routing: Routing | None = None
+    """Where tokens were sent, if the model has routers that are watched."""

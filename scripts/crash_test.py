@@ -5,9 +5,11 @@
     configs/demo.yaml ...
 
 The arguments after `--` go to `fit`, on one machine with any `trainer.devices`. SIGKILL hits all
-processes of the run during start-up, steps, validations, saves and the export. `--full_disks N`
-also fills the disk N times: no file may grow beyond a random size, at most that of a checkpoint.
-With `--predict ROWS`, the finished run answers these rows, and `predict` is killed, too.
+processes of the run during start-up, steps, validations, saves and the export; with several ranks,
+`--one_rank` kills a single process in half of the cases, and the others must end by themselves.
+`--full_disks N` also fills the disk N times: no file may grow beyond a random size, at most that of
+a checkpoint. With `--predict ROWS`, the finished run answers these rows, and `predict` is killed,
+too.
 
 The comparison covers the rows of every computed micro-batch, the losses and gradient norms of
 `metrics.csv`, the weights of the last checkpoint and of `hf/`, and the predictions. On a CPU, and
@@ -44,14 +46,19 @@ ROWS = "rows"
 VALIDATING = "validating"
 """File beside the recorded rows that exists during a validation."""
 PREDICTIONS = "predictions.jsonl"
-MOMENTS = {"start": 1, "any": 4, "validation": 2, "save": 2, "export": 1}
+MOMENTS = {"start": 1, "step": 3, "any": 1, "validation": 2, "save": 3, "export": 1}
 """When a run is killed, and how often."""
 SIGNS = {
     "validation": f"{ROWS}/{VALIDATING}",
     "save": "lightning_logs/version_*/checkpoints/.step=*",
     "export": "lightning_logs/version_*/.hf.*",
+    "predict": f".{PREDICTIONS}.part*",
 }
 """What exists below the folder of the run only during such a moment."""
+LONGEST = {"validation": 0.5, "save": 0.03, "export": 0.05, "predict": 3.0}
+"""Seconds between the sign of a moment and the kill, at most."""
+PATIENCE = 120
+"""Seconds after which ranks that have lost one of them hang."""
 DEMO = [
     "--config=demo",
     "--trainer.max_steps=40",
@@ -208,13 +215,14 @@ class Run:
         return path.read_text(encoding="utf-8") if path.is_file() else None
 
     def signs(self, moment: str) -> set[tuple[Path, int]]:
-        """Returns the files and folders that exist only during a validation, a save or an export.
+        """Returns the files and folders that exist only during a moment; none if it has no sign.
 
         A kill leaves them behind, so each comes with its inode: a new one has another.
         """
-        pattern = SIGNS[moment]
-        found = set()
-        for path in self.root.glob(pattern):
+        found: set[tuple[Path, int]] = set()
+        if moment not in SIGNS:
+            return found
+        for path in self.root.glob(SIGNS[moment]):
             with suppress(FileNotFoundError):
                 found.add((path, path.stat().st_ino))
         return found
@@ -236,51 +244,143 @@ def finish(process: subprocess.Popen, run: Run) -> float:
     return time.monotonic() - first_step
 
 
-def kill_at_random(run: Run, seconds: float, generator: random.Random) -> str | None:
+def moments(chosen: list[str], generator: random.Random) -> Iterator[str]:
+    """Draws the moments of kills without end, each of the chosen ones as often as `MOMENTS` says.
+
+    The export comes last in each round: a run that is killed there has nothing left but the export.
+    """
+    others = [moment for moment in chosen if moment != "export" for _ in range(MOMENTS[moment])]
+    while True:
+        generator.shuffle(others)
+        yield from others
+        if "export" in chosen:
+            yield "export"
+
+
+def kill_at(
+    moment: str, run: Run, seconds: float, generator: random.Random, alone: bool
+) -> str | None:
     """Starts or resumes the run and kills it.
 
     Args:
+        moment: One of `MOMENTS`.
         run: The run.
         seconds: Duration of the whole run from its first step.
-        generator: Draws the moment.
+        generator: Draws the time within the moment.
+        alone: Whether only one rank is killed.
 
     Returns:
-        The kind of the moment: one of `MOMENTS`. None if the run ended before.
+        The moment that was hit; `any` if the wanted one was over. None if the run ended before.
     """
-    [moment] = generator.choices(list(MOMENTS), list(MOMENTS.values()))
-    started = run.size()
-    left = run.signs(moment) if moment in SIGNS else set()
+    left = run.signs(moment)
     process = run.start()
     if moment in SIGNS:
-        while process.poll() is None and run.signs(moment) <= left:
-            time.sleep(0.001)
-        delay = generator.uniform(0, 0.05)
+        wait_for_sign(process, run, moment, left)
+        delay = generator.uniform(0, LONGEST[moment])
+    elif moment == "start":
+        delay = generator.uniform(0, 10)
     elif moment == "any":
-        while process.poll() is None and run.size() == started:
-            time.sleep(0.002)
+        wait_for_rows(process, run, 1)
         delay = generator.uniform(0, seconds)
     else:
-        delay = generator.uniform(0, 10)
-    return moment if was_killed(process, delay, run) else None
+        wait_for_rows(process, run, generator.randint(1, 6))
+        delay = generator.uniform(0, 0.2)
+    if not was_killed(process, delay, run, generator if alone else None):
+        return None
+    return "any" if moment in SIGNS and run.signs(moment) <= left else moment
 
 
-def was_killed(process: subprocess.Popen, delay: float, run: Run) -> bool:
-    """Kills a process group after some seconds; returns False if it ended before.
+def wait_for_sign(
+    process: subprocess.Popen, run: Run, moment: str, left: set[tuple[Path, int]]
+) -> None:
+    """Waits until a moment begins or the run ends.
+
+    Args:
+        process: The run's process.
+        run: The run.
+        moment: One of `SIGNS`.
+        left: Signs that earlier kills have left behind.
+    """
+    while process.poll() is None and run.signs(moment) <= left:
+        time.sleep(0.001)
+
+
+def wait_for_rows(process: subprocess.Popen, run: Run, records: int) -> None:
+    """Waits until further micro-batches have begun, or the run ends."""
+    for _ in range(records):
+        before = run.size()
+        while process.poll() is None and run.size() == before:
+            time.sleep(0.001)
+
+
+def was_killed(
+    process: subprocess.Popen, delay: float, run: Run, alone: random.Random | None = None
+) -> bool:
+    """Kills a process group, or one rank of it, after some seconds.
+
+    Args:
+        process: The first process of the group.
+        delay: Seconds.
+        run: The run.
+        alone: Draws the rank. None kills all.
+
+    Returns:
+        Whether it was killed; False if it ended before.
 
     Raises:
-        SystemExit: It ended with an error.
+        SystemExit: It ended with an error, or other ranks hang.
     """
     try:
         process.wait(delay)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        if alone is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            os.kill(alone.choice(ranks(process)), signal.SIGKILL)
+        wait_for_all(process, run)
         return True
     if process.returncode != 0:
         raise SystemExit(
             f"a resumed run ended with {process.returncode}: see {run.root / 'output.txt'}"
         )
     return False
+
+
+def ranks(process: subprocess.Popen) -> list[int]:
+    """Returns the processes of the ranks: the first, and those that it has launched."""
+    found = [process.pid]
+    for pid in members(process):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            if b"\0LOCAL_RANK=" in Path(f"/proc/{pid}/environ").read_bytes() and pid not in found:
+                found.append(pid)
+    return found
+
+
+def members(process: subprocess.Popen) -> list[int]:
+    """Returns the living processes of the group that a process leads."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            # The name in parentheses may hold spaces.
+            state, _, group = path.read_text().rpartition(")")[2].split()[:3]
+            if int(group) == process.pid and state != "Z":
+                found.append(int(path.parent.name))
+    return found
+
+
+def wait_for_all(process: subprocess.Popen, run: Run) -> None:
+    """Waits until no process of a group is left.
+
+    Raises:
+        SystemExit: One is left after `PATIENCE` seconds.
+    """
+    end = time.monotonic() + PATIENCE
+    while members(process):
+        if time.monotonic() > end:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise SystemExit(f"ranks hang after a kill: see {run.root / 'output.txt'}")
+        time.sleep(0.05)
+    process.wait()
 
 
 def fill_disk(run: Run, size: int, generator: random.Random) -> bool:
@@ -295,14 +395,19 @@ def fill_disk(run: Run, size: int, generator: random.Random) -> bool:
         Whether the run ended with an error, as it must when a file cannot be written.
     """
     process = run.start(generator.randint(SMALLEST_FILE, size))
-    return process.wait() != 0
+    is_failed = process.wait() != 0
+    wait_for_all(process, run)
+    return is_failed
 
 
 def predict_with_kills(run: Run, rows: str, kills: int, generator: random.Random) -> int:
     """Lets a finished run answer, with kills; returns their number."""
     done = 0
     for _ in range(kills):
-        done += was_killed(run.predict(rows), generator.uniform(2, 20), run)
+        left = run.signs("predict")
+        process = run.predict(rows)
+        wait_for_sign(process, run, "predict", left)
+        done += was_killed(process, generator.uniform(0, LONGEST["predict"]), run)
     if run.predict(rows).wait() != 0:
         raise SystemExit(f"predict ended with an error: see {run.root / 'output.txt'}")
     return done
@@ -335,6 +440,12 @@ def main() -> None:
     parser.add_argument("--full_disks", type=int, default=0, help="fill the disk so many times")
     parser.add_argument("--predict", help="rows that the finished run answers, as data.predict")
     parser.add_argument("--predict_kills", type=int, default=2, help="kills of `predict`")
+    parser.add_argument(
+        "--moments", nargs="+", choices=MOMENTS, default=list(MOMENTS), help="of the kills"
+    )
+    parser.add_argument(
+        "--one_rank", action="store_true", help="kill a single rank in half of the cases"
+    )
     parser.add_argument("--minutes", type=float, default=float("inf"), help="or after so long")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--output_dir", default="crash_test", help="emptied first")
@@ -348,17 +459,23 @@ def main() -> None:
     reference, run = Run(root / "reference", fit_args), Run(root / "killed", fit_args)
     seconds = finish(reference.start(), reference)
     generator = random.Random(args.seed)
+    wanted = moments(args.moments, generator)
+    moment = next(wanted)
     kills: Counter[str] = Counter()
-    full_disks, runs, found = 0, 1, []
+    full_disks, of_one_rank, runs, found = 0, 0, 1, []
     while kills.total() < args.kills or full_disks < args.full_disks:
         if time.monotonic() - started > 60 * args.minutes:
             break
         if full_disks < args.full_disks and generator.random() < 0.5:
             full_disks += fill_disk(run, reference.checkpoint_size(), generator)
             continue
-        moment = kill_at_random(run, seconds, generator)
-        if moment is not None:
-            kills[moment] += 1
+        alone = args.one_rank and generator.random() < 0.5
+        hit = kill_at(moment, run, seconds, generator, alone)
+        moment = next(wanted)
+        if hit is not None:
+            kills[hit] += 1
+            of_one_rank += alone
+            print(f"kill {kills.total()}: {hit}", file=sys.stderr)
             continue
         found = list(differences(run, reference))
         if found:
@@ -376,6 +493,7 @@ def main() -> None:
     result = {
         "kills": kills.total(),
         **kills,
+        "of_one_rank": of_one_rank,
         "full_disks": full_disks,
         "runs": runs,
         "steps": len(reference.scalars()),

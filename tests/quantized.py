@@ -1,4 +1,4 @@
-"""Models in MXFP4 and FP8, made by hand, and what their weights stand for."""
+"""Checkpoints in MXFP4 and FP8, made by hand, and what their weights stand for."""
 
 import json
 
@@ -35,20 +35,39 @@ FP4 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.
 
 
 def plain(folder, name, **sizes):
-    """Saves a random model in bf16, and returns its tensors by the names of its files."""
+    """Saves a random model in bf16."""
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(**{**SIZES, **sizes})
     lm = getattr(transformers, f"{name}ForCausalLM")(config).bfloat16()
     lm.save_pretrained(folder)
+
+
+def read(folder):
+    """The tensors of a checkpoint of one file, by their names there."""
     with safe_open(folder / "model.safetensors", "pt") as file:
         return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
 
-def replace_weights(folder, tensors, quantization):
+def write(folder, tensors, quantization=None):
+    """Replaces the tensors of a checkpoint, and says in its config how they are quantized."""
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    path = folder / "config.json"
-    config = json.loads(path.read_text()) | {"quantization_config": quantization}
-    path.write_text(json.dumps(config))
+    if quantization is not None:
+        path = folder / "config.json"
+        config = json.loads(path.read_text()) | {"quantization_config": quantization}
+        path.write_text(json.dumps(config))
+
+
+def is_linear(name, tensor):
+    """Whether a tensor is the weight of a linear layer that FP8 checkpoints quantize."""
+    kept = (
+        "embed",
+        "lm_head",
+        "mlp.gate.weight",
+        "block_sparse_moe.gate.weight",
+        "vision",
+        "projector",
+    )
+    return tensor.ndim == 2 and not any(part in name for part in kept)
 
 
 def blocks(weight, size):
@@ -57,24 +76,22 @@ def blocks(weight, size):
             yield slice(top, top + size), slice(left, left + size)
 
 
-def save_fp8(folder, name, block=128, **sizes):
-    """Quantizes the linear layers of a model by hand.
+def store_fp8(folder, block=128):
+    """Quantizes the linear layers of a checkpoint by hand.
+
+    Args:
+        folder: The checkpoint.
+        block: Width of the blocks that have a scale each. None for one scale a matrix.
 
     Returns:
-        What each tensor stands for. The rows of a weight differ in size, so that a wrong scale
-        shows.
+        What each tensor stands for.
     """
-    tensors = plain(folder, name, **sizes)
+    tensors = read(folder)
     expected = dict(tensors)
-    for key, weight in list(tensors.items()):
-        if (
-            weight.ndim != 2
-            or "embed" in key
-            or "lm_head" in key
-            or key.endswith("mlp.gate.weight")
-        ):
+    for key, weight in expected.copy().items():
+        if not is_linear(key, weight):
             continue
-        weight = weight.float() * torch.logspace(-1, 1, len(weight))[:, None]
+        weight = weight.float()
         if block is None:
             scale = (weight.abs().max() / 448).bfloat16()
             tensors[key] = (weight / scale.float()).to(torch.float8_e4m3fn)
@@ -97,13 +114,29 @@ def save_fp8(folder, name, block=128, **sizes):
         "activation_scheme": "dynamic" if block else "static",
         "weight_block_size": [block, block] if block else None,
     }
-    replace_weights(folder, tensors, quantization)
+    write(folder, tensors, quantization)
     return expected
 
 
-def save_mxfp4(folder, **sizes):
+def save_fp8(folder, name, block=128, **sizes):
+    """Saves a random model in FP8.
+
+    Returns:
+        What each tensor stands for. The rows of a weight differ in size, so that a wrong scale
+        shows.
+    """
+    plain(folder, name, **sizes)
+    tensors = read(folder)
+    for key, weight in tensors.items():
+        if is_linear(key, weight):
+            tensors[key] = weight * torch.logspace(-1, 1, len(weight))[:, None].to(weight.dtype)
+    write(folder, tensors)
+    return store_fp8(folder, block)
+
+
+def store_mxfp4(folder):
     """Writes the experts of gpt-oss as its files have them, and returns what they stand for."""
-    tensors = plain(folder, "GptOss", **{**GPT_OSS, **sizes})
+    tensors = read(folder)
     expected = dict(tensors)
     generator = torch.Generator().manual_seed(0)
     for key in [key for key in tensors if key.endswith(("gate_up_proj", "down_proj"))]:
@@ -116,5 +149,11 @@ def save_mxfp4(folder, **sizes):
         tensors[f"{key}_scales"] = (exponents + 127).to(torch.uint8)
         values = torch.tensor(FP4)[codes] * torch.exp2(exponents.float())[..., None]
         expected[key] = values.flatten(2).mT
-    replace_weights(folder, tensors, {"quant_method": "mxfp4", "modules_to_not_convert": []})
+    write(folder, tensors, {"quant_method": "mxfp4", "modules_to_not_convert": []})
     return expected
+
+
+def save_mxfp4(folder, **sizes):
+    """Saves a random gpt-oss in MXFP4, and returns what its tensors stand for."""
+    plain(folder, "GptOss", **{**GPT_OSS, **sizes})
+    return store_mxfp4(folder)

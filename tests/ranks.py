@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from running import START
+from running import RANKS_START
 
 
 def run_ranks(function: Callable[..., None], *args: Any, world_size: int = 2) -> None:
@@ -16,7 +16,7 @@ def run_ranks(function: Callable[..., None], *args: Any, world_size: int = 2) ->
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
         given = (world_size, store, function, args)
-        torch.multiprocessing.start_processes(_rank, given, world_size, start_method=START)
+        torch.multiprocessing.start_processes(_rank, given, world_size, start_method=RANKS_START)
 
 
 def _rank(

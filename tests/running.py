@@ -28,6 +28,11 @@ from lit_sft.checkpoint.io import read_checkpoint
 REPOSITORY = Path(__file__).parent.parent
 START = "forkserver" if torch.cuda.is_available() else "fork"
 """How children of this process start. Autograd's threads on a GPU do not survive a fork."""
+RANKS_START = "forkserver"
+"""How ranks start: from a process that has imported the package and has no threads. A fork of the
+tests' own process may inherit a lock that another thread holds, and would wait for it forever.
+"""
+multiprocessing.set_forkserver_preload(["lit_sft.cli.main"])
 OF_RANKS = ("SLURM_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "MASTER_")
 
 
@@ -127,11 +132,12 @@ def devices(args: list[str]) -> int:
 def run_forked(command: str, args: list[str], timeout: float = 240) -> tuple[list[int | None], str]:
     """Runs a command on several ranks, without a launcher. Returns their exit codes and the output.
 
-    The ranks are children of this process: they import nothing, which takes longer than a run.
+    The ranks import nothing, which takes longer than a run.
     """
-    context = multiprocessing.get_context(START)
+    context = multiprocessing.get_context(RANKS_START)
     with tempfile.NamedTemporaryFile() as log:
-        common = (devices(args), free_ports(1)[0], log.name, command, args)
+        port = free_ports(1)[0]
+        common = (devices(args), port, log.name, command, args, dict(os.environ))
         ranks = [
             context.Process(target=_run_rank, args=(rank, *common)) for rank in range(devices(args))
         ]
@@ -157,10 +163,20 @@ def _stop(ranks: list[Any]) -> None:
 
 
 def _run_rank(
-    rank: int, world_size: int, port: int, log: str, command: str, args: list[str]
+    rank: int,
+    world_size: int,
+    port: int,
+    log: str,
+    command: str,
+    args: list[str],
+    environ: dict[str, str],
 ) -> None:
     from lit_sft.cli.main import main
 
+    # As in conftest.py: what a killed process has written stays.
+    os.fsync = lambda descriptor: None
+    os.environ.clear()
+    os.environ.update(environ)
     for name in [name for name in os.environ if name.startswith(OF_RANKS)]:
         del os.environ[name]
     os.environ |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "NODE_RANK": "0"}

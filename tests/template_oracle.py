@@ -31,13 +31,13 @@ _SPECIAL = re.compile(
 """Names of special tokens in the text of a template."""
 _ENDS = (
     "<|return|>", "<｜end▁of▁sentence｜>", "<|im_end|>", "<|eot_id|>", "<|eot|>", "<|END_OF_TURN_TOKEN|>",
-    "<seed:eos>", "[e~[", "[EOS]", "<|end_of_text|>", "<|role_end|>", "<|end|>",
+    "<seed:eos>", "<｜hy_eos:opensource｜>", "[e~[", "[EOS]", "<|end_of_text|>", "<|role_end|>", "<|end|>",
 )  # fmt: skip
 """Tokens that are eos of their model, if its template names them; the first one counts."""
 _STOPS = {
     *_ENDS, "<|endoftext|>", "</s>", "<eos>", "<|call|>", "<|calls|>", "<|eom_id|>", "<|eom|>", "<end_of_turn>",
     "<turn|>", "<|tool_response>", "<|user|>", "<|observation|>", "<end_of_utterance>", "<end_of_sentence>",
-    "<|end_of_msg|>", "<|message_sep|>", "<|tools_suffix|>", "[|endofturn|]", "<SPECIAL_12>", "</assistant>",
+    "<|end_of_msg|>", "<|message_sep|>", "<|tools_suffix|>", "<|assistant_end|>", "[|endofturn|]", "<SPECIAL_12>", "</assistant>",
     "<sep>",
 }  # fmt: skip
 """Tokens at which servers stop for some model."""
@@ -45,6 +45,9 @@ _BETWEEN_PARTS = {"<|end|>", "<|eom|>"}
 """Tokens that end one part of a turn where turns have parts (Harmony's channels)."""
 _OPEN_THINKING = re.compile(r"[<\[](?!\|END)[\w:|]*think[\w:|]*[>\]]\s*\Z", re.IGNORECASE)
 _CLOSED_THINKING = re.compile(r"</[\w:]*think[\w:]*>|\[/THINK\]|<\|END_THINKING\|>")
+_WORDS = re.compile(r"((?:begin|end|first|last|city|list|time)(\d))(?!\d)")
+"""Words of a row that occur once, with the number of their message (see `row_shapes`)."""
+_EMPTY_THINKING = re.compile(rf"\s*(?:{_CLOSED_THINKING.pattern})\s*")
 _REASONS = {
     "open": "leaves turn",
     "thinking left open": "leaves the thinking block open",
@@ -68,6 +71,18 @@ class Row:
     tools: tuple[dict[str, Any], ...] | None = None
     untrained: frozenset[int] = frozenset()
     """Indices of assistant turns that are not trained."""
+
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> Row:
+        """Reads a row of the format `messages`."""
+        turns = [{k: v for k, v in turn.items() if k != "weight"} for turn in row["messages"]]
+        for turn in turns:
+            if "tool_calls" in turn:
+                turn["tool_calls"] = [_parsed_call(call) for call in turn["tool_calls"]]
+        weights = [turn.get("weight", 1) for turn in row["messages"]]
+        untrained = frozenset(i for i, weight in enumerate(weights) if weight == 0)
+        tools = row.get("tools")
+        return cls(tuple(turns), None if tools is None else tuple(tools), untrained)
 
     def conversation(self, end: int | None = None) -> Conversation:
         """Returns the row, up to a message, as `lit_sft` reads it."""
@@ -96,8 +111,11 @@ class Verdict:
 
 def family_of(template: str) -> Family:
     """Finds the special tokens of a model in the text of its template."""
-    special = dict.fromkeys(_SPECIAL.findall(template))
-    eos = next((token for token in _ENDS if token in template), "</s>")
+    # Hunyuan 3 puts the names of its tokens together.
+    suffix = re.search(r"set HYTK = '([^']+)'", template)
+    text = template.replace("{}", suffix.group(1)) if suffix else template
+    special = dict.fromkeys(_SPECIAL.findall(text))
+    eos = next((token for token in _ENDS if token in text), "</s>")
     if "end_of_turn" in template or "<turn|>" in template:
         eos = "<eos>"
     if "<|end|>" in special and "eos_token" in template:
@@ -112,11 +130,11 @@ def family_of(template: str) -> Family:
 class Server:
     """What a server does with a template."""
 
-    def __init__(self, template: str) -> None:
-        """Makes a tokenizer with the special tokens of the template."""
+    def __init__(self, template: str, family: Family | None = None) -> None:
+        """Makes a tokenizer, by default with the special tokens that the template names."""
         self.template = template
         self.is_marked = re.search(r"\{%-?\s*generation\b", template) is not None
-        self.family = family_of(template)
+        self.family = family_of(template) if family is None else family
         self.tokenizer = byte_tokenizer(self.family)
         self.renderer: Renderer = renderer_of(self.tokenizer)
 
@@ -181,6 +199,15 @@ def _text_call(call: dict[str, Any]) -> dict[str, Any]:
     return {**call, "function": {**function, "arguments": text}}
 
 
+def _parsed_call(call: dict[str, Any]) -> dict[str, Any]:
+    """Reads the arguments of a call as servers do, which may be JSON text."""
+    function = call["function"]
+    arguments = function["arguments"]
+    if isinstance(arguments, str):
+        arguments = json.loads(arguments)
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
 def judge(server: Server, row: Row) -> Verdict:
     """Renders a row with `lit_sft`, and judges what comes of it."""
     [result] = server.renderer.render([row.conversation()], [0])
@@ -194,9 +221,9 @@ def judge_examples(server: Server, row: Row, examples: Sequence[Example]) -> Ver
     faults = []
     trained: list[int] = []
     for example in examples:
-        for begin, end in _turn_runs(server, example):
+        for begin, end in turn_runs(server, example):
             text = server.tokenizer.decode(example.input_ids[begin:end])
-            number, fault = _turn_of(row, text)
+            number, fault = turn_of(row, text)
             faults += fault
             if number is not None:
                 trained.append(number)
@@ -213,7 +240,7 @@ def judge_examples(server: Server, row: Row, examples: Sequence[Example]) -> Ver
     return Verdict("exact")
 
 
-def _turn_runs(server: Server, example: Example) -> list[tuple[int, int]]:
+def turn_runs(server: Server, example: Example) -> list[tuple[int, int]]:
     """Joins the marked parts of one turn: a turn ends only with its stop token."""
     if not server.is_marked:
         return runs(example)
@@ -228,9 +255,9 @@ def _turn_runs(server: Server, example: Example) -> list[tuple[int, int]]:
     return joined
 
 
-def _turn_of(row: Row, text: str) -> tuple[int | None, list[str]]:
+def turn_of(row: Row, text: str) -> tuple[int | None, list[str]]:
     """Finds the turn that a trained text belongs to, by its words."""
-    found = sorted({int(number) for number in re.findall(r"[wrv]\w+?z(\d)z", text)})
+    found = sorted({int(number) for _, number in _WORDS.findall(text)})
     own = [i for i in found if row.turns[i]["role"] == "assistant"]
     if len(found) == 1 and len(own) == 1:
         return own[0], []
@@ -246,8 +273,9 @@ def _judge_run(
     fed, wholes = _texts_of_server(server, row, example, number)
     faults = _judge_content(server, row, example.notes, number, text)
     faults += _judge_stop(server, ids[begin:end], text)
-    if not server.is_marked and not any(text in whole for whole in wholes):
-        faults.append(f"the template never writes {text!r}")
+    own = _without_block(server, row, example.notes, number, text)
+    if not server.is_marked and not any(own in whole for whole in wholes):
+        faults.append(f"the template never writes {own!r}")
     before = server.tokenizer.decode(ids[:begin])[-160:]
     asked = server.renderer.prompt(row.conversation(number + 1))
     if not _fits(server, asked, ids[:begin]):
@@ -267,12 +295,65 @@ def _texts_of_server(
     """Renders the prompts that a server may feed for a turn, and the texts up to this turn."""
     fed = []
     wholes = []
-    for turns in _histories(row):
+    for turns in histories(row):
         for switch in _switches(example.notes):
             prompt = server.text(turns[:number], row.tools, add_generation_prompt=True, **switch)
-            fed.append(prompt)
-            wholes.append(server.text(turns[: number + 1], row.tools, **switch))
+            whole = server.text(turns[: number + 1], row.tools, **switch)
+            fed += [prompt, *_closed(prompt, whole, turns[number], example.notes)]
+            wholes += [whole, *_continued(server, row, turns, number, whole, switch)]
     return fed, wholes
+
+
+def _closed(prompt: str, whole: str, turn: Turn, notes: tuple[str, ...]) -> list[str]:
+    """Closes the block that a prompt opens, if the template writes an empty one for the answer."""
+    block = _EMPTY_THINKING.match(whole[len(prompt) :])
+    if "empty_thinking" not in notes or not whole.startswith(prompt) or block is None:
+        return []
+    if not _OPEN_THINKING.search(prompt) or "reasoning_content" in turn:
+        return []
+    start = whole.find(turn["content"], len(prompt)) if turn["content"] else len(whole)
+    return [whole[: min(len(prompt) + block.end(), start)]]
+
+
+def _without_block(server: Server, row: Row, notes: tuple[str, ...], number: int, text: str) -> str:
+    """Cuts off the reasoning that the template does not write, which has to be all of it."""
+    turn = histories(row)[1][number]
+    if "written:reasoning" not in notes or "reasoning_content" not in turn:
+        return text
+    if _could_reason(server, row, number):
+        return f"not {text}, but what the template writes"
+    thought, closing, answer = re.split(f"({_CLOSED_THINKING.pattern})", text, maxsplit=1)
+    if thought.strip() != turn["reasoning_content"].strip():
+        return f"{thought}, which is not the reasoning"
+    return answer.lstrip() if closing else text
+
+
+def _continued(
+    server: Server, row: Row, turns: list[Turn], number: int, whole: str, switch: dict[str, bool]
+) -> list[str]:
+    """Adds the token of the next message to a text whose template does not end the turn.
+
+    A server goes on with a result after a call, and with the user after an answer.
+    """
+    if _has_special_end(server, whole):
+        return []
+    calls = turns[number].get("tool_calls", [])
+    following: list[Turn] = [{"role": "user", "content": "nextmessage"}]
+    if calls:
+        following = [
+            {"role": "tool", "content": "nextmessage", "name": call["function"]["name"],
+             "tool_call_id": call["id"]}
+            for call in calls
+        ]  # fmt: skip
+    history = server.text([*turns[: number + 1], *following], row.tools, **switch)
+    ending = whole.rstrip()[-12:]
+    behind = history.partition("nextmessage")[0].rpartition(ending)[2]
+    special = sorted({*server.tokenizer.all_special_tokens, *server.family.special}, key=len)
+    for token in reversed(special):
+        if behind.lstrip().startswith(token):
+            gap = behind[: len(behind) - len(behind.lstrip())]
+            return [whole.rstrip() + gap + token]
+    return []
 
 
 def _fits(server: Server, prompt: list[int], before: list[int]) -> bool:
@@ -280,7 +361,7 @@ def _fits(server: Server, prompt: list[int], before: list[int]) -> bool:
     if not server.is_marked:
         return prompt == before
     rest = server.tokenizer.decode(before[len(prompt) :])
-    return before[: len(prompt)] == prompt and not re.search(r"[wrv]\w+?z\dz", rest)
+    return before[: len(prompt)] == prompt and not _WORDS.search(rest)
 
 
 def _judge_doubling(prompt: str, text: str) -> list[str]:
@@ -296,7 +377,7 @@ def _judge_content(
 ) -> list[str]:
     """All that the turn says has to be in its run, unless the template cannot write it."""
     # What a template does not write is no answer to learn from, unless a call stands there.
-    turn = _histories(row)[1][number]
+    turn = histories(row)[1][number]
     faults = []
     missing = _words(turn["content"], text)
     if missing and not ("left_out:content" in notes and turn.get("tool_calls")):
@@ -316,17 +397,19 @@ def _judge_content(
 
 def _words(source: str, text: str) -> list[str]:
     """Returns the words of a text that another one lacks."""
-    return [word for word in re.findall(r"[wrv]\w+?z\dz", source) if word not in text]
+    return [word for word, _ in _WORDS.findall(source) if word not in text]
 
 
 def _could_reason(server: Server, row: Row, number: int) -> bool:
     """Whether the template writes the reasoning behind a prompt, with some switch."""
-    for turns in _histories(row):
-        reasoning = _histories(row)[1][number]["reasoning_content"]
+    for turns in histories(row):
+        reasoning = histories(row)[1][number]["reasoning_content"]
         for switch in _ALL_SWITCHES:
             prompt = server.text(turns[:number], row.tools, add_generation_prompt=True, **switch)
             whole = server.text(turns[: number + 1], row.tools, **switch)
-            if whole.startswith(prompt) and not _words(reasoning, whole[len(prompt) :]):
+            answer = whole[len(prompt) :]
+            twice = _OPEN_THINKING.search(prompt) and answer.lstrip().startswith("<think>")
+            if whole.startswith(prompt) and not twice and not _words(reasoning, answer):
                 return True
     return False
 
@@ -352,7 +435,7 @@ def _judge_prompt(server: Server, row: Row) -> list[str]:
     ids = server.renderer.prompt(row.conversation())
     fed = [
         server.ids(server.text(turns, row.tools, add_generation_prompt=True))
-        for turns in _histories(row)
+        for turns in histories(row)
     ]
     if ids in fed:
         return []
@@ -374,7 +457,7 @@ def _switches(notes: tuple[str, ...]) -> list[dict[str, bool]]:
     return switches
 
 
-def _histories(row: Row) -> list[list[Turn]]:
+def histories(row: Row) -> list[list[Turn]]:
     """Returns the messages as they are, and with reasoning apart, as servers give it back."""
     turns = []
     for turn in row.turns:
@@ -402,7 +485,7 @@ def _is_true(server: Server, row: Row, name: str, index: int | None) -> bool:
     if name == "template":
         return any(_is_refused(server, row, end) for end in range(1, len(row.turns) + 1))
     return index is not None and any(
-        _is_true_of(server, row, turns, name, index) for turns in _histories(row)
+        _is_true_of(server, row, turns, name, index) for turns in histories(row)
     )
 
 
@@ -418,7 +501,8 @@ def _is_true_of(server: Server, row: Row, turns: list[Turn], name: str, index: i
             texts.append((prompt, server.text(turns[: index + 1], row.tools, **switch)))
     fitting = [prompt for prompt, whole in texts if whole.startswith(prompt)]
     holds = {
-        "open": not any(_has_special_end(server, whole) for _, whole in texts),
+        "open": not any(_has_special_end(server, whole) for _, whole in texts)
+        and not any(_continued(server, row, turns, index, whole, {}) for _, whole in texts),
         "opens thinking": not has_reasoning
         and any(_OPEN_THINKING.search(prompt) for prompt, _ in texts)
         and all(_OPEN_THINKING.search(prompt) for prompt in fitting),

@@ -113,6 +113,26 @@ def tiny_gpt2(vocab_size: int = 320, seed: int = 0, **overrides: Any) -> PreTrai
     return _build(GPT2LMHeadModel, GPT2Config, seed, sizes | overrides)
 
 
+def tiny_qwen3_moe(vocab_size: int = 320, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """A 2-layer Qwen3-MoE with 4 experts, 2 per token; overrides go to its config."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    sizes = _sizes(vocab_size, tie_word_embeddings=False, head_dim=16)
+    sizes |= dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+    return _build(Qwen3MoeForCausalLM, Qwen3MoeConfig, seed, sizes | overrides)
+
+
+def tiny_gpt_oss(vocab_size: int = 320, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """A 2-layer gpt-oss with 4 experts, 2 per token, whose matrices are transposed and have biases;
+    overrides go to its config.
+    """
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    sizes = _sizes(vocab_size, tie_word_embeddings=False, head_dim=16)
+    sizes |= dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=16)
+    return _build(GptOssForCausalLM, GptOssConfig, seed, sizes | overrides)
+
+
 def save_tiny(
     directory: Path | str,
     model: PreTrainedModel | None = None,

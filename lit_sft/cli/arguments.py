@@ -28,6 +28,8 @@ resumes one.
 """
 CONFIG_FLAGS = ("--config", "-c")
 HELP_FLAGS = ("--help", "-h")
+YES_NO_FLAGS = ("--certify", "--dequantize", "--merge_lora", "--text_only")
+"""Options of commands that mean yes if no value follows them."""
 MOVED_CLASSES = {"lit_sft.strategies.FSDP2Strategy": "lit_sft.distributed.fsdp2.FSDP2Strategy"}
 """Old class path -> new one. Configs of users and of earlier runs still hold the old ones."""
 
@@ -38,7 +40,7 @@ class Written(NamedTuple):
     """A key that the user wrote."""
 
     key: str
-    """Dotted."""
+    """Dotted; `[0]` counts the elements of a list."""
     value: Any
     origin: str
     """A file, or `command line`."""
@@ -97,6 +99,9 @@ def _with_following(args: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def _flatten(tree: Any, origin: str, prefix: str = "") -> Iterator[Written]:
+    if isinstance(tree, list):
+        for position, value in enumerate(tree):
+            yield from _flatten(value, origin, f"{prefix.removesuffix('.')}[{position}].")
     if isinstance(tree, Mapping):
         for key, value in tree.items():
             yield Written(f"{prefix}{key}", value, origin)
@@ -127,7 +132,7 @@ def expand_arguments(args: list[str]) -> list[str]:
         # The help must not fail on a missing file or a wrong setting, so all else is dropped.
         return [*args[:1], "--help"]
     args = [with_moved_classes(arg) for arg in _split_flags(args)]
-    args = _name_recipes(args)
+    args = _with_yes(_name_recipes(args))
     if args[:1] and args[0] in (*EVALUATING, "fit"):
         return _with_config_of_run(args)
     return args
@@ -161,6 +166,15 @@ def _split_flags(args: list[str]) -> list[str]:
         else:
             parts.append(arg)
     return parts
+
+
+def _with_yes(args: list[str]) -> list[str]:
+    """Writes `--certify` as `--certify=true`, unless a value follows."""
+    completed = []
+    for arg, following in _with_following(args):
+        has_value = following != "" and not following.startswith("-")
+        completed.append(f"{arg}=true" if arg in YES_NO_FLAGS and not has_value else arg)
+    return completed
 
 
 def _name_recipes(args: list[str]) -> list[str]:

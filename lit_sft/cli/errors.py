@@ -6,7 +6,6 @@ import difflib
 import re
 from collections.abc import Mapping
 
-from lit_sft.cli import classes
 from lit_sft.cli.arguments import Written, config_files, read_yaml, written
 from lit_sft.errors import UserError
 
@@ -15,7 +14,7 @@ UNKNOWN = "unknown key {key} ({origin}): {suggestion}"
 
 MESSAGES = (
     (r"does not accept option ['\"](?P<unknown>[\w.]+)['\"]", UNKNOWN),
-    (r"Option ['\"](?P<unknown>[\w.]+)['\"] is not accepted", UNKNOWN),
+    (r"Option ['\"](?P<unknown>[^'\"]+)['\"] is not accepted", UNKNOWN),
     (r"unrecognized arguments: --?(?P<unknown>[\w.]+)", UNKNOWN),
     (r"(?P<reason>unrecognized arguments: .*)", "{reason}; keys begin with --"),
     (
@@ -157,9 +156,13 @@ def shown(value: object) -> str:
 def suggestion(key: str, known: set[str]) -> str:
     """Suggests the nearest right key.
 
-    The last part of the key is compared with keys of the same group, then with keys below the
-    group, then with all keys. At the end whole keys are compared.
+    If a group is misspelled, it is replaced. Else the last part of the key is compared with keys of
+    the same group, then with keys below the group, then with all keys. At the end whole keys are
+    compared.
     """
+    mended = _with_right_group(key, known)
+    if mended is not None:
+        return f"did you mean {mended}?"
     parent, _, name = key.rpartition(".")
     inside = f"{parent}." if parent else ""
     beside = {k for k in known if k.rpartition(".")[0] == parent}
@@ -176,17 +179,33 @@ def suggestion(key: str, known: set[str]) -> str:
     return f"did you mean {best[0]}?" if best else "`--print_config` shows all keys"
 
 
+def _with_right_group(key: str, known: set[str]) -> str | None:
+    """Replaces the first group of a key that no right key has; None if no group is near.
+
+    Returns:
+        The whole key, or only the group if the rest is not known there.
+    """
+    right = ""
+    parts = key.split(".")
+    for position, part in enumerate(parts[:-1]):
+        beside = {k.removeprefix(right).partition(".")[0] for k in known if k.startswith(right)}
+        if part not in beside:
+            near = difflib.get_close_matches(part, beside, n=1)
+            if not near:
+                return None
+            whole = ".".join([f"{right}{near[0]}", *parts[position + 1 :]])
+            return whole if whole in known else f"{right}{near[0]}"
+        right += f"{part}."
+    return None
+
+
 def _fields(
     found: dict[str, str | None], args: list[str], known: set[str]
 ) -> dict[str, str | None]:
     """Returns the values that fill a message of `MESSAGES`, from the groups of its pattern."""
     if found.get("unknown"):
         key, origin = _place(str(found["unknown"]), args, known)
-        hint = suggestion(key, known)
-        argument = classes.nearest_argument(key, written(args))
-        if argument is not None and not hint.startswith("did you mean"):
-            hint = f"did you mean {argument}?"
-        return {**found, "key": key, "origin": origin, "suggestion": hint}
+        return {**found, "key": key, "origin": origin, "suggestion": suggestion(key, known)}
     if found.get("key"):
         given = found.get("given")
         # Python's word; YAML's is null.

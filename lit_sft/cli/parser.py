@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import collections.abc
 import dataclasses
-import inspect
 import sys
 import types
 import typing
 from argparse import Action
 from collections.abc import Iterable, Iterator, Mapping
-from pydoc import locate
 from typing import Any, ClassVar, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
@@ -40,11 +39,12 @@ class OneLineParser(LightningArgumentParser):
         """Parses, and refuses values that jsonargparse accepts but cannot use."""
         self._refuse_double_keys()
         self._refuse_wrong_classes()
+        self._refuse_unknown_keys_of_classes()
         config = super().parse_args(*args, **kwargs)
         command = config.get("subcommand")
         if command is None:
             return config
-        unknown = classes.problem_of_arguments(config[command])
+        unknown = classes.problem_of_arguments(config[command], written(sys.argv[1:]))
         if unknown is not None:
             self.error(unknown)
         values = {item.key: item for item in written(sys.argv[1:])}
@@ -93,6 +93,22 @@ class OneLineParser(LightningArgumentParser):
             if problem is not None:
                 self.error(f"{item.key.removesuffix('.class_path')} ({item.origin}): {problem}")
 
+    def _refuse_unknown_keys_of_classes(self) -> None:
+        """Refuses misspelled keys of classes; see `classes.unknown_key`."""
+        args = sys.argv[1:]
+        command = self.commands.get(args[0]) if args else None
+        if command is None:
+            return
+        given = written(args)
+        takes_class = _keys_of_classes(command)
+        chosen = classes.chosen_classes(given, _default_classes(command), takes_class)
+        unknown = classes.unknown_key(given, chosen, takes_class)
+        if unknown is None:
+            unknown = _unknown_empty_group(given, set(known_keys(command, given)))
+        if unknown is not None:
+            # In the words of jsonargparse, which `MESSAGES` rewrites.
+            self.error(f"Option '{unknown.key}' is not accepted")
+
     @override
     def format_help(self) -> str:
         """Returns the help of a command; jsonargparse's own lists settings that are refused."""
@@ -118,20 +134,42 @@ def known_keys(parser: LightningArgumentParser, given: Iterable[Written] = ()) -
         parser: The parser of a command.
         given: The keys that the user wrote, which may choose classes.
     """
-    classes = {
-        item.key.removesuffix(".class_path"): item.value
-        for item in given
-        if isinstance(item.value, str)
-    }
+    options = []
     for action in parser_actions(parser):
         if f"--{action.dest}" not in action.option_strings or action.dest.endswith(".help"):
             continue
-        yield action.dest
-        yield from _keys_of_groups(action)
+        options.append(action.dest)
+        options += _keys_of_groups(action)
+    yield from options
+    given = list(given)
+    takes_class = _keys_of_classes(parser)
+    chosen = classes.chosen_classes(given, _default_classes(parser), takes_class)
+    yield from classes.right_keys(options, given, chosen, takes_class)
+
+
+def _unknown_empty_group(given: Iterable[Written], known: set[str]) -> Written | None:
+    """Returns an unknown key with `{}` as its value, which jsonargparse drops without a word."""
+    groups = {key.rpartition(".")[0] for key in known}
+    for item in given:
+        is_empty = isinstance(item.value, Mapping) and not item.value
+        # Below other keys, such as variables of a template, any name may stand.
+        if is_empty and item.key not in known and item.key.rpartition(".")[0] in groups:
+            return item
+    return None
+
+
+def _keys_of_classes(parser: LightningArgumentParser) -> list[str]:
+    """Returns the options whose keys, if they have any, choose a class."""
+    return [action.dest for action in parser_actions(parser) if _takes_class(option_type(action))]
+
+
+def _default_classes(parser: LightningArgumentParser) -> dict[str, str]:
+    """Returns the settings whose default is a class -> its path."""
+    found = {}
+    for action in parser_actions(parser):
         if isinstance(action.default, Mapping) and "class_path" in action.default:
-            yield from _keys_of_class(
-                action.dest, str(classes.get(action.dest, action.default["class_path"]))
-            )
+            found[action.dest] = str(action.default["class_path"])
+    return found
 
 
 def _keys_of_groups(action: Action) -> Iterator[str]:
@@ -139,15 +177,6 @@ def _keys_of_groups(action: Action) -> Iterator[str]:
     for kind in typing.get_args(option_type(action)):
         if dataclasses.is_dataclass(kind):
             yield from (f"{action.dest}.{field.name}" for field in dataclasses.fields(kind))
-
-
-def _keys_of_class(key: str, class_path: str) -> Iterator[str]:
-    """Lists the keys below an option whose value is a class."""
-    yield f"{key}.class_path"
-    yield f"{key}.init_args"
-    chosen = locate(class_path) or locate(f"torch.optim.{class_path}")
-    if isinstance(chosen, type):
-        yield from (f"{key}.init_args.{name}" for name in inspect.signature(chosen).parameters)
 
 
 def _problem(action: Action, item: Written, config: Any) -> str | None:
@@ -187,6 +216,26 @@ def _kinds_of_group(action: Action) -> Iterator[tuple[str, Any]]:
 def _takes_text(kind: Any) -> bool:
     """Whether an option takes any text; a group of keys does not, it has no type."""
     return str in _alternatives(kind)
+
+
+def _takes_class(kind: Any) -> bool:
+    """Whether the keys of an option, if it has any, choose a class."""
+    alternatives = _alternatives(kind)
+    origins = [typing.get_origin(each) or each for each in alternatives]
+    if dict in origins:
+        return False
+    if collections.abc.Callable in origins:
+        return True
+    for each in (*alternatives, *_elements(alternatives)):
+        if isinstance(each, type) and each.__module__.partition(".")[0] in ("lightning", "torch"):
+            return True
+    return False
+
+
+def _elements(kinds: Iterable[Any]) -> Iterator[Any]:
+    """Lists the types of the elements of those types that are lists."""
+    for kind in kinds:
+        yield from typing.get_args(kind)
 
 
 def _alternatives(kind: Any) -> tuple[Any, ...]:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from lit_sft.commands import doctor, preview
+from lit_sft.commands import certificate, doctor, preview
 from lit_sft.commands import export as export_command
 from lit_sft.datamodule import SFTDataModule
 from lit_sft.memory_plan import Plan
@@ -33,6 +33,7 @@ class CommandTrainer(SFTTrainer):
         datamodule: SFTDataModule,
         num_rows: int = 3,
         output: Literal["rich", "json"] = "rich",
+        certify: bool = False,
     ) -> None:
         """Show rows of the training set as the model will see them.
 
@@ -41,7 +42,12 @@ class CommandTrainer(SFTTrainer):
             datamodule: Its training rows are shown.
             num_rows: Rows to show.
             output: For people (rich) or programs (json).
+            certify: Show instead which shapes of rows the tokenizer and its chat template can
+                train; no data is read.
         """
+        if certify:
+            certificate.certify(datamodule.data, output)
+            return
         preview.preview(datamodule.data, num_rows, output)
 
     def doctor(

@@ -18,13 +18,13 @@ This module works on texts. `tokenize` proves the same for token ids.
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from lit_sft.data.chat_template import ChatTemplate, Span, Switch, WrittenTurn
 from lit_sft.data.generation_markers import marked_parts
+from lit_sft.data.open_thinking import behind_empty_block, with_reasoning
 from lit_sft.data.reasoning import (
     END_OF_THINKING,
     MOVED,
@@ -34,14 +34,17 @@ from lit_sft.data.reasoning import (
     starts_thinking,
 )
 from lit_sft.data.server_prompt import answer_start, tails_behind_history
+from lit_sft.data.stops import find_end
 from lit_sft.data.template_omissions import of_answer, of_conversation
 from lit_sft.errors import UserError
 from lit_sft.types import Conversation, Message, RenderedTurn
 
 TrainOn = Literal["completions", "last_completion", "all"]
 """Every assistant turn, the last one, or every token. An assistant turn's own `train` wins."""
-_LONGEST_CLOSING = 300
-"""Longest run of special tokens and white space at the end of a text, in characters."""
+
+
+_Way = Callable[[ChatTemplate, Conversation, int, Switch], RenderedTurn]
+"""Locates a turn with a switch; raises a UserError if it does not fit."""
 
 
 class _PromptMismatch(UserError):
@@ -140,8 +143,9 @@ def full_draft(template: ChatTemplate, conversation: Conversation, answers: Sequ
             )
     stops: tuple[str, ...] = ()
     if messages[-1].role == "assistant" and messages[-1].train is not False:
-        _, stop = find_stop(template, whole, conversation, len(messages) - 1)
-        stops = (stop,)
+        end = find_end(template, whole, conversation, len(messages) - 1)
+        whole = end.text
+        stops = (end.stop,)
     notes = _notes(turns) + of_conversation(template, conversation, [whole])
     return Draft(
         whole, tuple(turns), default_mask=1, stops=stops, notes=notes, needs_bos=template.is_raw
@@ -254,18 +258,33 @@ def prove(template: ChatTemplate, conversation: Conversation, index: int) -> Ren
         if "left_out:reasoning_content" not in turn.notes:
             return turn
         second_best = second_best or turn
-    if second_best is not None:
-        return second_best
-    for switch in switches:
-        try:
-            return _locate_behind_prompt(template, conversation, index, switch)
-        except UserError:
-            # The first refusal says more: it compares the row with the prompt.
-            continue
+    composed = _first_of((_locate_with_reasoning,), template, conversation, index, switches)
+    others = (_locate_behind_prompt, _locate_behind_empty_block)
+    best = composed or second_best or _first_of(others, template, conversation, index, switches)
+    if best is not None:
+        return best
     if template.unproved == "lenient":
         return _locate_lenient(template, conversation, index)
     assert refusal is not None
     raise refusal
+
+
+def _first_of(
+    ways: Sequence[_Way],
+    template: ChatTemplate,
+    conversation: Conversation,
+    index: int,
+    switches: Sequence[Switch],
+) -> RenderedTurn | None:
+    """Returns the turn as the first of several ways locates it, each with all switches."""
+    for locate in ways:
+        for switch in switches:
+            try:
+                return locate(template, conversation, index, switch)
+            except UserError:
+                # The first refusal says more: it compares the row with the prompt.
+                continue
+    return None
 
 
 def _better_reason(first: UserError | None, error: UserError) -> UserError:
@@ -332,6 +351,42 @@ def _locate_behind_prompt(
     return replace(turn, notes=(*turn.notes, "server_prompt"))
 
 
+def _locate_with_reasoning(
+    template: ChatTemplate, conversation: Conversation, index: int, switch: Switch
+) -> RenderedTurn:
+    """Locates a turn whose reasoning the template does not write into the block of its prompt.
+
+    Raises:
+        UserError: The turn has no reasoning, or its prompt opens no block.
+    """
+    found = with_reasoning(template, conversation, index, switch)
+    if found is None:
+        raise UserError(f"turn {index + 1} (assistant) has no reasoning for its prompt")
+    written, bare = found
+    turn = _turn_at(template, conversation, index, switch, written, len(written.prompt), bare)
+    message = conversation.messages[index]
+    _check_prefix(template, written.prompt, written.whole, message, index + 1)
+    return replace(turn, notes=(*turn.notes, "written:reasoning"))
+
+
+def _locate_behind_empty_block(
+    template: ChatTemplate, conversation: Conversation, index: int, switch: Switch
+) -> RenderedTurn:
+    """Locates a turn without reasoning behind the empty block that the template writes.
+
+    Raises:
+        UserError: The template writes no such block.
+    """
+    message = conversation.messages[index]
+    written = template.write_turn(conversation, index, switch)
+    start = behind_empty_block(template, conversation, index, switch, written)
+    if start is None or has_reasoning(message):
+        raise UserError(f"turn {index + 1} (assistant) has no empty thinking block")
+    closed = written._replace(prompt=written.whole[:start])
+    turn = _turn_at(template, conversation, index, switch, closed, start)
+    return replace(turn, notes=(*turn.notes, "empty_thinking"))
+
+
 def _locate_lenient(template: ChatTemplate, conversation: Conversation, index: int) -> RenderedTurn:
     """Locates a turn that does not fit its prompt, for `data.unproved: lenient`.
 
@@ -384,8 +439,12 @@ def _turn_at(
     whole = written.whole
     source = whole if template_text is None else template_text
     shift = len(whole) - len(source)
-    found, stop = find_stop(template, source, conversation, index, switch, start - shift)
-    stop_at = found + shift
+    found = find_end(template, source, conversation, index, switch, start - shift)
+    # The stop token of an open turn is added to its text.
+    kept = len(os.path.commonprefix([source, found.text]))
+    whole = whole[: kept + shift] + found.text[kept:]
+    stop = found.stop
+    stop_at = found.at + shift
     end = stop_at + len(stop)
     _check_no_stop_inside(template, whole[start:stop_at], stop, message, number)
     omissions = of_answer(message, whole[start:stop_at], number)
@@ -405,110 +464,6 @@ def _turn_at(
         switch=switch,
         notes=(*switched, *omissions),
     )
-
-
-def find_stop(
-    template: ChatTemplate,
-    text: str,
-    conversation: Conversation,
-    index: int,
-    switch: Switch = (),
-    start: int = 0,
-) -> tuple[int, str]:
-    """Finds the stop token: the special token that ends the turn `messages[index]`.
-
-    Args:
-        template: The chat template.
-        text: The rendered conversation up to this turn.
-        conversation: The conversation; it may continue after the turn.
-        index: Index of the turn.
-        switch: Template variables of the text.
-        start: Where the answer starts in the text.
-
-    Returns:
-        Position of the stop token, and the token.
-
-    Raises:
-        UserError: The template writes no stop token.
-    """
-    closing = template.closing.search(text, max(start, len(text) - _LONGEST_CLOSING))
-    if closing is None:
-        raise UserError(
-            f"the chat template leaves turn {index + 1} (assistant) open: {text[-20:]!r} does not"
-            " end with a special token of the tokenizer, so the model would not learn to stop; set"
-            " data.chat_template to a template that ends turns with one the tokenizer has as a"
-            " special token"
-        )
-    found = list(template.special.finditer(text, closing.start()))
-    stop = found[0]
-    if len(found) > 1:
-        stop = _last_of_turn(template, text, found, conversation, index, switch)
-    return stop.start(), stop.group()
-
-
-def _last_of_turn(
-    template: ChatTemplate,
-    text: str,
-    found: list[re.Match[str]],
-    conversation: Conversation,
-    index: int,
-    switch: Switch,
-) -> re.Match[str]:
-    """Chooses the stop token among the special tokens at the end of `text`.
-
-    Some templates end a turn with several special tokens (DeepSeek's tool calls), others add eos
-    after the whole text (Phi-3). So the conversation is rendered once more with a following
-    message. A token that is still there belongs to the turn. The last such token is the stop token.
-    """
-    message = conversation.messages[index]
-    if not message.content.strip() and not message.tool_calls:
-        raise UserError(f"turn {index + 1} (assistant) is blank; fill it in or remove the row")
-    if not message.tool_calls:
-        found = _without_own(template, message, found)
-    found = _up_to_eos(template, found)
-    following = _following(conversation.messages, index)
-    history, _ = template.write(
-        replace(conversation, messages=(*conversation.messages[: index + 1], *following)), switch
-    )
-    before = max(0, found[0].start() - 100)
-    for match in reversed(found):
-        if text[before : match.end()] in history:
-            return match
-    return found[0]
-
-
-def _without_own(
-    template: ChatTemplate, message: Message, found: list[re.Match[str]]
-) -> list[re.Match[str]]:
-    """Drops the special tokens that come from the content of the message itself."""
-    own = template.closing.search(message.content)
-    if own is None:
-        return found
-    tokens = template.special.findall(own.group())
-    if [match.group() for match in found[: len(tokens)]] != tokens:
-        return found
-    return found[len(tokens) :] or found
-
-
-def _up_to_eos(template: ChatTemplate, found: list[re.Match[str]]) -> list[re.Match[str]]:
-    """Drops the special tokens behind eos: Cohere's templates always write another header."""
-    for i, match in enumerate(found):
-        if match.group() == template.tokenizer.eos_token:
-            return found[: i + 1]
-    return found
-
-
-def _following(messages: Sequence[Message], index: int) -> Sequence[Message]:
-    """Returns the next message; after the last turn, messages that could follow."""
-    if index + 1 < len(messages):
-        return messages[index + 1 : index + 2]
-    calls = messages[index].tool_calls
-    if not calls:
-        return [Message("user", ".")]
-    return [
-        Message("tool", ".", name=call["function"]["name"], tool_call_id=call.get("id"))
-        for call in calls
-    ]
 
 
 def _check_no_stop_inside(
@@ -555,10 +510,17 @@ def _check_prefix(
             f"after {prompt[max(0, start - 20) : start]!r} a server feeds"
             f" {prompt[start : start + 40]!r}"
         )
+        remedy = (
+            "set data.chat_template to a template whose turns begin as its generation prompt does"
+        )
+        if has_reasoning(message) and END_OF_THINKING.search(prompt, start) is not None:
+            remedy = (
+                "the prompt closes the thinking block; a variable in data.chat_template_kwargs may"
+                f" open it (the template reads {', '.join(template.variables) or 'none'})"
+            )
         raise _PromptMismatch(
             f"turn {number} (assistant) does not continue the prompt of a server: {server}, but"
-            f" {row_text}; set data.chat_template to a template whose turns begin as its"
-            " generation prompt does, or data.unproved to lenient"
+            f" {row_text}; {remedy}, or set data.unproved to lenient"
         )
     if opens_thinking(template, prompt):
         _check_thinking(prompt, whole[start:], number)

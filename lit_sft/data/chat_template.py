@@ -320,6 +320,11 @@ class ChatTemplate:
         return self._render(messages, conversation.tools, switch, generation_prompt)
 
     @cached_property
+    def variables(self) -> list[str]:
+        """The variables that `data.chat_template_kwargs` may set."""
+        return _readable(self.text)
+
+    @cached_property
     def takes_arguments_as_text(self) -> bool:
         """Whether the template expects the arguments of a call as JSON text, not as an object.
 
@@ -411,13 +416,18 @@ def _check_variables(text: str | None, chat_template_kwargs: Mapping[str, Any]) 
     """
     unknown = set(chat_template_kwargs) - _variables_of(text or "")
     for name in sorted(unknown):
-        readable = sorted(_variables_of(text or "") - _OWN_VARIABLES)
+        readable = _readable(text)
         near = get_close_matches(name, readable, n=1)
         remedy = f"did you mean `{near[0]}`?" if near else "remove it"
         raise UserError(
             f"`data.chat_template_kwargs` sets `{name}`, which the chat template does not read (it"
             f" reads {', '.join(readable) or 'none'}); {remedy}"
         )
+
+
+def _readable(text: str | None) -> list[str]:
+    """Returns the variables that a template reads and a user may set."""
+    return sorted(_variables_of(text or "") - _OWN_VARIABLES)
 
 
 def _variables_of(text: str) -> set[str]:

@@ -36,10 +36,31 @@ def has_reasoning(message: Message) -> bool:
 
 def opens_thinking(template: ChatTemplate, prompt: str) -> bool:
     """Whether a prompt ends with the opening tag of a thinking block."""
+    return bool(opened_block(template, prompt))
+
+
+def opened_block(template: ChatTemplate, prompt: str) -> str:
+    r"""Returns the end of a prompt from the tag on that opens a thinking block: `<think>\n`.
+
+    It is empty if the prompt does not end with such a tag.
+    """
     if template.is_raw:
-        return False
+        return ""
     tags = list(_START_OF_THINKING.finditer(prompt, max(0, len(prompt) - 50)))
-    return bool(tags) and not prompt[tags[-1].end() :].strip()
+    if not tags or prompt[tags[-1].end() :].strip():
+        return ""
+    return prompt[tags[-1].start() :]
+
+
+def closing_tag(opening: str) -> str:
+    """Returns the closing tag of a thinking block: `</think>` for `<think>`.
+
+    Args:
+        opening: `<think>`, `[THINK]`, `<|START_THINKING|>`, ...
+    """
+    if "START" in opening:
+        return opening.replace("START", "END")
+    return f"{opening[0]}/{opening[1:]}"
 
 
 def starts_thinking(answer: str) -> bool:

@@ -21,7 +21,7 @@ import re
 from dataclasses import dataclass, replace
 
 from lit_sft.data.chat_template import ChatTemplate, Switch, WrittenTurn
-from lit_sft.data.reasoning import has_reasoning, opens_thinking
+from lit_sft.data.reasoning import END_OF_THINKING, has_reasoning, opens_thinking
 from lit_sft.errors import UserError
 from lit_sft.types import Conversation, Message
 
@@ -67,19 +67,47 @@ def answer_start(
     tails = tails_behind_history(template, conversation, index, switch, written)
     if tails is None:
         return None
-    start = tails.common
-    only_in_prompt = tails.prompt[start:]
     turn = conversation.messages[index]
-    if only_in_prompt.strip() and (has_reasoning(turn) or not _is_closed(only_in_prompt, tails)):
-        behind = _end_of_header(template, tails)
-        if behind is None:
+    start: int | None = tails.common
+    if not _answer_follows(template, tails, turn):
+        if has_reasoning(turn) and END_OF_THINKING.search(tails.prompt, tails.common):
+            # The prompt allows no reasoning.
             return None
-        start = behind
+        header = _header_of(template, conversation, index, switch, written.prompt)
+        start = _end_of_header(template, tails, header)
+    if start is None:
+        return None
     if not has_reasoning(turn) and _waits_for_reasoning(
         template, conversation, index, switch, written.prompt
     ):
         return None
     return len(written.whole) - len(tails.whole) + start
+
+
+def _answer_follows(template: ChatTemplate, tails: Tails, turn: Message) -> bool:
+    """Whether the answer may follow the prompt directly where both texts part."""
+    only_in_prompt = tails.prompt[tails.common :]
+    if not only_in_prompt.strip():
+        return True
+    if not has_reasoning(turn):
+        return _is_closed(template, only_in_prompt, tails)
+    # Apriel leads in to the reasoning with words, which history lacks.
+    is_text = not re.search(_markup(template), only_in_prompt)
+    reasoning = (turn.reasoning_content or "").strip()
+    return is_text and bool(reasoning) and tails.whole[tails.common :].startswith(reasoning)
+
+
+def _header_of(
+    template: ChatTemplate, conversation: Conversation, index: int, switch: Switch, prompt: str
+) -> str:
+    """Returns what the generation prompt adds to the messages before a turn; "" if unknown."""
+    before = replace(conversation, messages=conversation.messages[:index])
+    try:
+        text, _ = template.write(before, switch)
+    except UserError:
+        # Hermes refuses messages that end with the result of a tool.
+        return ""
+    return prompt[len(text) :] if prompt.startswith(text) else ""
 
 
 def tails_behind_history(
@@ -153,23 +181,43 @@ def _back_to_tag(prompt: str, whole: str, common: int) -> int:
     return common
 
 
-def _end_of_header(template: ChatTemplate, tails: Tails) -> int | None:
+def _end_of_header(template: ChatTemplate, tails: Tails, header: str) -> int | None:
     """Finds the end of the prompt, from its last tag or special token on, before an answer.
 
     Both texts may close the message before the turn in different ways, and then write the same
-    header.
+    header. Or history has no header behind the result of a tool, and the answer follows directly
+    (Apertus).
+
+    Args:
+        template: The chat template.
+        tails: The texts behind the message before the turn.
+        header: What the generation prompt adds.
     """
-    markup = re.compile(rf"{template.special.pattern}|{_TAG.pattern}")
+    if tails.prompt[tails.common :] == header and _is_special(template, header):
+        # What the texts with and without the marker share by chance is its first letters.
+        rest = tails.of_any_turn[tails.common :]
+        return tails.common if _MARKER.startswith(rest) else None
+    markup = re.compile(_markup(template))
     tags = list(markup.finditer(tails.prompt))
     # Other text than markup is no end of a message.
     if not tags or markup.sub("", tails.prompt[: tags[-1].start()]).strip():
         return None
-    header = tails.prompt[tags[-1].start() :]
-    found = tails.of_any_turn.find(header)
-    return None if found < 0 else found + len(header)
+    end = tails.prompt[tags[-1].start() :]
+    found = tails.of_any_turn.find(end)
+    return None if found < 0 else found + len(end)
 
 
-def _is_closed(block: str, tails: Tails) -> bool:
+def _is_special(template: ChatTemplate, text: str) -> bool:
+    """Whether a text has nothing but special tokens."""
+    return bool(text) and not template.special.sub("", text).strip()
+
+
+def _markup(template: ChatTemplate) -> str:
+    """Matches special tokens and tags."""
+    return rf"{template.special.pattern}|{_TAG.pattern}"
+
+
+def _is_closed(template: ChatTemplate, block: str, tails: Tails) -> bool:
     """Whether a block has an opening and a closing tag, and the answer does not repeat it.
 
     A block whose tags delimit turns, too, is no block, but a turn that only the prompt has.
@@ -178,7 +226,10 @@ def _is_closed(block: str, tails: Tails) -> bool:
     tags_of_turns = _TAG.findall(tails.prompt[: tails.common])
     if len(tags) < 2 or not set(tags).isdisjoint(tags_of_turns):
         return False
-    return tags[-1] not in tails.whole[tails.common :]
+    answer = tails.whole[tails.common :]
+    # Some templates write the next prompt behind every text (Command R7B).
+    closing = template.closing.search(answer)
+    return tags[-1] not in (answer if closing is None else answer[: closing.start()])
 
 
 def _waits_for_reasoning(

@@ -72,7 +72,7 @@ class Counts:
             cut = f"; {self.truncated:,} examples truncated" if self.truncated else ""
             text.append(f"{self.lost_trained_tokens:,} target tokens lost to data.max_length{cut}")
         for note, n in self.notes.items():
-            text.append(f"{n:,} rows: {_describe(note)}")
+            text.append(f"{n:,} rows: {describe(note)}")
         for name, n in self.blank.items():
             text.append(f"{n:,} rows: {name} of data.prompt_template is empty")
         for key, n in self.placeholders.items():
@@ -91,6 +91,14 @@ NOTES = {
     ),
     "moved:reasoning": (
         "reasoning moved from the content to reasoning_content, where the template expects it"
+    ),
+    "written:reasoning": (
+        "reasoning that the template does not write, put into the thinking block that its prompt"
+        " opens"
+    ),
+    "empty_thinking": (
+        "without reasoning, trained behind the empty thinking block that the template writes; ask"
+        " the model behind that block for answers without reasoning"
     ),
     "left_out:reasoning_content": (
         "reasoning that the template does not write, so it is not trained"
@@ -127,8 +135,8 @@ NOTES = {
 """Note -> its description in the log. A note is something that was done to a row, or left out."""
 
 
-def _describe(note: str) -> str:
-    """Describes a note for the log."""
+def describe(note: str) -> str:
+    """Describes a note in words."""
     if not note.startswith("switch:"):
         return NOTES.get(note, note)
     name, _, value = note.removeprefix("switch:").partition("=")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -28,6 +29,10 @@ log = logging.getLogger(__name__)
 INDEX = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 
+SCALE = re.compile(r"\.(weight_scale_inv|weight_scale|activation_scale|input_scale)$")
+"""Scales of FP8 weights and of their inputs (`dequantize`)."""
+_NO_PART = re.compile(rf"{SCALE.pattern}|_(blocks|scales)$|\.weight\.|\.inv_freq$")
+"""What belongs to quantized weights, and the rotary frequencies of old checkpoints."""
 READ_BY_TEXT = {"gemma3n": ("embed_vision", "embed_audio")}
 """By model type: parts of a multimodal model whose sizes its code reads for text, too."""
 
@@ -117,6 +122,35 @@ def source_of(lm: PreTrainedModel) -> Path | None:
     return source if is_composite(source_config(lm)) else None
 
 
+def source_with_more(lm: PreTrainedModel) -> Path | None:
+    """Returns the text checkpoint of a model that has weights which the model does not have.
+
+    These are mostly layers for multi-token prediction, which transformers does not load.
+
+    Args:
+        lm: The causal LM, without adapters.
+
+    Returns:
+        The checkpoint. None if the model has all its weights, or one that is not in it.
+    """
+    source = Path(lm.name_or_path or "")
+    if not any((source / name).is_file() for name in (SINGLE_FILE, INDEX)):
+        return None
+    found = names_in(lm, source)
+    if not found.left_out:
+        return None
+    strangers = lm.state_dict().keys() - found.of_tensor.keys() - set(lm.all_tied_weights_keys)
+    if not strangers:
+        return source
+    log.warning(
+        "the export is without %s of %s, which also lacks a place for %s",
+        _parts(found.left_out),
+        source,
+        min(strangers),
+    )
+    return None
+
+
 def source_config(lm: PreTrainedModel) -> PretrainedConfig:
     """Returns the config of the directory that the model was loaded from."""
     from transformers import AutoConfig
@@ -159,7 +193,7 @@ class SourceNames:
     loading joins tensors, such as those of experts.
     """
     left_out: list[str]
-    """The names in the checkpoint of tensors that the model does not have."""
+    """The names in the checkpoint of tensors that the model does not have, without scales."""
 
 
 def source_names(
@@ -192,37 +226,55 @@ def source_names(
         target, _ = rename_source_key(name, renamings, converters, lm.base_model_prefix, own)
         if target in state:
             of_tensor[target].append(name)
-        else:
+        elif not _NO_PART.search(name):
             left_out.append(name)
     return SourceNames(of_tensor, left_out)
 
 
+def names_in(lm: PreTrainedModel, source: Path) -> SourceNames:
+    """Finds which tensors of a checkpoint became which tensors of the model loaded from it.
+
+    Args:
+        lm: The causal LM.
+        source: A directory with `model.safetensors` or its index.
+    """
+    names = []
+    for found in weight_files(source).values():
+        names += found
+    return source_names(lm, lm.state_dict(), names)
+
+
 def log_left_out(lm: PreTrainedModel, config: PretrainedConfig, source: Path) -> None:
-    """Logs in one line which parts of a multimodal checkpoint are not trained.
+    """Logs in one line which parts of a checkpoint are not trained.
 
     Args:
         lm: The causal LM that was loaded from it.
         config: The config of the checkpoint.
         source: The checkpoint.
     """
-    names = []
-    for found in weight_files(source).values():
-        names += found
-    parts = Counter(map(_part_of, source_names(lm, lm.state_dict(), names).left_out))
-    if not parts:
-        return
-    texts = [f"{part} ({count} tensors)" for part, count in parts.items()]
-    log.info(
-        "the language model of the %s is trained; not loaded, and kept in exports: %s",
-        (config.architectures or [config.model_type])[0],
-        ", ".join(texts),
-    )
+    left_out = names_in(lm, source).left_out
+    if left_out:
+        log.info(
+            "the language model of the %s is trained; not loaded, and kept in exports: %s",
+            (config.architectures or [config.model_type])[0],
+            _parts(left_out),
+        )
+
+
+def _parts(names: Iterable[str]) -> str:
+    """The parts of a model that some tensors are in, with their numbers."""
+    texts = []
+    for part, count in Counter(map(_part_of, names)).items():
+        texts.append(f"{part} ({count} tensors)")
+    return ", ".join(texts)
 
 
 def _part_of(name: str) -> str:
-    """The part of the model that a tensor is in: `model.visual`, `vision_tower`, `mtp`."""
-    first, *rest = name.split(".")
-    return f"{first}.{rest[0]}" if first == "model" else first
+    """The part of the model that a tensor is in: `model.visual`, `model.layers.61`, `mtp`."""
+    parts = name.split(".")
+    if parts[:2] == ["model", "layers"]:
+        return ".".join(parts[:3])
+    return ".".join(parts[:2]) if parts[0] == "model" else parts[0]
 
 
 def module_names(ours: PreTrainedModel, theirs: PreTrainedModel) -> dict[str, str]:

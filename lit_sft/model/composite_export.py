@@ -1,16 +1,16 @@
-"""Writes a trained language model back into the multimodal checkpoint that it was taken from.
+"""Writes a trained language model back into the checkpoint that it was taken from.
 
-Servers know the class, the names and the files of that checkpoint. So every file is copied, and
-only the weights that were trained are replaced in it: towers and multi-token prediction heads stay
-as they were, to the last bit.
+That is a multimodal one, or one with layers for multi-token prediction. Servers know its class, its
+names and its files. So every file is copied, and only the weights that were trained are replaced in
+it: towers and multi-token prediction heads stay as they were, to the last bit. Those in FP8 become
+plain weights, because a config cannot say that only they are quantized.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,16 @@ import torch
 from torch import Tensor
 
 from lit_sft.errors import UserError
-from lit_sft.model.composite import INDEX, SINGLE_FILE, SourceNames, source_names, weight_files
+from lit_sft.model.composite import (
+    INDEX,
+    SCALE,
+    SINGLE_FILE,
+    SourceNames,
+    source_config,
+    source_names,
+    weight_files,
+)
+from lit_sft.model.dequantize import dequantize_left_out, fp8_block
 from lit_sft.model.new_tokens import num_rows
 
 if TYPE_CHECKING:
@@ -31,8 +40,6 @@ is written anew.
 """
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 """Endings of weight files, of which only those that were trained are written."""
-_SCALE = re.compile(r"\.(weight_scale_inv|weight_scale|activation_scale|input_scale)$")
-"""Scales of FP8 weights and of their inputs (`dequantize`)."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,8 @@ class _Placed:
     names: SourceNames
     target_of: Mapping[str, str]
     """The name in the model's `state_dict()` by the name in the source."""
+    block: Sequence[int] | None
+    """Rows and columns of a block of FP8 weights. None if there is one scale for each weight."""
 
     def value(self, name: str, cache: dict[str, dict[str, Tensor]]) -> Tensor:
         """Returns the trained value of a tensor of the source.
@@ -67,7 +76,7 @@ def write_back(
     directory: Path,
     cast: Callable[[Tensor], Tensor],
 ) -> None:
-    """Writes all files of a multimodal checkpoint, with the trained weights in place of its own.
+    """Writes all files of a checkpoint, with the trained weights in place of its own.
 
     The tokenizer's files, `config.json` and `generation_config.json` are left to the caller.
 
@@ -90,24 +99,7 @@ def write_back(
     for file_name, names in files.items():
         _write_file(placed, names, source / file_name, directory / file_name, cast)
     if list(files) != [SINGLE_FILE]:
-        _write_index(placed, source, directory, files)
-
-
-def _is_old_scale(placed: _Placed, name: str) -> bool:
-    """Whether a tensor is a scale of an FP8 weight, which is now written without one.
-
-    Raises:
-        UserError: The weight is not trained, so it stays in FP8, and no config tells it apart.
-    """
-    weight = _SCALE.sub(".weight", name)
-    if weight == name:
-        return False
-    if weight in placed.target_of:
-        return True
-    raise UserError(
-        f"{weight} of the source stays in FP8 beside the trained weights, which no config can say:"
-        " export with --text_only true"
-    )
+        _write_index(source, directory, files)
 
 
 def _place(
@@ -128,7 +120,7 @@ def _place(
     target_of: dict[str, str] = {}
     for target, sources in found.of_tensor.items():
         target_of |= dict.fromkeys(sources, target)
-    return _Placed(lm, state, found, target_of)
+    return _Placed(lm, state, found, target_of, fp8_block(source_config(lm)))
 
 
 def _separated(lm: PreTrainedModel, target: str, value: Tensor) -> dict[str, Tensor]:
@@ -153,7 +145,7 @@ def _write_file(
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    if not any(name in placed.target_of for name in names):
+    if not any(name in placed.target_of or SCALE.search(name) for name in names):
         shutil.copyfile(source, target)
         return
     tensors: dict[str, Tensor] = {}
@@ -161,10 +153,10 @@ def _write_file(
     with safe_open(source, framework="pt") as file:
         metadata = file.metadata()
         for name in names:
-            if _is_old_scale(placed, name):
+            if SCALE.search(name):
                 continue
             if name not in placed.target_of:
-                tensors[name] = file.get_tensor(name)
+                tensors[name] = dequantize_left_out(file, name, placed.block)
                 continue
             value = placed.value(name, parts)
             _check_shape(placed, name, value, file.get_slice(name).get_shape())
@@ -184,11 +176,11 @@ def _check_shape(placed: _Placed, name: str, value: Tensor, before: list[int]) -
         raise UserError(f"{name} is {before} in the source and {shape} in the trained model")
 
 
-def _write_index(placed: _Placed, source: Path, directory: Path, files: Mapping[str, Any]) -> None:
+def _write_index(source: Path, directory: Path, files: Mapping[str, Any]) -> None:
     """Writes the index of the weight files, with their new size and without old scales."""
     index = json.loads((source / INDEX).read_text(encoding="utf-8"))
     for name in list(index["weight_map"]):
-        if _is_old_scale(placed, name):
+        if SCALE.search(name):
             del index["weight_map"][name]
     size = sum(_bytes_of_tensors(directory / file_name) for file_name in files)
     index["metadata"] = {**index.get("metadata", {}), "total_size": size}

@@ -47,7 +47,7 @@ def change_config(
     vocab_size: int | None,
     eos_token_id: int | None,
 ) -> None:
-    """Copies the `config.json` of a multimodal checkpoint, and changes what training has changed.
+    """Copies the `config.json` of a checkpoint, and changes what training has changed.
 
     Args:
         directory: The directory to write to.
@@ -58,7 +58,7 @@ def change_config(
     """
     text = (source / CONFIG).read_text(encoding="utf-8")
     config = json.loads(text)
-    inner = config["text_config"]
+    inner = config.get("text_config", config)
     named = {part[key] for part in (config, inner) for key in _DTYPE_KEYS if key in part}
     if named != {dtype}:
         # Without it, transformers takes the dtype of the first weight, which may be a tower's.

@@ -126,6 +126,32 @@ def dequantize_blocks(
     return (quantized.float() * factors).to(dtype)
 
 
+def dequantize_left_out(file: Any, name: str, block: Sequence[int] | None) -> Tensor:
+    """Reads a weight that the model does not have, as a plain one.
+
+    Args:
+        file: A safetensors file that is open.
+        name: The name of the weight. Its scale is in the same file.
+        block: Rows and columns of a block, from `fp8_block`.
+
+    Returns:
+        The weight as it is, or in bf16 if it is in FP8.
+    """
+    weight: Tensor = file.get_tensor(name)
+    if weight.dtype != torch.float8_e4m3fn:
+        return weight
+    scales = file.get_tensor(f"{name}_scale_inv")
+    if block is None or scales.numel() == 1:
+        return (weight.float() * scales.float()).bfloat16()
+    return dequantize_blocks(weight, scales, block, torch.bfloat16)
+
+
+def fp8_block(config: PretrainedConfig) -> Sequence[int] | None:
+    """Returns rows and columns of a block of a model's FP8 weights, None if there are no blocks."""
+    block: Sequence[int] | None = (_quantization_of(config) or {}).get("weight_block_size")
+    return block
+
+
 def _grid(weight: Tensor, block: Sequence[int]) -> tuple[int, int]:
     """Returns the number of blocks in rows and in columns."""
     rows, columns = weight.shape[-2:]

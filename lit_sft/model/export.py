@@ -313,7 +313,7 @@ def _text_model(lm: Any, state: dict[str, Tensor]) -> tuple[Any, dict[str, Tenso
 def _base_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of the base, by the names that they had before peft wrapped its layers."""
     of_adapter = (".lora_", ".modules_to_save.", ".trainable_tokens_")
-    wrappers = re.compile(r"\.(token_adapter\.base_layer|base_layer|original_module)\.")
+    wrappers = re.compile(r"(\.(token_adapter\.base_layer|base_layer|original_module))+\.")
     base = {}
     for name, value in state.items():
         if not any(part in name for part in of_adapter):

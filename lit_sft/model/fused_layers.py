@@ -140,14 +140,15 @@ class _LoraLinear(torch.autograd.Function):
         low = rows @ a.T
         ctx.save_for_backward(x, weight, a, b, low)
         out = F.linear(rows, weight, bias)
-        # Not in place: selective checkpointing may save `out`.
-        return torch.addmm(out, low, b.T, alpha=scaling).unflatten(0, x.shape[:-1])
+        # Not in place: selective checkpointing may save `out`. No view: Llama 4 adds to the output
+        # in place, which torch refuses for a view that is made here.
+        return torch.addmm(out, low, b.T, alpha=scaling)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b, low = ctx.saved_tensors
-        rows, grad = x.flatten(0, -2), grad.flatten(0, -2)
+        rows = x.flatten(0, -2)
         # [T, R].
         grad_low = grad @ b
         grad_x = None
@@ -211,7 +212,7 @@ def _lora_forward(layer: Any) -> Callable[..., Tensor]:
             # Without autocast, peft computes fp32 adapters in fp32.
             return own_forward(x)  # type: ignore[no-any-return]
         out: Tensor = _LoraLinear.apply(x, base.weight, base.bias, a, b, layer.scaling[name])
-        return out
+        return out.unflatten(0, x.shape[:-1])
 
     return forward
 
@@ -284,8 +285,9 @@ def _fused_forward(module: Any, feeds_linear: bool) -> tuple[Callable[..., Tenso
         return _norm_forward(module, feeds_linear), int(module.weight.shape[-1])
     if {"gate_proj", "up_proj", "down_proj", "act_fn"} <= children:
         return _mlp_forward(module), int(getattr(module.gate_proj, "in_features", 0))
-    # By its name, because the import of peft takes seconds.
-    if (kind.__module__, kind.__name__) == ("peft.tuners.lora.layer", "Linear"):
+    # By its name, because the import of peft takes seconds. A `ParamWrapper` also adapts experts.
+    is_lora = kind.__module__ == "peft.tuners.lora.layer"
+    if is_lora and (kind.__name__ == "Linear" or type(module.base_layer) is nn.Linear):
         return _lora_forward(module), int(module.in_features)
     return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import pickle
 from collections.abc import Callable
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
+
+PROCESSOR_TEMPLATE = "chat_template.json"
+"""File with the chat template of a processor, as older multimodal checkpoints have it."""
 
 
 def load_config(path: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -76,7 +80,26 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
                 f"{path}: the tokenizer has neither a pad nor an eos token; set one in its config"
             )
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = _processor_template(path)
     return tokenizer
+
+
+def _processor_template(path: str) -> str | None:
+    """Returns the chat template of a processor; None if it has no file of its own.
+
+    Raises:
+        UserError: The file cannot be read.
+    """
+    file = Path(path) / PROCESSOR_TEMPLATE
+    if not file.is_file():
+        return None
+    try:
+        return str(json.loads(file.read_text(encoding="utf-8"))["chat_template"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{file} holds no chat template ({_reason(error)}); repair it, or remove it"
+        ) from error
 
 
 def load_model(
@@ -137,6 +160,9 @@ def load_model(
         model = with_attention(build, attn_implementation)
     except (ImportError, ValueError) as error:
         is_about_attention = "attn_implementation" in str(error) or "Flash" in str(error)
+        if isinstance(error, ImportError) and not is_about_attention:
+            # transformers names the package, in several lines. Gemma 3n needs timm, for example.
+            raise UserError(f"{path} cannot be built: {' '.join(str(error).split())}") from error
         if isinstance(error, UserError) or not is_about_attention:
             raise
         raise UserError(
@@ -262,7 +288,7 @@ def _pretrained_model(
         raise UserError(
             f"{path} lacks {len(missing)} weights of a causal language model, such as {missing[0]}"
         )
-    if composite.is_composite(config) and not gguf:
+    if not gguf and not is_pickled:
         composite.log_left_out(model, config, Path(path))
     loaded: PreTrainedModel = model
     return loaded

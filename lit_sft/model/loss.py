@@ -22,7 +22,8 @@ from lit_sft.errors import UserError
 from lit_sft.model.attention.packed import chunk_size, pack_kwargs
 from lit_sft.model.evaluation_mode import evaluation_mode
 from lit_sft.model.long_rope import choose_by_example
-from lit_sft.types import IGNORE_INDEX, LossOutput
+from lit_sft.model.routers import logits_of, routing
+from lit_sft.types import IGNORE_INDEX, LossOutput, Routing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,8 +52,18 @@ class LossOptions:
     """
     label_smoothing: float = 0.0
     """Share of the target's probability that is spread over the vocabulary, in [0, 1)."""
+    router_aux_loss_coef: float | None = None
+    """Weight of the loss that balances the experts of a mixture of experts. null takes that of the
+    model's config if routers or experts are trained; 0 leaves the loss out.
+    """
 
     def __post_init__(self) -> None:
+        coefficient = self.router_aux_loss_coef
+        # Also false for nan.
+        if coefficient is not None and not coefficient >= 0:
+            raise UserError(
+                f"model.loss.router_aux_loss_coef is {coefficient}, it must be 0 or more, or null"
+            )
         if not 0.0 <= self.label_smoothing < 1.0:
             raise UserError(
                 f"model.loss.label_smoothing is {self.label_smoothing}, it must be in [0, 1)"
@@ -62,6 +73,16 @@ class LossOptions:
                 "model.loss.label_smoothing has no meaning with type dft: set it to 0, or type"
                 " to nll"
             )
+
+
+@dataclass(frozen=True)
+class RouterOptions:
+    """How the routers of a mixture of experts are watched."""
+
+    top_k: int
+    """Experts per token."""
+    needs_grad: bool
+    """Whether the loss that balances the experts is computed."""
 
 
 @dataclass(frozen=True)
@@ -329,6 +350,10 @@ class CausalLMLoss(nn.Module):
         """Whether each example even has a forward pass of its own, because padding would change
         it. Only with `separate_rows`.
         """
+        self.routers: RouterOptions | None = None
+        """How routers are watched in training. None for a model without."""
+        self._router_logits: list[list[Tensor]] = []
+        """Those of the forward passes of one call."""
         choose_by_example(lm)
         head = lm.get_output_embeddings()
         _check_bias(lm, head)
@@ -383,8 +408,11 @@ class CausalLMLoss(nn.Module):
             target_positions: [N] positions in the flattened labels that are not IGNORE_INDEX. None
                 computes them, which synchronizes a GPU.
         """
+        self._router_logits = []
+        num_tokens = input_ids.numel() if lengths is None else sum(lengths)
+        is_token = None
         if lengths is not None and self.separate_rows and not self.one_by_one:
-            input_ids, labels, position_ids = _unpacked_rows(input_ids, labels, lengths)
+            input_ids, labels, position_ids, is_token = _unpacked_rows(input_ids, labels, lengths)
             lengths = target_positions = None
         if target_positions is None:
             target_positions = (labels.flatten() != IGNORE_INDEX).nonzero()[:, 0]
@@ -398,7 +426,33 @@ class CausalLMLoss(nn.Module):
             hidden = self._outputs(backbone, "last_hidden_state", input_ids, position_ids, lengths)
             hidden = hidden.flatten(0, 1).index_select(0, target_positions)
             loss_sum, num_correct = self._from_hidden(hidden, targets, count_correct)
-        return LossOutput(loss_sum, torch.tensor(len(targets)), num_correct)
+        found = self._routing(is_token, num_tokens)
+        return LossOutput(loss_sum, torch.tensor(len(targets)), num_correct, found)
+
+    @property
+    def _watches_routers(self) -> bool:
+        return self.routers is not None and self.training and torch.is_grad_enabled()
+
+    def _routing(self, is_token: Tensor | None, num_tokens: int) -> Routing | None:
+        """Where the forward passes of this call sent their tokens; None if nobody watches.
+
+        Args:
+            is_token: [B, T] False for padding. None if there is none.
+            num_tokens: Tokens without padding.
+        """
+        if not self._watches_routers:
+            return None
+        assert self.routers is not None
+        passes, self._router_logits = self._router_logits, []
+        layers = [torch.cat(parts) for parts in zip(*passes, strict=True)]
+        mask = None if is_token is None else is_token.flatten()
+        return routing(
+            layers,
+            self.routers.top_k,
+            is_token=mask,
+            num_tokens=num_tokens,
+            needs_grad=self.routers.needs_grad,
+        )
 
     def generate(self, **arguments: Any) -> Tensor:
         """Calls `lm.generate`. FSDP2 gathers the weights for this method of this module."""
@@ -423,18 +477,32 @@ class CausalLMLoss(nn.Module):
         """
         inputs = {"input_ids": input_ids, "position_ids": position_ids}
         if lengths is None:
-            return getattr(module(**inputs, use_cache=False), name)  # type: ignore[no-any-return]
+            return self._output(module, name, inputs)
         if not self.separate_rows:
             # The layers pass these keyword arguments down to attention.
             bounds = pack_kwargs(lengths, input_ids.device, chunk_size(self.lm.config))
-            return getattr(module(**inputs, **bounds, use_cache=False), name)  # type: ignore[no-any-return]
+            return self._output(module, name, inputs | bounds)
         outputs = []
         for ids, positions in zip(
             input_ids.split(lengths, 1), position_ids.split(lengths, 1), strict=True
         ):
-            output = module(input_ids=ids, position_ids=positions, use_cache=False)
-            outputs.append(getattr(output, name))
+            inputs = {"input_ids": ids, "position_ids": positions}
+            outputs.append(self._output(module, name, inputs))
         return torch.cat(outputs, dim=1)
+
+    def _output(self, module: Any, name: str, inputs: dict[str, Any]) -> Tensor:
+        """Runs a forward pass, and returns one of its outputs; keeps the logits of routers.
+
+        Args:
+            module: The model or its backbone.
+            name: Name of the output.
+            inputs: Keyword arguments.
+        """
+        if not self._watches_routers:
+            return getattr(module(**inputs, use_cache=False), name)  # type: ignore[no-any-return]
+        output = module(**inputs, use_cache=False, output_router_logits=True)
+        self._router_logits.append(logits_of(output))
+        return getattr(output, name)  # type: ignore[no-any-return]
 
     def _from_hidden(
         self, hidden: Tensor, targets: Tensor, count_correct: bool
@@ -506,7 +574,7 @@ def _check_bias(lm: PreTrainedModel, head: Any) -> None:
 
 def _unpacked_rows(
     input_ids: Tensor, labels: Tensor, lengths: tuple[int, ...]
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Unpacks a row: every example becomes a row, padded on the right.
 
     No mask is needed: the padding has no target, and a causal model reads nothing to the right.
@@ -517,7 +585,8 @@ def _unpacked_rows(
         lengths: [S] tokens of the examples.
 
     Returns:
-        input_ids, labels and position_ids, [S, tokens of the longest example].
+        input_ids, labels, position_ids, and whether a position is no padding, [S, tokens of the
+        longest example].
     """
     pad = torch.nn.utils.rnn.pad_sequence
     rows = pad(list(input_ids[0].split(lengths)), batch_first=True)
@@ -526,4 +595,4 @@ def _unpacked_rows(
     ends = torch.tensor(lengths, device=rows.device)[:, None]
     # The padding counts from 0 again: the length of an example is read from its positions.
     position_ids = torch.where(places < ends, places, places - ends)
-    return rows, row_labels, position_ids
+    return rows, row_labels, position_ids, places < ends

@@ -72,8 +72,8 @@ class StepShape:
     """Whether queries and keys have norms, which save their inputs (Qwen3, Gemma3)."""
     on_cpu: bool = False
     """Whether the step runs on a CPU. Then `CPU_SCRATCH` is counted, too."""
-    quantized: bool = False
-    """Whether the linear layers of the blocks are stored in 4 bits."""
+    num_quantized: int = 0
+    """Parameters that are stored in 4 bits: those of linear layers, not of experts."""
     shards: int = 1
     """Devices over which weights, gradients and optimizer state are sharded. Each gathers head,
     embedding and two blocks.
@@ -111,9 +111,10 @@ def _weights(text: Any, step: StepShape) -> int:
     count = step.num_parameters
     # Parameters of embedding and head.
     ends = text.vocab_size * text.hidden_size * (1 if text.tie_word_embeddings else 2)
-    if step.quantized:
+    if step.num_quantized:
         # Half a byte per parameter, and the scales.
-        base = int(ends * step.stored_bytes + int((count - ends) * 0.52))
+        others = count - step.num_quantized
+        base = others * step.stored_bytes + int(step.num_quantized * 0.52)
     elif step.shards > 1:
         gathered = ends + 2 * (count - ends) // text.num_hidden_layers
         base = int(count * step.stored_bytes // step.shards + gathered * step.compute_bytes)

@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lit_sft.model.load import PROCESSOR_TEMPLATE
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -21,12 +23,14 @@ CONFIG = "tokenizer_config.json"
 TOKENIZER = "tokenizer.json"
 SPECIAL_TOKENS = "special_tokens_map.json"
 TEMPLATE = "chat_template.jinja"
+OTHER_TEMPLATES = "additional_chat_templates"
+"""Folder of the chat templates that have another name than `default`."""
 _COPIED = (
     TOKENIZER,
     CONFIG,
     SPECIAL_TOKENS,
     TEMPLATE,
-    "additional_chat_templates/*.jinja",
+    f"{OTHER_TEMPLATES}/*.jinja",
     "added_tokens.json",
     "vocab.json",
     "vocab.txt",
@@ -68,7 +72,7 @@ def write_tokenizer(
         changes: What is different from the source.
         directory: The directory to write to.
     """
-    if changes.chat_template == default_template(tokenizer):
+    if changes.chat_template == default_template(tokenizer) and _holds_template(source):
         changes = replace(changes, chat_template=None)
     if source is None or not _is_copied(source, changes):
         _save(tokenizer, directory)
@@ -82,10 +86,9 @@ def write_tokenizer(
         changed["eos_token"] = changes.eos_token
         _change_special_tokens(directory / SPECIAL_TOKENS, changes.eos_token)
     if changes.chat_template is not None:
-        (directory / TEMPLATE).write_text(changes.chat_template, encoding="utf-8")
-        # Programs that read only this key would render another template.
         if "chat_template" in changed:
             changed["chat_template"] = changes.chat_template
+        _change_template(directory, changes.chat_template)
     if changed != config:
         _write(directory / CONFIG, changed)
 
@@ -96,6 +99,23 @@ def default_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     if isinstance(own, dict):
         return own.get("default")
     return own
+
+
+def _holds_template(source: Path | None) -> bool:
+    """Whether the files of the tokenizer have its template, and not those of a processor alone."""
+    if source is None or not (source / CONFIG).is_file():
+        return True
+    return (source / TEMPLATE).is_file() or "chat_template" in _read(source / CONFIG)
+
+
+def _change_template(directory: Path, template: str) -> None:
+    """Writes a template to every file of a template, so that all programs render this one."""
+    (directory / TEMPLATE).write_text(template, encoding="utf-8")
+    # `tool_use` among them would be taken for prompts with tools.
+    shutil.rmtree(directory / OTHER_TEMPLATES, ignore_errors=True)
+    of_processor = directory / PROCESSOR_TEMPLATE
+    if of_processor.is_file():
+        _write(of_processor, {"chat_template": template})
 
 
 def _is_copied(source: Path, changes: TokenizerChanges) -> bool:

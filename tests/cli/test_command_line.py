@@ -354,27 +354,43 @@ CLASSES = {
         "trainer.plugins (FILE): cannot import lit_sft.gone.Plugin: there is no module lit_sft.gone"
     ),
     f"trainer: {{callbacks: [{{class_path: {CALLBACK}, init_args: {{log_momentun: true}}}}]}}": (
-        "did you mean log_momentum?"
+        "unknown key trainer.callbacks[0].init_args.log_momentun (FILE): did you mean"
+        " trainer.callbacks[0].init_args.log_momentum?"
     ),
     f"trainer: {{callbacks: [{{class_path: {CALLBACK}, dict_kwargs: {{log_momentun: true}}}}]}}": (
-        f"dict_kwargs.log_momentun: {CALLBACK} takes no such argument: did you mean log_momentum?"
+        f"unknown key trainer.callbacks[0].dict_kwargs.log_momentun (FILE): {CALLBACK} takes no"
+        " such argument: did you mean trainer.callbacks[0].dict_kwargs.log_momentum?"
     ),
     "model: {optimizer: {class_path: torch.optim.AdamW, dict_kwargs: {lrr: 1}}}": (
-        "dict_kwargs.lrr: torch.optim.AdamW takes no such argument: did you mean lr?"
+        "unknown key model.optimizer.dict_kwargs.lrr (FILE): torch.optim.AdamW takes no such"
+        " argument: did you mean model.optimizer.dict_kwargs.lr?"
     ),
     (
         "trainer: {logger: {class_path: lightning.pytorch.loggers.TensorBoardLogger, init_args:"
         " {save_dir: x}, dict_kwargs: {max_queu: 1}}}"
     ): (
-        "dict_kwargs.max_queu: lightning.pytorch.loggers.TensorBoardLogger takes no such argument:"
-        " did you mean max_queue?"
+        "unknown key trainer.logger.dict_kwargs.max_queu (FILE):"
+        " lightning.pytorch.loggers.TensorBoardLogger takes no such argument: did you mean"
+        " trainer.logger.dict_kwargs.max_queue?"
     ),
     (
         "trainer: {strategy: {class_path: lightning.pytorch.strategies.DDPStrategy, dict_kwargs:"
         " {static_grap: true}}}"
     ): (
-        "dict_kwargs.static_grap: lightning.pytorch.strategies.DDPStrategy takes no such argument:"
-        " did you mean static_graph?"
+        "unknown key trainer.strategy.dict_kwargs.static_grap (FILE):"
+        " lightning.pytorch.strategies.DDPStrategy takes no such argument: did you mean"
+        " trainer.strategy.dict_kwargs.static_graph?"
+    ),
+    # Lightning drops what the profilers of torch do not take.
+    "trainer: {profiler: {class_path: PyTorchProfiler, dict_kwargs: {profile_memoryy: true}}}": (
+        "unknown key trainer.profiler.dict_kwargs.profile_memoryy (FILE):"
+    ),
+    "trainer: {callbacks: [{cllass_path: lightning.pytorch.callbacks.Timer}]}": (
+        "unknown key trainer.callbacks[0].cllass_path (FILE): did you mean"
+        " trainer.callbacks[0].class_path?"
+    ),
+    "trainer: {sttrategy: {class_path: lightning.pytorch.strategies.DDPStrategy}}": (
+        "unknown key trainer.sttrategy.class_path (FILE): did you mean trainer.strategy?"
     ),
 }
 

@@ -237,11 +237,17 @@ def assert_served(tokenizer, example: Example, messages, answers, **variables):
     assert len(example.input_ids) == len(example.loss_mask)
     plain = [message.to_dict() for message in messages]
     for i, (begin, end) in zip(answers, runs(example), strict=False):
-        served = tokenizer.apply_chat_template(
-            plain[:i], chat_template=tokenizer.chat_template or renderer_of(tokenizer).template.text,
-            add_generation_prompt=True, return_dict=False, **variables,
-        )  # fmt: skip
-        assert example.input_ids[:begin] == served
+        served = []
+        # A turn of the example may need no variable.
+        for given in (variables, {}):
+            text = tokenizer.apply_chat_template(
+                plain[:i], chat_template=tokenizer.chat_template or renderer_of(tokenizer).template.text,
+                add_generation_prompt=True, tokenize=False, **given,
+            )  # fmt: skip
+            if "empty_thinking" in example.notes:
+                text += "\n</think>\n\n"
+            served.append(tokenizer(text, add_special_tokens=False)["input_ids"])
+        assert example.input_ids[:begin] in served
         assert example.input_ids[end - 1] in example.stop_ids
 
 
@@ -376,20 +382,7 @@ def test_history_that_is_rewritten_in_place_is_noticed():
                 r" reasoning.*'.*<think>\\n'.*'Hello.*reasoning_content.*lenient"
             ),
         ),
-        (
-            "deepseek-r1",
-            THOUGHTS[:2],
-            r"turn 2 .*a server feeds '<think>\\n', but the row is written 'Hello",
-        ),
-        ("qwen3-thinking", (system("S"), *ONE), r"turn 3 \(assistant\) has no reasoning"),
-        (
-            "glm-4",
-            ONE,
-            (
-                r"turn 2 \(assistant\) open: '.*Hello' does not end with a special"
-                r" token.*data\.chat_template"
-            ),
-        ),
+        ("deepseek-r1", (system("S"), *ONE), r"turn 3 \(assistant\) has no reasoning"),
         (
             "gemma",
             (system("S"), *ONE),
@@ -440,8 +433,9 @@ def test_lenient_trains_from_what_prompt_and_row_have_in_common():
     [example] = render_one(renderer_of(tokenizer_of("chatml"), unproved="lenient"), *ONE)
     assert example.notes == ()
     # there is nothing to stop at, and nothing is made up
+    unended = "{%- for message in messages %}{{- message.role + message.content }}{%- endfor %}"
     with pytest.raises(UserError, match="open"):
-        render_one(renderer_of(tokenizer_of("glm-4"), unproved="lenient"), *ONE)
+        render_one(renderer_of(tokenizer_of("chatml"), unended, unproved="lenient"), *ONE)
 
 
 @pytest.mark.parametrize(
@@ -734,7 +728,7 @@ def test_any_text_is_right_or_refused(family):
             )
             for i, text in zip(answers, trained_texts(tokenizer, example), strict=True):
                 assert messages[i].content.split("</think>")[-1].strip() in text
-    assert proved > 10 or family in ("deepseek-r1", "glm-4", "qwen3-thinking")
+    assert proved > 10 or family == "deepseek-r1"
 
 
 PARTS = CHATML.replace(
@@ -795,13 +789,6 @@ OPENS_THINKING = CHATML.replace("assistant\\n' }}", "assistant\\n<think>\\n' }}"
     "('\\n<think>\\n' if message.role == 'assistant' else '\\n') + message.content",
 )
 """Writes a thinking block, but no reasoning."""
-NO_END = (
-    r"{%- for message in messages %}{{- '<|' + message.role + '|>' }}"
-    r"{%- if message.role == 'assistant' %}{{- '</think>' }}{%- endif %}{{- message.content }}"
-    r"{%- endfor %}{%- if add_generation_prompt %}{{- '<|assistant|>' }}"
-    r"{{- '</think>' if enable_thinking is false else '<think>' }}{%- endif %}"
-)
-"""GLM 4.7: the next turn's token ends a turn, and none follows the last one."""
 TWO_ENDS = CHATML.replace(
     "{%- endfor %}",
     "{{- message.tool_calls[0].function.name + '<|im_end|>' if message.tool_calls }}{%- endfor %}",
@@ -823,7 +810,12 @@ TWO_ENDS = CHATML.replace(
             assistant("<think>\nhm\n</think>\n\nHello"),
             r"turn 2 .*opens a thinking block again .*remove the tag from the content",
         ),
-        ("glm-4", NO_END, assistant("Hello"), r"leaves turn 2 \(assistant\) open"),
+        (
+            "chatml",
+            CHATML.replace("<|im_end|>", "").replace("<|im_start|>", ""),
+            assistant("Hello"),
+            r"turn 2 \(assistant\) open: '.*Hello\\n' does not end with a special token.*data\.chat_template",
+        ),
         (
             "qwen3",
             TWO_ENDS,

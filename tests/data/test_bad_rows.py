@@ -188,6 +188,14 @@ ROWS = {
     ),
     "call without name": (calls(function={"arguments": "{}"}), "tool_calls[0].name` is missing"),
     "arguments no JSON": (calls(name="f", arguments="a=1"), "tool_calls[0].arguments", "not JSON"),
+    "an argument twice": (
+        calls(name="f", arguments='{"x": 1, "x": 2}'),
+        "`messages[1].tool_calls[0].arguments`: the key 'x' stands twice",
+    ),
+    "a key twice in messages as text": (
+        ("prompt_completion", {"prompt": '[{"role": "user", "content": "a", "content": "b"}]'}),
+        "`prompt`: the key 'content' stands twice",
+    ),
     "arguments a list": (
         calls(name="f", arguments="[1]"),
         "arguments` is a list of int, expected an object",
@@ -294,7 +302,6 @@ TEMPLATES = {
         calls(name="add", arguments="{}"),
         ["turn 2", "'add'", "data.chat_template"],
     ),
-    "turn left open": ("glm-4", chat(USER, ANSWER), ["turn 2", "open", "data.chat_template"]),
     "no reasoning": (
         "deepseek-r1",
         chat(USER, ANSWER),
@@ -395,6 +402,8 @@ FILES = {
     "empty array": (b"[]", "a.json", ["a.json", "empty"]),
     "broken array": (b'[{"a": 1},', "a.json", ["a.json", "line 1", "complete"]),
     "array of UTF-16": ('[{"a": 1}]'.encode("utf-16"), "a.json", ["a.json", "not UTF-8", "byte 0"]),
+    "a key twice": (b'[{"a": 1}, {"b": [{"c": 1, "c": 2}]}]', "a.json", ["a.json", "row 1: the key 'c' stands twice", "keep one"]),
+    "a key twice in one row": (b'{"text": "a", "text": "b"}', "a.json", ["a.json", "the key 'text' stands twice"]),
     "a number": (b"42", "a.json", ["a.json", "holds one int", "array"]),
     "header only": (b"prompt,completion\n", "a.csv", ["a.csv", "empty"]),
     "no header": (b"hi,hi\nho,ho\n", "a.csv", ["a.csv", "no header", "add one"]),
@@ -433,6 +442,14 @@ LINES = {
     "a word": (b'"hi"', ["is a str, expected an object"]),
     "latin": ('{"prompt": "é"}'.encode("latin-1"), ["not UTF-8 at byte 12", "UTF-8"]),
     "deep": (b"[" * 100_000, ["nested too deep"]),
+    "a key twice": (
+        b'{"prompt": "a", "completion": "b", "prompt": "c"}',
+        ["the key 'prompt' stands twice", "keep one of them"],
+    ),
+    "a key twice inside": (
+        b'{"messages": [{"role": "user", "content": "a", "content": "b"}]}',
+        ["the key 'content' stands twice"],
+    ),
 }
 
 

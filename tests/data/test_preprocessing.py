@@ -318,6 +318,32 @@ def test_a_stop_token_that_was_cut_off_is_not_trained(prepared):
     assert cut.stop_ids == end  # known from the template all the same
 
 
+def test_a_token_that_begins_messages_would_not_become_the_eos_of_an_export(prepared):
+    """It is one of several ends of turns, as of GLM; an export takes the only one as eos."""
+    template = (
+        "{% for m in messages %}{{ ('<|im_start|>' if m.role == 'user' else 'A:\\n') + m.content }}"
+        "{% endfor %}{{ 'A:\\n' if add_generation_prompt }}"
+    )
+    data = prepared([chat("Hello", "world")], chat_template=template)
+    tokenizer = data.tokenizer
+    [begin] = tokenizer.convert_tokens_to_ids(["<|im_start|>"])
+    assert data.caches["train"].meta["stop_ids"] == [begin]
+    assert data.turn_end_ids == data.stop_ids == sorted([begin, tokenizer.eos_token_id])
+
+
+def test_ends_of_calls_are_stop_tokens_but_no_candidates_for_eos(prepared):
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}"
+        "{{ '<|endoftext|>' if m.tool_calls else '<|im_end|>' }}{% endfor %}"
+        "{{ '<|im_start|>assistant\\n' if add_generation_prompt }}"
+    )
+    data = prepared([chat("Hello", "world")], chat_template=template)
+    end, call_end = data.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    assert data.turn_end_ids == [end]
+    assert data.stop_ids == sorted([end, call_end])
+
+
 def test_overlong_error_names_row_and_remedy(open_data):
     with pytest.raises(
         UserError, match=r"train.jsonl line 2: \d+ tokens are more than data.max_length 64; raise"

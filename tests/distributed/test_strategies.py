@@ -163,11 +163,11 @@ def check_loading(folder):
                 "adapter_name_or_path": str(folder / changes["adapter_name_or_path"]),
             }
         settings = options(folder / name, **changes)
-        alone, _ = build_model(settings, "32-true")
+        alone, *_ = build_model(settings, "32-true")
         expected = {
             key: tensor.detach().clone() for key, tensor in parallel._tensors(alone).items()
         }
-        model, _ = build_model(settings, "32-true", sharded=True)
+        model, *_ = build_model(settings, "32-true", sharded=True)
         assert all(
             tensor.is_meta == (dist.get_rank() > 0) for tensor in parallel._tensors(model).values()
         ), case
@@ -246,7 +246,7 @@ def check_difference(folder):
 def check_reductions(folder):
     """fsdp2 reduces gradients in each micro-batch, or once."""
     mesh = torch.distributed.init_device_mesh("cpu", (2,))
-    model, _ = build_model(options(folder / "llama"), "32-true", sharded=True)
+    model, *_ = build_model(options(folder / "llama"), "32-true", sharded=True)
     parallel.apply_fsdp2(model, model.lm, mesh, torch.float32)
     inputs = {"input_ids": torch.arange(12)[None], "labels": torch.arange(1, 13)[None]}
     gradients = []

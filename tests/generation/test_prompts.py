@@ -52,16 +52,16 @@ ANSWERS = {
         assistant("", tool_calls=call("get_weather", city="Paris"), reasoning_content="hm hm"),
     ),
 }
-UNTRAINED = {"deepseek-r1", "glm-4"}
-WITHOUT_CALLS = UNTRAINED | set(FAMILIES) - {
+WITHOUT_CALLS = set(FAMILIES) - {
     "qwen3", "qwen3-thinking", "qwen3.5", "llama-3", "mistral-tools", "deepseek-v3", "gpt-oss",
 }  # fmt: skip
 REFUSED = {
-    "text": {*UNTRAINED, "qwen3-thinking"},
-    "reasoning": UNTRAINED,
-    "later": {*UNTRAINED, "qwen3-thinking"},
-    "call": {*WITHOUT_CALLS, "qwen3-thinking"},
-    "call and text": {*WITHOUT_CALLS, "qwen3-thinking"},
+    # Without reasoning, its prompt leaves a thinking block open.
+    "text": {"deepseek-r1"},
+    "reasoning": set(),
+    "later": {"deepseek-r1"},
+    "call": WITHOUT_CALLS,
+    "call and text": WITHOUT_CALLS,
     "call and reasoning": WITHOUT_CALLS,
 }
 
@@ -105,9 +105,8 @@ def test_what_was_learned_by_heart_matches(name, kind):
     assert not [mark for mark in marks if mark in shown]
 
 
-@pytest.mark.parametrize("name", ["deepseek-r1", "glm-4"])
-def test_rows_that_cannot_be_trained_are_compared_with_their_text(name):
-    tokenizer = tokenizer_of(name)
+def test_rows_that_cannot_be_trained_are_compared_with_their_text():
+    tokenizer = tokenizer_of("deepseek-r1")
     messages = (user("Hi"), assistant("Paris is it." + tokenizer.eos_token))
     [prompt] = encode([Asked(Conversation(messages), "row 1")], renderer_of(tokenizer))
     assert prompt.reference == "Paris is it."

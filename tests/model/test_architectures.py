@@ -13,12 +13,14 @@ from collections import Counter
 import pytest
 import torch
 import transformers
+from ranks import run_ranks
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.functional import cross_entropy
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
 from lit_sft.errors import UserError
-from lit_sft.model import load
+from lit_sft.model import load, parallel
 from lit_sft.model.attention import packed
 from lit_sft.model.loss import CausalLMLoss
 from lit_sft.model_builder import apply_fast_paths, probe
@@ -185,6 +187,38 @@ def test_gradients_of_a_row(name):
     ours = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.lm.parameters()]
     difference = torch.stack([(a - b).norm() for a, b in zip(ours, expected, strict=True)]).norm()
     assert difference < 1e-5 * torch.stack([grad.norm() for grad in expected]).norm()
+
+
+def built(name):
+    """A small model with the fast paths that its probe finds."""
+    kind, more, _ = CORE[name]
+    model = CausalLMLoss(small_model(kind, "auto", **more)).train()
+    apply_fast_paths(model, probe(model))
+    return model
+
+
+def sharded_step(name, expected_loss, expected):
+    """The loss and gradients of a rank, of a model sharded over two."""
+    model = built(name)
+    parallel.apply_fsdp2(model, model.lm, init_device_mesh("cpu", (2,)), torch.float32)
+    loss = loss_of(model, examples())
+    loss.backward()
+    torch.testing.assert_close(loss.item(), expected_loss, rtol=1e-6, atol=0)
+    for key, parameter in model.lm.named_parameters():
+        found = parameter.grad.full_tensor()
+        size = float(expected[key].abs().max())
+        torch.testing.assert_close(found, expected[key], rtol=1e-4, atol=1e-6 * size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sinks", "chunks, temperature"])
+def test_sharded_over_two_ranks(name):
+    """The sinks are parameters beside the layers' matrices, and both kinds need own attention."""
+    model = built(name)
+    loss = loss_of(model, examples())
+    loss.backward()
+    gradients = {key: parameter.grad for key, parameter in model.lm.named_parameters()}
+    run_ranks(sharded_step, name, loss.item(), gradients)
 
 
 def test_padded_rows_of_long_and_short_examples():

@@ -15,12 +15,13 @@ from lit_sft.errors import UserError
 from lit_sft.model.attention import packed
 from lit_sft.model.export import AdapterBase, ChatFormat, export_hf
 from lit_sft.model.generate import stop_token_ids
-from lit_sft.model.load import load_model, load_tokenizer
+from lit_sft.model.load import load_model, load_tokenizer, read_generation_config
 from lit_sft.model.lora.apply import apply_lora
 from lit_sft.model.lora.load import load_adapter
 from lit_sft.model.lora.lora_config import LoraConfig
 from lit_sft.model.lora.merge import merge
 from lit_sft.model.new_tokens import add_tokens
+from lit_sft.model.tokenizer_files import TokenizerChanges, write_tokenizer
 from lit_sft.model.verify_export import verify_export
 
 PROBES = [[5, 6, 7, 8], [100, 90, 80]]
@@ -290,6 +291,101 @@ def test_another_template_replaces_the_one_in_the_config(tmp_path):
     )
     assert read(tmp_path / "hf", "tokenizer_config.json")["chat_template"] == template
     assert (tmp_path / "hf" / "chat_template.jinja").read_text() == template
+
+
+def named_templates(path, in_config):
+    """A tokenizer with the templates `default` and `tool_use`, in its config or in files."""
+    names = {"default": CHATML, "tool_use": CHATML + "{{ tools }}"}
+    if in_config:
+        listed = [{"name": name, "template": text} for name, text in names.items()]
+        return saved_tokenizer(path, chat_template=listed)
+    saved_tokenizer(path)
+    config = read(path, "tokenizer_config.json")
+    del config["chat_template"]
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    (path / "chat_template.jinja").write_text(names["default"])
+    (path / "additional_chat_templates").mkdir()
+    (path / "additional_chat_templates" / "tool_use.jinja").write_text(names["tool_use"])
+    return load_tokenizer(str(path))
+
+
+@pytest.mark.parametrize("in_config", [True, False])
+def test_named_templates_are_those_of_the_source(tmp_path, in_config):
+    """Another template stands alone: `tool_use` would be taken for prompts with tools."""
+    tokenizer = named_templates(tmp_path, in_config)
+    own = dict(tokenizer.chat_template)
+    assert set(own) == {"default", "tool_use"}
+    options = {"tokenizer": tokenizer, "source": tmp_path}
+    export(tiny_llama(), tmp_path / "own", chat_template=CHATML, **options)
+    assert load_tokenizer(str(tmp_path / "own")).chat_template == own
+    other = CHATML.replace("assistant", "model")
+    export(tiny_llama(), tmp_path / "other", chat_template=other, **options)
+    assert load_tokenizer(str(tmp_path / "other")).chat_template == other
+
+
+def test_the_template_of_a_processor(tmp_path):
+    """Older multimodal checkpoints have no other; a text model needs it beside its tokenizer."""
+    saved_tokenizer(tmp_path)
+    config = read(tmp_path, "tokenizer_config.json")
+    del config["chat_template"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": CHATML}))
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert tokenizer.chat_template == CHATML
+    export(
+        tiny_llama(), tmp_path / "hf", tokenizer=tokenizer, source=tmp_path, chat_template=CHATML
+    )
+    assert (tmp_path / "hf" / "chat_template.jinja").read_text() == CHATML
+    (tmp_path / "chat_template.json").write_text("{}")
+    with pytest.raises(UserError, match=r"chat_template\.json holds no chat template"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_another_template_replaces_that_of_a_processor(tmp_path):
+    """transformers reads the file of a processor before `chat_template.jinja`."""
+    tokenizer = saved_tokenizer(tmp_path)
+    copied = tmp_path / "hf"
+    copied.mkdir()
+    (copied / "chat_template.json").write_text(json.dumps({"chat_template": CHATML}))
+    other = CHATML.replace("assistant", "model")
+    write_tokenizer(tokenizer, tmp_path, TokenizerChanges(chat_template=other), copied)
+    assert read(copied, "chat_template.json")["chat_template"] == other
+
+
+@pytest.mark.parametrize("kind", ["full", "adapter", "merged"])
+def test_every_kind_of_export_has_the_files_of_its_source(tmp_path, kind):
+    """Tokenizer files of every format as they are, and the settings of sampling with unknown keys."""
+    source = Path(save_tiny(tmp_path / "source"))
+    saved_tokenizer(source)
+    files = ("tokenizer.model", "merges.txt", "added_tokens.json", "spiece.model", "qwen.tiktoken")
+    for name in files:
+        (source / name).write_text("{}")
+    settings = {"do_sample": True, "temperature": 0.6, "top_k": 20, "repetition_penalty": 1.05}
+    asked = {**settings, "eos_token_id": [2, 0], "pad_token_id": 0, "of_a_server": {"key": [1]}}
+    (source / "generation_config.json").write_text(json.dumps(asked))
+    tokenizer = load_tokenizer(str(source))
+    model = load_model(
+        str(source), init="pretrained", dtype=torch.float32, attn_implementation="sdpa", seed=0
+    )
+    read_generation_config(model, str(source))
+    base = None
+    if kind != "full":
+        model = apply_lora(model, LoraConfig(r=2))
+        base = AdapterBase(str(source))
+    if kind == "merged":
+        model, base = merge(model), None
+    export(
+        model,
+        tmp_path / "hf",
+        base=base,
+        tokenizer=tokenizer,
+        source=source,
+        chat_template=tokenizer.chat_template,
+    )
+    for name in (*files, "tokenizer.json", "tokenizer_config.json", "vocab.json"):
+        assert (tmp_path / "hf" / name).read_bytes() == (source / name).read_bytes(), name
+    saved = read(tmp_path / "hf", "generation_config.json")
+    assert {**saved, **asked, "eos_token_id": [0, 2]} == saved
 
 
 def test_added_tokens_are_in_the_copied_files(tmp_path):

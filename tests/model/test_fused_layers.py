@@ -68,6 +68,19 @@ def test_the_same_loss_and_gradients(make, adapt):
     torch.testing.assert_close(our_gradients, gradients, rtol=1e-4, atol=1e-5)
 
 
+def test_the_output_of_an_adapter_may_be_changed_in_place():
+    """Llama 4 adds the experts to the output of its shared expert in place."""
+    plain, ours, _ = pair(tiny_llama, {})
+    gradients = []
+    for lm in (plain, ours):
+        x = torch.linspace(-1, 1, 64).reshape(1, 2, 32).requires_grad_()
+        out = lm.model.layers[0].self_attn.q_proj(x)
+        out += 1
+        out.square().sum().backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
 @pytest.mark.parametrize(("adapt", "draws"), [(None, 1), ({}, 8)], ids=["full", "lora"])
 def test_the_same_rounding_under_autocast(adapt, draws):
     """The forward pass rounds where transformers and peft do, or later, so both are as far from

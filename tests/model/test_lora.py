@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+import transformers
 from tiny import tiny_gpt2, tiny_llama, tiny_qwen3
 
 from lit_sft.errors import UserError
@@ -50,6 +51,8 @@ def test_names_and_defaults_are_those_of_peft():
     theirs = {field.name: field for field in dataclasses.fields(peft.LoraConfig)}
     deliberate = {"target_modules": "all-linear"}  # peft has no default for models it does not know
     for field in dataclasses.fields(LoraConfig):
+        if field.name == "target_experts":  # peft's `target_parameters` of the model
+            continue
         assert field.name in theirs, f"peft has no LoraConfig.{field.name}"
         expected = deliberate.get(field.name, theirs[field.name].default)
         assert (field.default, field.default_factory) == (
@@ -164,6 +167,17 @@ def test_whole_modules_are_trained_in_fp32_and_work_with_and_without_autocast(bu
     assert all(p.grad.any() for p in whole)
     with torch.autocast("cpu", torch.bfloat16):
         assert loss(model).item() == pytest.approx(plain.item(), rel=0.02)
+
+
+def test_all_linear_leaves_out_what_peft_refuses():
+    """In state-space layers whose kernels read a weight past its adapter."""
+    sizes = dict(vocab_size=320, hidden_size=32, num_hidden_layers=1, state_size=4)
+    lm = transformers.MambaForCausalLM(transformers.MambaConfig(**sizes))
+    with pytest.raises(UserError, match="out_proj' is incompatible"):
+        apply_lora(lm, LoraConfig(r=2, target_modules=["out_proj"]))
+    adapted = apply_lora(lm, LoraConfig(r=2))
+    names = {name.rpartition(".")[2] for name in adapted.targeted_module_names}
+    assert names == {"dt_proj", "in_proj", "x_proj"}
 
 
 def test_layers_and_exclusions_are_honoured():

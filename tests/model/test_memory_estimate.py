@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 from running import REPOSITORY, arguments, chat_rows, environment, run, write_rows
-from tiny import save_tiny, tiny_llama, tiny_tokenizer
+from tiny import save_tiny, tiny_llama, tiny_qwen3_moe, tiny_tokenizer
 
 from lit_sft.model import memory_estimate, quantization
 from lit_sft.model.load import load_model
@@ -82,12 +82,24 @@ def test_parts():
     )
 
 
-def test_a_4_bit_base(tmp_path, capsys):
+TWO_LAYERS = {**MIDDLE, "num_hidden_layers": 2}
+EXPERTS = {**TWO_LAYERS, "head_dim": 64, "num_experts": 4, "moe_intermediate_size": 256}
+
+
+@pytest.mark.parametrize(
+    ("lm", "num_linear"),
+    [
+        (lambda: tiny_llama(**TWO_LAYERS), 7),
+        # Experts are kept in 16 bits.
+        (lambda: tiny_qwen3_moe(**EXPERTS), 4),
+    ],
+    ids=["dense", "experts"],
+)
+def test_a_4_bit_base(lm, num_linear, tmp_path, capsys):
     """Half a byte and the scales for each weight of a linear layer: as much as bitsandbytes really
     takes.
     """
-    sizes = {**MIDDLE, "num_hidden_layers": 2}
-    path = save_tiny(tmp_path / "model", tiny_llama(**sizes), tiny_tokenizer())
+    path = save_tiny(tmp_path / "model", lm(), tiny_tokenizer())
     options = {
         "init": "pretrained",
         "dtype": torch.bfloat16,
@@ -96,11 +108,11 @@ def test_a_4_bit_base(tmp_path, capsys):
     }
     lm = load_model(path, **options, quantization_config=quantization.nf4(torch.bfloat16))
     in_4_bits = [p for p in lm.parameters() if p.dtype == torch.uint8]
-    assert len(in_4_bits) == 2 * 7
+    assert len(in_4_bits) == 2 * num_linear
     states = [p.quant_state for p in in_4_bits]
     scales = [scale for state in states for scale in (state.absmax, state.state2.absmax)]
     taken = num_bytes(in_4_bits) + num_bytes(scales)
-    ends = num_bytes([lm.get_input_embeddings().weight])  # tied
+    others = num_bytes([p for p in lm.parameters() if p.dtype == torch.bfloat16])
     train = write_rows(tmp_path / "train.jsonl", chat_rows(4))
     settings = {
         **BF16,
@@ -114,8 +126,8 @@ def test_a_4_bit_base(tmp_path, capsys):
     weights = json.loads(capsys.readouterr().out.splitlines()[-1])["memory"]["weights"]
     weights -= sum(4 * 4 * sum(state.shape) for state in states)  # adapters of rank 4 in fp32
     linear = sum(state.shape.numel() for state in states)
-    assert 0.5 < taken / linear < (weights - ends) / linear < 0.53
-    assert weights == pytest.approx(taken + ends, rel=0.01)
+    assert 0.5 < taken / linear < (weights - others) / linear < 0.53
+    assert weights == pytest.approx(taken + others, rel=0.01)
 
 
 def num_bytes(tensors):

@@ -1,288 +1,52 @@
-"""The language models of multimodal families, from `fit` to an export of the shape of the source."""
+"""Every family of docs/models.md, taken through training, packing, adapters and export.
 
-import json
+Eight families are tested in CI, the others by `make certify`. What comes of a family is recorded in
+tests/records/models.json; `python tests/models/table.py` writes the record and the page anew.
+"""
 
-import peft
+from pathlib import Path
+
 import pytest
-import torch
-import transformers
-from models import families
-from running import arguments, chat_rows, final_weights, run, version, write_rows
-from safetensors.torch import load_file, save_file
-from terminal import log_lines, refused
-from tiny import save_tiny
+from models import certificate, families, table, templates
+from template_sweep import DownloadError
 
-from lit_sft.errors import UserError
-from lit_sft.model import composite
-from lit_sft.model.export import AdapterBase, ChatFormat, export_hf
-from lit_sft.model.load import load_model, load_tokenizer
-from lit_sft.model.lora.apply import apply_lora
-from lit_sft.model.lora.load import load_adapter
-from lit_sft.model.lora.lora_config import LoraConfig
-
-CORE = ("Qwen3.5", "Ministral 3")
-IN_PARTS = pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[] if name in CORE else pytest.mark.slow) for name in families.FAMILIES],
-)  # fmt: skip
-BOTH = pytest.mark.parametrize("name", CORE)
-LORA = {"model__lora": {"r": 4}}
-END_OF_TURN = 2
-BUFFERS = ("e_score_correction_bias", "layer_scalar")
-"""Tensors of language models that no gradient changes."""
-IDS = torch.arange(5, 29).reshape(2, 12)
+NAMES = [
+    pytest.param(name, marks=[] if name in families.CORE else pytest.mark.certify)
+    for name in families.FAMILIES
+]
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """(name) -> a checkpoint of that family, and rows."""
-    folder = tmp_path_factory.mktemp("families")
-    rows = write_rows(folder / "train.jsonl", chat_rows(12))
-
-    def get(name):
-        if not (folder / name).exists():
-            families.save(name, folder / name)
-        return str(folder / name), rows
-
-    return get
-
-
-def fit(place, root, **options):
-    """Three steps. Returns the run's folder."""
-    settings = {"data__global_batch_size": 4, "trainer__max_steps": 3, **options}
-    fast = {"model__optimizer": "torch.optim.SGD", "model__optimizer__lr": 0.5}
-    run("fit", arguments(*place, root, trainer__max_epochs=-1, **fast, **settings))
-    return version(root)
-
-
-def language_model(source):
-    return load_model(
-        str(source), init="pretrained", dtype=torch.float32, attn_implementation="eager", seed=0
-    ).eval()
-
-
-@torch.no_grad()
-def logits(model):
-    return composite.text_of(model)(input_ids=IDS).logits
-
-
-def multimodal(folder):
-    options = {"dtype": "auto", "attn_implementation": "eager"}
-    return transformers.AutoModelForImageTextToText.from_pretrained(folder, **options).eval()
-
-
-def plain(folder):
-    options = {"dtype": "auto", "attn_implementation": "eager"}
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
-
-
-def assert_same(found, expected):
-    torch.testing.assert_close(found, expected, rtol=0, atol=2e-6 * float(expected.abs().max()))
-
-
-@IN_PARTS
-def test_fit_and_export(name, place, tmp_path):
-    source = families.Path(place(name)[0])
-    with log_lines() as lines:
-        folder = fit(place(name), tmp_path / "runs")
-    assert sum("not loaded, and kept in exports" in line for line in lines) == 1
-    before, after = families.tensors_of(source), families.tensors_of(folder / "hf")
-    assert {file: list(found) for file, found in before.items()} == {
-        file: list(found) for file, found in after.items()
-    }
-    for file, tensors in before.items():
-        for key, value in tensors.items():
-            exported = after[file][key]
-            assert exported.dtype == value.dtype
-            is_trained = families.is_text(key) and not any(name in key for name in BUFFERS)
-            assert torch.equal(exported, value) != is_trained, key
-    for file in ("preprocessor_config.json", "tokenizer.json"):
-        assert (folder / "hf" / file).read_bytes() == (source / file).read_bytes()
-    config = json.loads((source / "config.json").read_text())
-    assert config["text_config"]["eos_token_id"] == 0
-    config["text_config"]["eos_token_id"] = END_OF_TURN
-    assert json.loads((folder / "hf" / "config.json").read_text()) == config
-    trained = language_model(source)
-    weights = final_weights(tmp_path / "runs")
-    assert all(families.is_text(key) for key in weights)
-    trained.load_state_dict({key.removeprefix("model.lm."): v for key, v in weights.items()})
-    expected = logits(trained)
-    assert_same(logits(multimodal(folder / "hf")), expected)
-    if composite.class_names(trained.config)[0]:
-        assert_same(logits(plain(folder / "hf")), expected)
-
-
-def test_a_source_in_fp8_is_written_back_without_scales(place, tmp_path):
-    """As Mistral stores Ministral 3: one scale for each matrix of the language model."""
-    source = families.Path(families.save("Ministral 3", tmp_path / "source"))
-    [(file, tensors)] = families.tensors_of(source).items()
-    names = [key for key in tensors if families.is_text(key) and key.endswith("_proj.weight")]
-    for name in names:
-        scale = tensors[name].abs().max() / 448
-        tensors[name] = (tensors[name] / scale).to(torch.float8_e4m3fn)
-        tensors[name.replace(".weight", ".weight_scale_inv")] = scale.to(torch.bfloat16)
-        tensors[name.replace(".weight", ".activation_scale")] = torch.tensor(1.0).bfloat16()
-    save_file(tensors, source / file, metadata={"format": "pt"})
-    config = json.loads((source / "config.json").read_text())
-    skipped = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
-    config["quantization_config"] = {
-        "quant_method": "fp8",
-        "activation_scheme": "static",
-        "weight_block_size": None,
-        "modules_to_not_convert": skipped,
-    }
-    (source / "config.json").write_text(json.dumps(config))
-    folder = fit((str(source), place("Ministral 3")[1]), tmp_path / "runs")
-    [(_, after)] = families.tensors_of(folder / "hf").items()
-    assert after.keys() == {key for key in tensors if not key.endswith(("_scale_inv", "_scale"))}
-    assert all(after[name].dtype == torch.float32 for name in names)
-    assert "quantization_config" not in json.loads((folder / "hf" / "config.json").read_text())
-    trained = language_model(source)
-    weights = final_weights(tmp_path / "runs")
-    trained.load_state_dict({key.removeprefix("model.lm."): v for key, v in weights.items()})
-    assert_same(logits(multimodal(folder / "hf")), logits(trained))
+@pytest.mark.parametrize("name", NAMES)
+def test_a_family(name, tmp_path):
+    recorded = table.read_record()[name]
+    expected = {column: recorded[column] for column in certificate.COLUMNS}
+    assert certificate.measure(name, tmp_path) == expected
 
 
 @pytest.mark.slow
-@BOTH
-def test_a_resumed_run(name, place, tmp_path):
-    fit(place(name), tmp_path / "whole")
-    fit(place(name), tmp_path / "halves", trainer__max_steps=2)
-    fit(place(name), tmp_path / "halves", ckpt_path="last")
-    whole, halves = final_weights(tmp_path / "whole"), final_weights(tmp_path / "halves", 0)
-    assert whole.keys() == halves.keys()
-    assert all(torch.equal(whole[key], halves[key]) for key in whole)
+def test_chat_templates(pytestconfig):
+    folder = Path(pytestconfig.cache.mkdir("template_sweep"))
+    try:
+        measured = templates.measure(folder)
+    except DownloadError as error:
+        pytest.skip(str(error))
+    for name, recorded in table.read_record().items():
+        assert measured[name] == {column: recorded[column] for column in templates.COLUMNS}, name
 
 
-@IN_PARTS
-def test_an_adapter(name, place, tmp_path):
-    """It acts over the class of the checkpoint, and over the model that it was trained in."""
-    source = place(name)[0]
-    lm = language_model(source)
-    base = logits(lm)
-    adapted = apply_lora(lm, LoraConfig(r=4, modules_to_save=["embed_tokens"]))
-    changed(adapted)
-    expected = logits(adapted.get_base_model())
-    chat = ChatFormat(load_tokenizer(source), stop_ids=[0])
-    export_hf(
-        adapted, chat, tmp_path / "hf", base=AdapterBase(source), source=composite.source_of(lm)
-    )
-    over_source = peft.PeftModel.from_pretrained(multimodal(source), tmp_path / "hf").eval()
-    assert_same(logits(over_source.get_base_model()), expected)
-    over_text = load_adapter(language_model(source), str(tmp_path / "hf")).eval()
-    assert_same(logits(over_text.get_base_model()), expected)
-    assert (expected - base).abs().max() > 0.1
-    adapted = [name for name, _ in over_source.named_modules() if name.endswith("lora_A.default")]
-    assert adapted and all(families.is_text(name) for name in adapted)
+def test_the_page_has_the_record():
+    record = table.read_record()
+    assert list(record) == list(families.FAMILIES)
+    assert table.table_of(table.PAGE.read_text(encoding="utf-8")) == table.render(record)
 
 
-def changed(model):
-    """Other values in place of the start values, which change nothing."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model.eval()
+def test_a_refusal_is_told_below_the_table():
+    values = dict.fromkeys(table.COLUMNS, "yes") | {"full": "no: cannot be built: a | b"}
+    text = table.render({"Qwen3": values})
+    assert "| Qwen3 | no |" in text
+    assert text.endswith("- Qwen3, full: cannot be built: a | b\n")
 
 
-def test_an_adapter_of_a_tower_is_refused(place, tmp_path):
-    """And one of the text class, whose names have another beginning, is taken as it is."""
-    source = place("Qwen3.5")[0]
-    tower = peft.get_peft_model(
-        multimodal(source), peft.LoraConfig(target_modules=["q_proj", "qkv"])
-    )
-    tower.save_pretrained(tmp_path / "tower")
-    with pytest.raises(UserError, match="also adapts model.visual.blocks.0.attn.qkv, which is no"):
-        load_adapter(language_model(source), str(tmp_path / "tower"))
-    text = changed(peft.get_peft_model(plain(source), peft.LoraConfig(target_modules=["q_proj"])))
-    text.save_pretrained(tmp_path / "text")
-    ours = load_adapter(language_model(source), str(tmp_path / "text")).eval()
-    assert_same(logits(ours.get_base_model()), logits(text.get_base_model()))
-
-
-def test_a_16_bit_export_and_added_tokens(place, tmp_path):
-    """What training changes in the config, and nothing else: rows and dtype."""
-    source = families.Path(
-        families.save("Mistral Small 3", tmp_path / "model", dtype=torch.bfloat16)
-    )
-    tokens = [f"<new{number}>" for number in range(30)]
-    rows = place("Ministral 3")[1]
-    folder = fit((str(source), rows), tmp_path / "runs", model__add_tokens=tokens)
-    run(
-        "export",
-        [
-            f"--ckpt_path={folder / 'checkpoints' / 'last.ckpt'}",
-            f"--output_dir={tmp_path / 'half'}",
-            "--dtype=bfloat16",
-        ],
-    )
-    before = json.loads((source / "config.json").read_text())
-    assert before["dtype"] == "bfloat16" and before["text_config"]["vocab_size"] == 320
-    for hf, dtype in ((folder / "hf", "float32"), (tmp_path / "half", "bfloat16")):
-        config = json.loads((hf / "config.json").read_text())
-        assert config["dtype"] == dtype
-        assert config["text_config"]["vocab_size"] == 384
-        model = multimodal(hf)
-        assert (
-            model.dtype == getattr(torch, dtype) and len(model.get_input_embeddings().weight) == 384
-        )
-    [stored] = families.tensors_of(source).values()
-    [exported] = families.tensors_of(folder / "hf").values()
-    for name, value in exported.items():
-        assert value.dtype == (torch.float32 if families.is_text(name) else torch.bfloat16)
-        assert families.is_text(name) or torch.equal(value, stored[name])
-
-
-def test_a_weight_without_a_place_in_the_source(place, tmp_path):
-    source = families.Path(families.save("Ministral 3", tmp_path / "model"))
-    lm = language_model(source)
-    tensors = load_file(source / "model.safetensors")
-    del tensors["language_model.model.norm.weight"]
-    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    chat = ChatFormat(load_tokenizer(str(source)), stop_ids=[0])
-    with pytest.raises(
-        UserError, match="has no weight that became model.language_model.norm.weight"
-    ):
-        export_hf(lm, chat, tmp_path / "hf", source=source)
-    assert not (tmp_path / "hf").exists()
-
-
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("Qwen3-VL", "no class for the text of a Qwen3VLForConditionalGeneration"),
-        (None, "is a text model already"),
-    ],
-    ids=str,
-)
-def test_text_that_has_no_class_of_its_own(name, said, place, tmp_path, capsys):
-    model = place(name)[0] if name else save_tiny(tmp_path / "model")
-    folder = fit((model, place("Qwen3.5")[1]), tmp_path / "runs")
-    ckpt = f"--ckpt_path={folder / 'checkpoints' / 'last.ckpt'}"
-    options = [ckpt, f"--output_dir={tmp_path / 'text'}", "--text_only=true"]
-    assert said in refused(capsys, "export", options)
-
-
-@pytest.mark.parametrize("name", ["Qwen3.5", pytest.param("Ministral 3", marks=pytest.mark.slow)])
-def test_a_merged_adapter_and_a_checkpoint_are_exported(name, place, tmp_path):
-    folder = fit(place(name), tmp_path / "runs", **LORA)
-    ckpt = f"--ckpt_path={folder / 'checkpoints' / 'last.ckpt'}"
-    adapter = tmp_path / "adapter"
-    run("export", [ckpt, f"--output_dir={adapter}"])
-    options = {"data__validation": place(name)[1]}
-    run("validate", arguments(str(adapter), place(name)[1], tmp_path / "again", **options))
-    run("export", [ckpt, f"--output_dir={tmp_path / 'merged'}", "--merge_lora=true"])
-    merged = logits(multimodal(tmp_path / "merged"))
-    over_text = load_adapter(language_model(place(name)[0]), str(adapter)).eval()
-    torch.testing.assert_close(merged, logits(over_text), rtol=0, atol=1e-4)
-    text = [ckpt, f"--output_dir={tmp_path / 'text'}", "--text_only=true"]
-    run("export", [*text, "--merge_lora=true"])
-    assert_same(logits(plain(tmp_path / "text")), merged)
-    config = json.loads((tmp_path / "text" / "config.json").read_text())
-    assert "text_config" not in config and config["architectures"][0].endswith("ForCausalLM")
-    names = load_file(tmp_path / "text" / "model.safetensors")
-    assert "model.embed_tokens.weight" in names
-    assert all(
-        name.startswith(("model.layers", "model.embed", "model.norm", "lm_head")) for name in names
-    )
+def test_the_core_is_of_every_kind():
+    assert len(families.CORE) == 8 and set(families.CORE) <= set(families.FAMILIES)
+    assert len(families.FAMILIES) >= 40

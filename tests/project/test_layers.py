@@ -97,6 +97,8 @@ PRIVATE = {
     "model/export.py": {"_from_model_config"},
     # Blocks of FP8, which transformers reads wrongly unless they are whole.
     "model/dequantize.py": {"_dequantize_one"},
+    # What computes the gate of experts, and the grouped product in every version of torch.
+    "model/experts.py": {"_apply_gate", "_grouped_linear"},
     # Hooks of a module, which a fused step would skip.
     "model/fused_layers.py": {"_forward_hooks"},
     # The cast that shards of a parameter follow.

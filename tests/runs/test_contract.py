@@ -107,6 +107,7 @@ def observe(folder: Path) -> dict[str, Any]:
         assert command(name, *base, *more)[0] == 0
     fine, doctor = command("doctor", *base, "--output=json")
     _, preview = command("preview", *base, "--output=json", "--num_rows=2")
+    _, certificate = command("preview", *base, "--output=json", "--certify")
     run = version(root)
     with (run / "metrics.csv").open() as file:
         columns = sorted(csv.DictReader(file).fieldnames or [])
@@ -115,6 +116,8 @@ def observe(folder: Path) -> dict[str, Any]:
     lines["predictions"] = next(predictions).read_text().splitlines()[0]
     lines["evaluation"] = (run / "evaluation.jsonl").read_text().splitlines()[0]
     lines["preview"] = preview.splitlines()[0]
+    lines["certificate"] = certificate.splitlines()[0]
+    lines["certificate of a shape"] = json.dumps(json.loads(certificate)["results"][0])
     lines["doctor"] = doctor.splitlines()[-1]
     checkpoint = run / "checkpoints" / "last.ckpt"
     return {

@@ -76,6 +76,7 @@ MODELS = {
     ),
 }
 LORA = {"model__lora": {"r": 4}}
+ON_EXPERTS = {"model__lora": {"r": 4, "target_experts": True}}
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +106,8 @@ def trained(place, name, root, **options):
 @pytest.mark.parametrize(
     ("name", "options"),
     [(name, {}) for name in MODELS]
-    + [(name, LORA) for name in ("caps and windows", "a vision tower", "experts", "biases")],
+    + [(name, LORA) for name in ("caps and windows", "a vision tower", "experts", "biases")]
+    + [(name, ON_EXPERTS) for name in ("experts", "sinks")],
     ids=str,
 )
 def test_fit_and_export(name, options, place, tmp_path):

@@ -51,6 +51,9 @@ _SPEAKER_ROLES = {
 A function call becomes an assistant turn that only calls tools.
 """
 
+_SWIFT_ROLES = ("tool_call", "tool_response")
+"""Roles in messages of ms-swift. Each call of a turn is a message of its own."""
+
 
 class _Turn(NamedTuple):
     key: str
@@ -138,11 +141,23 @@ def _read_messages(
     row: Mapping[str, Any], column: str = "messages", train: bool | None = None
 ) -> list[_Turn]:
     """Reads the messages in a column; see `read_message` for `train`."""
-    turns = []
+    turns: list[_Turn] = []
     for i, item in enumerate(typed(required(row, column), list, column)):
         key = f"{column}[{i}]"
-        turns.append(_message_turn(as_object(item, key), key, train))
+        raw = as_object(item, key)
+        if raw.get("role") not in _SWIFT_ROLES:
+            turns.append(_message_turn(raw, key, train))
+            continue
+        _append(turns, _message_turn(_from_sharegpt(raw, key), key, train))
     return turns
+
+
+def _append(turns: list[_Turn], turn: _Turn) -> None:
+    """Appends a turn, or joins its calls to the assistant turn that they belong to."""
+    if turns and _continues(turns[-1].message, turn.message):
+        turns[-1] = _joined(turns[-1], turn)
+    else:
+        turns.append(turn)
 
 
 def _message_turn(raw: Mapping[str, Any], key: str, train: bool | None = None) -> _Turn:
@@ -153,12 +168,16 @@ def _read_sharegpt(row: Mapping[str, Any]) -> list[_Turn]:
     turns: list[_Turn] = []
     for i, value in enumerate(typed(required(row, "conversations"), list, "conversations")):
         key = f"conversations[{i}]"
-        turn = _message_turn(_from_sharegpt(as_object(value, key), key), key)
-        if turns and _continues(turns[-1].message, turn.message):
-            turns[-1] = _joined(turns[-1], turn)
-        else:
-            turns.append(turn)
+        for raw in _split_pair(as_object(value, key)):
+            _append(turns, _message_turn(_from_sharegpt(raw, key), key))
     return turns
+
+
+def _split_pair(item: dict[str, Any]) -> list[dict[str, Any]]:
+    """Splits a question and its answer in one object, {human, assistant}, into two turns."""
+    if item.keys() != {"human", "assistant"}:
+        return [item]
+    return [{"from": speaker, "value": item[speaker]} for speaker in ("human", "assistant")]
 
 
 def _from_sharegpt(turn: dict[str, Any], key: str) -> dict[str, Any]:
@@ -248,10 +267,10 @@ def _with_parsed_messages(row: Mapping[str, Any]) -> Mapping[str, Any]:
     A completion is parsed only if the prompt is such a string: the answer to a question may be
     JSON itself.
     """
-    prompt = parsed_messages(required(row, "prompt"))
+    prompt = parsed_messages(required(row, "prompt"), "prompt")
     if prompt is None:
         return row
-    completion = parsed_messages(row.get("completion"))
+    completion = parsed_messages(row.get("completion"), "completion")
     if completion is None:
         return {**row, "prompt": prompt}
     return {**row, "prompt": prompt, "completion": completion}

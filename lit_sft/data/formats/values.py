@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from textwrap import shorten
 from typing import Any
 
+from lit_sft.data.formats.json_text import DoubleKeyError, parse_json
+from lit_sft.data.formats.parts import spread_parts
 from lit_sft.data.formats.turn_flags import FLAGS, train_flag
 from lit_sft.errors import UserError
 from lit_sft.types import Message
@@ -26,6 +28,8 @@ _READ = (
 """Keys of a message that are read."""
 _CALL = ("id", "type", "index", "function", "name", "description", "strict")
 """Keys of a tool call that hold no arguments."""
+_OF_CALL = (*_CALL, "arguments")
+_OF_PART = ("type", "text")
 _TYPE_NAMES: dict[type, str] = {str: "a string", list: "a list", dict: "an object"}
 
 
@@ -60,7 +64,9 @@ def typed(value: Any, expected: type, key: str, *, wrap: bool = False) -> Any:
     """
     if isinstance(value, str) and expected is not str:
         try:
-            value = json.loads(value)
+            value = parse_json(value)
+        except DoubleKeyError as error:
+            raise UserError(f"`{key}`: {error}") from None
         except (ValueError, RecursionError) as error:
             raise UserError(
                 f"`{key}` should be {_TYPE_NAMES[expected]}, but is a string, not JSON: {error}"
@@ -94,7 +100,7 @@ def read_message(value: object, key: str, train: bool | None = None) -> Message:
     Raises:
         UserError: The object has another shape.
     """
-    raw = as_object(value, key)
+    raw = spread_parts(as_object(value, key), key)
     role = required(raw, "role", f"{key}.role")
     if role not in ROLES:
         raise UserError(f"`{key}.role` is {role!r:.40}, expected one of {listed(ROLES)}")
@@ -115,12 +121,20 @@ def read_message(value: object, key: str, train: bool | None = None) -> Message:
 
 
 def unread_keys(raw: Mapping[str, Any]) -> tuple[str, ...]:
-    """Lists the keys of a message that have a value and are not read."""
-    unread = []
-    for name, value in raw.items():
-        if name not in _READ and has_value(value):
-            unread.append(name)
+    """Lists the keys of a message, its calls and its text parts with a value that is not read."""
+    unread = _unread(raw, _READ, "")
+    for call in as_objects(raw.get("tool_calls") or [], "tool_calls"):
+        unread += _unread(call, _OF_CALL, "tool_calls.")
+        if "function" in call:
+            unread += _unread(as_object(call["function"], "function"), _OF_CALL, "tool_calls.")
+    content = raw.get("content")
+    for part in content if isinstance(content, list) else []:
+        unread += _unread(part, _OF_PART, "content.")
     return tuple(unread)
+
+
+def _unread(value: Mapping[str, Any], read: Iterable[str], prefix: str) -> list[str]:
+    return [f"{prefix}{name}" for name in value if name not in read and has_value(value[name])]
 
 
 def has_value(value: object) -> bool:
@@ -233,8 +247,16 @@ def read_tools(value: object) -> tuple[dict[str, Any], ...] | None:
     return tuple(enveloped) or None
 
 
-def parsed_messages(value: Any) -> list[Any] | None:
-    """Parses messages in a JSON string, as csv and parquet hold them; None for any other value."""
+def parsed_messages(value: Any, key: str) -> list[Any] | None:
+    """Parses messages in a JSON string, as csv and parquet hold them; None for any other value.
+
+    Args:
+        value: The value.
+        key: Name in errors.
+
+    Raises:
+        UserError: A message has a key twice.
+    """
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return None
     try:
@@ -242,7 +264,7 @@ def parsed_messages(value: Any) -> list[Any] | None:
     except (ValueError, RecursionError):
         return None
     if items and all(isinstance(item, dict) and item.get("role") in ROLES for item in items):
-        return list(items)
+        return list(typed(value, list, key))
     return None
 
 

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, TextIO
 import numpy as np
 
 from lit_sft.data.formats.columns import FIRST_COLUMNS
+from lit_sft.data.formats.json_text import DoubleKeyError, parse_json
 from lit_sft.data.sources import blocks
 from lit_sft.data.sources.rows import Indexed
 from lit_sft.errors import UserError
@@ -74,7 +75,7 @@ def _has_content(path: str, fingerprint: str, size: int, time_ns: int) -> bool:
 
 def _parse(line: bytes) -> Any:
     try:
-        return json.loads(line.decode("utf-8-sig"))
+        return parse_json(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UserError(
             f"the line is not UTF-8 at byte {error.start}; save the file as UTF-8"
@@ -83,6 +84,8 @@ def _parse(line: bytes) -> Any:
         raise UserError(
             f"the line is not JSON: {error.msg} at column {error.colno}; repair or remove it"
         ) from None
+    except DoubleKeyError as error:
+        raise UserError(str(error)) from None
     except ValueError:
         # The only other reason that `json` has: Python's limit against endless conversions.
         raise UserError(
@@ -154,12 +157,38 @@ def read_array(path: str) -> list[Any] | None:
         if _has_json_lines(file):
             return None
         file.seek(0)
-        value = json.load(file)
+        text = file.read()
+    try:
+        value = parse_json(text)
+    except DoubleKeyError as error:
+        raise UserError(f"{_row_with_double_key(text)}{error}") from None
     if isinstance(value, dict):
         return _rows_in(value)
     if not isinstance(value, list):
         raise UserError(f"it holds one {type(value).__name__}, expected an array of objects")
     return value
+
+
+def _row_with_double_key(text: str) -> str:
+    """Returns the number of the first row of an array with a key twice; empty if it is unknown."""
+    value = json.loads(text, object_pairs_hook=_Pairs)
+    for number, row in enumerate(value if isinstance(value, list) else []):
+        if _has_double_key(row):
+            return f"row {number}: "
+    return ""
+
+
+class _Pairs(list[tuple[str, Any]]):
+    """Keys and values of an object, in order."""
+
+
+def _has_double_key(value: Any) -> bool:
+    if isinstance(value, _Pairs):
+        names = [name for name, _ in value]
+        if len(set(names)) < len(names):
+            return True
+        value = [item for _, item in value]
+    return isinstance(value, list) and any(map(_has_double_key, value))
 
 
 def _has_json_lines(file: TextIO) -> bool:

@@ -46,12 +46,17 @@ def apply_lora(
         with own_random_state(seed, devices_of(model)), warnings.catch_warnings():
             # peft corrects this setting by itself, and warns.
             warnings.filterwarnings("ignore", message="fan_in_fan_out")
+            # peft does not count adapted parameters here. `_check_patterns` does.
+            warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys")
             # What peft calls in transformers is not for users to change.
             warnings.filterwarnings("ignore", category=FutureWarning)
             adapted: Any = get_peft_model(model, peft_config)
     except ValueError as error:
         raise _refused(error) from error
-    _check_patterns(config, adapted.targeted_module_names)
+    names = list(adapted.targeted_module_names)
+    for parameter in adapted.base_model.targeted_parameter_names:
+        names += [parameter, parameter.removesuffix(".weight")]
+    _check_patterns(config, names)
     train_in_fp32(adapted)
     return adapted  # type: ignore[no-any-return]
 
@@ -68,13 +73,16 @@ def _peft_config(model: PreTrainedModel, config: LoraConfig, new_token_ids: Sequ
             " this model; put them into model.lora.modules_to_save instead"
         )
     options = asdict(config)
+    del options["target_experts"]
+    chosen = targets.choose(model, config)
+    options["target_modules"] = chosen.modules
+    options["target_parameters"] = chosen.parameters or None
+    for key in ("rank_pattern", "alpha_pattern"):
+        options[key] = targets.patterns(options[key], chosen)
     options["trainable_token_indices"] = targets.token_rows(model, config, new_token_ids)
     options["ensure_weight_tying"] = tied and targets.embeddings_among(
         model, config.modules_to_save or []
     )
-    if config.target_modules == "all-linear":
-        # peft's own `all-linear` would adapt routers and experts, which cannot be merged.
-        options["target_modules"] = targets.all_linear(model)
     try:
         return PeftLoraConfig(task_type="CAUSAL_LM", **options)
     except ValueError as error:

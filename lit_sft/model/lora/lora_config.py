@@ -26,6 +26,10 @@ class LoraConfig:
     """Modules to adapt: `all-linear` for every linear layer except the head, a list of names such
     as [q_proj, v_proj], or one regular expression.
     """
+    target_experts: bool = False
+    """Also adapt the experts of a mixture of experts that are one parameter per layer, each expert
+    with rank `r`. `all-linear` alone leaves them out.
+    """
     exclude_modules: str | list[str] | None = None
     """Modules to leave out although `target_modules` matches them: a list of names, or one regular
     expression. null leaves none out.
@@ -60,6 +64,8 @@ class LoraConfig:
     def __post_init__(self) -> None:
         self._check_numbers()
         self._check_names()
+        if self.target_experts:
+            self._check_experts()
 
     def _check_numbers(self) -> None:
         if self.r <= 0:
@@ -96,4 +102,20 @@ class LoraConfig:
             raise UserError(
                 f"model.lora.init_lora_weights is {self.init_lora_weights!r}; set true, false,"
                 " gaussian, orthogonal, olora, pissa or pissa_niter_N"
+            )
+
+    def _check_experts(self) -> None:
+        """Refuses what adapters on experts do not have."""
+        defaults = {"lora_dropout": 0.0, "use_dora": False}
+        for name, default in defaults.items():
+            if getattr(self, name) != default:
+                raise UserError(
+                    f"model.lora.{name} is {getattr(self, name)}, which adapters on experts do not"
+                    f" have: set it to {default}, or model.lora.target_experts to false"
+                )
+        if self.init_lora_weights not in (True, False, "gaussian"):
+            raise UserError(
+                f"model.lora.init_lora_weights is {self.init_lora_weights}, which adapters on"
+                " experts do not have: set it to true or gaussian, or model.lora.target_experts to"
+                " false"
             )

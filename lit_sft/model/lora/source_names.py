@@ -8,7 +8,7 @@ class is renamed when it is written, and renamed back when it is read.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -44,6 +44,9 @@ def rename_for_source(model: Any, directory: Path) -> None:
     config = _read(directory / CONFIG)
     adapted = dict.fromkeys(model.base_model.targeted_module_names)
     config["target_modules"] = sorted(composite.renamed(adapted, names))
+    if config["target_parameters"]:
+        parameters = dict.fromkeys(model.base_model.targeted_parameter_names)
+        config["target_parameters"] = sorted(composite.renamed(parameters, names))
     config["rank_pattern"], config["alpha_pattern"] = _patterns(model, names)
     config |= dict.fromkeys(_APPLIED)
     if config["modules_to_save"]:
@@ -119,14 +122,28 @@ def _config_for_model(
     config: dict[str, Any], modules: Mapping[str, bool], names: Mapping[str, str]
 ) -> dict[str, Any]:
     """Returns the config of an adapter with the names of the model."""
+    parameters = dict.fromkeys(config.get("target_parameters") or [])
     adapted = {name for name, is_adapted in modules.items() if is_adapted}
+    adapted = {name for name in adapted if not _is_by_parameter(name, parameters)}
     targets = sorted(composite.renamed(dict.fromkeys(adapted), names))
     config = config | {"target_modules": targets} | dict.fromkeys(_APPLIED)
+    config["target_parameters"] = list(_renamed_or_kept(parameters, names)) or None
     for key in ("rank_pattern", "alpha_pattern", "trainable_token_indices"):
         config[key] = _renamed_or_kept(config.get(key), names)
     whole = dict.fromkeys(config.get("modules_to_save") or [])
     config["modules_to_save"] = list(_renamed_or_kept(whole, names)) or None
     return config
+
+
+def _is_by_parameter(module: str, parameters: Iterable[str]) -> bool:
+    """Whether the weights of a module adapt one of the parameters in `target_parameters`.
+
+    Args:
+        module: Full name of the module. The wrappers of one layer of experts are nested.
+        parameters: Full or short names of parameters.
+    """
+    layers = tuple(f".{name.rpartition('.')[0]}" for name in parameters)
+    return f".{module.replace('.base_layer', '')}".endswith(layers)
 
 
 def _names_in_source(lm: PreTrainedModel) -> dict[str, str]:
