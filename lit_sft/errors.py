@@ -273,9 +273,18 @@ def keep_silent(error: BaseException) -> None:
 
 
 def exit_with_error(error: Exception) -> NoReturn:
-    """Reports an error and ends the program, with exit code 2 for a `UsageError` and else 1."""
+    """Reports an error and ends the program with its exit code (see `exit_code`)."""
     report_error(error)
     if isinstance(error, BrokenPipeError):
         # Otherwise the interpreter would fail again when it flushes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    sys.exit(2 if isinstance(error, UsageError) else 1)
+    sys.exit(exit_code(error))
+
+
+def exit_code(error: Exception) -> int:
+    """Returns the exit code of an error: 2 for a wrong command line or config, 1 for what the user
+    can mend otherwise, 3 for what is not foreseen.
+    """
+    if isinstance(error, UsageError):
+        return 2
+    return 3 if in_one_line(error) is None else 1

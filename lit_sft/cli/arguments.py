@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 import logging
 from collections.abc import Iterator, Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,12 +17,15 @@ from jsonargparse import get_loader, set_loader
 from lit_sft.checkpoint import find
 from lit_sft.config_text import check_config
 from lit_sft.errors import UsageError, UserError
+from lit_sft.recipes import recipes
 from lit_sft.run import folder as run_folder
 
 log = logging.getLogger(__name__)
 
 EVALUATING = ("validate", "test", "predict", "export")
-"""Commands that read the config of the run whose checkpoint they use."""
+"""Commands that always read the config of the run whose checkpoint they use; `fit` does if it
+resumes one.
+"""
 CONFIG_FLAGS = ("--config", "-c")
 HELP_FLAGS = ("--help", "-h")
 YES_NO_FLAGS = ("--certify", "--dequantize", "--merge_lora", "--text_only")
@@ -120,8 +122,8 @@ def _parse_yaml(text: str) -> Any:
 def expand_arguments(args: list[str]) -> list[str]:
     """Replaces names of recipes by files, and adds the config.yaml of the evaluated run.
 
-    Commands that evaluate a checkpoint read the config.yaml of its run first, so `--config` and
-    the command line override it.
+    Commands that use a checkpoint read the config.yaml of its run first, so `--config` and the
+    command line override it.
 
     Raises:
         UserError: A checkpoint or a file does not exist.
@@ -131,24 +133,9 @@ def expand_arguments(args: list[str]) -> list[str]:
         return [*args[:1], "--help"]
     args = [with_moved_classes(arg) for arg in _split_flags(args)]
     args = _with_yes(_name_recipes(args))
-    if args[:1] and args[0] in EVALUATING:
+    if args[:1] and args[0] in (*EVALUATING, "fit"):
         return _with_config_of_run(args)
     return args
-
-
-def packaged_config(name: str) -> str | None:
-    """Finds the file of a recipe in the package (`--config demo`); None if there is none."""
-    for folder in _recipe_folders():
-        path = folder / f"{name}.yaml"
-        if path.is_file():
-            return str(path)
-    return None
-
-
-def _recipe_folders() -> tuple[Path, Path]:
-    """Returns the folder of recipes of an installed package, and that of a repository."""
-    installed = Path(str(resources.files("lit_sft").joinpath("configs")))
-    return installed, Path(__file__).parents[2] / "configs"
 
 
 def read_moved_classes() -> None:
@@ -205,8 +192,8 @@ def _config_file(name: str) -> str:
     Raises:
         UsageError: There is no such file or recipe, or it is no config.
     """
-    found = name if Path(name).is_file() else packaged_config(name)
-    if found is None:
+    found = name if Path(name).is_file() else str(recipes().get(name, ""))
+    if not found:
         raise UsageError(
             f"--config {name}: there is no such file, and no recipe of that name in the package"
             f"{_nearest_config(name)}"
@@ -237,8 +224,7 @@ def _nearest_config(name: str) -> str:
     if path.is_dir():
         return ": it is a folder, give a file in it"
     beside = [str(file) for file in path.parent.glob("*.y*ml")]
-    recipes = [file.stem for folder in _recipe_folders() for file in folder.glob("*.yaml")]
-    nearest = difflib.get_close_matches(name, [*recipes, *beside], n=1)
+    nearest = difflib.get_close_matches(name, [*recipes(), *beside], n=1)
     return f": did you mean {nearest[0]}?" if nearest else ""
 
 
@@ -250,12 +236,8 @@ def _with_config_of_run(args: list[str]) -> list[str]:
             return args
         args = [*args, "--ckpt_path", "last"]
     place = args.index("--ckpt_path") + 1
-    try:
-        found = str(find.find_checkpoint(args[place], _logs(args), command))
-    except UserError as error:
-        if not _prints_config(args):
-            raise
-        log.warning("the config of no run is read: %s", error)
+    found = _checkpoint(args[place], args)
+    if found is None:
         return args
     args = [*args[:place], found, *args[place + 1 :]]
     folder = run_folder.run_folder(found)
@@ -263,7 +245,64 @@ def _with_config_of_run(args: list[str]) -> list[str]:
         return args
     config = str(folder / run_folder.CONFIG)
     check_config(read_config(config, config), config)
+    if command == "fit":
+        for line in _differences(config, args[1:]):
+            log.info("%s", line)
     return [command, "--config", config, *args[1:]]
+
+
+def _checkpoint(ckpt_path: str, args: list[str]) -> str | None:
+    """Finds the checkpoint of `--ckpt_path`; None if the command can go on without its run.
+
+    Raises:
+        UserError: The checkpoint does not exist, and a command that evaluates needs it.
+    """
+    try:
+        return str(find.find_checkpoint(ckpt_path, _logs(args), args[0]))
+    except UserError as error:
+        if args[0] == "fit":
+            # Whether a run may start without a checkpoint is decided later, for all ranks alike.
+            return None
+        if not _prints_config(args):
+            raise
+        log.warning("the config of no run is read: %s", error)
+        return None
+
+
+def _differences(config: str, args: list[str]) -> Iterator[str]:
+    """Describes the settings that the user gives another value than the run to resume has.
+
+    Args:
+        config: The config.yaml of the run.
+        args: The command line.
+    """
+    tree = read_yaml(config) or {}
+    of_run = {item.key: item.value for item in _flatten(tree, config)}
+    given = {item.key: item for item in written(args) if not isinstance(item.value, Mapping)}
+    for key, item in given.items():
+        # `--ckpt_path` and its like are no settings of a run.
+        if key.partition(".")[0] not in tree or config == item.origin:
+            continue
+        before = of_run.get(key)
+        if isinstance(before, Mapping) and isinstance(item.value, str):
+            before = before.get("class_path")
+        if not _is_same(before, item.value):
+            now = f"{_yaml_value(item.value)} ({item.origin})"
+            yield f"{key}: {now} instead of {_yaml_value(before)} (the run to resume)"
+
+
+def _yaml_value(value: Any) -> str:
+    return "null" if value is None else str(value)
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Whether two values are equal; YAML reads `1e-4` as text."""
+    if one == other:
+        return True
+    try:
+        return float(one) == float(other)
+    except (TypeError, ValueError):
+        return False
 
 
 def _prints_config(args: list[str]) -> bool:

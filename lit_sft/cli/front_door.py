@@ -22,8 +22,13 @@ COMMANDS = {
 }
 """Command -> its line of help."""
 CACHE = "cache"
-"""A command without settings of a run, which Lightning's command line does not know."""
-_ALL = {**COMMANDS, CACHE: "List or clean the cache of tokenized data."}
+RECIPES = "recipes"
+_WITHOUT_SETTINGS = {
+    CACHE: "List or clean the cache of tokenized data.",
+    RECIPES: "List, show or copy the config files that come with the package.",
+}
+"""Commands without settings of a run, which Lightning's command line does not know."""
+_ALL = {**COMMANDS, **_WITHOUT_SETTINGS}
 
 
 def answer(args: list[str]) -> int | None:
@@ -40,6 +45,10 @@ def answer(args: list[str]) -> int | None:
         from lit_sft.commands import cache
 
         return cache.run(PROGRAM, args[1:])
+    if first == RECIPES:
+        from lit_sft.commands import recipes
+
+        return recipes.run(PROGRAM, args[1:])
     if first in COMMANDS:
         return None
     if first in ("--help", "-h", "help"):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -285,6 +286,8 @@ def main(args: list[str] | None = None) -> None:
     terminal_log.set_up()
     fsdp2.register()
     arguments.read_moved_classes()
+    # The help of nested settings is that of the fields.
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     descriptions = {name: {"description": text} for name, text in front_door.COMMANDS.items()}
     try:
         # Lightning starts the other ranks with `sys.argv`, so they get the expanded arguments.

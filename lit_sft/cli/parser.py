@@ -18,6 +18,7 @@ from typing_extensions import override
 from lit_sft import errors
 from lit_sft.cli import classes
 from lit_sft.cli.arguments import Written, flag_values, included_files, read_config, written
+from lit_sft.cli.command_help import command_help
 from lit_sft.cli.errors import expected, one_line, shown
 from lit_sft.config_text import check_config, check_value
 from lit_sft.lightning_internals import option_type, parser_actions
@@ -107,6 +108,12 @@ class OneLineParser(LightningArgumentParser):
         if unknown is not None:
             # In the words of jsonargparse, which `MESSAGES` rewrites.
             self.error(f"Option '{unknown.key}' is not accepted")
+
+    @override
+    def format_help(self) -> str:
+        """Returns the help of a command; jsonargparse's own lists settings that are refused."""
+        usage = f"usage: {self.prog} [--config FILE] [--KEY VALUE ...]"
+        return command_help(usage, self.description or "", parser_actions(self))
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:

@@ -16,6 +16,14 @@ from lit_sft.training.optim import check_open_end
 
 log = logging.getLogger(__name__)
 
+REFUSED_OF_TRAINER = (
+    "overfit_batches",
+    "use_distributed_sampler",
+    "enable_checkpointing",
+    "accumulate_grad_batches",
+)
+"""Settings of Lightning's trainer that do not work here: each is refused with its remedy."""
+
 
 def reject_unsupported(trainer: Any, command: str) -> None:
     """Refuses settings of Lightning's trainer that do not work here.

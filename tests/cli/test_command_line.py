@@ -21,10 +21,10 @@ from transformers import AutoTokenizer
 import lit_sft
 from lit_sft.cli import arguments as cli_arguments
 from lit_sft.cli import front_door
-from lit_sft.cli.arguments import packaged_config
 from lit_sft.cli.errors import MESSAGES, one_line
 from lit_sft.cli.main import OURS, SFTCLI
 from lit_sft.cli.trainer import CommandTrainer
+from lit_sft.recipes import recipes
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_a_config_that_is_no_text(tmp_path, capsys):
     assert f"--config {path} is no UTF-8 text" in line and "save it as UTF-8" in line
 
 
-ALL = "fit, validate, test, predict, preview, doctor, export, cache"
+ALL = "fit, validate, test, predict, preview, doctor, export, cache, recipes"
 NO_COMMAND = {
     "pedict": "there is no command `pedict`: did you mean predict?",
     "train": f"there is no command `train`: the commands are {ALL}",
@@ -519,7 +519,7 @@ def test_a_dotted_key_beside_its_group(tmp_path, capsys):
 
 
 def test_a_key_twice_in_a_recipe(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cli_arguments, "_recipe_folders", lambda: (tmp_path, tmp_path))
+    monkeypatch.setattr(cli_arguments, "recipes", lambda: {"mine": tmp_path / "mine.yaml"})
     config(tmp_path, "data: {}\ndata: {}\n")
     line = refused(capsys, "fit", ["--config", "mine"], code=2)
     assert line.startswith("--config mine: data is written twice, in lines 1 and 2")
@@ -579,7 +579,7 @@ def test_missing_config(typed, capsys):
 
 def test_a_recipe_by_its_name_from_anywhere(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert packaged_config("qwen").endswith("qwen.yaml") and packaged_config("gone") is None
+    assert recipes()["qwen"].name == "qwen.yaml" and "gone" not in recipes()
     printed = print_config(capsys, ["--config", "qwen"])
     assert (
         printed["data"]["train"] == "banghua/DL-SFT-Dataset" and printed["data"]["packing"] is False
@@ -703,6 +703,27 @@ def test_commands_read_the_config_of_the_run(command, finished, tmp_path, monkey
         got["data"]["micro_batch_size"],
         got["data"]["on_bad_row"],
     ) == (64, 4, "error")
+
+
+def test_a_resume_reads_the_config_of_its_run(finished, tmp_path, monkeypatch):
+    """`fit --ckpt_path last` alone goes on with the settings of the first start, and each setting
+    that is another now is told.
+    """
+    (tmp_path / "mine.yaml").write_text("data: {max_length: 64, packing: false}")
+    where = f"--trainer.default_root_dir={finished}"
+    typed = [where, "--ckpt_path=last"]
+    got = parsed(monkeypatch, "fit", typed)
+    assert got["data"]["system_prompt"] == "Say it." and got["trainer"]["max_steps"] == 1
+    more = ["--config", str(tmp_path / "mine.yaml"), "--trainer.max_steps=5", "--model.lora.r=4"]
+    with log_lines() as lines:
+        got = parsed(monkeypatch, "fit", [*more, *typed])
+    assert got["data"]["max_length"] == 64 and got["trainer"]["max_steps"] == 5
+    told = [line for line in lines if line.endswith("(the run to resume)")]
+    assert told == [
+        f"data.max_length: 64 ({tmp_path / 'mine.yaml'}) instead of 128 (the run to resume)",
+        "trainer.max_steps: 5 (command line) instead of 1 (the run to resume)",
+        "model.lora.r: 4 (command line) instead of null (the run to resume)",
+    ]
 
 
 @pytest.mark.parametrize("in_file", [False, True])

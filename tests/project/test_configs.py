@@ -12,7 +12,7 @@ from chat_templates import QWEN3
 from running import REPOSITORY, chat_rows, environment, run, scalars, version, write_rows
 from tiny import save_tiny, tiny_tokenizer
 
-from lit_sft.cli.arguments import packaged_config
+from lit_sft.recipes import recipes
 
 RECIPES = sorted((REPOSITORY / "configs").glob("*.yaml"))
 SMALL = {
@@ -83,7 +83,7 @@ def test_recipe_runs(path, place, tmp_path):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe_is_found_by_its_name(path):
-    assert packaged_config(path.stem) == str(path)
+    assert recipes()[path.stem] == path
 
 
 def test_the_recipe_of_the_courses():

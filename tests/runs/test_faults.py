@@ -231,6 +231,20 @@ def test_wrong_options(key, value, place, tmp_path, capsys):
     assert f"faults.{key} is {value}" in refused(capsys, "fit", args)
 
 
+def test_an_error_that_is_not_foreseen_has_its_own_exit_code(place, tmp_path, capsys, monkeypatch):
+    def training_step(module, batch, batch_idx):
+        raise ZeroDivisionError("nobody foresaw it")
+
+    monkeypatch.setattr(SFTModule, "training_step", training_step)
+    with pytest.raises(SystemExit) as end:
+        run("fit", arguments(*place[1:], tmp_path / "runs", **PLAIN))
+    said = capsys.readouterr().err
+    assert end.value.code == 3 and "Traceback" in said
+    assert errors(said) == [
+        "error: ZeroDivisionError: nobody foresaw it (not foreseen: the traceback is above)"
+    ]
+
+
 # ------------------------------------------------------------------ ranks
 
 BREAKING = """

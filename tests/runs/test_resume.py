@@ -515,6 +515,13 @@ def test_another_number_of_ranks(before, after, step, place, uninterrupted, left
     assert all(torch.allclose(weights[name], others[name], rtol=1e-4, atol=1e-6) for name in others)
 
 
+def test_a_resume_needs_no_settings(place, tmp_path, kill, uninterrupted):
+    """The config.yaml of the run has them."""
+    kill(tmp_path / "runs", "on_train_batch_start", 6)
+    run("fit", [f"--trainer.default_root_dir={tmp_path / 'runs'}", "--ckpt_path=last"])
+    assert_same_run(tmp_path / "runs", uninterrupted())
+
+
 def forget_after(root, step):
     for name, path in saved(root).items():
         if name.startswith("step=") and files.step_of(path) > step:
