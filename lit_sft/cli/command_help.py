@@ -176,7 +176,7 @@ def _setting(action: Action) -> Setting:
 def _fields(action: Action) -> Iterator[Setting]:
     """Lists the settings inside a group that may be null."""
     for group in typing.get_args(option_type(action)):
-        if not dataclasses.is_dataclass(group):
+        if not (isinstance(group, type) and dataclasses.is_dataclass(group)):
             continue
         kinds = typing.get_type_hints(group)
         chosen = action.default if isinstance(action.default, Mapping) else {}

@@ -7,7 +7,7 @@ import dataclasses
 import sys
 import types
 import typing
-from argparse import Action
+from argparse import Action, HelpFormatter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, NoReturn
 
@@ -110,7 +110,7 @@ class OneLineParser(LightningArgumentParser):
             self.error(f"Option '{unknown.key}' is not accepted")
 
     @override
-    def format_help(self) -> str:
+    def format_help(self, formatter: HelpFormatter | None = None) -> str:
         """Returns the help of a command; jsonargparse's own lists settings that are refused."""
         usage = f"usage: {self.prog} [--config FILE] [--KEY VALUE ...]"
         return command_help(usage, self.description or "", parser_actions(self))
