@@ -163,14 +163,14 @@ def test_a_cache_and_a_position_are_found_again(tmp_path):
     identity = preparation.identity(SimpleNamespace(fingerprint="rows-1")) | {
         "libraries": ["a", "b"]
     }
-    assert cache_key(identity) == "4da0831a25a92604c9b5df9c"
+    assert cache_key(identity) == "3883586347d6ec2ada019325"
     caches = {"train": SimpleNamespace(fingerprint="e")}
     assert remember(identity, module.options, caches, SimpleNamespace(fingerprint="p")) == {
         "examples": "e",
         "settings": {
             "tokenizer": '"t"',
             "train_on": '"completions"',
-            "cache": "9",
+            "cache": "10",
             "rows": '"rows-1"',
             "readings": '[[0, "messages", null]]',
             "libraries": '["a", "b"]',

@@ -39,7 +39,8 @@ from lit_sft.types import Message
 
 NO_THOUGHTS = {
     "single", "multi-turn", "system", "system, multi-turn", "last turn open", "first turn untrained", "call",
-    "call, result, answer", "tools, no call", "text beside a call", "two calls", "nested arguments",
+    "call, result", "call, result, answer", "tools, no call", "text beside a call", "two calls", "nested arguments",
+    "arguments as JSON text",
     "calls, multi-turn", "reasoning, then none", "reasoning, call, no more", "white space", "Unicode", "markup",
 }  # fmt: skip
 """Shapes with an answer without thoughts."""
@@ -49,7 +50,7 @@ REFUSED = {
     "MiniMax M2": ("refused: opens thinking", NO_THOUGHTS),
     # Their prompt closes the thinking block, until `reasoning_effort` opens it.
     "Hunyuan 3": ("refused: prefix", {shape for shape in ROWS if "reason" in shape or "thoughts" in shape}),
-    "Olmo 3": ("refused: no call", {shape for shape in ROWS if "call" in shape or "nested" in shape} - {"tools, no call"}),
+    "Olmo 3": ("refused: no call", {shape for shape in ROWS if "call" in shape or "arguments" in shape} - {"tools, no call"}),
     "gpt-oss": ("refused: no call", {"two calls"}),
 }  # fmt: skip
 """Family -> why rows are refused, and the shapes of these rows."""

@@ -237,6 +237,8 @@ def test_compiled_once_for_packs_of_any_number_of_examples(monkeypatch):
     """
     from torch._dynamo.testing import CompileCounterWithBackend
 
+    # What other tests have compiled counts towards the limit of recompilations.
+    torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compile_module = torch.nn.Module.compile
     monkeypatch.setattr(
@@ -306,6 +308,8 @@ def test_answers_leave_compiled_blocks_as_they_are(monkeypatch):
     """
     from torch._dynamo.testing import CompileCounterWithBackend
 
+    # What other tests have compiled counts towards the limit of recompilations.
+    torch.compiler.reset()
     counter = CompileCounterWithBackend("eager")
     compile_module = torch.nn.Module.compile
     monkeypatch.setattr(

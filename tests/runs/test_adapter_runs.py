@@ -450,7 +450,8 @@ def test_the_base_that_an_adapter_names_is_compared_too(finished, place, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("name", "kind", "was", "now"), [("lora", QLORA, "null", "nf4"), ("qlora", {}, "nf4", "null")]
+    ("name", "kind", "was", "now"),
+    [("lora", QLORA, "null", "nf4"), ("qlora", {"model__quantization": None}, "nf4", "null")],
 )
 def test_a_resume_over_other_bits_is_refused(
     name, kind, was, now, finished, place, tmp_path, capsys

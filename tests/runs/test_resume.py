@@ -469,7 +469,7 @@ RANKS = {
     "2 to 1, at the end of an epoch": (DDP, {}, 5),
     "2 to 4, another micro-batch": (
         {**DDP, "data__micro_batch_size": 4},
-        {**DDP, "trainer__devices": 4},
+        {**DDP, "trainer__devices": 4, "data__micro_batch_size": 1},
         3,
     ),
     "2 shards to 1": (FSDP2, {}, 3),
