@@ -13,6 +13,11 @@ from lit_sft.model.dequantize import METHODS, method_of
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
+NOT_IN_4_BITS = ("mamba", "rwkv")
+"""Model types whose code reads the weights of linear layers, which 4 bits do not hold as a matrix.
+transformers multiplies with `dt_proj.weight` in Mamba, and rescales weights in place in RWKV.
+"""
+
 
 def check_source(config: PretrainedConfig, path: str, requested: str | None) -> None:
     """Refuses weights that are quantized already and not dequantized while they are loaded.
@@ -25,6 +30,11 @@ def check_source(config: PretrainedConfig, path: str, requested: str | None) -> 
     Raises:
         UserError: The weights are quantized in another way, or `requested` does not fit them.
     """
+    if requested is not None and config.model_type in NOT_IN_4_BITS:
+        raise UserError(
+            f"model.quantization {requested}: the code of {config.model_type} models does not work"
+            " with 4-bit weights: set it to null"
+        )
     method = method_of(config)
     if method is None:
         return

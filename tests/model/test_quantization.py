@@ -157,3 +157,15 @@ def test_a_missing_library_is_one_line(monkeypatch):
 def test_settings_that_do_not_go_together_are_refused(wrong, message):
     with pytest.raises(UserError, match=message):
         SFTModule(**wrong)
+
+
+@pytest.mark.parametrize("kind", ["Mamba", "Rwkv"])
+def test_models_whose_code_reads_weights_are_refused(kind):
+    import transformers
+
+    config = getattr(transformers, f"{kind}Config")()
+    quantization.check_source(config, "x", None)
+    with pytest.raises(
+        UserError, match=f"quantization nf4: the code of {kind.lower()} models .* null"
+    ):
+        quantization.check_source(config, "x", "nf4")
