@@ -280,8 +280,8 @@ def _differences(config: str, args: list[str]) -> Iterator[str]:
     of_run = {item.key: item.value for item in _flatten(tree, config)}
     given = {item.key: item for item in written(args) if not isinstance(item.value, Mapping)}
     for key, item in given.items():
-        # `--ckpt_path` and its like are no settings of a run.
-        if key.partition(".")[0] not in tree or config == item.origin:
+        # `--ckpt_path` and its like are no settings of a run. A list is compared as a whole.
+        if key.partition(".")[0] not in tree or "[" in key or config == item.origin:
             continue
         before = of_run.get(key)
         if isinstance(before, Mapping) and isinstance(item.value, str):

@@ -145,6 +145,7 @@ class SFTCLI(LightningCLI):
         config = self.config[self.subcommand]
         errors.refuse_hidden({item.key: item.value for item in arguments.written(sys.argv[1:])})
         settings.reject_unsupported(config.trainer, self.subcommand)
+        settings.check_certify(config, [item.key for item in arguments.written(sys.argv[1:])])
         if self.subcommand in ("fit", "doctor"):
             settings.check_end(config)
         settings.complete_trainer(config.trainer)

@@ -56,6 +56,23 @@ def reject_unsupported(trainer: Any, command: str) -> None:
         )
 
 
+def check_certify(config: Any, given: list[str]) -> None:
+    """Refuses a number of rows beside `preview --certify`, which reads no rows.
+
+    Args:
+        config: The settings of the command.
+        given: The keys that the user wrote.
+
+    Raises:
+        UserError: Both are given.
+    """
+    if config.get("certify") and "num_rows" in given:
+        raise UserError(
+            "--num_rows chooses rows of the data, which --certify does not read: leave one of them"
+            " out"
+        )
+
+
 def check_end(config: Any) -> None:
     """Refuses a run that has neither an end nor a number of steps (see `check_open_end`).
 

@@ -124,6 +124,11 @@ def test_reasons_stand_below_the_table_once(model_of, capsys):
     assert out.rstrip().endswith("14 proved, 1 expanded, 10 refused")
 
 
+def test_a_number_of_rows_is_refused(capsys):
+    args = ["--config", "demo", "--certify", "--num_rows", "2"]
+    assert refused(capsys, "preview", args).startswith("--num_rows chooses rows of the data")
+
+
 def test_the_command_reads_no_data(model_of, tmp_path, capsys):
     args = arguments(model_of("chatml"), str(tmp_path / "nowhere.jsonl"), tmp_path / "runs")
     run("preview", [*args, "--certify", "--output", "json"])

@@ -1,6 +1,6 @@
 """Measures all families, and writes what came of them to the record and to docs/models.md.
 
-python tests/models/table.py            # all families, 20 minutes
+python tests/models/table.py            # all families, 4 minutes on a CPU
 python tests/models/table.py Qwen3 ...  # these, and keeps what the record has of the others
 """
 
